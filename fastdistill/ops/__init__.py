@@ -1,0 +1,1 @@
+"""One file an op: its registration with torch.library, its autograd formula, its portable implementation."""
