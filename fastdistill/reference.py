@@ -1,0 +1,424 @@
+"""Every op's definition in plain eager PyTorch: the oracle of the tests and `backend="reference"`.
+
+Nothing here is clever. Everything is materialised, autograd differentiates it, and it runs in any floating
+dtype on any device: give it float64 for the truth. Inputs are cast to float32 (float64 stays), so a reference
+in bfloat16 measures what the dtype of the *inputs* costs, not what eager bfloat16 arithmetic costs.
+
+Rows, tokens and pairs that do not count are replaced by zeros before any arithmetic, so whatever they hold
+(NaN included) reaches neither the value nor a gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _wide(*tensors: Any) -> list[Any]:
+    """The tensors in the dtype losses are computed in: float64 if any of them is, else float32."""
+    dtype = (
+        torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    )
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def reduce(per_item: Tensor, counted: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
+    """Sum, or mean over the counted items; `per_item` is already 0 where `counted` is False."""
+    if reduction == "none":
+        return per_item
+    total = per_item.sum()
+    if reduction == "sum":
+        return total
+    return total / divisor(counted.sum() if num_items is None else num_items, total)
+
+
+def divisor(num_items: int | float | Tensor, like: Tensor) -> Tensor:
+    """`num_items` as a 0-d tensor to divide a sum by; no item at all divides by 1, so that the mean is 0."""
+    count = torch.as_tensor(num_items, device=like.device).to(like.dtype)
+    return torch.where(count == 0, torch.ones_like(count), count)
+
+
+# -- hidden states ---------------------------------------------------------------------------------------
+
+
+def linear_mse(
+    student: Tensor,  # (*, d_s)
+    weight: Tensor | None,  # (d_t, d_s)
+    teacher: Tensor,  # (*, d_t)
+    bias: Tensor | None = None,  # (d_t)
+    *,
+    mask: Tensor | None = None,  # (*)
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    student, weight, teacher, bias = _wide(student, weight, teacher, bias)
+    counted = (
+        torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
+    )
+    student = torch.where(counted.unsqueeze(-1), student, 0)
+    teacher = torch.where(counted.unsqueeze(-1), teacher, 0)
+    projected = student if weight is None else student @ weight.T
+    if bias is not None:
+        projected = projected + bias
+    per_token = (projected - teacher).square().mean(-1)
+    return reduce(torch.where(counted, per_token, 0), counted, reduction, num_items)
+
+
+# -- attention -------------------------------------------------------------------------------------------
+
+
+def allowed_pairs(
+    batch: int,
+    heads: int,
+    query_length: int,
+    key_length: int,
+    device: torch.device,
+    *,
+    key_mask: Tensor | None = None,  # (B, S)
+    query_mask: Tensor | None = None,  # (B, L)
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,  # broadcastable to (B, H, L, S)
+) -> Tensor:  # (B, H, L, S)
+    """The pairs (b, h, i, j) that every mask given allows; causal: j <= i + S - L."""
+    allowed = torch.ones(batch, heads, query_length, key_length, dtype=torch.bool, device=device)
+    if key_mask is not None:
+        allowed = allowed & key_mask[:, None, None, :]
+    if query_mask is not None:
+        allowed = allowed & query_mask[:, None, :, None]
+    if is_causal:
+        i = torch.arange(query_length, device=device)[:, None]
+        j = torch.arange(key_length, device=device)[None, :]
+        allowed = allowed & (j <= i + key_length - query_length)
+    if attn_mask is not None:
+        allowed = allowed & attn_mask
+    return allowed
+
+
+def attention_scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """scale * <q_i, k_j> for query (B, H, L, D) and key (B, H_kv, S, D): (B, H, L, S)."""
+    groups = query.shape[1] // key.shape[1]
+    return (query @ key.repeat_interleave(groups, dim=1).mT) * (
+        query.shape[-1] ** -0.5 if scale is None else scale
+    )
+
+
+def _both_scores(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    student_scale: float | None,
+    teacher_scale: float | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    is_causal: bool,
+    attn_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student scores, teacher scores and the allowed pairs, each (B, H, L, S)."""
+    student_query, student_key, teacher_query, teacher_key = _wide(
+        student_query, student_key, teacher_query, teacher_key
+    )
+    batch, heads, query_length, _ = student_query.shape
+    allowed = allowed_pairs(
+        batch,
+        heads,
+        query_length,
+        student_key.shape[2],
+        student_query.device,
+        key_mask=key_mask,
+        query_mask=query_mask,
+        is_causal=is_causal,
+        attn_mask=attn_mask,
+    )
+    if query_mask is not None:
+        student_query = torch.where(query_mask[:, None, :, None], student_query, 0)
+        teacher_query = torch.where(query_mask[:, None, :, None], teacher_query, 0)
+    if key_mask is not None:
+        student_key = torch.where(key_mask[:, None, :, None], student_key, 0)
+        teacher_key = torch.where(key_mask[:, None, :, None], teacher_key, 0)
+    student_scores = attention_scores(student_query, student_key, student_scale)
+    teacher_scores = attention_scores(teacher_query, teacher_key, teacher_scale)
+    return student_scores, teacher_scores, allowed
+
+
+def attention_mse(
+    student_query: Tensor,  # (B, H, L, D_s)
+    student_key: Tensor,  # (B, H_kv_s, S, D_s)
+    teacher_query: Tensor,  # (B, H, L, D_t)
+    teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
+    *,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    student_scores, teacher_scores, allowed = _both_scores(
+        student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale,
+        key_mask, query_mask, is_causal, attn_mask,
+    )  # fmt: skip
+    difference = torch.where(allowed, student_scores - teacher_scores, 0)
+    return reduce(difference.square(), allowed, reduction, num_items)
+
+
+def attention_kl(
+    student_query: Tensor,  # (B, H, L, D_s)
+    student_key: Tensor,  # (B, H_kv_s, S, D_s)
+    teacher_query: Tensor,  # (B, H, L, D_t)
+    teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
+    *,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    student_scores, teacher_scores, allowed = _both_scores(
+        student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale,
+        key_mask, query_mask, is_causal, attn_mask,
+    )  # fmt: skip
+    counted = allowed.any(-1)  # (B, H, L)
+    # A row with no allowed key is given all of them, so that its softmax is finite; it is dropped below.
+    allowed = allowed | ~counted.unsqueeze(-1)
+    student_logp = torch.log_softmax(torch.where(allowed, student_scores, -math.inf), dim=-1)
+    teacher_logp = torch.log_softmax(torch.where(allowed, teacher_scores, -math.inf), dim=-1)
+    per_row = _expectation(teacher_logp, teacher_logp, student_logp)
+    return reduce(torch.where(counted, per_row, 0), counted, reduction, num_items)
+
+
+# -- logits ----------------------------------------------------------------------------------------------
+
+
+def _expectation(weight_logp: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
+    """sum_v w (log p - log q) with w = exp(weight_logp) and 0 * anything = 0."""
+    weight = weight_logp.exp()
+    some = weight > 0
+    difference = torch.where(some, logp, 0) - torch.where(some, logq, 0)
+    return (weight * difference).sum(-1)
+
+
+def _soft_cross_entropy(student_logp: Tensor, teacher_logp: Tensor, **_: object) -> Tensor:
+    return _expectation(teacher_logp, torch.zeros_like(teacher_logp), student_logp)
+
+
+def _kl_div(student_logp: Tensor, teacher_logp: Tensor, *, reverse: bool = False, **_: object) -> Tensor:
+    if reverse:
+        return _expectation(student_logp, student_logp, teacher_logp)
+    return _expectation(teacher_logp, teacher_logp, student_logp)
+
+
+def _jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5, **_: object) -> Tensor:
+    if beta in (0, 1):
+        return _kl_div(student_logp, teacher_logp, reverse=beta == 1)
+    nowhere = (student_logp == -math.inf) & (
+        teacher_logp == -math.inf
+    )  # log m would be -inf - (-inf) backward
+    mixture = torch.logaddexp(
+        torch.where(nowhere, 0, teacher_logp) + math.log(beta),
+        torch.where(nowhere, 0, student_logp) + math.log(1 - beta),
+    )
+    return beta * _expectation(teacher_logp, teacher_logp, mixture) + (1 - beta) * _expectation(
+        student_logp, student_logp, mixture
+    )
+
+
+def _tvd(student_logp: Tensor, teacher_logp: Tensor, **_: object) -> Tensor:
+    return 0.5 * (teacher_logp.exp() - student_logp.exp()).abs().sum(-1)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits as the losses see them: softcapped, and -inf kept as it is, a constant."""
+    infinite = logits == -math.inf
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.where(infinite, -math.inf, logits)
+
+
+def _with_labels(
+    soft: Tensor,  # (*), the soft loss of each row
+    student_logits: Tensor,  # (*, V), capped
+    counted: Tensor,  # (*)
+    temperature: float,
+    t_squared: bool,
+    labels: Tensor | None,
+    alpha: float,
+    reduction: str,
+    num_items: int | Tensor | None,
+) -> Tensor:
+    loss = soft * temperature**2 if t_squared else soft
+    if labels is not None:
+        hard = F.cross_entropy(
+            student_logits.flatten(0, -2), torch.where(counted, labels, 0).flatten(), reduction="none"
+        ).view(counted.shape)
+        # A term of weight 0 is left out: it may be infinite.
+        loss = (1 - alpha) * hard if alpha == 0 else loss if alpha == 1 else alpha * loss + (1 - alpha) * hard
+    return reduce(torch.where(counted, loss, 0), counted, reduction, num_items)
+
+
+def _counted_rows(student: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None) -> Tensor:
+    counted = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device)
+    if mask is not None:
+        counted = counted & mask
+    if labels is not None:
+        counted = counted & (labels != ignore_index)
+    return counted
+
+
+def _divergence(
+    kind: Callable[..., Tensor],
+    student_logits: Tensor,  # (*, V)
+    teacher_logits: Tensor,  # (*, V)
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    student_logits, teacher_logits = _wide(student_logits[..., :vocab_size], teacher_logits[..., :vocab_size])
+    counted = _counted_rows(student_logits, labels, ignore_index, mask)
+    student_logits = capped(torch.where(counted.unsqueeze(-1), student_logits, 0), student_softcap)
+    teacher_logits = capped(torch.where(counted.unsqueeze(-1), teacher_logits, 0), teacher_softcap)
+    soft = kind(
+        torch.log_softmax(student_logits / temperature, -1),
+        torch.log_softmax(teacher_logits / temperature, -1),
+        **options,
+    )
+    return _with_labels(
+        soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items
+    )
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+    """-sum_v p_t log p_s."""
+    return _divergence(_soft_cross_entropy, student_logits, teacher_logits, **keywords)
+
+
+def kl_div(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+    """KL(p_t || p_s); reverse=True: KL(p_s || p_t)."""
+    return _divergence(_kl_div, student_logits, teacher_logits, **keywords)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+    """beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s."""
+    return _divergence(_jsd, student_logits, teacher_logits, **keywords)
+
+
+def tvd(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+    """0.5 sum_v |p_t - p_s|."""
+    return _divergence(_tvd, student_logits, teacher_logits, **keywords)
+
+
+def topk_soft_cross_entropy(
+    student_logits: Tensor,  # (*, V)
+    topk_logprobs: Tensor,  # (*, k), at temperature 1
+    topk_indices: Tensor,  # (*, k)
+    *,
+    tail: str = "renormalize",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    student_logits, topk_logprobs = _wide(student_logits[..., :vocab_size], topk_logprobs)
+    counted = _counted_rows(student_logits, labels, ignore_index, mask)
+    student_logits = capped(torch.where(counted.unsqueeze(-1), student_logits, 0), student_softcap)
+    topk_logprobs = torch.where(counted.unsqueeze(-1), topk_logprobs, 0)
+    topk_indices = torch.where(counted.unsqueeze(-1), topk_indices, 0).long()
+    student_logp = torch.log_softmax(student_logits / temperature, -1)
+    teacher_logp = topk_logprobs / temperature
+    student_topk = student_logp.gather(-1, topk_indices)
+    if tail == "renormalize":
+        teacher_logp = torch.log_softmax(teacher_logp, -1)
+    else:  # the remaining classes become one
+        rest = student_logp.scatter(-1, topk_indices, -math.inf)
+        student_topk = torch.cat([student_topk, torch.logsumexp(rest, -1, keepdim=True)], -1)
+        teacher_rest = torch.log1p(-topk_logprobs.exp().sum(-1, keepdim=True).clamp(max=1))
+        teacher_logp = torch.cat([teacher_logp, teacher_rest], -1)
+    soft = _soft_cross_entropy(student_topk, teacher_logp)
+    return _with_labels(
+        soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items
+    )
+
+
+# -- logits straight from hidden states and vocabulary weights -------------------------------------------
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Tensor) -> Tensor:
+    hidden, weight, bias = _wide(hidden, weight, bias)
+    return F.linear(torch.where(counted.unsqueeze(-1), hidden, 0), weight, bias)
+
+
+def _linear(
+    loss: Callable[..., Tensor],
+    student: Tensor,  # (*, d_s)
+    student_weight: Tensor,  # (V, d_s)
+    teacher: Tensor,  # (*, d_t)
+    teacher_weight: Tensor,  # (V, d_t)
+    *,
+    student_bias: Tensor | None = None,  # (V)
+    teacher_bias: Tensor | None = None,  # (V)
+    **keywords: Any,
+) -> Tensor:
+    counted = _counted_rows(
+        student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask")
+    )
+    student_logits = _logits(student, student_weight, student_bias, counted)
+    teacher_logits = _logits(teacher, teacher_weight, teacher_bias, counted)
+    return loss(student_logits, teacher_logits, **keywords)
+
+
+def linear_soft_cross_entropy(*tensors: Tensor, **keywords: Any) -> Tensor:
+    return _linear(soft_cross_entropy, *tensors, **keywords)
+
+
+def linear_kl_div(*tensors: Tensor, **keywords: Any) -> Tensor:
+    return _linear(kl_div, *tensors, **keywords)
+
+
+def linear_jsd(*tensors: Tensor, **keywords: Any) -> Tensor:
+    return _linear(jsd, *tensors, **keywords)
+
+
+def linear_tvd(*tensors: Tensor, **keywords: Any) -> Tensor:
+    return _linear(tvd, *tensors, **keywords)
+
+
+def linear_topk_soft_cross_entropy(
+    student: Tensor,  # (*, d_s)
+    student_weight: Tensor,  # (V, d_s)
+    topk_logprobs: Tensor,  # (*, k)
+    topk_indices: Tensor,  # (*, k)
+    *,
+    student_bias: Tensor | None = None,  # (V)
+    **keywords: Any,
+) -> Tensor:
+    counted = _counted_rows(
+        student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask")
+    )
+    student_logits = _logits(student, student_weight, student_bias, counted)
+    return topk_soft_cross_entropy(student_logits, topk_logprobs, topk_indices, **keywords)
