@@ -21,9 +21,7 @@ from torch.nn import functional as F
 
 def _wide(*tensors: Any) -> list[Any]:
     """The tensors in the dtype losses are computed in: float64 if any of them is, else float32."""
-    dtype = (
-        torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
-    )
+    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
@@ -57,9 +55,7 @@ def linear_mse(
     num_items: int | Tensor | None = None,
 ) -> Tensor:
     student, weight, teacher, bias = _wide(student, weight, teacher, bias)
-    counted = (
-        torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
-    )
+    counted = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
     student = torch.where(counted.unsqueeze(-1), student, 0)
     teacher = torch.where(counted.unsqueeze(-1), teacher, 0)
     projected = student if weight is None else student @ weight.T
@@ -102,9 +98,7 @@ def allowed_pairs(
 def attention_scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """scale * <q_i, k_j> for query (B, H, L, D) and key (B, H_kv, S, D): (B, H, L, S)."""
     groups = query.shape[1] // key.shape[1]
-    return (query @ key.repeat_interleave(groups, dim=1).mT) * (
-        query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    return (query @ key.repeat_interleave(groups, dim=1).mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _both_scores(
@@ -221,9 +215,7 @@ def _kl_div(student_logp: Tensor, teacher_logp: Tensor, *, reverse: bool = False
 def _jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5, **_: object) -> Tensor:
     if beta in (0, 1):
         return _kl_div(student_logp, teacher_logp, reverse=beta == 1)
-    nowhere = (student_logp == -math.inf) & (
-        teacher_logp == -math.inf
-    )  # log m would be -inf - (-inf) backward
+    nowhere = (student_logp == -math.inf) & (teacher_logp == -math.inf)  # log m would be -inf - (-inf) backward
     mixture = torch.logaddexp(
         torch.where(nowhere, 0, teacher_logp) + math.log(beta),
         torch.where(nowhere, 0, student_logp) + math.log(1 - beta),
@@ -302,9 +294,7 @@ def _divergence(
         torch.log_softmax(teacher_logits / temperature, -1),
         **options,
     )
-    return _with_labels(
-        soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items
-    )
+    return _with_labels(soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items)
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
@@ -360,9 +350,7 @@ def topk_soft_cross_entropy(
         teacher_rest = torch.log1p(-topk_logprobs.exp().sum(-1, keepdim=True).clamp(max=1))
         teacher_logp = torch.cat([teacher_logp, teacher_rest], -1)
     soft = _soft_cross_entropy(student_topk, teacher_logp)
-    return _with_labels(
-        soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items
-    )
+    return _with_labels(soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items)
 
 
 # -- logits straight from hidden states and vocabulary weights -------------------------------------------
@@ -384,9 +372,7 @@ def _linear(
     teacher_bias: Tensor | None = None,  # (V)
     **keywords: Any,
 ) -> Tensor:
-    counted = _counted_rows(
-        student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask")
-    )
+    counted = _counted_rows(student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask"))
     student_logits = _logits(student, student_weight, student_bias, counted)
     teacher_logits = _logits(teacher, teacher_weight, teacher_bias, counted)
     return loss(student_logits, teacher_logits, **keywords)
@@ -417,8 +403,6 @@ def linear_topk_soft_cross_entropy(
     student_bias: Tensor | None = None,  # (V)
     **keywords: Any,
 ) -> Tensor:
-    counted = _counted_rows(
-        student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask")
-    )
+    counted = _counted_rows(student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask"))
     student_logits = _logits(student, student_weight, student_bias, counted)
     return topk_soft_cross_entropy(student_logits, topk_logprobs, topk_indices, **keywords)

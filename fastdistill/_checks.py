@@ -1,0 +1,116 @@
+"""Argument checks of the public functions. Each raises before any work and names the argument, what it was,
+what it should be and how to mend it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Real floating tensors, all on one device."""
+    first_name, first = "", None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is {type(x).__name__}; it should be a torch.Tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}; it should be floating point: cast it with .float()")
+        if hasattr(x, "full_tensor"):
+            raise TypeError(
+                f"{name} is a DTensor; the op needs the plain local tensor: pass {name}.full_tensor(), or call "
+                "the op inside the forward of the module that FSDP wraps"
+            )
+        if first is None:
+            first_name, first = name, x
+        elif x.device != first.device:
+            raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move it there")
+
+
+def frozen(**tensors: Tensor | None) -> None:
+    """The teacher's side gets no gradient, so asking for one is a mistake worth an error."""
+    for name, x in tensors.items():
+        if x is not None and x.requires_grad:
+            raise ValueError(
+                f"{name} has requires_grad=True, but the teacher gets no gradient: run the teacher under "
+                f"torch.no_grad(), or pass {name}.detach()"
+            )
+
+
+def same_dtype(**tensors: Tensor | None) -> None:
+    """Operands of one matrix product. Not called under autocast, which casts them."""
+    present = {name: x.dtype for name, x in tensors.items() if x is not None}
+    if len(set(present.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in present.items())
+        raise TypeError(f"{listed} should have one dtype: cast them, or run under torch.autocast")
+
+
+def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {expected}, {meaning}")
+
+
+def mask(name: str, x: Tensor | None, expected: tuple[int, ...], meaning: str, device: torch.device) -> None:
+    """A bool tensor, True = counts."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} is {what}; it should be a bool tensor, True = counts: pass {name}.bool()")
+    shape(name, x, expected, meaning)
+    on_device(name, x, device)
+
+
+def on_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}; it should be on {device}: pass {name}.to({str(device)!r})")
+
+
+def integers(name: str, x: Tensor, expected: tuple[int, ...], meaning: str, device: torch.device) -> None:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} is {what}; it should be an integer tensor: pass {name}.long()")
+    shape(name, x, expected, meaning)
+    on_device(name, x, device)
+
+
+def reduction(value: str, num_items: int | Tensor | None, allowed: tuple[str, ...] = REDUCTIONS) -> None:
+    if value not in allowed:
+        raise ValueError(f"reduction is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
+    if num_items is None:
+        return
+    if value != "mean":
+        raise ValueError(f"num_items is given but reduction is {value!r}; only 'mean' divides by it")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            raise ValueError(f"num_items has shape {tuple(num_items.shape)}; it should be a 0-d tensor or an int")
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, torch.SymInt)):
+        raise TypeError(f"num_items is {type(num_items).__name__}; it should be an int or a 0-d tensor")
+    elif num_items < 0:
+        raise ValueError(f"num_items is {num_items}; it should be the number of counted items, 0 or more")
+
+
+def positive(name: str, value: float | None) -> None:
+    if value is not None and not (_is_number(name, value) and 0 < value < math.inf):
+        raise ValueError(f"{name} is {value}; it should be a positive finite number")
+
+
+def finite(name: str, value: float | None) -> None:
+    if value is not None and not (_is_number(name, value) and -math.inf < value < math.inf):
+        raise ValueError(f"{name} is {value}; it should be a finite number")
+
+
+def fraction(name: str, value: float) -> None:
+    if not (_is_number(name, value) and 0 <= value <= 1):
+        raise ValueError(f"{name} is {value}; it should be between 0 and 1")
+
+
+def _is_number(name: str, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be a number")
+    return True

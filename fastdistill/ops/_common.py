@@ -1,0 +1,42 @@
+"""What every op shares: the dtype it computes in, products that stay wide, and the way gradients are scaled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def narrow(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, float32 or wider out of the accumulator even where the operands are 16-bit."""
+    if a.is_cuda and dtype == torch.float32 and narrow(a) and a.dtype == b.dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a.to(dtype), b.to(dtype))
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Backward may be called under the caller's autocast, which would round our products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale (0-d) rounded once to `dtype`, out of place: backward may run again on the same tensors."""
+    # A 0-d factor would be rounded to the gradient's dtype first; as a 1-d tensor it keeps its own.
+    out = torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, scale.reshape((1,) * max(gradient.dim(), 1)), out=out)
+
+
+def refuse_double_backward(op: str) -> None:
+    """Called by every backward: with create_graph=True autograd runs it with gradients enabled."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} cannot be differentiated twice: call backward without create_graph=True, or use backend='reference'"
+        )
