@@ -531,7 +531,8 @@ def soft_cross_entropy(
     """
     return _logits_loss(
         "soft_cross_entropy", reference.soft_cross_entropy,
-        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap, reduction, num_items, backend,
+        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size,
+        student_softcap, teacher_softcap, reduction, num_items, backend,
     )  # fmt: skip
 
 
@@ -587,7 +588,8 @@ def kl_div(
         raise TypeError(f"reverse is {type(reverse).__name__}; it should be a bool")
     return _logits_loss(
         "reverse_kl" if reverse else "kl_div", reference.kl_div,
-        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap, reduction, num_items, backend, reverse=reverse,
+        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size,
+        student_softcap, teacher_softcap, reduction, num_items, backend, reverse=reverse,
     )  # fmt: skip
 
 
@@ -641,7 +643,8 @@ def jsd(
     check.fraction("beta", beta)
     return _logits_loss(
         _jsd_kind(beta), reference.jsd,
-        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap, reduction, num_items, backend, beta=beta,
+        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size,
+        student_softcap, teacher_softcap, reduction, num_items, backend, beta=beta,
     )  # fmt: skip
 
 
@@ -692,7 +695,8 @@ def tvd(
     """
     return _logits_loss(
         "tvd", reference.tvd,
-        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap, reduction, num_items, backend,
+        student_logits, teacher_logits, temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size,
+        student_softcap, teacher_softcap, reduction, num_items, backend,
     )  # fmt: skip
 
 

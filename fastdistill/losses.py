@@ -1,0 +1,382 @@
+"""The losses as nn.Modules over `fastdistill.functional`: the constructor takes the options, forward the tensors.
+
+What a forward takes and raises is documented at the function of the same name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdistill import functional as F
+
+__all__ = [
+    "AttentionKLLoss",
+    "AttentionMSELoss",
+    "JSDLoss",
+    "KLDivLoss",
+    "LinearJSDLoss",
+    "LinearKLDivLoss",
+    "LinearMSELoss",
+    "LinearSoftCrossEntropyLoss",
+    "LinearTVDLoss",
+    "LinearTopKSoftCrossEntropyLoss",
+    "SoftCrossEntropyLoss",
+    "TVDLoss",
+    "TopKSoftCrossEntropyLoss",
+]
+
+
+class _Loss(nn.Module):
+    """Keeps the options; a repr that shows them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearMSELoss(_Loss):
+    """`linear_mse` with a projection of its own, `.projection`: train it with the student and save it.
+
+    Args:
+        student_dim: d_s. teacher_dim: d_t. bias: give the projection a bias, as TinyBERT's code does.
+        reduction, backend: as in `fastdistill.linear_mse`.
+    """
+
+    def __init__(
+        self, student_dim: int, teacher_dim: int, bias: bool = True, *, reduction: str = "mean", backend: str = "auto"
+    ) -> None:
+        super().__init__(reduction=reduction, backend=backend)
+        self.projection = nn.Linear(student_dim, teacher_dim, bias=bias)
+
+    def forward(
+        self,
+        student: Tensor,  # (*, d_s)
+        teacher: Tensor,  # (*, d_t)
+        *,
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        weight, bias = self.projection.weight, self.projection.bias
+        return F.linear_mse(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
+
+
+class _AttentionLoss(_Loss):
+    def __init__(
+        self,
+        *,
+        student_scale: float | None = None,
+        teacher_scale: float | None = None,
+        is_causal: bool = False,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            student_scale=student_scale,
+            teacher_scale=teacher_scale,
+            is_causal=is_causal,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class AttentionMSELoss(_AttentionLoss):
+    """`fastdistill.attention_mse` with its scales, causality, reduction and backend fixed."""
+
+    def forward(
+        self,
+        student_query: Tensor,  # (B, H, L, D_s)
+        student_key: Tensor,  # (B, H_kv, S, D_s)
+        teacher_query: Tensor,  # (B, H, L, D_t)
+        teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
+        *,
+        key_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        masks = {"key_mask": key_mask, "query_mask": query_mask, "attn_mask": attn_mask}
+        return F.attention_mse(
+            student_query, student_key, teacher_query, teacher_key, num_items=num_items, **masks, **self.options
+        )
+
+
+class AttentionKLLoss(_AttentionLoss):
+    """`fastdistill.attention_kl` with its scales, causality, reduction and backend fixed."""
+
+    def forward(
+        self,
+        student_query: Tensor,  # (B, H, L, D_s)
+        student_key: Tensor,  # (B, H_kv, S, D_s)
+        teacher_query: Tensor,  # (B, H, L, D_t)
+        teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
+        *,
+        key_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        masks = {"key_mask": key_mask, "query_mask": query_mask, "attn_mask": attn_mask}
+        return F.attention_kl(
+            student_query, student_key, teacher_query, teacher_key, num_items=num_items, **masks, **self.options
+        )
+
+
+class _ClassesLoss(_Loss):
+    """Options that every loss over classes has."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        t_squared: bool = False,
+        alpha: float = 1.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+        **more: Any,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            t_squared=t_squared,
+            alpha=alpha,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            reduction=reduction,
+            backend=backend,
+            **more,
+        )
+
+
+class SoftCrossEntropyLoss(_ClassesLoss):
+    """`fastdistill.soft_cross_entropy` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (*, V)
+        teacher_logits: Tensor,  # (*, V)
+        *,
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return F.soft_cross_entropy(
+            student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options
+        )
+
+
+class KLDivLoss(_ClassesLoss):
+    """`fastdistill.kl_div` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def __init__(self, *, reverse: bool = False, **options: Any) -> None:
+        super().__init__(reverse=reverse, **options)
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (*, V)
+        teacher_logits: Tensor,  # (*, V)
+        *,
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return F.kl_div(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options)
+
+
+class JSDLoss(_ClassesLoss):
+    """`fastdistill.jsd` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def __init__(self, *, beta: float = 0.5, **options: Any) -> None:
+        super().__init__(beta=beta, **options)
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (*, V)
+        teacher_logits: Tensor,  # (*, V)
+        *,
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return F.jsd(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options)
+
+
+class TVDLoss(_ClassesLoss):
+    """`fastdistill.tvd` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (*, V)
+        teacher_logits: Tensor,  # (*, V)
+        *,
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return F.tvd(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options)
+
+
+class LinearSoftCrossEntropyLoss(_ClassesLoss):
+    """`fastdistill.linear_soft_cross_entropy` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def forward(
+        self,
+        student: Tensor,  # (*, d_s)
+        student_weight: Tensor,  # (V, d_s)
+        teacher: Tensor,  # (*, d_t)
+        teacher_weight: Tensor,  # (V, d_t)
+        *,
+        student_bias: Tensor | None = None,  # (V)
+        teacher_bias: Tensor | None = None,  # (V)
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        rows = {"labels": labels, "mask": mask, "num_items": num_items}
+        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        return F.linear_soft_cross_entropy(
+            student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options
+        )
+
+
+class LinearKLDivLoss(_ClassesLoss):
+    """`fastdistill.linear_kl_div` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def __init__(self, *, reverse: bool = False, **options: Any) -> None:
+        super().__init__(reverse=reverse, **options)
+
+    def forward(
+        self,
+        student: Tensor,  # (*, d_s)
+        student_weight: Tensor,  # (V, d_s)
+        teacher: Tensor,  # (*, d_t)
+        teacher_weight: Tensor,  # (V, d_t)
+        *,
+        student_bias: Tensor | None = None,  # (V)
+        teacher_bias: Tensor | None = None,  # (V)
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        rows = {"labels": labels, "mask": mask, "num_items": num_items}
+        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        return F.linear_kl_div(student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options)
+
+
+class LinearJSDLoss(_ClassesLoss):
+    """`fastdistill.linear_jsd` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def __init__(self, *, beta: float = 0.5, **options: Any) -> None:
+        super().__init__(beta=beta, **options)
+
+    def forward(
+        self,
+        student: Tensor,  # (*, d_s)
+        student_weight: Tensor,  # (V, d_s)
+        teacher: Tensor,  # (*, d_t)
+        teacher_weight: Tensor,  # (V, d_t)
+        *,
+        student_bias: Tensor | None = None,  # (V)
+        teacher_bias: Tensor | None = None,  # (V)
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        rows = {"labels": labels, "mask": mask, "num_items": num_items}
+        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        return F.linear_jsd(student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options)
+
+
+class LinearTVDLoss(_ClassesLoss):
+    """`fastdistill.linear_tvd` with its options fixed; labels, mask and num_items come with the tensors."""
+
+    def forward(
+        self,
+        student: Tensor,  # (*, d_s)
+        student_weight: Tensor,  # (V, d_s)
+        teacher: Tensor,  # (*, d_t)
+        teacher_weight: Tensor,  # (V, d_t)
+        *,
+        student_bias: Tensor | None = None,  # (V)
+        teacher_bias: Tensor | None = None,  # (V)
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        rows = {"labels": labels, "mask": mask, "num_items": num_items}
+        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        return F.linear_tvd(student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options)
+
+
+class _TopKLoss(_Loss):
+    def __init__(
+        self,
+        *,
+        tail: str = "renormalize",
+        temperature: float = 1.0,
+        t_squared: bool = False,
+        alpha: float = 1.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        student_softcap: float | None = None,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            tail=tail,
+            temperature=temperature,
+            t_squared=t_squared,
+            alpha=alpha,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            student_softcap=student_softcap,
+            reduction=reduction,
+            backend=backend,
+        )
+
+
+class TopKSoftCrossEntropyLoss(_TopKLoss):
+    """`fastdistill.topk_soft_cross_entropy` with its options fixed."""
+
+    def forward(
+        self,
+        student_logits: Tensor,  # (*, V)
+        topk_logprobs: Tensor,  # (*, k)
+        topk_indices: Tensor,  # (*, k)
+        *,
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        rows = {"labels": labels, "mask": mask, "num_items": num_items}
+        return F.topk_soft_cross_entropy(student_logits, topk_logprobs, topk_indices, **rows, **self.options)
+
+
+class LinearTopKSoftCrossEntropyLoss(_TopKLoss):
+    """`fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""
+
+    def forward(
+        self,
+        student: Tensor,  # (*, d_s)
+        student_weight: Tensor,  # (V, d_s)
+        topk_logprobs: Tensor,  # (*, k)
+        topk_indices: Tensor,  # (*, k)
+        *,
+        student_bias: Tensor | None = None,  # (V)
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        rows = {"labels": labels, "mask": mask, "num_items": num_items}
+        return F.linear_topk_soft_cross_entropy(
+            student, student_weight, topk_logprobs, topk_indices, student_bias=student_bias, **rows, **self.options
+        )
