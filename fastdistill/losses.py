@@ -5,6 +5,7 @@ What a forward takes and raises is documented at the function of the same name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ __all__ = [
 
 class _Loss(nn.Module):
     """Keeps the options; a repr that shows them."""
+
+    function: Callable[..., Tensor]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -83,10 +86,6 @@ class _AttentionLoss(_Loss):
             backend=backend,
         )
 
-
-class AttentionMSELoss(_AttentionLoss):
-    """`fastdistill.attention_mse` with its scales, causality, reduction and backend fixed."""
-
     def forward(
         self,
         student_query: Tensor,  # (B, H, L, D_s)
@@ -94,41 +93,37 @@ class AttentionMSELoss(_AttentionLoss):
         teacher_query: Tensor,  # (B, H, L, D_t)
         teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
         *,
-        key_mask: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
+        key_mask: Tensor | None = None,  # (B, S)
+        query_mask: Tensor | None = None,  # (B, L)
+        attn_mask: Tensor | None = None,  # broadcastable to (B, H, L, S)
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        masks = {"key_mask": key_mask, "query_mask": query_mask, "attn_mask": attn_mask}
-        return F.attention_mse(
-            student_query, student_key, teacher_query, teacher_key, num_items=num_items, **masks, **self.options
+        return self.function(
+            student_query,
+            student_key,
+            teacher_query,
+            teacher_key,
+            key_mask=key_mask,
+            query_mask=query_mask,
+            attn_mask=attn_mask,
+            num_items=num_items,
+            **self.options,
         )
+
+
+class AttentionMSELoss(_AttentionLoss):
+    """`fastdistill.attention_mse` with its scales, causality, reduction and backend fixed."""
+
+    function = staticmethod(F.attention_mse)
 
 
 class AttentionKLLoss(_AttentionLoss):
     """`fastdistill.attention_kl` with its scales, causality, reduction and backend fixed."""
 
-    def forward(
-        self,
-        student_query: Tensor,  # (B, H, L, D_s)
-        student_key: Tensor,  # (B, H_kv, S, D_s)
-        teacher_query: Tensor,  # (B, H, L, D_t)
-        teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
-        *,
-        key_mask: Tensor | None = None,
-        query_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        masks = {"key_mask": key_mask, "query_mask": query_mask, "attn_mask": attn_mask}
-        return F.attention_kl(
-            student_query, student_key, teacher_query, teacher_key, num_items=num_items, **masks, **self.options
-        )
+    function = staticmethod(F.attention_kl)
 
 
 class _ClassesLoss(_Loss):
-    """Options that every loss over classes has."""
-
     def __init__(
         self,
         *,
@@ -138,7 +133,6 @@ class _ClassesLoss(_Loss):
         ignore_index: int = -100,
         vocab_size: int | None = None,
         student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
         reduction: str = "mean",
         backend: str = "auto",
         **more: Any,
@@ -150,15 +144,15 @@ class _ClassesLoss(_Loss):
             ignore_index=ignore_index,
             vocab_size=vocab_size,
             student_softcap=student_softcap,
-            teacher_softcap=teacher_softcap,
             reduction=reduction,
             backend=backend,
             **more,
         )
 
 
-class SoftCrossEntropyLoss(_ClassesLoss):
-    """`fastdistill.soft_cross_entropy` with its options fixed; labels, mask and num_items come with the tensors."""
+class _LogitsLoss(_ClassesLoss):
+    def __init__(self, *, teacher_softcap: float | None = None, **options: Any) -> None:
+        super().__init__(teacher_softcap=teacher_softcap, **options)
 
     def forward(
         self,
@@ -169,183 +163,109 @@ class SoftCrossEntropyLoss(_ClassesLoss):
         mask: Tensor | None = None,  # (*)
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        return F.soft_cross_entropy(
+        return self.function(
             student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options
         )
 
 
-class KLDivLoss(_ClassesLoss):
-    """`fastdistill.kl_div` with its options fixed; labels, mask and num_items come with the tensors."""
+class _LinearLogitsLoss(_ClassesLoss):
+    def __init__(self, *, teacher_softcap: float | None = None, **options: Any) -> None:
+        super().__init__(teacher_softcap=teacher_softcap, **options)
+
+    def forward(
+        self,
+        student: Tensor,  # (*, d_s)
+        student_weight: Tensor,  # (V, d_s)
+        teacher: Tensor,  # (*, d_t)
+        teacher_weight: Tensor,  # (V, d_t)
+        *,
+        student_bias: Tensor | None = None,  # (V)
+        teacher_bias: Tensor | None = None,  # (V)
+        labels: Tensor | None = None,  # (*)
+        mask: Tensor | None = None,  # (*)
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        return self.function(
+            student,
+            student_weight,
+            teacher,
+            teacher_weight,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            labels=labels,
+            mask=mask,
+            num_items=num_items,
+            **self.options,
+        )
+
+
+class SoftCrossEntropyLoss(_LogitsLoss):
+    """`fastdistill.soft_cross_entropy` with its options fixed; tensors, labels and masks come with the call."""
+
+    function = staticmethod(F.soft_cross_entropy)
+
+
+class KLDivLoss(_LogitsLoss):
+    """`fastdistill.kl_div` with its options fixed; tensors, labels and masks come with the call."""
+
+    function = staticmethod(F.kl_div)
 
     def __init__(self, *, reverse: bool = False, **options: Any) -> None:
         super().__init__(reverse=reverse, **options)
 
-    def forward(
-        self,
-        student_logits: Tensor,  # (*, V)
-        teacher_logits: Tensor,  # (*, V)
-        *,
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return F.kl_div(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options)
 
+class JSDLoss(_LogitsLoss):
+    """`fastdistill.jsd` with its options fixed; tensors, labels and masks come with the call."""
 
-class JSDLoss(_ClassesLoss):
-    """`fastdistill.jsd` with its options fixed; labels, mask and num_items come with the tensors."""
+    function = staticmethod(F.jsd)
 
     def __init__(self, *, beta: float = 0.5, **options: Any) -> None:
         super().__init__(beta=beta, **options)
 
-    def forward(
-        self,
-        student_logits: Tensor,  # (*, V)
-        teacher_logits: Tensor,  # (*, V)
-        *,
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return F.jsd(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options)
+
+class TVDLoss(_LogitsLoss):
+    """`fastdistill.tvd` with its options fixed; tensors, labels and masks come with the call."""
+
+    function = staticmethod(F.tvd)
 
 
-class TVDLoss(_ClassesLoss):
-    """`fastdistill.tvd` with its options fixed; labels, mask and num_items come with the tensors."""
+class LinearSoftCrossEntropyLoss(_LinearLogitsLoss):
+    """`fastdistill.linear_soft_cross_entropy` with its options fixed; tensors, labels and masks come with the call."""
 
-    def forward(
-        self,
-        student_logits: Tensor,  # (*, V)
-        teacher_logits: Tensor,  # (*, V)
-        *,
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return F.tvd(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options)
+    function = staticmethod(F.linear_soft_cross_entropy)
 
 
-class LinearSoftCrossEntropyLoss(_ClassesLoss):
-    """`fastdistill.linear_soft_cross_entropy` with its options fixed; labels, mask and num_items come with the tensors."""
+class LinearKLDivLoss(_LinearLogitsLoss):
+    """`fastdistill.linear_kl_div` with its options fixed; tensors, labels and masks come with the call."""
 
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        teacher: Tensor,  # (*, d_t)
-        teacher_weight: Tensor,  # (V, d_t)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        teacher_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
-        return F.linear_soft_cross_entropy(
-            student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options
-        )
-
-
-class LinearKLDivLoss(_ClassesLoss):
-    """`fastdistill.linear_kl_div` with its options fixed; labels, mask and num_items come with the tensors."""
+    function = staticmethod(F.linear_kl_div)
 
     def __init__(self, *, reverse: bool = False, **options: Any) -> None:
         super().__init__(reverse=reverse, **options)
 
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        teacher: Tensor,  # (*, d_t)
-        teacher_weight: Tensor,  # (V, d_t)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        teacher_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
-        return F.linear_kl_div(student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options)
 
+class LinearJSDLoss(_LinearLogitsLoss):
+    """`fastdistill.linear_jsd` with its options fixed; tensors, labels and masks come with the call."""
 
-class LinearJSDLoss(_ClassesLoss):
-    """`fastdistill.linear_jsd` with its options fixed; labels, mask and num_items come with the tensors."""
+    function = staticmethod(F.linear_jsd)
 
     def __init__(self, *, beta: float = 0.5, **options: Any) -> None:
         super().__init__(beta=beta, **options)
 
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        teacher: Tensor,  # (*, d_t)
-        teacher_weight: Tensor,  # (V, d_t)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        teacher_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
-        return F.linear_jsd(student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options)
+
+class LinearTVDLoss(_LinearLogitsLoss):
+    """`fastdistill.linear_tvd` with its options fixed; tensors, labels and masks come with the call."""
+
+    function = staticmethod(F.linear_tvd)
 
 
-class LinearTVDLoss(_ClassesLoss):
-    """`fastdistill.linear_tvd` with its options fixed; labels, mask and num_items come with the tensors."""
-
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        teacher: Tensor,  # (*, d_t)
-        teacher_weight: Tensor,  # (V, d_t)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        teacher_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
-        return F.linear_tvd(student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options)
-
-
-class _TopKLoss(_Loss):
-    def __init__(
-        self,
-        *,
-        tail: str = "renormalize",
-        temperature: float = 1.0,
-        t_squared: bool = False,
-        alpha: float = 1.0,
-        ignore_index: int = -100,
-        vocab_size: int | None = None,
-        student_softcap: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            tail=tail,
-            temperature=temperature,
-            t_squared=t_squared,
-            alpha=alpha,
-            ignore_index=ignore_index,
-            vocab_size=vocab_size,
-            student_softcap=student_softcap,
-            reduction=reduction,
-            backend=backend,
-        )
+class _TopKLoss(_ClassesLoss):
+    def __init__(self, *, tail: str = "renormalize", **options: Any) -> None:
+        super().__init__(tail=tail, **options)
 
 
 class TopKSoftCrossEntropyLoss(_TopKLoss):
-    """`fastdistill.topk_soft_cross_entropy` with its options fixed."""
+    """`fastdistill.topk_soft_cross_entropy` with its options fixed; tensors, labels and masks come with the call."""
 
     def forward(
         self,
@@ -357,8 +277,9 @@ class TopKSoftCrossEntropyLoss(_TopKLoss):
         mask: Tensor | None = None,  # (*)
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        return F.topk_soft_cross_entropy(student_logits, topk_logprobs, topk_indices, **rows, **self.options)
+        return F.topk_soft_cross_entropy(
+            student_logits, topk_logprobs, topk_indices, labels=labels, mask=mask, num_items=num_items, **self.options
+        )
 
 
 class LinearTopKSoftCrossEntropyLoss(_TopKLoss):
@@ -376,7 +297,14 @@ class LinearTopKSoftCrossEntropyLoss(_TopKLoss):
         mask: Tensor | None = None,  # (*)
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
         return F.linear_topk_soft_cross_entropy(
-            student, student_weight, topk_logprobs, topk_indices, student_bias=student_bias, **rows, **self.options
+            student,
+            student_weight,
+            topk_logprobs,
+            topk_indices,
+            student_bias=student_bias,
+            labels=labels,
+            mask=mask,
+            num_items=num_items,
+            **self.options,
         )
