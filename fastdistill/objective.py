@@ -1,0 +1,365 @@
+"""The losses between a student and its teacher: a layer map, the projections it needs, and one dict of losses.
+
+TinyBERT's terms (arXiv 1909.10351, equations 7 to 11), all with weight 1:
+
+- `embedding`: MSE between the projected student embedding output and the teacher's;
+- `hidden`: the same for the outputs of the mapped layers, summed over layers;
+- `attention`: MSE between attention scores before the softmax, summed over layers;
+- `prediction`: cross-entropy against the teacher's softened prediction, or for a regression the MSE against the
+  gold score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastdistill.capture import LayerAttention, States
+from fastdistill.functional import attention_mse, linear_mse, soft_cross_entropy
+
+__all__ = ["PROJECTIONS_NAME", "SETTINGS_NAME", "TERMS", "Objective", "resolve_layer_map"]
+
+TERMS = ("embedding", "hidden", "attention", "prediction")
+INNER_TERMS = TERMS[:3]
+PROJECTIONS_NAME = "projections.safetensors"
+SETTINGS_NAME = "objective.json"
+
+
+def resolve_layer_map(
+    layer_map: str | Sequence[int | None], student_layers: int, teacher_layers: int
+) -> tuple[int | None, ...]:
+    """The teacher's hidden state each of the student's hidden states 0..M learns from; None: learns from none.
+
+    Hidden state 0 is the embedding output and hidden state i the output of layer i, so a map of M layers has M + 1
+    entries. With N teacher layers:
+
+    - "uniform": i <- i N / M; M must divide N. As published.
+    - "top": i <- i + N - M, the teacher's upper layers; 0 <- 0.
+    - "bottom": i <- i, the teacher's lower layers.
+    - "last": M <- N alone, and 0 <- 0.
+    - a sequence of M + 1 indices or None.
+
+    Raises ValueError saying which entry is wrong.
+    """
+    m, n = student_layers, teacher_layers
+    if isinstance(layer_map, str):
+        if layer_map == "last":
+            return (0, *[None] * (m - 1), n)
+        if layer_map not in ("uniform", "top", "bottom"):
+            raise ValueError(
+                f"layer_map is {layer_map!r}; it should be 'uniform', 'top', 'bottom', 'last' or a list of "
+                f"{m + 1} teacher indices"
+            )
+        if m > n:
+            raise ValueError(
+                f"layer_map {layer_map!r} needs a teacher at least as deep as the student; the student has {m} "
+                f"layers, the teacher {n}. Give a list of {m + 1} teacher indices"
+            )
+        if layer_map == "uniform":
+            if n % m:
+                raise ValueError(
+                    f"layer_map 'uniform' needs a student depth that divides the teacher's; {m} does not divide "
+                    f"{n}. Use 'top', 'bottom', 'last' or a list of {m + 1} teacher indices"
+                )
+            return tuple(i * (n // m) for i in range(m + 1))
+        return (0, *(i + (n - m if layer_map == "top" else 0) for i in range(1, m + 1)))
+    if len(layer_map) != m + 1:
+        raise ValueError(
+            f"layer_map has {len(layer_map)} entries; a student of {m} layers has {m + 1} hidden states, of which "
+            "entry 0 is the embedding output"
+        )
+    for i, index in enumerate(layer_map):
+        if index is not None and not (isinstance(index, int) and 0 <= index <= n):
+            raise ValueError(f"layer_map[{i}] is {index!r}; it should be None or 0..{n}, the teacher's hidden states")
+    return tuple(layer_map)
+
+
+class Objective(nn.Module):
+    """Turns captured student and teacher states into a dict of losses; owns the projections between their widths.
+
+    Args:
+        student_config, teacher_config: transformers configs, for depths, widths and head counts. The teacher's may
+            be None when `terms` is ("prediction",).
+        terms: which of "embedding", "hidden", "attention", "prediction" to compute.
+        layer_map: see `resolve_layer_map`. Attention layer i learns from the same teacher layer as hidden state i.
+        projection: "shared", one Linear with bias for all hidden states as published, or "per_layer".
+        parity: "masked": padding never counts. "official": as the published code computes it, padding counted in
+            the denominators of the inner terms, the prediction's mean taken over rows and classes.
+        temperature: of the prediction term; no factor temperature^2.
+
+    Raises:
+        ValueError: an unknown option, a layer map that does not fit, another number of heads (attention).
+    """
+
+    def __init__(
+        self,
+        student_config: Any,
+        teacher_config: Any = None,
+        *,
+        terms: Sequence[str] = INNER_TERMS,
+        layer_map: str | Sequence[int | None] = "uniform",
+        projection: str = "shared",
+        parity: str = "masked",
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        unknown = [term for term in terms if term not in TERMS]
+        if unknown or not terms or isinstance(terms, str):
+            raise ValueError(f"terms is {terms!r}; it should be a sequence out of {TERMS}")
+        if projection not in ("shared", "per_layer"):
+            raise ValueError(f"projection is {projection!r}; it should be 'shared' or 'per_layer'")
+        if parity not in ("masked", "official"):
+            raise ValueError(f"parity is {parity!r}; it should be 'masked' or 'official'")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature!r}; it should be above 0")
+        self.terms = tuple(term for term in TERMS if term in terms)
+        self.projection = projection
+        self.parity = parity
+        self.temperature = float(temperature)
+        self.is_regression = "prediction" in terms and _is_regression(student_config)
+        self.layer_map: tuple[int | None, ...] = ()
+        self.projections = nn.ModuleDict()
+        inner = [term for term in self.terms if term in INNER_TERMS]
+        if not inner:
+            return
+        if teacher_config is None:
+            raise ValueError(f"teacher_config is None; the terms {inner} need a teacher")
+
+        self.layer_map = resolve_layer_map(
+            layer_map, student_config.num_hidden_layers, teacher_config.num_hidden_layers
+        )
+        if "embedding" in inner and self.layer_map[0] is None:
+            raise ValueError("layer_map[0] is None, so the embedding term has no target; leave it out of terms")
+        if "attention" in inner:
+            self._check_attention(student_config, teacher_config)
+        for index in self.student_hidden:
+            name = "shared" if projection == "shared" else str(index)
+            if name not in self.projections:
+                self.projections[name] = nn.Linear(student_config.hidden_size, teacher_config.hidden_size)
+
+    def _check_attention(self, student_config: Any, teacher_config: Any) -> None:
+        heads = (student_config.num_attention_heads, teacher_config.num_attention_heads)
+        if heads[0] != heads[1]:
+            raise ValueError(
+                f"the student has {heads[0]} attention heads, the teacher {heads[1]}; the attention term compares "
+                "them one to one. Give the student as many heads, leave 'attention' out of terms, or use relation "
+                "losses with re-split heads (fastdistill.attention_kl on queries and keys reshaped to a common "
+                "number of heads, as MiniLMv2 does)"
+            )
+        if not self.attention:
+            raise ValueError("layer_map maps no layer, so the attention term has no target; leave it out of terms")
+        if 0 in self.attention.values():
+            raise ValueError(
+                "layer_map maps a layer to 0, the embedding output, which has no attention; map it to 1 or above, "
+                "to None, or leave 'attention' out of terms"
+            )
+
+    # -- what to capture -----------------------------------------------------------------------------------
+
+    @property
+    def hidden(self) -> dict[int, int]:
+        """Student hidden state -> teacher hidden state, for the embedding and hidden terms."""
+        return {
+            i: target
+            for i, target in enumerate(self.layer_map)
+            if target is not None and ("embedding" if i == 0 else "hidden") in self.terms
+        }
+
+    @property
+    def attention(self) -> dict[int, int]:
+        """Student layer -> teacher layer, from 1, for the attention term."""
+        if "attention" not in self.terms:
+            return {}
+        return {i: target for i, target in enumerate(self.layer_map) if i > 0 and target is not None}
+
+    def _projection(self, index: int) -> nn.Linear:
+        projection = self.projections["shared" if self.projection == "shared" else str(index)]
+        assert isinstance(projection, nn.Linear)
+        return projection
+
+    @property
+    def student_hidden(self) -> list[int]:
+        return sorted(self.hidden)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term looks at the teacher: a regression on gold scores does not."""
+        return self.terms != ("prediction",) or not self.is_regression
+
+    # -- losses --------------------------------------------------------------------------------------------
+
+    def count(self, batch: Mapping[str, Any]) -> Tensor:
+        """Items in a batch: (rows, tokens, pairs, causal pairs), int64, on the batch's device, not synchronised.
+
+        They add up over micro-batches and processes; `forward` takes the sum as `num_items`. A pair is a query
+        and a key that may attend each other, counted once for all heads. In "official" parity padding counts.
+        """
+        rows, length = batch["input_ids"].shape[:2]
+        mask = None if self.parity == "official" else batch.get("attention_mask")
+        if mask is None:
+            counts = (rows, rows * length, rows * length**2, rows * length * (length + 1) // 2)
+            return torch.tensor(counts, device=batch["input_ids"].device)
+        mask = mask.long()
+        tokens = mask.sum(1)  # (B)
+        causal = (mask * mask.cumsum(1)).sum()
+        return torch.stack([torch.full_like(causal, rows), tokens.sum(), (tokens**2).sum(), causal])
+
+    def forward(
+        self,
+        student: States,
+        teacher: States | None = None,
+        *,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        teacher_logits: Tensor | None = None,
+        num_items: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of one batch, by term, each a scalar.
+
+        Args:
+            student, teacher: captured states; a regression needs no teacher.
+            mask: `(B, L)`, 1 or True = a token, 0 or False = padding; None: no padding.
+            labels: `(B)` gold scores of a regression.
+            teacher_logits: `(B, C)`, in place of `teacher.logits`.
+            num_items: the sum of `count` over everything that makes one optimiser step; this batch's without.
+        """
+        mask = None if mask is None else mask.bool()
+        rows, tokens, pairs, causal_pairs = (None,) * 4 if num_items is None else num_items.unbind()
+        losses: dict[str, Tensor] = {}
+        if self.hidden or self.attention:
+            if teacher is None:
+                raise ValueError(f"teacher is None; the terms {self.terms} need the teacher's states")
+            for i, target in self.hidden.items():
+                projection = self._projection(i)
+                loss = linear_mse(
+                    student.hidden[i],
+                    projection.weight,
+                    teacher.hidden[target],
+                    projection.bias,
+                    mask=None if self.parity == "official" else mask,
+                    num_items=tokens,
+                )
+                _add(losses, "embedding" if i == 0 else "hidden", loss)
+            for i, target in self.attention.items():
+                layers = (student.attention[i], teacher.attention[target])
+                _add(losses, "attention", self._attention_loss(*layers, mask, tokens, pairs, causal_pairs))
+        if "prediction" in self.terms:
+            if teacher_logits is None and teacher is not None:
+                teacher_logits = teacher.logits
+            losses["prediction"] = self._prediction_loss(student.logits, teacher_logits, mask, labels, rows, tokens)
+        return losses
+
+    def _attention_loss(
+        self,
+        student: LayerAttention,
+        teacher: LayerAttention,
+        mask: Tensor | None,
+        tokens: Tensor | None,
+        pairs: Tensor | None,
+        causal_pairs: Tensor | None,
+    ) -> Tensor:
+        batch, heads, length, _ = student.query.shape
+        is_causal = student.is_causal or teacher.is_causal
+        attn_mask = student.attn_mask
+        if teacher.attn_mask is not None:
+            attn_mask = teacher.attn_mask if attn_mask is None else attn_mask & teacher.attn_mask
+        num_items: int | Tensor | None
+        share: float | Tensor = 1.0
+        if self.parity == "official":
+            num_items = heads * (batch * length**2 if pairs is None else pairs)
+        elif attn_mask is not None:
+            # Pairs of a dense mask are known only now, so that micro-batches are weighted by their tokens.
+            num_items = None
+            if tokens is not None:
+                share = (batch * length if mask is None else mask.sum()) / tokens
+        else:
+            counted = causal_pairs if is_causal else pairs
+            num_items = None if counted is None else heads * counted
+        return share * attention_mse(
+            student.query,
+            student.key,
+            teacher.query,
+            teacher.key,
+            student_scale=student.scale,
+            teacher_scale=teacher.scale,
+            key_mask=mask,
+            query_mask=None if self.parity == "official" else mask,
+            is_causal=is_causal,
+            attn_mask=attn_mask,
+            num_items=num_items,
+        )
+
+    def _prediction_loss(
+        self,
+        logits: Tensor | None,
+        teacher_logits: Tensor | None,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        rows: Tensor | None,
+        tokens: Tensor | None,
+    ) -> Tensor:
+        if logits is None:
+            raise ValueError("the student returned no logits; the prediction term needs a model with a head")
+        if self.is_regression:
+            if labels is None:
+                raise ValueError("labels is None; a regression learns from gold scores (B)")
+            return linear_mse(logits, None, labels.to(logits.dtype).view(logits.shape), num_items=rows)
+        if teacher_logits is None:
+            raise ValueError("there are no teacher logits; give a teacher with a head, or teacher_logits")
+        per_token = logits.dim() == 3  # (B, L, C): token classification, language models
+        mask = mask if per_token and self.parity == "masked" else None
+        num_items: int | Tensor | None = tokens if per_token else rows
+        if self.parity == "official":
+            num_items = logits.shape[-1] * (logits.shape[:-1].numel() if num_items is None else num_items)
+        return soft_cross_entropy(logits, teacher_logits, temperature=self.temperature, mask=mask, num_items=num_items)
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the projections' weights, as plain values."""
+        return {
+            "terms": list(self.terms),
+            "layer_map": list(self.layer_map),
+            "projection": self.projection,
+            "parity": self.parity,
+            "temperature": self.temperature,
+        }
+
+    def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write `objective.json`, and the projections' weights to `projections.safetensors` if there are any."""
+        folder = Path(folder)
+        (folder / SETTINGS_NAME).write_text(json.dumps(self.settings(), indent=2) + "\n")
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        if state_dict:
+            save_file({name: x.contiguous() for name, x in state_dict.items()}, folder / PROJECTIONS_NAME)
+
+    def load_projections(self, folder: str | Path) -> None:
+        """Read `projections.safetensors` written by an objective with the same layer map and projection.
+
+        Raises FileNotFoundError, and ValueError where the projections there are not those of this objective.
+        """
+        path = Path(folder) / PROJECTIONS_NAME
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a stage with projections writes it")
+        saved = load_file(path)
+        expected = {name: tuple(x.shape) for name, x in self.state_dict().items()}
+        found = {name: tuple(x.shape) for name, x in saved.items()}
+        if found != expected:
+            raise ValueError(
+                f"{path} holds {found}; this objective has {expected}. Use the same layer map, projection and models"
+            )
+        self.load_state_dict(saved)
+
+
+def _add(losses: dict[str, Tensor], term: str, loss: Tensor) -> None:
+    losses[term] = losses[term] + loss if term in losses else loss
+
+
+def _is_regression(config: Any) -> bool:
+    return config.num_labels == 1 or getattr(config, "problem_type", None) == "regression"

@@ -1,0 +1,344 @@
+"""The three stages of TinyBERT (arXiv 1909.10351): general, intermediate, prediction.
+
+A stage is a plain object that owns its data, its losses and its schedule; `run` trains a student and returns it:
+
+    GeneralStage(corpus=["corpus.txt"]).run(student, teacher, tokenizer, "out/general")
+    IntermediateStage(dataset=dataset).run(classifier, task_teacher, tokenizer, "out/intermediate")
+    PredictionStage(dataset=dataset).run(classifier, task_teacher, tokenizer, "out/student")
+
+Defaults are the published recipe's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastdistill.capture import capture
+from fastdistill.objective import INNER_TERMS, Objective
+from fastdistill.trainer import DistillationTrainer, PaddingCollator, load_student
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["GeneralStage", "IntermediateStage", "PredictionStage", "add_teacher_logits", "pack_corpus"]
+
+
+@dataclass(kw_only=True)
+class _Stage(ABC):
+    """What the stages share.
+
+    Attributes:
+        epochs, batch_size (per process), learning_rate, warmup (share of the steps), scheduler, weight_decay (not
+            on biases and norms): the schedule.
+        terms, layer_map, projection, parity, temperature: see `fastdistill.objective.Objective`.
+        projections: a folder written by an earlier stage, whose projections this one continues from.
+        seed: of shuffling, dropout and new projections.
+        arguments: anything else transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"}, ...);
+            it wins over the attributes here.
+    """
+
+    epochs: float
+    batch_size: int
+    learning_rate: float
+    warmup: float = 0.0
+    scheduler: str = "linear"
+    weight_decay: float = 0.01
+    terms: Sequence[str]
+    layer_map: str | Sequence[int | None] = "uniform"
+    projection: str = "shared"
+    parity: str = "masked"
+    temperature: float = 1.0
+    projections: str | Path | None = None
+    seed: int = 42
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        tokenizer: Any,
+        output_dir: str | Path,
+        *,
+        eval_dataset: Dataset | None = None,
+        compute_metrics: Any = None,
+        callbacks: Sequence[Any] = (),
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> PreTrainedModel:
+        """Train `student` in place and write it to `output_dir`, whole or not at all.
+
+        `output_dir` receives the student as a plain transformers model, the tokenizer, `objective.json`,
+        `projections.safetensors` where there are any, and `trainer_state.json` with the losses over the steps.
+        Work goes on in `<output_dir>.partial` beside it, which an interrupted run leaves behind.
+
+        Args:
+            resume: continue an interrupted run; return the finished student where there is one.
+            overwrite: replace what is in `output_dir`, and drop an interrupted run.
+
+        Raises:
+            FileExistsError: `output_dir` is not empty, or an interrupted run lies beside it, and neither `resume`
+                nor `overwrite` is set.
+            ValueError: what `Objective` and `DistillationTrainer.check` refuse.
+        """
+        output = Path(output_dir)
+        work = output.with_name(output.name + ".partial")
+        if resume and overwrite:
+            raise ValueError("resume and overwrite are both set; choose one")
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            if resume:
+                load_student(student, output)
+                return student.eval()
+            if not overwrite:
+                raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
+        if work.exists() and not resume:
+            if not overwrite:
+                raise FileExistsError(
+                    f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
+                )
+            shutil.rmtree(work)
+
+        args = self._training_arguments(work)
+        torch.manual_seed(args.seed)  # new projections
+        objective = Objective(
+            student.config,
+            None if teacher is None else teacher.config,
+            terms=self.terms,
+            layer_map=self.layer_map,
+            projection=self.projection,
+            parity=self.parity,
+            temperature=self.temperature,
+        )
+        if self.projections is not None:
+            objective.load_projections(self.projections)
+        with args.main_process_first(desc="preparing the data"):
+            dataset = self.prepare(tokenizer)
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            objective,
+            args,
+            processing_class=tokenizer,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics,
+            callbacks=list(callbacks),
+        )
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() and resume else None)
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            for checkpoint in work.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            _replace(output, work)
+        trainer.accelerator.wait_for_everyone()
+        return student.eval()
+
+    @abstractmethod
+    def prepare(self, tokenizer: Any) -> Dataset:
+        """The rows to train on, tokenised, with a `length` column."""
+
+    def _training_arguments(self, work: Path) -> TrainingArguments:
+        options: dict[str, Any] = {
+            "output_dir": str(work),
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": max(self.batch_size, 64),
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup,  # below 1: a share of all steps
+            "lr_scheduler_type": self.scheduler,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+            "save_total_limit": 1,
+            "logging_steps": 50,
+            # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
+            "logging_nan_inf_filter": False,
+            "ddp_find_unused_parameters": False,  # the trainer freezes what gets no gradient
+        }
+        # Batches of similar length need little padding. Named `group_by_length` in transformers 5.0.
+        names = {option.name for option in fields(TrainingArguments)}
+        if "train_sampling_strategy" in names:
+            options["train_sampling_strategy"] = "group_by_length"
+        else:
+            options["group_by_length"] = True
+        return TrainingArguments(**{**options, **self.arguments})
+
+
+@dataclass(kw_only=True)
+class GeneralStage(_Stage):
+    """Stage 1: inner losses on a corpus of plain text. Defaults: 3 epochs, batches of 256, learning rate 5e-5, linear
+    with warm-up over the first 10%.
+
+    Attributes:
+        corpus: text files, or a data set with a `text` column or with `input_ids` already.
+        max_length: tokens in a block; sentences are packed into blocks.
+    """
+
+    corpus: Sequence[str | Path] | Dataset
+    max_length: int = 128
+    epochs: float = 3
+    batch_size: int = 256
+    learning_rate: float = 5e-5
+    warmup: float = 0.1
+    terms: Sequence[str] = INNER_TERMS
+
+    def prepare(self, tokenizer: Any) -> Dataset:
+        return pack_corpus(self.corpus, tokenizer, self.max_length)
+
+
+@dataclass(kw_only=True)
+class IntermediateStage(_Stage):
+    """Stage 2, first half: the same losses on the task's (augmented) text. Defaults: 20 epochs, batches of 32,
+    learning rate 5e-5, constant.
+
+    Attributes:
+        dataset: tokenised rows, as `fastdistill.tasks.tokenize` makes them.
+    """
+
+    dataset: Dataset
+    epochs: float = 20
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    scheduler: str = "constant"
+    terms: Sequence[str] = INNER_TERMS
+
+    def prepare(self, tokenizer: Any) -> Dataset:
+        return add_length(self.dataset)
+
+
+@dataclass(kw_only=True)
+class PredictionStage(_Stage):
+    """Stage 2, second half: the teacher's soft predictions, or the gold scores of a regression. Defaults: 3 epochs,
+    batches of 32, learning rate 3e-5, linear with warm-up over the first 10%.
+
+    Attributes:
+        dataset: tokenised rows. With the `teacher_logits` of `add_teacher_logits` the teacher does not run.
+    """
+
+    dataset: Dataset
+    epochs: float = 3
+    batch_size: int = 32
+    learning_rate: float = 3e-5
+    warmup: float = 0.1
+    terms: Sequence[str] = field(default=("prediction",), init=False)
+
+    def prepare(self, tokenizer: Any) -> Dataset:
+        return add_length(self.dataset)
+
+
+def pack_corpus(
+    corpus: Sequence[str | Path] | Dataset, tokenizer: Any, max_length: int = 128, column: str = "text"
+) -> Dataset:
+    """Tokenise text and pack it into blocks of `max_length` tokens, each with the tokenizer's special tokens.
+
+    Blocks run on over line ends; the rest of every 10000 lines is a shorter block.
+
+    Args:
+        corpus: text files (UTF-8, one sentence or paragraph a line), or a data set with that text column. A data
+            set with `input_ids` is taken as it is.
+
+    Returns `input_ids` (lists of at most `max_length` ints) and `length`.
+    Raises FileNotFoundError, and ValueError where no text or no room for it is left.
+    """
+    from datasets import Dataset, load_dataset
+
+    if isinstance(corpus, Dataset):
+        if "input_ids" in corpus.column_names:
+            return add_length(corpus)
+        dataset = corpus
+    else:
+        if isinstance(corpus, (str, Path)) or not corpus:
+            raise ValueError(f"corpus is {corpus!r}; it should be a non-empty list of text files, or a data set")
+        for path in corpus:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"{path}: no such file; the corpus is made of text files")
+        dataset = load_dataset("text", data_files=[str(path) for path in corpus], split="train")
+
+    prefix, suffix = special_tokens(tokenizer)
+    room = max_length - len(prefix) - len(suffix)
+    if room < 1:
+        raise ValueError(f"max_length is {max_length}; the tokenizer's special tokens leave no room for text")
+
+    def pack(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        lines = [line for line in batch[column] if line and not line.isspace()]
+        rows = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
+        stream = [token for row in rows for token in row]
+        blocks = [[*prefix, *stream[i : i + room], *suffix] for i in range(0, len(stream), room)]
+        return {"input_ids": blocks, "length": [len(block) for block in blocks]}
+
+    dataset = dataset.map(
+        pack, batched=True, batch_size=10_000, remove_columns=dataset.column_names, desc="Packing the corpus"
+    )
+    if not len(dataset):
+        raise ValueError("corpus holds no text")
+    return dataset
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids a tokenizer puts before and after a single text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    raise ValueError(f"{type(tokenizer).__name__} changes a text when it adds special tokens; pass input_ids instead")
+
+
+def add_length(dataset: Dataset) -> Dataset:
+    """Add the `length` of each row's `input_ids`, by which batches are grouped."""
+    if "length" in dataset.column_names:
+        return dataset
+    return dataset.map(
+        lambda batch: {"length": [len(row) for row in batch["input_ids"]]}, batched=True, desc="Measuring rows"
+    )
+
+
+def add_teacher_logits(dataset: Dataset, teacher: PreTrainedModel, tokenizer: Any, batch_size: int = 128) -> Dataset:
+    """Run the teacher once over a data set and keep its logits in the column `teacher_logits`, float32 (C) a row.
+
+    A teacher in eval mode gives the same logits in every epoch and for every seed, so that the prediction stage need
+    not run it again. For sequence classifiers: raises ValueError where the logits are not (B, C).
+    """
+    from tqdm.auto import tqdm
+
+    teacher.eval()
+    device = next(teacher.parameters()).device
+    collate = PaddingCollator(tokenizer)
+    columns = [name for name in tokenizer.model_input_names if name in dataset.column_names]
+    inputs = dataset.select_columns(columns)
+    lengths = add_length(dataset)["length"]
+    order = sorted(range(len(dataset)), key=lengths.__getitem__)
+    logits: list[Any] = [None] * len(dataset)
+    for start in tqdm(range(0, len(order), batch_size), desc="Teacher logits"):
+        rows = order[start : start + batch_size]
+        batch = {name: x.to(device) for name, x in collate([inputs[row] for row in rows]).items()}
+        with torch.no_grad():
+            found = capture(teacher, batch).logits
+        if found is None or found.dim() != 2:
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(
+                f"the teacher's logits are {shape}; add_teacher_logits needs a sequence classifier, (B, C)"
+            )
+        for row, values in zip(rows, found.float().cpu().numpy(), strict=True):
+            logits[row] = values
+    if "teacher_logits" in dataset.column_names:
+        dataset = dataset.remove_columns("teacher_logits")
+    return dataset.add_column("teacher_logits", logits)
+
+
+def _replace(output: Path, work: Path) -> None:
+    """Put `work` in the place of `output`, which is never half written."""
+    old = output.with_name(output.name + ".old")
+    if output.exists():
+        output.rename(old)
+    work.rename(output)
+    if old.exists():
+        shutil.rmtree(old)

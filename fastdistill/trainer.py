@@ -1,0 +1,387 @@
+"""DistillationTrainer: transformers' Trainer with a teacher and an objective.
+
+The student and its projections are one module, so that the optimiser, DDP, FSDP and checkpoints see both, and the
+loss is computed inside that module's forward. The teacher stays outside, in eval mode, without gradients.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
+
+from fastdistill.capture import (
+    States,
+    capturable,
+    capture,
+    refuse_reentrant_checkpointing,
+)
+from fastdistill.objective import Objective
+
+__all__ = ["DistillationModel", "DistillationTrainer", "PaddingCollator"]
+
+
+class PaddingCollator(DataCollatorWithPadding):
+    """Pads a batch to its longest row, and leaves out an `attention_mask` that masks nothing.
+
+    Without one, attention takes its fastest path and nobody needs to read the mask back from the device.
+    """
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().__call__(features)
+        if "attention_mask" in batch and bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+        return batch
+
+
+class DistillationModel(nn.Module):
+    """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}."""
+
+    accepts_loss_kwargs = True  # losses are divided by num_items, not again by the accumulation steps
+
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+
+    def forward(
+        self,
+        teacher: States | None = None,
+        teacher_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items: Tensor | None = None,
+        with_loss: bool = True,
+        **batch: Tensor,
+    ) -> dict[str, Tensor | None]:
+        objective = self.objective
+        # The head of a student that learns inner states only would compute logits nobody reads.
+        student = self.student if "prediction" in objective.terms or not with_loss else self.student.base_model
+        states = capture(
+            student,
+            batch,
+            hidden=tuple(objective.hidden) if with_loss else (),
+            attention=tuple(objective.attention) if with_loss else (),
+        )
+        if not with_loss:
+            return {"logits": states.logits}
+        losses = objective(
+            states,
+            teacher,
+            mask=batch.get("attention_mask"),
+            labels=labels,
+            teacher_logits=teacher_logits,
+            num_items=num_items,
+        )
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses, "logits": states.logits}
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Called by Trainer; `gradient_checkpointing_enable` is its name in transformers before 5.20."""
+        if hasattr(self.student, "activation_checkpointing_enable"):
+            self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+        else:
+            self.student.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+
+class DistillationTrainer(Trainer):
+    """Trains `model` to follow `teacher`. Every other argument is transformers.Trainer's.
+
+    Checkpoints hold a plain transformers student (`AutoModel.from_pretrained` loads it), its tokenizer,
+    `projections.safetensors` and `objective.json`. Each loss is logged under its term's name. Before the first step
+    `check` runs.
+
+    Args:
+        model: the student.
+        teacher: a transformers model; may be None where nothing needs it (a regression on gold scores, or a data
+            set with a `teacher_logits` column and the prediction term alone).
+        objective: what to compare, with the projections to learn.
+        data_collator: `PaddingCollator(processing_class)` by default.
+    """
+
+    _signature_columns: list[str] | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        objective: Objective,
+        args: TrainingArguments | None = None,
+        *,
+        processing_class: Any = None,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if data_collator is None and processing_class is not None:
+            data_collator = PaddingCollator(processing_class)
+        self.teacher = teacher
+        super().__init__(
+            model=DistillationModel(model, objective),
+            args=args,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **kwargs,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would use DataParallel, which cannot pass the teacher's "
+                "states on; start one process per GPU with torchrun or accelerate launch"
+            )
+        if teacher is not None:
+            teacher.eval()
+            if getattr(teacher, "hf_device_map", None) is None:
+                teacher.to(self.args.device)
+        self._sums: dict[str, Tensor] = {}  # of each term since the last log, on the device
+        self._logged_step = 0
+
+    @property
+    def student(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model).student
+
+    @property
+    def objective(self) -> Objective:
+        return self.accelerator.unwrap_model(self.model).objective
+
+    # -- loss ----------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        if not batch_samples:
+            return None
+        counts = torch.stack([self.objective.count(batch) for batch in batch_samples]).sum(0).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return counts
+
+    def _teacher_states(self, inputs: Mapping[str, Any]) -> States | None:
+        objective = self.objective
+        if self.teacher is None or not objective.needs_teacher:
+            return None
+        predicts = "prediction" in objective.terms
+        if not objective.layer_map and "teacher_logits" in inputs:
+            return None
+        teacher = self.teacher if predicts and "teacher_logits" not in inputs else self.teacher.base_model
+        with torch.no_grad(), self.accelerator.autocast():
+            return capture(
+                teacher,
+                inputs,
+                hidden=set(objective.hidden.values()),
+                attention=set(objective.attention.values()),
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        outputs = model(**inputs, teacher=self._teacher_states(inputs), num_items=num_items_in_batch)
+        # Counted over all processes, whose gradients DDP and FSDP average.
+        is_global = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        scale = self.args.world_size if is_global else 1
+        if model.training:
+            for term in self.objective.terms:
+                loss = outputs[term].detach() * scale
+                self._sums[term] = self._sums[term] + loss if term in self._sums else loss
+        loss = outputs["loss"] * scale
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The distillation loss where it can be had, the student's logits, the labels."""
+        inputs = self._prepare_inputs(inputs)
+        has_target = self.teacher is not None or not self.objective.needs_teacher or "teacher_logits" in inputs
+        with torch.no_grad():
+            if has_target:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            else:
+                loss, outputs = None, model(**inputs, with_loss=False)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs["logits"], inputs.get("labels")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._sums:
+            steps = max(self.state.global_step - self._logged_step, 1)
+            means = self.accelerator.reduce(torch.stack(list(self._sums.values())), "mean") / steps
+            logs.update(zip(self._sums, means.tolist(), strict=True))
+            self._sums, self._logged_step = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # -- before the first step -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse what would fail late or train nothing, before the first step.
+
+        Raises ValueError where the vocabularies differ, the classes or their order differ, the student recomputes
+        activations in reentrant mode, or one small forward pass captures no layers it should.
+        """
+        objective, student, teacher = self.objective, self.student, self.teacher
+        if teacher is None:
+            columns = getattr(self.train_dataset, "column_names", None) or ()
+            if objective.needs_teacher and (objective.layer_map or "teacher_logits" not in columns):
+                raise ValueError(
+                    f"teacher is None; the terms {objective.terms} need one, or for the prediction term alone a "
+                    "teacher_logits column in train_dataset"
+                )
+        else:
+            check_vocabularies(student.config, teacher.config, self.processing_class)
+            if "prediction" in objective.terms and objective.needs_teacher:
+                check_classes(student.config, teacher.config)
+        if self._checkpointing_is_reentrant():
+            raise ValueError(
+                "activation checkpointing is set to reentrant mode, which detaches captured states, so that losses on "
+                'them would train nothing; pass {"use_reentrant": False}'
+            )
+        refuse_reentrant_checkpointing(student)
+
+    def _checkpointing_is_reentrant(self) -> bool:
+        options = getattr(self.args, "activation_checkpointing_kwargs", None) or getattr(
+            self.args, "gradient_checkpointing_kwargs", None
+        )
+        return bool(options and options.get("use_reentrant"))
+
+    @contextmanager
+    def _trainable(self) -> Iterator[None]:
+        """One small forward and backward pass; freezes for the block what gets no gradient from this objective.
+
+        An inner objective never reaches the pooler and the classifier, nor an attention-only one the end of the last
+        layer. DDP waits for their gradients, and weight decay would shrink them.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        rows = list(itertools.islice(iter(self.train_dataset), min(2, self.args.per_device_train_batch_size)))
+        batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
+        device = next(self.student.parameters()).device
+        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        was_training = model.training
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            model.train()
+            with self.accelerator.autocast():
+                loss = model(**batch, teacher=self._teacher_states(batch))["loss"]
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(f"the loss of the first rows is {loss.item()}; the student or the teacher overflows")
+            if loss.requires_grad:
+                loss.backward()
+        model.train(was_training)
+        frozen = [p for p in model.parameters() if p.requires_grad and p.grad is None]
+        model.zero_grad(set_to_none=True)
+        if not any(p.requires_grad for p in model.parameters()) or len(frozen) == sum(
+            p.requires_grad for p in model.parameters()
+        ):
+            raise ValueError(f"no parameter of the student gets a gradient from the terms {self.objective.terms}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def _capturable(self) -> Iterator[None]:
+        models = (self.student, self.teacher) if self.objective.attention else ()
+        with capturable(*models):
+            yield
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.check()
+        with self._capturable(), self._trainable():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with self._capturable():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that student or teacher take: a DistilBERT student has no token types, its teacher does."""
+        if self._signature_columns is None:
+            models = [model for model in (self.student, self.teacher) if model is not None]
+            names = itertools.chain.from_iterable(inspect.signature(model.forward).parameters for model in models)
+            self._signature_columns = list(
+                dict.fromkeys([*names, "labels", "label", "label_ids", "teacher_logits", "length"])
+            )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = {name: _strip(state_dict, name) for name in ("student.", "objective.")}
+        self.student.save_pretrained(folder, state_dict=parts["student."])
+        self.objective.save(folder, parts["objective."])
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        if not os.path.isdir(resume_from_checkpoint):
+            raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}; there is no such folder")
+        load_student(self.student, resume_from_checkpoint)
+        if len(self.objective.projections):
+            self.objective.load_projections(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def load_student(student: PreTrainedModel, folder: str | Path) -> None:
+    """Read a student's weights back in place, whatever transformers did to write them (ties, shards, renames)."""
+    saved = type(student).from_pretrained(str(folder), dtype=student.dtype)
+    student.load_state_dict(saved.state_dict())
+
+
+def _strip(state_dict: dict[str, Any] | None, prefix: str) -> dict[str, Any] | None:
+    if state_dict is None:
+        return None
+    return {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}
+
+
+def check_vocabularies(student: Any, teacher: Any, tokenizer: Any = None) -> None:
+    """ValueError where the configs' vocabularies differ in size, or the tokenizer has more tokens than they do."""
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"the student's vocabulary has {student.vocab_size} tokens, the teacher's {teacher.vocab_size}; both read "
+            "the same token ids, so give the student the teacher's tokenizer and vocab_size"
+        )
+    if tokenizer is not None and len(tokenizer) > student.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the models {student.vocab_size}; use the teacher's tokenizer"
+        )
+
+
+def check_classes(student: Any, teacher: Any) -> None:
+    """ValueError where the configs' classes differ in number or, where both name them, in order."""
+    if student.num_labels != teacher.num_labels:
+        raise ValueError(f"the student has {student.num_labels} classes, the teacher {teacher.num_labels}")
+    orders = [[str(config.id2label[i]) for i in range(config.num_labels)] for config in (student, teacher)]
+    is_named = all(names != [f"LABEL_{i}" for i in range(len(names))] for names in orders)
+    if is_named and [name.lower() for name in orders[0]] != [name.lower() for name in orders[1]]:
+        raise ValueError(
+            f"the student orders its classes {orders[0]}, the teacher {orders[1]} (label2id); give both one order"
+        )
