@@ -60,6 +60,12 @@ def pick_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+def explain_backends(device: torch.device) -> list[tuple[str, str, str]]:
+    """(op, the backend "auto" takes on `device`, why) for every public function; `fastdistill info` prints it."""
+    why = "the portable implementation; this version has no Triton or CUDA kernels"
+    return [(op, pick_backend("auto", device), why) for op in __all__]
+
+
 def _mean(total: Tensor, count: int | Tensor) -> Tensor:
     """total / count; 0 items divide by 1, so that an empty sum stays 0."""
     if not isinstance(count, Tensor):

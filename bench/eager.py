@@ -1,0 +1,58 @@
+"""The losses as a PyTorch user writes them: what ours are measured against, alone and under torch.compile."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear_mse(student: Tensor, weight: Tensor, teacher: Tensor, bias: Tensor) -> Tensor:
+    return F.mse_loss(F.linear(student, weight, bias), teacher)
+
+
+def attention_mse(
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, is_causal: bool = False
+) -> Tensor:
+    student_scores = student_query @ student_key.mT * student_query.shape[-1] ** -0.5
+    teacher_scores = teacher_query @ teacher_key.mT * teacher_query.shape[-1] ** -0.5
+    if not is_causal:
+        return F.mse_loss(student_scores, teacher_scores)
+    allowed = torch.ones(student_scores.shape[-2:], dtype=torch.bool).tril()
+    return F.mse_loss(
+        student_scores.masked_fill(~allowed, 0), teacher_scores.masked_fill(~allowed, 0), reduction="sum"
+    ) / (allowed.sum() * student_scores.shape[0] * student_scores.shape[1])
+
+
+def attention_kl(student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> Tensor:
+    student_scores = student_query @ student_key.mT * student_query.shape[-1] ** -0.5
+    teacher_scores = teacher_query @ teacher_key.mT * teacher_query.shape[-1] ** -0.5
+    student_logp, teacher_logp = student_scores.log_softmax(-1), teacher_scores.log_softmax(-1)
+    return F.kl_div(student_logp, teacher_logp, log_target=True, reduction="none").sum(-1).mean()
+
+
+def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    return -(teacher_logits.softmax(-1) * student_logits.log_softmax(-1)).sum(-1).mean()
+
+
+def kl_div(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    student_logp, teacher_logp = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    return F.kl_div(student_logp, teacher_logp, log_target=True, reduction="batchmean")
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    student_logp, teacher_logp = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+    mixture = torch.logsumexp(torch.stack([student_logp, teacher_logp]), 0) - math.log(2)
+    return 0.5 * (
+        F.kl_div(mixture, teacher_logp, log_target=True, reduction="batchmean")
+        + F.kl_div(mixture, student_logp, log_target=True, reduction="batchmean")
+    )
+
+
+def tvd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    return 0.5 * (teacher_logits.softmax(-1) - student_logits.softmax(-1)).abs().sum(-1).mean()
+
+
+LOGITS_LOSSES = {"soft_cross_entropy": soft_cross_entropy, "kl_div": kl_div, "jsd": jsd, "tvd": tvd}
