@@ -11,12 +11,15 @@ from torch import Tensor
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def floating(**tensors: Tensor | None) -> None:
+def given(**optional: Tensor | None) -> dict[str, Tensor]:
+    """The optional tensors that are not None."""
+    return {name: x for name, x in optional.items() if x is not None}
+
+
+def floating(**tensors: Tensor) -> None:
     """Real floating tensors, all on one device."""
     first_name, first = "", None
     for name, x in tensors.items():
-        if x is None:
-            continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is {type(x).__name__}; it should be a torch.Tensor")
         if not x.is_floating_point():

@@ -120,7 +120,7 @@ def linear_mse(
         ValueError: shapes that do not fit, a teacher that requires a gradient, an unknown reduction or backend.
         TypeError: tensors that are not floating, student, weight and bias of several dtypes outside autocast.
     """
-    check.floating(student=student, weight=weight, teacher=teacher, bias=bias)
+    check.floating(student=student, **check.given(weight=weight), teacher=teacher, **check.given(bias=bias))
     check.frozen(teacher=teacher)
     check.reduction(reduction, num_items)
     if student.dim() < 1:
@@ -844,7 +844,7 @@ def _linear_logits_loss(
 ) -> Tensor:
     check.floating(
         student=student, student_weight=student_weight, teacher=teacher, teacher_weight=teacher_weight,
-        student_bias=student_bias, teacher_bias=teacher_bias,
+        **check.given(student_bias=student_bias, teacher_bias=teacher_bias),
     )  # fmt: skip
     check.frozen(teacher=teacher, teacher_weight=teacher_weight, teacher_bias=teacher_bias)
     _check_head("student", student, student_weight, student_bias)
@@ -1151,7 +1151,10 @@ def linear_topk_soft_cross_entropy(
         IndexError: on the CPU, an index outside the classes.
     """
     check.floating(
-        student=student, student_weight=student_weight, topk_logprobs=topk_logprobs, student_bias=student_bias
+        student=student,
+        student_weight=student_weight,
+        topk_logprobs=topk_logprobs,
+        **check.given(student_bias=student_bias),
     )
     _check_head("student", student, student_weight, student_bias)
     rows = tuple(student.shape[:-1])

@@ -251,7 +251,9 @@ def _with_labels(
     loss = soft * temperature**2 if t_squared else soft
     if labels is not None:
         hard = F.cross_entropy(
-            student_logits.flatten(0, -2), torch.where(counted, labels, 0).flatten(), reduction="none"
+            student_logits.reshape(-1, student_logits.shape[-1]),
+            torch.where(counted, labels, 0).flatten(),
+            reduction="none",
         ).view(counted.shape)
         # A term of weight 0 is left out: it may be infinite.
         loss = (1 - alpha) * hard if alpha == 0 else loss if alpha == 1 else alpha * loss + (1 - alpha) * hard
