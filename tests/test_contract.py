@@ -1,0 +1,759 @@
+"""What every op promises, on every op and every backend."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from _cases import (
+    ATTENTION_OPS,
+    CLASS_OPS,
+    LINEAR_LOGITS_OPS,
+    LINEAR_MSE,
+    LINEAR_TOPK_OPS,
+    LOGITS_OPS,
+    OPS,
+    PER_ITEM_OPS,
+    Op,
+)
+from _oracle import assert_accurate, assert_same, cast, error, evaluate, in_float64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastdistill
+
+NARROW = [torch.bfloat16, torch.float16]
+DTYPES = [torch.float64, torch.float32, *NARROW]
+
+every_op = pytest.mark.parametrize("op", OPS, ids=str)
+every_per_item_op = pytest.mark.parametrize("op", PER_ITEM_OPS, ids=str)
+
+
+def floating_names(op: Op) -> list[str]:
+    return [name for name, x in op.make().items() if x.is_floating_point()]
+
+
+# -- values and gradients --------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_value_and_gradients(op: Op, dtype: torch.dtype, masked: bool, backend: str) -> None:
+    inputs = cast(op.make(), dtype)
+    masks = op.some_masked(inputs) if masked else {}
+    for reduction in ("mean", "sum"):
+        outcome = op.assert_accurate({**inputs, **masks}, backend=backend, reduction=reduction)
+        assert outcome["value"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert outcome["value"].shape == ()
+
+
+@every_per_item_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reduction_none_weighs_each_item_by_its_own_gradient(op: Op, dtype: torch.dtype, backend: str) -> None:
+    inputs = cast(op.make(), dtype)
+    inputs |= op.some_masked(inputs)
+    weights = torch.randn(3, 5)
+    outcome = op.assert_accurate(inputs, backend=backend, reduction="none", upstream=weights)
+    assert outcome["value"].shape == (3, 5)
+    assert (outcome["value"][~inputs["mask"]] == 0).all()
+
+
+@every_op
+def test_the_gradient_that_arrives_scales_every_gradient(op: Op, backend: str) -> None:
+    op.assert_accurate(op.make(), backend=backend, upstream=torch.tensor(-2.5))
+    silent = evaluate(op, op.make(), op.learned, backend=backend, upstream=torch.tensor(0.0))
+    assert all((silent[name] == 0).all() for name in op.learned)
+
+
+@every_per_item_op
+@pytest.mark.parametrize("rows", [(), (4,), (2, 3, 2)], ids=str)
+def test_any_number_of_leading_dimensions(op: Op, rows: tuple[int, ...], backend: str) -> None:
+    inputs = op.make(rows)
+    if "labels" in inputs:
+        inputs["labels"] = torch.randint(31, rows)
+    assert op.assert_accurate(inputs, backend=backend, reduction="none")["value"].shape == rows
+
+
+@pytest.mark.parametrize(
+    "op,learned",
+    [
+        pytest.param(op, tuple(name for i, name in enumerate(op.learned) if chosen >> i & 1), id=f"{op}-{chosen:03b}")
+        for op in [op for op in OPS if len(op.learned) > 1]
+        for chosen in range(1, 2 ** len(op.learned) - 1)
+    ],
+)
+def test_gradients_of_only_the_inputs_that_learn(op: Op, learned: tuple[str, ...], backend: str) -> None:
+    inputs = op.make()
+    op.assert_accurate(inputs, learned, backend=backend)
+    if op.per_item:
+        op.assert_accurate(inputs, learned, backend=backend, reduction="none", upstream=torch.randn(3, 5))
+
+
+@every_op
+def test_no_gradient_wanted(op: Op, backend: str) -> None:
+    inputs = op.make()
+    learning = {name: x.requires_grad_() if name in op.learned else x for name, x in op.make().items()}
+    with torch.no_grad():
+        value = op(**learning, backend=backend)
+    assert not value.requires_grad
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        inputs = op.make()
+        assert op.textbook(**inputs).item() == pytest.approx(op(**inputs, backend=backend).item(), rel=1e-5)
+    assert not op(**inputs, backend=backend).requires_grad
+
+
+@every_op
+@pytest.mark.parametrize("student,teacher", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_student_and_teacher_of_different_dtypes(
+    op: Op, student: torch.dtype, teacher: torch.dtype, backend: str
+) -> None:
+    inputs = cast(op.make(), teacher)
+    inputs |= cast({name: inputs[name] for name in op.learned}, student)
+    op.assert_accurate(inputs, backend=backend)
+
+
+# -- what the comparison is worth ------------------------------------------------------------------------------
+
+
+def one_row_dropped(gradient: Tensor) -> Tensor:
+    wrong = gradient.clone()
+    largest = wrong.flatten(1).norm(dim=1).argmax() if wrong.dim() > 1 else wrong.abs().argmax()
+    wrong[largest] = 0
+    return wrong
+
+
+PLANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zero": torch.zeros_like,
+    "sign": torch.neg,
+    "scale": lambda gradient: gradient * 1.05,
+    "row dropped": one_row_dropped,
+}
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_planted_wrong_gradient_fails_the_comparison(op: Op, dtype: torch.dtype, backend: str) -> None:
+    inputs = cast(op.make(), dtype)
+    inputs |= op.some_masked(inputs)
+    outcome = op.assert_accurate(inputs, backend=backend)
+    truth, textbook = op.truth(inputs), evaluate(op.textbook, inputs, op.learned)
+    for name in op.learned:
+        for plant in PLANTS.values():
+            with pytest.raises(AssertionError, match=f"{name}: error"):
+                assert_accurate({**outcome, name: plant(outcome[name])}, truth, textbook)
+    with pytest.raises(AssertionError, match="value: error"):  # 0.04%: logits once rounded to bfloat16
+        assert_accurate({**outcome, "value": outcome["value"] * 1.0004}, truth, textbook)
+
+    # One masked row too many, with the divisor of the right mask.
+    one_more = dict(inputs)
+    for name in op.masks:
+        one_more[name] = inputs[name].clone()
+        one_more[name].view(-1)[0] = True
+    kept = op.items(**{**op.options, **inputs})[1].sum()
+    included = evaluate(op, one_more, op.learned, backend=backend, num_items=kept)
+    with pytest.raises(AssertionError, match="error"):
+        assert_accurate({**included, "value": outcome["value"]}, truth, textbook)
+
+
+# -- reductions and items that do not count --------------------------------------------------------------------
+
+
+@every_op
+def test_num_items_is_the_divisor(op: Op, backend: str) -> None:
+    inputs = op.make()
+    total = evaluate(op, inputs, op.learned, backend=backend, reduction="sum")
+    expected = {name: x / 7 for name, x in total.items()}
+    for num_items in (7, torch.tensor(7), torch.tensor(7.0), torch.tensor(7, dtype=torch.int32)):
+        outcome = evaluate(op, inputs, op.learned, backend=backend, num_items=num_items)
+        assert_same(outcome, expected, within=1e-6)
+    zero = evaluate(op, inputs, op.learned, backend=backend, num_items=0)
+    assert all(x.isfinite().all() for x in zero.values())
+
+
+@every_op
+def test_micro_batches_add_up_to_the_batch(op: Op, backend: str) -> None:
+    """Normalised once over all of them, whatever number of counted items each holds."""
+    inputs = op.make()
+    inputs |= op.some_masked(inputs)
+    counted = op.items(**{**op.options, **inputs})[1].sum()
+    whole = evaluate(op, inputs, op.learned, backend=backend)
+    in_batch = {name for name in inputs if name.split("_")[-1] not in ("weight", "bias")}
+    rows = next(iter(inputs.values())).shape[0]
+    parts = [
+        evaluate(
+            op,
+            {name: x[i : i + 1] if name in in_batch else x for name, x in inputs.items()},
+            op.learned,
+            backend=backend,
+            num_items=counted,
+        )
+        for i in range(rows)
+    ]
+    together = {
+        name: torch.cat([part[name] for part in parts]) if name in in_batch else sum(part[name] for part in parts)
+        for name in whole
+    }
+    assert_same(together, whole, within=1e-6)
+
+
+@every_op
+def test_nothing_counted_is_zero(op: Op, backend: str) -> None:
+    inputs = op.make()
+    inputs |= op.none_counted(inputs)
+    inputs = op.overwrite_masked(inputs, inputs, float("nan"))
+    for reduction in op.reductions:
+        upstream = torch.randn(3, 5) if reduction == "none" else None
+        outcome = evaluate(op, inputs, op.learned, backend=backend, reduction=reduction, upstream=upstream)
+        assert all((x == 0).all() for x in outcome.values())
+
+
+@every_op
+def test_empty_batch(op: Op, backend: str) -> None:
+    if op.per_item:
+        shapes = [{"rows" if op in CLASS_OPS else "tokens": rows} for rows in ((0,), (2, 0))]
+    else:
+        shapes = [{"batch": 0}, {"length": 0}, {"keys": 0}]
+    for shape in shapes:
+        inputs = op.make(**shape)
+        for reduction in op.reductions:
+            outcome = evaluate(op, inputs, op.learned, backend=backend, reduction=reduction)
+            assert all((x == 0).all() for x in outcome.values())
+            assert all(outcome[name].shape == inputs[name].shape for name in op.learned)
+
+
+@every_op
+def test_one_item(op: Op, backend: str) -> None:
+    inputs = op.make((1, 1)) if op.per_item else op.make(batch=1, length=1, keys=1)
+    if "labels" in inputs:
+        inputs["labels"] = torch.randint(31, (1, 1))
+    if str(op).startswith("attention_kl"):  # one key has probability 1 on both sides
+        outcome = evaluate(op, inputs, op.learned, backend=backend)
+        assert all((x == 0).all() for x in outcome.values())
+    else:
+        op.assert_accurate(inputs, backend=backend)
+
+
+@every_op
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e38], ids=str)
+def test_what_masked_rows_hold_changes_nothing(op: Op, poison: float, backend: str) -> None:
+    inputs = op.make()
+    masks = op.some_masked(inputs)
+    for reduction in op.reductions:
+        upstream = torch.rand(3, 5) if reduction == "none" else None
+        clean, poisoned = (
+            evaluate(op, {**x, **masks}, op.learned, backend=backend, reduction=reduction, upstream=upstream)
+            for x in (inputs, op.overwrite_masked(inputs, masks, poison))
+        )
+        assert_same(poisoned, clean)
+    for name, masked in op.masks.items():  # rows that do not count get gradient 0, to the bit
+        rows = ~masks[name] if op.per_item else ~masks[name][:, None].expand(-1, clean[masked[0]].shape[1], -1)
+        assert (clean[masked[0]][rows] == 0).all()
+
+
+@every_op
+def test_nan_in_gives_nan_out(op: Op, backend: str) -> None:
+    for name in floating_names(op):
+        inputs = op.make()
+        inputs[name].view(-1)[0] = float("nan")
+        outcome = evaluate(op, inputs, op.learned, backend=backend)
+        assert outcome["value"].isnan(), name
+        assert name not in op.learned or any(outcome[learned].isnan().any() for learned in op.learned), name
+        if op.per_item and name in op.masks["mask"]:  # and stays in its row
+            per_item = evaluate(op, inputs, op.learned[:1], backend=backend, reduction="none")
+            for x in per_item.values():
+                assert not x.view(15, -1)[1:].isnan().any(), name
+
+
+# -- repeatability ---------------------------------------------------------------------------------------------
+
+
+@every_op
+def test_backward_twice_gives_the_same_gradients(op: Op, backend: str) -> None:
+    for reduction in op.forms:
+        leaves = {name: x.requires_grad_() if name in op.learned else x for name, x in op.make().items()}
+        value = op(**leaves, backend=backend, reduction=reduction).sum()
+        learned = [leaves[name] for name in op.learned]
+        first = torch.autograd.grad(value, learned, retain_graph=True)
+        kept = [x.clone() for x in first]
+        second = torch.autograd.grad(3 * value, learned, retain_graph=True)  # another scale in between
+        third = torch.autograd.grad(value, learned)
+        for a, copy, three, again in zip(first, kept, second, third, strict=True):
+            assert torch.equal(a, copy)
+            assert torch.equal(a, again)
+            assert error(three, 3 * a) < 1e-6
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_call_gives_the_same_bits(op: Op, dtype: torch.dtype, backend: str) -> None:
+    inputs = cast(op.make(), dtype)
+    inputs |= op.some_masked(inputs)
+    first, second = (evaluate(op, inputs, op.learned, backend=backend) for _ in range(2))
+    assert_same(second, first)
+
+
+@every_op
+def test_inputs_are_never_written(op: Op, backend: str) -> None:
+    for reduction in op.forms:
+        inputs = op.make()
+        inputs |= op.some_masked(inputs)
+        leaves = {name: x.requires_grad_() if name in op.learned else x for name, x in inputs.items()}
+        before = {name: (x.detach().clone(), x._version) for name, x in leaves.items()}
+        value = op(**leaves, backend=backend, reduction=reduction)
+        upstream = torch.rand_like(value)
+        kept = upstream.clone()
+        value.backward(upstream)
+        assert torch.equal(upstream, kept)
+        for name, (data, version) in before.items():
+            assert torch.equal(leaves[name].detach(), data), name
+            assert leaves[name]._version == version, name
+
+
+@every_op
+def test_earlier_operations_keep_their_saved_tensors(op: Op, backend: str) -> None:
+    """exp saves its output, which is our input: writing into it would corrupt exp's own gradient."""
+    name = op.learned[0]
+    inputs = op.make()
+    base = (0.3 * inputs[name]).requires_grad_()
+    op(**{**inputs, name: base.exp()}, backend=backend).backward()
+    expected = op.truth({**inputs, name: base.exp()}, (name,))[name] * in_float64({name: base.exp()})[name]
+    assert torch.allclose(base.grad.double(), expected, rtol=1e-3, atol=1e-6 * expected.abs().max().item())
+
+
+@every_op
+def test_differentiating_twice_raises(op: Op, backend: str) -> None:
+    for reduction in op.forms:
+        leaves = {name: x.requires_grad_() if name in op.learned else x for name, x in op.make().items()}
+        value = op(**leaves, backend=backend, reduction=reduction).sum()
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*create_graph"):
+            torch.autograd.grad(value, leaves[op.learned[0]], create_graph=True)
+
+
+@every_op
+def test_gradients_never_hold_uninitialised_memory(
+    op: Op, backend: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deterministic mode fills what torch.empty returns with NaN."""
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    inputs = op.make()
+    masked = {**inputs, **op.some_masked(inputs)}
+    nothing = {**inputs, **op.none_counted(inputs)}
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    for x in (inputs, masked, nothing):
+        for reduction in op.forms:
+            outcome = evaluate(op, x, op.learned, backend=backend, reduction=reduction)
+            assert not any(tensor.isnan().any() for tensor in outcome.values())
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values, last stride not 1."""
+    return x.mT.contiguous().mT if x.dim() > 1 else x.repeat_interleave(2)[::2]
+
+
+def sliced(x: Tensor) -> Tensor:
+    """The same values as a slice of something larger: [:, :-1] of rows, [..., 1:-1] of features."""
+    larger = torch.full([n + 2 for n in x.shape], float("nan"), dtype=x.dtype)
+    inner = larger[tuple(slice(1, -1) for _ in x.shape)]
+    inner.copy_(x)
+    return inner
+
+
+def reversed_dimensions(x: Tensor) -> Tensor:
+    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+
+
+@every_op
+@pytest.mark.parametrize("layout", [transposed, sliced, reversed_dimensions], ids=lambda layout: layout.__name__)
+def test_inputs_of_any_layout(op: Op, layout: Callable[[Tensor], Tensor], backend: str) -> None:
+    inputs = {name: layout(x) if x.is_floating_point() else x for name, x in op.make().items()}
+    masks = {name: transposed(mask) for name, mask in op.some_masked(inputs).items()}
+    op.assert_accurate({**inputs, **masks}, backend=backend)
+    if op.per_item:
+        weights = torch.randn(5, 3).T
+        op.assert_accurate({**inputs, **masks}, backend=backend, reduction="none", upstream=weights)
+
+
+@every_op
+def test_expanded_inputs(op: Op, backend: str) -> None:
+    inputs = op.make()
+    for name in (name for names in op.masks.values() for name in names):
+        inputs[name] = inputs[name][:1].expand(inputs[name].shape)
+    if not op.per_item:  # heads that share one teacher
+        inputs["teacher_query"] = inputs["teacher_query"][:, :1].expand(inputs["teacher_query"].shape)
+    op.assert_accurate(inputs, backend=backend)
+
+
+@every_per_item_op
+def test_a_gradient_expanded_from_one_number(op: Op, backend: str) -> None:
+    """What `loss.sum().backward()` sends: all strides 0."""
+    weights = torch.tensor(0.7).expand(3, 5)
+    op.assert_accurate(op.make(), backend=backend, reduction="none", upstream=weights)
+
+
+@every_op
+def test_one_tensor_in_two_places(op: Op, backend: str) -> None:
+    """Student and teacher may be the same storage, and query and key too."""
+    inputs = op.make(student_kv=4, teacher_kv=4, keys=7) if not op.per_item else op.make()
+    if not op.per_item:
+        shared = inputs["student_query"]
+        leaf = shared.clone().requires_grad_()
+        op(**{**inputs, "student_query": leaf, "student_key": leaf}, backend=backend).backward()
+        separate = op.truth({**inputs, "student_key": shared})
+        expected = separate["student_query"] + separate["student_key"]
+        assert ((leaf.grad - expected).norm() / expected.norm()).item() < 1e-5
+    student, teacher = next(iter(op.masks.values()))
+    if inputs[student].shape == inputs[teacher].shape:
+        leaf = inputs[student].clone().requires_grad_()
+        op(**{**inputs, student: leaf, teacher: leaf.detach()}, backend=backend).backward()
+        assert torch.equal(leaf.detach(), inputs[student])
+
+
+STRIDE = 2**30 + 5  # elements from one row to the next: the third row lies beyond 2^31
+
+
+@every_op
+def test_offsets_beyond_two_to_the_31(op: Op, backend: str) -> None:
+    """Rows so far apart that a 32-bit offset overflows. Only the pages that hold values become resident."""
+    inputs = cast(op.make((3, 5)) if op.per_item else op.make(batch=3), torch.bfloat16)
+    for name, x in inputs.items():
+        if x.dim() > 2 and x.is_floating_point():
+            storage = torch.empty(2 * STRIDE + x[0].numel(), dtype=x.dtype)
+            far = storage.as_strided(x.shape, (STRIDE, *x.stride()[1:]))
+            far.copy_(x)
+            inputs[name] = far
+    op.assert_accurate(inputs, backend=backend)
+
+
+# -- machinery around the ops ----------------------------------------------------------------------------------
+
+
+class _Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the calls of this library's registered ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "fastdistill":
+            self.found.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@every_op
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_opcheck(op: Op, masked: bool, backend: str) -> None:
+    """Schema, fake implementation, autograd registration and AOT tracing of every op that a call reaches."""
+    inputs = op.make()
+    masks = op.some_masked(inputs) if masked else {}
+    reached = 0
+    for reduction in op.forms:
+        leaves = {name: x.clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
+        with _Calls() as calls:
+            op(**leaves, **masks, backend=backend, reduction=reduction)
+        for func, args, kwargs in calls.found:
+            torch.library.opcheck(func, args, kwargs)
+        reached += len(calls.found)
+    assert reached, "no registered op was reached"
+
+
+@pytest.fixture
+def _fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+@every_op
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_whole_equals_eager(op: Op, backend: str) -> None:
+    """One graph, forward and backward traced; how a graph's own operations are fused is the compiler's business."""
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    inputs = op.make()
+    masks = op.some_masked(inputs)
+    for reduction in op.forms:
+        keywords = {"backend": backend, "reduction": reduction}
+        upstream = torch.rand(3, 5) if reduction == "none" else None
+        expected, found = (
+            evaluate(f, {**inputs, **masks}, op.learned, upstream=upstream, **keywords) for f in (op, compiled)
+        )
+        assert_same(found, expected, within=1e-6)
+
+
+@every_op
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_once_for_every_length(op: Op, backend: str) -> None:
+    """Dynamic shapes: a batch of another length, and another number of items, compile nothing new."""
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for i, length in enumerate((5, 6, 9)):
+        inputs = op.make((3, length)) if op.per_item else op.make(length=length, keys=length + 2)
+        for x in inputs.values():
+            if x.dim() > 2 and op.per_item:
+                torch._dynamo.mark_dynamic(x, 1)
+        num_items = torch.tensor(7 + i)
+        expected, found = (
+            evaluate(f, inputs, op.learned, backend=backend, num_items=num_items) for f in (op, compiled)
+        )
+        assert_same(found, expected, within=1e-6)
+        if i == 1:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("op", [LINEAR_MSE, ATTENTION_OPS[0], LOGITS_OPS[0], LINEAR_LOGITS_OPS[0]], ids=str)
+def test_compiled_by_inductor_equals_eager(op: Op, backend: str) -> None:
+    inputs = op.make()
+    inputs |= op.some_masked(inputs)
+    expected, found = (
+        evaluate(f, inputs, op.learned, backend=backend) for f in (op, torch.compile(op, fullgraph=True))
+    )
+    assert_same(found, expected, within=1e-6)
+
+
+HAS_PROJECTION = [LINEAR_MSE, *LINEAR_LOGITS_OPS, *LINEAR_TOPK_OPS]
+
+
+@every_op
+@pytest.mark.parametrize("inside", [False, True], ids=["backward-outside", "backward-inside"])
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(op: Op, inside: bool, activations: torch.dtype, backend: str) -> None:
+    """float32 weights meet bfloat16 activations. Only the operands of a projection are rounded, never a loss."""
+    inputs = op.make()
+    in_rows = {name for names in op.masks.values() for name in names}
+    inputs |= cast({name: inputs[name] for name in in_rows}, activations)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+
+    def run(function: Callable[..., Tensor], **keywords: Any) -> dict[str, Tensor]:
+        leaves = {name: x.detach().clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
+        with autocast:
+            value = function(**leaves, **keywords)
+            if inside:
+                value.backward()
+        if not inside:
+            value.backward()
+        return {"value": value.detach(), **{name: leaves[name].grad for name in op.learned}}
+
+    outcome = run(op, backend=backend)
+    assert outcome["value"].dtype == torch.float32
+    assert all(outcome[name].dtype == inputs[name].dtype for name in op.learned)
+    if op not in HAS_PROJECTION:
+        expected = evaluate(op, inputs, op.learned, backend=backend)
+        assert_same(outcome, expected)
+        return
+    # The truth takes the operands as autocast rounds them; gradients of float32 weights pass through a bfloat16 cast.
+    projected = [name for name in inputs if name.startswith("student") or name in ("weight", "bias")]
+    if op is not LINEAR_MSE:
+        projected += [name for name in inputs if name.startswith("teacher")]
+    rounded = {**inputs, **cast({name: inputs[name] for name in projected}, torch.bfloat16)}
+    assert_accurate(outcome, op.truth(rounded), evaluate(op.textbook, rounded, op.learned))
+
+
+@every_op
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_activation_checkpointing(op: Op, reentrant: bool, backend: str) -> None:
+    inputs = op.make()
+
+    def checkpointed(**tensors: Tensor) -> Tensor:
+        def call(*values: Tensor) -> Tensor:
+            return op(**dict(zip(tensors, values, strict=True)), backend=backend)
+
+        return checkpoint(call, *tensors.values(), use_reentrant=reentrant)
+
+    # A reentrant checkpoint runs backward in itself, which torch.autograd.grad refuses.
+    leaves = {name: x.detach().clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
+    value = checkpointed(**leaves)
+    value.backward()
+    outcome = {"value": value.detach(), **{name: leaves[name].grad for name in op.learned}}
+    assert_same(outcome, evaluate(op, inputs, op.learned, backend=backend))
+
+
+class _Student(nn.Module):
+    """A module whose parameters are the op's learned inputs."""
+
+    def __init__(self, op: Op, inputs: dict[str, Tensor], backend: str) -> None:
+        super().__init__()
+        self.op, self.backend = op, backend
+        self.learned = nn.ParameterDict({name: inputs[name] for name in op.learned})
+
+    def forward(self, **rest: Tensor) -> Tensor:
+        return self.op(**dict(self.learned.items()), **rest, backend=self.backend)
+
+
+@every_op
+def test_functional_call(op: Op, backend: str) -> None:
+    inputs = op.make()
+    rest = {name: x for name, x in inputs.items() if name not in op.learned}
+    module = _Student(op, op.make(), backend)
+    leaves = {f"learned.{name}": inputs[name].clone().requires_grad_() for name in op.learned}
+    value = torch.func.functional_call(module, leaves, kwargs=rest)
+    gradients = torch.autograd.grad(value, tuple(leaves.values()))
+    outcome = {"value": value.detach(), **dict(zip(op.learned, gradients, strict=True))}
+    assert_same(outcome, evaluate(op, inputs, op.learned, backend=backend))
+
+
+# -- signatures and bad arguments ------------------------------------------------------------------------------
+
+# As the contract writes them: tensors first, student before teacher, then keywords.
+_ATTENTION = (
+    "student_query student_key teacher_query teacher_key * student_scale teacher_scale key_mask query_mask is_causal "
+    "attn_mask reduction num_items backend"
+)
+_CLASSES = "temperature t_squared labels alpha ignore_index mask vocab_size student_softcap"
+_END = "reduction num_items backend"
+_LOGITS = f"student_logits teacher_logits * {{}}{_CLASSES} teacher_softcap {_END}"
+_LINEAR = (
+    f"student student_weight teacher teacher_weight * student_bias teacher_bias {{}}{_CLASSES} teacher_softcap {_END}"
+)
+SIGNATURES = {
+    "linear_mse": f"student weight teacher bias * mask {_END}",
+    "attention_mse": _ATTENTION,
+    "attention_kl": _ATTENTION,
+    "soft_cross_entropy": _LOGITS.format(""),
+    "kl_div": _LOGITS.format("reverse "),
+    "jsd": _LOGITS.format("beta "),
+    "tvd": _LOGITS.format(""),
+    "linear_soft_cross_entropy": _LINEAR.format(""),
+    "linear_kl_div": _LINEAR.format("reverse "),
+    "linear_jsd": _LINEAR.format("beta "),
+    "linear_tvd": _LINEAR.format(""),
+    "topk_soft_cross_entropy": f"student_logits topk_logprobs topk_indices * tail {_CLASSES} {_END}",
+    "linear_topk_soft_cross_entropy": (
+        f"student student_weight topk_logprobs topk_indices * student_bias tail {_CLASSES} {_END}"
+    ),
+}
+DEFAULTS = {
+    "bias": None, "mask": None, "reduction": "mean", "num_items": None, "backend": "auto",
+    "student_scale": None, "teacher_scale": None, "key_mask": None, "query_mask": None, "is_causal": False,
+    "attn_mask": None, "temperature": 1.0, "t_squared": False, "labels": None, "alpha": 1.0, "ignore_index": -100,
+    "vocab_size": None, "student_softcap": None, "teacher_softcap": None, "reverse": False, "beta": 0.5,
+    "tail": "renormalize", "student_bias": None, "teacher_bias": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature(name: str) -> None:
+    """No default mixes in a hard loss, a temperature or a weight that nobody asked for."""
+    parameters = inspect.signature(getattr(fastdistill, name)).parameters.values()
+    keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert " ".join([*positional, "*", *keyword_only]) == SIGNATURES[name]
+    for p in parameters:
+        if p.default is not p.empty:
+            assert p.default == DEFAULTS[p.name]
+            assert type(p.default) is type(DEFAULTS[p.name])
+
+
+def test_every_op_is_in_the_table() -> None:
+    assert {op.name for op in OPS} == set(SIGNATURES) == {n for n in fastdistill.__all__ if n[0].islower()}
+
+
+@every_op
+def test_a_teacher_that_wants_a_gradient_is_refused(op: Op, backend: str) -> None:
+    for name in set(floating_names(op)) - set(op.learned):
+        inputs = op.make()
+        inputs[name].requires_grad_()
+        with pytest.raises(ValueError, match=rf"^{name} has requires_grad=True.*torch\.no_grad\(\).*\.detach\(\)"):
+            op(**inputs, backend=backend)
+
+
+@every_op
+def test_what_is_not_a_floating_tensor_is_refused(op: Op, backend: str) -> None:
+    inputs = op.make()
+    for name in floating_names(op):
+        with pytest.raises(TypeError, match=rf"^{name} has dtype torch\.int64; it should be floating point"):
+            op(**{**inputs, name: inputs[name].long()}, backend=backend)
+        with pytest.raises(TypeError, match=rf"^{name} has dtype torch\.complex64; it should be floating point"):
+            op(**{**inputs, name: inputs[name].to(torch.complex64)}, backend=backend)
+        with pytest.raises(TypeError, match=rf"^{name} is list; it should be a torch\.Tensor"):
+            op(**{**inputs, name: inputs[name].tolist()}, backend=backend)
+        if name != "weight" and not name.endswith("bias"):
+            with pytest.raises(TypeError, match=rf"^{name} is NoneType; it should be a torch\.Tensor"):
+                op(**{**inputs, name: None}, backend=backend)
+
+
+@every_op
+def test_tensors_on_another_device_are_refused(op: Op, backend: str) -> None:
+    inputs = op.make()
+    first, *others = floating_names(op)
+    for name in others:
+        with pytest.raises(ValueError, match=rf"^{name} is on meta but {first} is on cpu; move it there"):
+            op(**{**inputs, name: inputs[name].to("meta")}, backend=backend)
+
+
+@pytest.fixture
+def _one_process_group() -> Any:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process_group")
+@pytest.mark.filterwarnings("ignore")
+def test_a_sharded_tensor_is_refused(backend: str) -> None:
+    """A raw DTensor would be taken for its local shard: wrong values, or an illegal access on a GPU."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1,))
+    for op in OPS:
+        inputs = op.make()
+        for name in floating_names(op):
+            sharded = distribute_tensor(inputs[name], mesh, [Shard(0)])
+            with pytest.raises(TypeError, match=rf"^{name} is a DTensor.*full_tensor\(\).*FSDP"):
+                op(**{**inputs, name: sharded}, backend=backend)
+
+
+@every_op
+def test_bad_masks(op: Op, backend: str) -> None:
+    inputs = op.make()
+    for name, mask in op.some_masked(inputs).items():
+        with pytest.raises(TypeError, match=rf"^{name} is torch\.int64; it should be a bool tensor.*{name}\.bool\(\)"):
+            op(**inputs, **{name: mask.long()}, backend=backend)
+        with pytest.raises(TypeError, match=rf"^{name} is list; it should be a bool tensor"):
+            op(**inputs, **{name: mask.tolist()}, backend=backend)
+        rows, columns = mask.shape
+        for wrong in (mask[:, :-1], mask.unsqueeze(-1), mask[0]):
+            shapes = re.escape(f"{tuple(wrong.shape)}; it should be {(rows, columns)}")
+            with pytest.raises(ValueError, match=rf"^{name} has shape {shapes}"):
+                op(**inputs, **{name: wrong}, backend=backend)
+        with pytest.raises(ValueError, match=rf"^{name} is on meta; it should be on cpu: pass {name}\.to\('cpu'\)"):
+            op(**inputs, **{name: mask.to("meta")}, backend=backend)
+
+
+BAD_REDUCTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"reduction": "average"}, ValueError, r"^reduction is 'average'; it should be one of 'mean', 'sum'"),
+    ({"reduction": None}, ValueError, r"^reduction is None; it should be one of 'mean', 'sum'"),
+    ({"reduction": "sum", "num_items": 3}, ValueError, r"^num_items is given but reduction is 'sum'"),
+    ({"num_items": -1}, ValueError, r"^num_items is -1; it should be the number of counted items, 0 or more"),
+    ({"num_items": 2.5}, TypeError, r"^num_items is float; it should be an int or a 0-d tensor"),
+    ({"num_items": True}, TypeError, r"^num_items is bool; it should be an int or a 0-d tensor"),
+    ({"num_items": torch.ones(2)}, ValueError, r"^num_items has shape \(2,\); it should be a 0-d tensor or an int"),
+    ({"backend": "gpu"}, ValueError, r"^backend is 'gpu'.*it should be 'auto', 'reference' or 'torch'"),
+    ({"backend": None}, ValueError, r"^backend is None.*it should be 'auto', 'reference' or 'torch'"),
+]
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD_REDUCTIONS)
+def test_bad_reduction_num_items_or_backend(
+    wrong: dict[str, Any], kind: type[Exception], message: str, backend: str
+) -> None:
+    for op in OPS:
+        with pytest.raises(kind, match=message):
+            op(**op.make(), **{"backend": backend, **wrong})
+
+
+@every_op
+def test_an_unknown_keyword_is_refused(op: Op) -> None:
+    with pytest.raises(TypeError, match="temprature"):
+        op(**op.make(), temprature=2.0)
