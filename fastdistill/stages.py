@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from fastdistill.capture import capture
 from fastdistill.objective import INNER_TERMS, Objective
@@ -93,20 +93,13 @@ class _Stage(ABC):
         work = output.with_name(output.name + ".partial")
         if resume and overwrite:
             raise ValueError("resume and overwrite are both set; choose one")
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            if resume:
-                load_student(student, output)
-                return student.eval()
-            if not overwrite:
-                raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
-        if work.exists() and not resume:
-            if not overwrite:
-                raise FileExistsError(
-                    f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
-                )
-            shutil.rmtree(work)
-
+        is_finished = output.is_dir() and any(output.iterdir())
+        if is_finished and resume:
+            load_student(student, output)
+            return student.eval()
         args = self._training_arguments(work)
+        if args.process_index == 0:
+            _claim(output, work, resume, overwrite)
         torch.manual_seed(args.seed)  # new projections
         objective = Objective(
             student.config,
@@ -132,7 +125,7 @@ class _Stage(ABC):
             compute_metrics=compute_metrics,
             callbacks=list(callbacks),
         )
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() and resume else None)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(work) if resume else None)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
@@ -161,7 +154,6 @@ class _Stage(ABC):
             "logging_steps": 50,
             # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
             "logging_nan_inf_filter": False,
-            "ddp_find_unused_parameters": False,  # the trainer freezes what gets no gradient
         }
         # Batches of similar length need little padding. Named `group_by_length` in transformers 5.0.
         names = {option.name for option in fields(TrainingArguments)}
@@ -307,8 +299,6 @@ def add_teacher_logits(dataset: Dataset, teacher: PreTrainedModel, tokenizer: An
     A teacher in eval mode gives the same logits in every epoch and for every seed, so that the prediction stage need
     not run it again. For sequence classifiers: raises ValueError where the logits are not (B, C).
     """
-    from tqdm.auto import tqdm
-
     teacher.eval()
     device = next(teacher.parameters()).device
     collate = PaddingCollator(tokenizer)
@@ -317,7 +307,7 @@ def add_teacher_logits(dataset: Dataset, teacher: PreTrainedModel, tokenizer: An
     lengths = add_length(dataset)["length"]
     order = sorted(range(len(dataset)), key=lengths.__getitem__)
     logits: list[Any] = [None] * len(dataset)
-    for start in tqdm(range(0, len(order), batch_size), desc="Teacher logits"):
+    for start in logging.tqdm(range(0, len(order), batch_size), desc="Teacher logits"):
         rows = order[start : start + batch_size]
         batch = {name: x.to(device) for name, x in collate([inputs[row] for row in rows]).items()}
         with torch.no_grad():
@@ -334,9 +324,28 @@ def add_teacher_logits(dataset: Dataset, teacher: PreTrainedModel, tokenizer: An
     return dataset.add_column("teacher_logits", logits)
 
 
+def _claim(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
+    if work.exists() and not resume:
+        if _last_checkpoint(work) is not None and not overwrite:
+            raise FileExistsError(
+                f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
+            )
+        shutil.rmtree(work)
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint: the trainer's state is what a save writes last."""
+    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
 def _replace(output: Path, work: Path) -> None:
     """Put `work` in the place of `output`, which is never half written."""
     old = output.with_name(output.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
     if output.exists():
         output.rename(old)
     work.rename(output)

@@ -127,6 +127,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         if data_collator is None and processing_class is not None:
             data_collator = PaddingCollator(processing_class)
+        if args is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # what gets no gradient is frozen before the first step
         self.teacher = teacher
         super().__init__(
             model=DistillationModel(model, objective),
@@ -145,7 +147,7 @@ class DistillationTrainer(Trainer):
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(self.args.device)
         self._sums: dict[str, Tensor] = {}  # of each term since the last log, on the device
-        self._logged_step = 0
+        self._sums_start = 0  # the optimiser step they began at
 
     @property
     def student(self) -> PreTrainedModel:
@@ -193,6 +195,8 @@ class DistillationTrainer(Trainer):
         is_global = num_items_in_batch is not None and self.args.average_tokens_across_devices
         scale = self.args.world_size if is_global else 1
         if model.training:
+            if not self._sums:
+                self._sums_start = self.state.global_step
             for term in self.objective.terms:
                 loss = outputs[term].detach() * scale
                 self._sums[term] = self._sums[term] + loss if term in self._sums else loss
@@ -220,10 +224,10 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:
-            steps = max(self.state.global_step - self._logged_step, 1)
+            steps = max(self.state.global_step - self._sums_start, 1)
             means = self.accelerator.reduce(torch.stack(list(self._sums.values())), "mean") / steps
             logs.update(zip(self._sums, means.tolist(), strict=True))
-            self._sums, self._logged_step = {}, self.state.global_step
+            self._sums = {}
         super().log(logs, start_time)
 
     # -- before the first step -----------------------------------------------------------------------------
@@ -304,6 +308,7 @@ class DistillationTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.check()
+        self._sums = {}
         with self._capturable(), self._trainable():
             return super().train(*args, **kwargs)
 
