@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _oracle import Outcome, assert_accurate, evaluate, in_float64
+from _oracle import Outcome, assert_accurate, evaluate, in_float64, stacked
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -345,6 +345,14 @@ class Op:
         assert_accurate(outcome, truth, evaluate(self.textbook, inputs, learned, **keywords))
         assert all(outcome[name].dtype == inputs[name].dtype for name in learned)
         return outcome
+
+    def assert_accurate_together(self, batches: list[dict[str, Any]], *, backend: str, **keywords: Any) -> None:
+        """The same over several batches as one: the error of a single number may be small by luck."""
+        assert_accurate(
+            stacked([evaluate(self, x, self.learned, backend=backend, **keywords) for x in batches]),
+            stacked([self.truth(x, **keywords) for x in batches]),
+            stacked([evaluate(self.textbook, x, self.learned, **keywords) for x in batches]),
+        )
 
     def some_masked(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """A mask for each mask argument: about a third False, the first False and the last True."""

@@ -1,0 +1,310 @@
+"""attention_mse and attention_kl beyond the common contract: shapes, masks, small differences, saturation, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _cases import ATTENTION_KL, ATTENTION_MSE, ATTENTION_OPS, Op, attention
+from _oracle import assert_accurate, assert_same, cast, evaluate, in_float64
+from torch import Tensor
+
+import fastdistill
+
+every_op = pytest.mark.parametrize("op", ATTENTION_OPS, ids=str)
+both_ops = pytest.mark.parametrize("op", [ATTENTION_MSE, ATTENTION_KL], ids=str)
+causal_or_not = pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("d_s,d_t", [(16, 16), (26, 64), (32, 64), (64, 26), (64, 80), (80, 128), (128, 32), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_head_dimensions(op: Op, d_s: int, d_t: int, dtype: torch.dtype, backend: str) -> None:
+    op.assert_accurate(cast(attention(length=24, keys=24, d_s=d_s, d_t=d_t), dtype), backend=backend)
+
+
+@every_op
+@pytest.mark.parametrize("student_kv,teacher_kv", [(1, 1), (1, 6), (2, 3), (3, 2), (6, 1), (6, 6)])
+def test_grouped_queries(op: Op, student_kv: int, teacher_kv: int, backend: str) -> None:
+    inputs = attention(heads=6, student_kv=student_kv, teacher_kv=teacher_kv)
+    op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend=backend)
+
+
+LENGTHS = [(1, 1), (1, 50), (50, 1), (63, 64), (64, 65), (127, 129), (128, 128), (129, 127), (257, 256), (300, 513)]
+
+
+@every_op
+@pytest.mark.parametrize("length,keys", LENGTHS)
+def test_lengths_around_tile_borders(op: Op, length: int, keys: int, backend: str) -> None:
+    """Fewer keys than queries leave causal rows without any; more let the first row see several."""
+    inputs = attention(batch=2, heads=2, length=length, keys=keys, student_kv=1, teacher_kv=2)
+    if str(op).startswith("attention_kl") and keys == 1:  # one key has probability 1
+        outcome = evaluate(op, inputs, op.learned, backend=backend)
+        assert all(x.abs().max() < 1e-6 for x in outcome.values())
+        return
+    op.assert_accurate(inputs, backend=backend)
+    op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend=backend)
+
+
+@pytest.mark.slow
+@every_op
+def test_a_long_sequence(op: Op, backend: str) -> None:
+    inputs = attention(batch=1, heads=2, length=2000, keys=2000, d_s=26, d_t=64, student_kv=2, teacher_kv=2)
+    op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend=backend)
+
+
+# -- masks -----------------------------------------------------------------------------------------------------
+
+ATTN_MASKS = [(9,), (7, 1), (7, 9), (1, 7, 9), (4, 7, 9), (2, 1, 1, 9), (2, 1, 7, 9), (1, 4, 7, 1), (2, 4, 7, 9), (1,)]
+
+
+@both_ops
+@causal_or_not
+@pytest.mark.parametrize("shape", ATTN_MASKS, ids=str)
+def test_dense_masks_that_broadcast(op: Op, is_causal: bool, shape: tuple[int, ...], backend: str) -> None:
+    inputs = attention()
+    attn_mask = torch.rand(shape) > 0.3
+    attn_mask.view(-1)[0] = True
+    inputs |= {"attn_mask": attn_mask, "is_causal": is_causal}
+    op.assert_accurate(inputs, backend=backend)
+    op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend=backend)
+
+
+@both_ops
+@pytest.mark.parametrize("length,keys", [(129, 127), (150, 300)])
+def test_a_dense_mask_across_tiles(op: Op, length: int, keys: int, backend: str) -> None:
+    inputs = attention(heads=2, length=length, keys=keys, student_kv=1, teacher_kv=2)
+    inputs |= op.some_masked(inputs)
+    inputs["attn_mask"] = torch.rand(2, 2, length, keys) > 0.5
+    inputs["attn_mask"][0, 0, 3] = False
+    op.assert_accurate(inputs, backend=backend)
+
+
+@both_ops
+def test_one_rule_written_in_every_way(op: Op, backend: str) -> None:
+    """Padding and causality as masks of their own or as one dense mask: the same loss and gradients."""
+    inputs = attention(length=9)
+    masks = op.some_masked(inputs)
+    dense = (masks["key_mask"][:, None, None] & masks["query_mask"][:, None, :, None]) & torch.ones(9, 9).tril().bool()
+    separate = evaluate(op, {**inputs, **masks}, op.learned, is_causal=True, backend=backend)
+    together = evaluate(op, {**inputs, "attn_mask": dense}, op.learned, backend=backend)
+    assert_same(separate, together, within=2e-6)
+    window = torch.ones(9, 9).bool().tril(1).triu(-2)  # a sliding window has no other form
+    op.assert_accurate({**inputs, "attn_mask": window}, backend=backend)
+
+
+@both_ops
+def test_masks_that_allow_all_change_nothing(op: Op, backend: str) -> None:
+    inputs = attention()
+    allow = {name: ~mask for name, mask in op.none_counted(inputs).items()}
+    plain = evaluate(op, inputs, op.learned, backend=backend)
+    assert_same(evaluate(op, {**inputs, **allow}, op.learned, backend=backend), plain, within=1e-6)
+    allow["attn_mask"] = torch.ones(7, 9, dtype=torch.bool)
+    assert_same(evaluate(op, {**inputs, **allow}, op.learned, backend=backend), plain, within=1e-6)
+
+
+@both_ops
+@pytest.mark.parametrize("blocked", ["a row", "a head", "a sample", "everything"])
+def test_rows_without_any_key(op: Op, blocked: str, backend: str) -> None:
+    attn_mask = torch.rand(2, 4, 7, 9) > 0.3
+    where = {"a row": (0, 1, 3), "a head": (1, 2), "a sample": (0,), "everything": ()}[blocked]
+    attn_mask[where] = False
+    op.assert_accurate({**attention(), "attn_mask": attn_mask}, backend=backend)
+
+
+# -- scales ----------------------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("student_scale,teacher_scale", [(1.0, None), (None, 1.0), (0.3, 1.7), (-0.5, 0.25), (2, 1)])
+def test_scales(op: Op, student_scale: float | None, teacher_scale: float | None, backend: str) -> None:
+    op.assert_accurate({**attention(), "student_scale": student_scale, "teacher_scale": teacher_scale}, backend=backend)
+
+
+@every_op
+def test_a_scale_of_zero(op: Op, backend: str) -> None:
+    """Scores of 0, not the default scale: the student's gradient is exactly 0."""
+    inputs = attention()
+    outcome = evaluate(op, inputs, op.learned, backend=backend, student_scale=0.0)
+    silent = {**inputs, "student_query": torch.zeros_like(inputs["student_query"])}
+    expected = op.truth(silent)["value"]
+    assert outcome["value"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert all((outcome[name] == 0).all() for name in op.learned)
+
+
+# -- small differences and saturation --------------------------------------------------------------------------
+
+
+def close(mismatch: float, dtype: torch.dtype) -> dict[str, Any]:
+    """A student whose scores differ from the teacher's by about `mismatch` of their size."""
+    inputs = attention(length=48, keys=48, d_s=26, d_t=26, student_kv=4)
+    for part in ("query", "key"):
+        teacher = inputs[f"teacher_{part}"]
+        inputs[f"student_{part}"] = teacher + mismatch * torch.randn_like(teacher)
+    return cast(inputs, dtype)
+
+
+@every_op
+@pytest.mark.parametrize("mismatch", [1e-1, 1e-2, 1e-3])
+def test_student_close_to_teacher(op: Op, mismatch: float, backend: str) -> None:
+    """The loss is what two nearly equal sums leave over. Five batches: a single number may be right by luck."""
+    op.assert_accurate_together([close(mismatch, torch.float32) for _ in range(5)], backend=backend)
+
+
+@every_op
+@pytest.mark.parametrize("mismatch", [1e-1, 1e-2])
+def test_student_close_to_teacher_in_bfloat16(op: Op, mismatch: float, backend: str) -> None:
+    op.assert_accurate(close(mismatch, torch.bfloat16), backend=backend)
+
+
+@every_op
+def test_equal_student_and_teacher(op: Op, backend: str) -> None:
+    inputs = close(0.0, torch.float32)
+    outcome = evaluate(op, inputs, op.learned, backend=backend)
+    scores = (inputs["student_query"] @ inputs["student_key"].mT * 26**-0.5).square().mean()
+    assert 0 <= outcome["value"] < 1e-12 * scores
+    different = evaluate(op, {**inputs, "student_query": -inputs["student_query"]}, op.learned, backend=backend)
+    assert all(outcome[name].norm() < 2e-6 * different[name].norm() for name in op.learned)
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4])
+@causal_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saturated_attention(size: float, is_causal: bool, dtype: torch.dtype, backend: str) -> None:
+    """Scores of +-size on the teacher's side, ordinary ones on the student's: certain rows, no overflow."""
+    inputs = attention()
+    inputs["teacher_query"] = inputs["teacher_query"].sign()
+    inputs["teacher_key"] = inputs["teacher_key"].sign() * size
+    ATTENTION_KL.assert_accurate(cast(inputs, dtype), backend=backend, teacher_scale=0.5, is_causal=is_causal)
+
+
+@both_ops
+@pytest.mark.parametrize("size", [0.03, 1e3])
+def test_extreme_sizes(op: Op, size: float, backend: str) -> None:
+    batches = [{name: x * size if "query" in name else x for name, x in attention().items()} for _ in range(5)]
+    op.assert_accurate_together(batches, backend=backend)
+
+
+@both_ops
+@causal_or_not
+def test_an_offset_shared_by_all_keys_costs_no_precision(op: Op, is_causal: bool, backend: str) -> None:
+    """Keys with a large common part, as trained models have: scores large, their differences between sides small."""
+    batches = []
+    for _ in range(3):
+        inputs = attention(length=64, keys=64, d_s=26, d_t=26, student_kv=4)
+        inputs["teacher_key"] += 20 * torch.randn(26)
+        inputs["student_key"] = inputs["teacher_key"] + 0.1 * torch.randn_like(inputs["student_key"])
+        inputs["student_query"] = inputs["teacher_query"] + 0.01 * torch.randn_like(inputs["teacher_query"])
+        batches.append(inputs)
+    op.assert_accurate_together(batches, backend=backend, is_causal=is_causal)
+
+
+# -- the uses that the documentation names ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_token_similarity_between_hidden_states(dtype: torch.dtype, backend: str) -> None:
+    """|| H_s H_s^T - H_t H_t^T ||^2 with hidden states as both query and key."""
+    student, teacher = torch.randn(3, 1, 11, 12, dtype=dtype), torch.randn(3, 1, 11, 20, dtype=dtype)
+
+    def loss(student: Tensor) -> Tensor:
+        return fastdistill.attention_mse(
+            student, student, teacher, teacher, student_scale=1.0, teacher_scale=1.0, backend=backend
+        )
+
+    def textbook(student: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        h_s, h_t = student.to(dtype), teacher.to(dtype)
+        return (h_s @ h_s.mT - h_t @ h_t.mT).square().mean()
+
+    found, eager = (evaluate(f, {"student": student}, ["student"]) for f in (loss, textbook))
+    truth = evaluate(textbook, in_float64({"student": student}), ["student"], dtype=torch.float64)
+    assert_accurate(found, truth, eager)
+
+
+def test_value_relations(backend: str) -> None:
+    """MiniLM: KL between softmax(V V^T / sqrt(d)) of both sides, heads re-split by reshaping."""
+    student, teacher = torch.randn(2, 9, 24), torch.randn(2, 9, 40)
+
+    def loss(student: Tensor) -> Tensor:
+        v_s, v_t = (x.unflatten(-1, (4, -1)).transpose(1, 2) for x in (student, teacher))
+        return fastdistill.attention_kl(v_s, v_s, v_t, v_t, backend=backend)
+
+    def textbook(student: Tensor) -> Tensor:
+        relations = []
+        for x in (student, teacher.to(student.dtype)):
+            heads = x.reshape(2, 9, 4, -1)
+            relations.append(torch.einsum("blhd,bshd->bhls", heads, heads) * heads.shape[-1] ** -0.5)
+        p_t = relations[1].softmax(-1)
+        return (p_t * (p_t.log() - relations[0].log_softmax(-1))).sum(-1).mean()
+
+    found, eager = (evaluate(f, {"student": student}, ["student"]) for f in (loss, textbook))
+    assert_accurate(found, evaluate(textbook, in_float64({"student": student}), ["student"]), eager)
+
+
+# -- errors ----------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"student_query": torch.ones(4, 7, 6)},
+        ValueError,
+        r"^student_query has shape \(4, 7, 6\); it should be \(batch, heads, length, head_dim\)",
+    ),
+    ({"teacher_key": torch.ones(9, 10)}, ValueError, r"^teacher_key has shape \(9, 10\); it should be \(batch, heads"),
+    (
+        {"teacher_query": torch.ones(2, 8, 7, 10)},
+        ValueError,
+        r"^teacher_query has 8 heads and student_query 4.*re-split.*relation heads \(MiniLMv2\)",
+    ),
+    (
+        {"student_key": torch.ones(3, 2, 9, 6)},
+        ValueError,
+        r"^student_key has shape \(3, 2, 9, 6\); it should be \(2, 2",
+    ),
+    ({"student_key": torch.ones(2, 2, 9, 7)}, ValueError, r"^student_key has shape \(2, 2, 9, 7\).*\(2, 2, 9, 6\)"),
+    ({"teacher_key": torch.ones(2, 4, 8, 10)}, ValueError, r"^teacher_key has shape \(2, 4, 8, 10\).*\(2, 4, 9, 10\)"),
+    ({"teacher_query": torch.ones(2, 4, 6, 10)}, ValueError, r"^teacher_query has shape .*should be \(2, 4, 7, 10\)"),
+    ({"teacher_query": torch.ones(1, 4, 7, 10)}, ValueError, r"^teacher_query has shape .*should be \(2, 4, 7, 10\)"),
+    (
+        {"student_key": torch.ones(2, 3, 9, 6)},
+        ValueError,
+        r"^student_key has 3 heads; the 4 query heads should be a multiple",
+    ),
+    ({"teacher_key": torch.ones(2, 0, 9, 10)}, ValueError, r"^teacher_key has 0 heads; the 4 query heads"),
+    (
+        {"student_query": torch.ones(2, 4, 7, 0), "student_key": torch.ones(2, 2, 9, 0)},
+        ValueError,
+        r"^student_query has head_dim 0; it should be at least 1",
+    ),
+    (
+        {"student_key": torch.ones(2, 2, 9, 6).bfloat16()},
+        TypeError,
+        r"^student_query is torch\.float32 and student_key torch\.bfloat16; they should be the same",
+    ),
+    ({"student_scale": float("inf")}, ValueError, r"^student_scale is inf; it should be a finite number"),
+    ({"teacher_scale": float("nan")}, ValueError, r"^teacher_scale is nan; it should be a finite number"),
+    ({"student_scale": "0.5"}, TypeError, r"^student_scale is str; it should be a number"),
+    ({"teacher_scale": torch.tensor(0.5)}, TypeError, r"^teacher_scale is Tensor; it should be a number"),
+    ({"is_causal": 1}, TypeError, r"^is_causal is int; it should be a bool"),
+    ({"attn_mask": torch.ones(7, 9)}, TypeError, r"^attn_mask is torch\.float32; it should be a bool tensor"),
+    ({"attn_mask": [[True]]}, TypeError, r"^attn_mask is list; it should be a bool tensor"),
+    (
+        {"attn_mask": torch.ones(7, 8).bool()},
+        ValueError,
+        r"^attn_mask has shape \(7, 8\); it should broadcast to \(2, 4, 7, 9\), \(B, H, L, S\)",
+    ),
+    ({"attn_mask": torch.ones(2, 7, 9).bool()}, ValueError, r"^attn_mask has shape \(2, 7, 9\); it should broadcast"),
+    ({"attn_mask": torch.ones(1, 2, 4, 7, 9).bool()}, ValueError, r"^attn_mask has shape \(1, 2, 4, 7, 9\)"),
+    ({"attn_mask": torch.ones(7, 9, dtype=torch.bool, device="meta")}, ValueError, r"^attn_mask is on meta"),
+    ({"reduction": "none"}, ValueError, r"^reduction is 'none'; it should be one of 'mean', 'sum'$"),
+]
+
+
+@both_ops
+@pytest.mark.parametrize("wrong,kind,message", BAD)
+def test_bad_arguments(op: Op, wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    with pytest.raises(kind, match=message):
+        op(**{**attention(), **wrong}, backend=backend)

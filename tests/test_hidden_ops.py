@@ -1,0 +1,111 @@
+"""linear_mse beyond the common contract: widths, chunk borders, weight gradients of many tokens, its errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _cases import LINEAR_MSE as OP
+from _cases import hidden
+from _oracle import cast, evaluate
+
+import fastdistill
+from fastdistill.ops.linear_mse import CHUNK
+
+
+@pytest.mark.parametrize("tokens", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 37])
+def test_any_number_of_tokens(tokens: int, backend: str) -> None:
+    inputs = hidden((tokens,), 12, 20)
+    inputs["mask"] = torch.rand(tokens) > 0.3
+    inputs["mask"][-1] = True
+    OP.assert_accurate(inputs, backend=backend)
+    OP.assert_accurate(inputs, backend=backend, reduction="none", upstream=torch.randn(tokens))
+
+
+@pytest.mark.parametrize("d_s,d_t", [(1, 1), (1, 7), (7, 1), (26, 64), (312, 768), (768, 312), (33, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_width(d_s: int, d_t: int, dtype: torch.dtype, backend: str) -> None:
+    OP.assert_accurate(cast(hidden((2, 9), d_s, d_t), dtype), backend=backend)
+
+
+@pytest.mark.parametrize("weight", [False, True], ids=["no-weight", "weight"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weight_and_bias_are_optional(
+    weight: bool, bias: bool, reduction: str, dtype: torch.dtype, backend: str
+) -> None:
+    inputs = cast(hidden((3, 5), 10, 10), dtype)
+    learned = tuple(name for name in OP.learned if (name != "weight" or weight) and (name != "bias" or bias))
+    inputs |= {name: None for name in OP.learned if name not in learned}
+    inputs |= OP.some_masked(inputs)
+    OP.assert_accurate(inputs, learned, backend=backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_weight_gradients_of_many_tokens_accumulate_in_float32(
+    dtype: torch.dtype, reduction: str, backend: str
+) -> None:
+    """Sums of 6000 terms of one sign: in bfloat16 they would stop growing after some 256."""
+    tokens = 6000
+    inputs = cast({name: x.abs() * 0.02 for name, x in hidden((tokens,), 8, 8).items()}, dtype)
+    inputs["teacher"] -= 0.01
+    inputs["bias"] += 0.1
+    OP.assert_accurate(inputs, backend=backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("mismatch", [1e-1, 1e-2, 1e-3])
+def test_student_close_to_teacher(mismatch: float, backend: str) -> None:
+    """The residual is a small difference of large numbers; what remains of it must be as good as eager's."""
+    cases = []
+    for _ in range(5):
+        inputs = hidden((4, 16), 24, 32)
+        projected = torch.nn.functional.linear(inputs["student"], inputs["weight"], inputs["bias"])
+        cases.append({**inputs, "teacher": projected + mismatch * torch.randn_like(projected)})
+    OP.assert_accurate_together(cases, backend=backend)
+
+
+def test_equal_student_and_teacher(backend: str) -> None:
+    student = torch.randn(3, 5, 10)
+    outcome = evaluate(
+        OP, {"student": student, "weight": None, "teacher": student.clone()}, ["student"], backend=backend
+    )
+    assert all((x == 0).all() for x in outcome.values())
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_extreme_sizes(scale: float, backend: str) -> None:
+    """Squares that float16 or bfloat16 sums would lose, and float32 ones just hold."""
+    inputs = {name: x * scale if name in ("student", "teacher", "bias") else x for name, x in hidden().items()}
+    OP.assert_accurate(inputs, backend=backend)
+
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student": torch.tensor(1.0)}, ValueError, r"^student is a scalar; it should be \(\*, d_s\)"),
+    ({"student": torch.ones(3, 5, 7)}, ValueError, r"^weight has shape \(10, 6\); it should be \(d_t, 7\)"),
+    ({"weight": torch.ones(6)}, ValueError, r"^weight has shape \(6,\); it should be \(d_t, 6\).*nn\.Linear"),
+    ({"weight": torch.ones(6, 10)}, ValueError, r"^weight has shape \(6, 10\); it should be \(d_t, 6\)"),
+    ({"weight": None}, ValueError, r"^teacher has shape \(3, 5, 10\); it should be \(3, 5, 6\).*weight is None"),
+    ({"teacher": torch.ones(3, 5, 9)}, ValueError, r"^teacher has shape \(3, 5, 9\); it should be \(3, 5, 10\)"),
+    ({"teacher": torch.ones(3, 4, 10)}, ValueError, r"^teacher has shape \(3, 4, 10\); it should be \(3, 5, 10\)"),
+    ({"teacher": torch.ones(15, 10)}, ValueError, r"^teacher has shape \(15, 10\); it should be \(3, 5, 10\)"),
+    ({"bias": torch.ones(6)}, ValueError, r"^bias has shape \(6,\); it should be \(10,\)"),
+    ({"bias": torch.ones(1)}, ValueError, r"^bias has shape \(1,\); it should be \(10,\)"),
+    ({"weight": torch.ones(10, 6).bfloat16()}, TypeError, r"student torch\.float32, weight torch\.bfloat16.*autocast"),
+    ({"bias": torch.ones(10).double()}, TypeError, r"bias torch\.float64 should have one dtype"),
+    (
+        {"weight": torch.ones(0, 6), "teacher": torch.ones(3, 5, 0), "bias": None},
+        ValueError,
+        r"^teacher has width 0.*at least one feature",
+    ),
+    ({"reduction": "batchmean"}, ValueError, r"^reduction is 'batchmean'; it should be one of 'mean', 'sum', 'none'"),
+    ({"reduction": "none", "num_items": 3}, ValueError, r"^num_items is given but reduction is 'none'"),
+]
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD)
+def test_bad_arguments(wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    with pytest.raises(kind, match=message):
+        fastdistill.linear_mse(**{**hidden(), **wrong}, backend=backend)
