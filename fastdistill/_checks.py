@@ -58,14 +58,15 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {expected}, {meaning}")
 
 
-def mask(name: str, x: Tensor | None, expected: tuple[int, ...], meaning: str, device: torch.device) -> None:
-    """A bool tensor, True = counts."""
+def mask(name: str, x: Tensor | None, expected: tuple[int, ...] | None, meaning: str, device: torch.device) -> None:
+    """A bool tensor, True = counts; `expected` None: of any shape."""
     if x is None:
         return
     if not isinstance(x, Tensor) or x.dtype != torch.bool:
         what = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} is {what}; it should be a bool tensor, True = counts: pass {name}.bool()")
-    shape(name, x, expected, meaning)
+    if expected is not None:
+        shape(name, x, expected, meaning)
     on_device(name, x, device)
 
 

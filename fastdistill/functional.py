@@ -236,7 +236,7 @@ def _attention(
         raise TypeError(f"is_causal is {type(is_causal).__name__}; it should be a bool")
     if attn_mask is not None:
         full = (batch, heads, query_length, key_length)
-        check.mask("attn_mask", attn_mask, tuple(attn_mask.shape), "", device)
+        check.mask("attn_mask", attn_mask, None, "", device)
         padded = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
         if len(padded) != 4 or any(m not in (1, n) for m, n in zip(padded, full, strict=True)):
             raise ValueError(
