@@ -1,0 +1,510 @@
+"""The command line. Every command is a thin layer over a plain Python call.
+
+Bad input ends with exit code 2 and one line. Heavy imports wait until a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:  # what the library raises for bad input; anything else is a bug
+        message = " ".join(str(error).split())
+        for python, flag in (("overwrite=True", "--overwrite"), ("resume=True", "--resume")):
+            message = message.replace(f"pass {python}", f"use {flag}").replace(python, flag)
+        print(f"fastdistill {arguments.command}: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command with --resume to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+# -- arguments ---------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastdistill", description=__doc__.splitlines()[0])
+    parser.description = "Distil Transformers: TinyBERT's stages on your data, and losses that stay low on memory."
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="the whole pipeline on built-in text: no network, no GPU, minutes")
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write (default: %(default)s)")
+    demo.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+    demo.set_defaults(run=_demo)
+
+    general = commands.add_parser("general", help="stage 1: distil on a corpus of plain text")
+    _models(general)
+    general.add_argument("--corpus", nargs="+", required=True, metavar="FILE", help="text files, a paragraph a line")
+    general.add_argument("--max-length", type=int, default=128, help="tokens in a block (default: %(default)s)")
+    _objective(general)
+    _schedule(general, epochs=3, batch_size=256, learning_rate=5e-5)
+    _outputs(general)
+    general.set_defaults(run=_general)
+
+    task = commands.add_parser("task", help="stage 2: intermediate, prediction, evaluation on a GLUE task")
+    _models(task)
+    _data(task)
+    task.add_argument(
+        "--augmented", type=Path, metavar="FILE", help="train on these rows (a tsv like the task's own train.tsv)"
+    )
+    _objective(task)
+    task.add_argument("--temperature", type=float, default=1.0, help="of the prediction stage (default: %(default)s)")
+    task.add_argument("--intermediate-epochs", type=float, help="default: the published recipe's for the task; 0: skip")
+    task.add_argument("--intermediate-learning-rate", type=float, help="default: the published recipe's")
+    task.add_argument("--prediction-epochs", type=float, help="default: the published recipe's")
+    task.add_argument("--prediction-learning-rate", type=float, help="default: the published recipe's")
+    task.add_argument("--batch-size", type=int, help="of each process; default: the published recipe's")
+    _seeds(task)
+    _common(task)
+    _outputs(task)
+    task.set_defaults(run=_task)
+
+    finetune = commands.add_parser(
+        "finetune", help="train a model on a task's gold labels alone: a teacher, or a student as baseline"
+    )
+    finetune.add_argument("--model", required=True, help="checkpoint; or with --teacher a preset or config file")
+    finetune.add_argument("--teacher", help="whose vocabulary, labels and (with --init teacher) weights a preset takes")
+    finetune.add_argument("--init", choices=("random", "teacher"), help="of a preset or config (default: teacher)")
+    _data(finetune)
+    _schedule(finetune, epochs=3, batch_size=32, learning_rate=3e-5, seed=False)
+    _seeds(finetune)
+    _outputs(finetune)
+    finetune.set_defaults(run=_finetune)
+
+    evaluate = commands.add_parser("evaluate", help="a model's metrics on a GLUE task")
+    evaluate.add_argument("--model", required=True, help="checkpoint: folder or hub name")
+    evaluate.add_argument("--against", metavar="TEACHER", help="compare with this model: size, speed, share kept")
+    _data(evaluate)
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace that file")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
+    evaluate.set_defaults(run=_evaluate)
+
+    info = commands.add_parser("info", help="versions, devices, and the backend each op takes here")
+    info.set_defaults(run=_info)
+    return parser
+
+
+_TRUST = "run model code that a checkpoint brings along"
+
+
+def _models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", required=True, help="checkpoint: folder or hub name")
+    parser.add_argument(
+        "--student", required=True, help="tinybert-4l-312, tinybert-6l-768, a JSON config file, or a checkpoint"
+    )
+    parser.add_argument(
+        "--init", choices=("random", "teacher"), help="weights of a preset or config (default: folded from the teacher)"
+    )
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", required=True, help="GLUE task: CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="GLUE's tsv files (default: from the hub)")
+
+
+def _objective(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layer-map", default="uniform", help="uniform, top, bottom, last, or teacher layers: 0,3,6")
+    parser.add_argument(
+        "--projection",
+        choices=("shared", "per_layer"),
+        default="shared",
+        help="of hidden states (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--parity", choices=("masked", "official"), default="masked", help="padding never counts, or as published"
+    )
+    parser.add_argument(
+        "--terms",
+        nargs="+",
+        choices=("embedding", "hidden", "attention"),
+        default=("embedding", "hidden", "attention"),
+        help="inner losses (default: all three)",
+    )
+
+
+def _schedule(
+    parser: argparse.ArgumentParser, epochs: float, batch_size: int, learning_rate: float, seed: bool = True
+) -> None:
+    parser.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="of each process (default: %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
+    if seed:
+        parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    _common(parser)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop each stage after so many steps")
+    parser.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
+
+
+def _seeds(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[42],
+        help="of the last training; with several, the output is the best on the dev set and all stay in seeds/",
+    )
+
+
+def _outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+
+
+def _layer_map(text: str) -> str | list[int | None]:
+    if not text[:1].isdigit():
+        return text
+    try:
+        return [None if part == "-" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layer-map is {text!r}; a list looks like 0,3,6,-,12 with - for none") from None
+
+
+def _training_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {"bf16": arguments.bf16, "max_steps": arguments.max_steps, "report_to": "none"}
+    return options
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from fastdistill.demo import run
+
+    run(arguments.output, overwrite=arguments.overwrite)
+
+
+def _general(arguments: argparse.Namespace) -> None:
+    from fastdistill.stages import GeneralStage, pack_corpus
+
+    teacher, tokenizer = _load(arguments.teacher, "AutoModel", arguments.trust_remote_code)
+    corpus = pack_corpus(arguments.corpus, tokenizer, arguments.max_length)
+    layer_map = _layer_map(arguments.layer_map)
+    student = _student(arguments, teacher, tokenizer, corpus, layer_map, arguments.seed)
+    GeneralStage(
+        corpus=corpus,
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        terms=arguments.terms,
+        layer_map=layer_map,
+        projection=arguments.projection,
+        parity=arguments.parity,
+        projections=_projections(arguments.student),
+        seed=arguments.seed,
+        arguments=_training_arguments(arguments),
+    ).run(student, teacher, tokenizer, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    print(f"wrote {arguments.output}")
+
+
+def _task(arguments: argparse.Namespace) -> None:
+    from fastdistill import tasks
+    from fastdistill.outputs import whole_output
+    from fastdistill.stages import IntermediateStage, PredictionStage, add_teacher_logits
+
+    task = tasks.get_task(arguments.task)
+    teacher, tokenizer = _load(arguments.teacher, "AutoModelForSequenceClassification", arguments.trust_remote_code)
+    tasks.check_labels(task, teacher.config)
+    layer_map = _layer_map(arguments.layer_map)
+    train = tasks.read_tsv(task, arguments.augmented) if arguments.augmented else _split(task, "train", arguments)
+    train = tasks.tokenize(task, train, tokenizer)
+    batch_size = arguments.batch_size or task.batch_size
+
+    with whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite) as work:
+        student = _student(arguments, teacher, tokenizer, train, layer_map, arguments.seeds[0])
+        epochs = arguments.intermediate_epochs
+        epochs = task.intermediate_epochs if epochs is None else epochs
+        if epochs > 0:
+            student = IntermediateStage(
+                dataset=train,
+                epochs=epochs,
+                batch_size=batch_size,
+                learning_rate=arguments.intermediate_learning_rate or task.intermediate_learning_rate,
+                terms=arguments.terms,
+                layer_map=layer_map,
+                projection=arguments.projection,
+                parity=arguments.parity,
+                projections=_projections(arguments.student),
+                seed=arguments.seeds[0],
+                arguments=_training_arguments(arguments),
+            ).run(student, teacher, tokenizer, work / "intermediate", resume=True)
+        start = {name: x.clone() for name, x in student.state_dict().items()}
+        if not task.is_regression:
+            train = add_teacher_logits(train, teacher, tokenizer)
+        epochs = arguments.prediction_epochs
+
+        def predict(seed: int, folder: Path) -> Any:
+            student.load_state_dict(start)
+            stage = PredictionStage(
+                dataset=train,
+                epochs=task.prediction_epochs if epochs is None else epochs,
+                batch_size=batch_size,
+                learning_rate=arguments.prediction_learning_rate or task.prediction_learning_rate,
+                parity=arguments.parity,
+                temperature=arguments.temperature,
+                seed=seed,
+                arguments=_training_arguments(arguments),
+            )
+            return stage.run(student, teacher, tokenizer, folder, resume=True)
+
+        _over_seeds(task, arguments, tokenizer, work, predict)
+    print(f"wrote {arguments.output}")
+
+
+def _finetune(arguments: argparse.Namespace) -> None:
+    from fastdistill import tasks
+    from fastdistill.finetune import finetune
+    from fastdistill.outputs import whole_output
+    from fastdistill.students import build_student
+
+    task = tasks.get_task(arguments.task)
+    if arguments.teacher is None and arguments.init is not None:
+        raise ValueError("--init needs --teacher, whose weights it takes")
+    source, tokenizer = _load(
+        arguments.teacher or arguments.model,
+        "AutoModelForSequenceClassification",
+        arguments.trust_remote_code,
+        **({} if arguments.teacher else task.model_options()),
+    )
+    train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
+
+    def fit(seed: int, folder: Path) -> Any:
+        if arguments.teacher:
+            model = _student(arguments, source, tokenizer, train, "uniform", seed, spec=arguments.model)
+        else:
+            model = build_student(arguments.model, source, trust_remote_code=arguments.trust_remote_code)
+        return finetune(
+            model,
+            train,
+            tokenizer,
+            folder,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            seed=seed,
+            arguments=_training_arguments(arguments),
+            resume=True,
+        )
+
+    with whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite) as work:
+        _over_seeds(task, arguments, tokenizer, work, fit)
+    print(f"wrote {arguments.output}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from fastdistill import tasks
+    from fastdistill.students import count_parameters
+
+    task = tasks.get_task(arguments.task)
+    if arguments.json and arguments.json.exists() and not arguments.overwrite:
+        raise FileExistsError(f"{arguments.json} exists; pass overwrite=True to replace it")
+    names = [arguments.model] + ([arguments.against] if arguments.against else [])
+    models = [_load(name, "AutoModelForSequenceClassification", arguments.trust_remote_code) for name in names]
+    figures: dict[str, dict[str, Any]] = {}
+    for name, (model, tokenizer) in zip(names, models, strict=True):
+        tasks.check_labels(task, model.config, argument=name)
+        figures[name] = {"parameters": count_parameters(model), "metrics": _metrics(task, arguments, model, tokenizer)}
+    if arguments.against:
+        figures[arguments.model]["speed_up"] = _speed_up(task, arguments, *(model for model, _ in models), models[1][1])
+        figures[arguments.model]["kept"] = _score(figures[arguments.model]) / _score(figures[arguments.against])
+    _print_figures(task, figures)
+    if arguments.json:
+        from fastdistill.outputs import write_whole
+
+        write_whole(arguments.json, json.dumps(figures, indent=2) + "\n")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    import fastdistill
+    from fastdistill.functional import explain_backends
+
+    console = Console()
+    versions = Table("package", "version", title="Environment", title_justify="left")
+    versions.add_row("fastdistill", fastdistill.__version__)
+    versions.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
+    for name in ("torch", "numpy", "triton", "transformers", "datasets", "accelerate", "tokenizers"):
+        versions.add_row(name, _version(name))
+    console.print(versions)
+
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        devices += [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
+    for device in devices:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        table = Table("op", "backend", "why", title=f"{device} ({name})", title_justify="left")
+        for row in explain_backends(device):
+            table.add_row(*row)
+        console.print(table)
+
+
+# -- parts of commands -------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _load(name: str, auto_class: str, trust_remote_code: bool, **options: Any) -> tuple[Any, Any]:
+    """A checkpoint's model, in float32 and eval mode, and its tokenizer."""
+    import transformers
+
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name}: no config.json; it is not a transformers checkpoint")
+    model = getattr(transformers, auto_class).from_pretrained(
+        name, dtype="float32", trust_remote_code=trust_remote_code, **options
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return model.eval(), tokenizer
+
+
+def _student(
+    arguments: argparse.Namespace,
+    teacher: Any,
+    tokenizer: Any,
+    dataset: Any,
+    layer_map: Any,
+    seed: int,
+    spec: str | None = None,
+) -> Any:
+    import torch
+
+    from fastdistill.students import build_student
+    from fastdistill.trainer import PaddingCollator
+
+    torch.manual_seed(seed)  # of weights that no checkpoint brings
+    rows = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
+    # Some ten thousand tokens of the text to learn from, spread over it.
+    step = max(len(rows) // CALIBRATION_ROWS, 1)
+    calibration = PaddingCollator(tokenizer)([rows[i] for i in range(0, len(rows), step)][:CALIBRATION_ROWS])
+    return build_student(
+        spec or arguments.student,
+        teacher,
+        init=arguments.init,
+        layer_map=layer_map,
+        calibration=calibration,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+CALIBRATION_ROWS = 512
+
+
+def _projections(student: str) -> Path | None:
+    """A student of an earlier stage brings the projections learnt with it."""
+    from fastdistill.objective import PROJECTIONS_NAME
+
+    return Path(student) if (Path(student) / PROJECTIONS_NAME).is_file() else None
+
+
+def _split(task: Any, split: str, arguments: argparse.Namespace) -> Any:
+    from fastdistill import tasks
+
+    return tasks.load_split(task, split, arguments.data)
+
+
+def _metrics(task: Any, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+    """Of each evaluation set on its own (MNLI has two)."""
+    import numpy as np
+
+    from fastdistill import tasks
+    from fastdistill.stages import add_teacher_logits
+
+    found = {}
+    for split in task.evaluations:
+        dataset = tasks.tokenize(task, _split(task, split, arguments), tokenizer)
+        logits = add_teacher_logits(dataset, model, tokenizer)["teacher_logits"]
+        found[split] = tasks.compute_metrics(task, np.array(logits), np.array(dataset["labels"]))
+    return found
+
+
+def _score(figures: dict[str, Any]) -> float:
+    scores = [metrics["score"] for metrics in figures["metrics"].values()]
+    return sum(scores) / len(scores)
+
+
+def _over_seeds(task: Any, arguments: argparse.Namespace, tokenizer: Any, work: Path, train: Any) -> None:
+    """The last training once a seed, its metrics in results.json; the best student becomes the output itself."""
+    import shutil
+    import statistics
+
+    results: dict[str, Any] = {"task": task.name, "seeds": {}}
+    for seed in arguments.seeds:
+        model = train(seed, work / "seeds" / str(seed))
+        results["seeds"][seed] = {"metrics": _metrics(task, arguments, model, tokenizer)}
+    scores = {seed: _score(figures) for seed, figures in results["seeds"].items()}
+    best = max(scores, key=scores.__getitem__)
+    results["mean"] = statistics.mean(scores.values())
+    results["spread"] = statistics.stdev(scores.values()) if len(scores) > 1 else 0.0
+    results["best_seed"] = best
+    shutil.copytree(work / "seeds" / str(best), work, dirs_exist_ok=True)
+    if len(scores) == 1:
+        shutil.rmtree(work / "seeds")
+    (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    for seed, score in scores.items():
+        print(f"seed {seed}: {task.name} {100 * score:.2f}")
+    if len(scores) > 1:
+        print(f"mean {100 * results['mean']:.2f}, standard deviation {100 * results['spread']:.2f}, best seed {best}")
+
+
+def _speed_up(task: Any, arguments: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -> float:
+    """Teacher seconds / student seconds on the same batch of the dev set, interleaved runs."""
+    from fastdistill import tasks
+    from fastdistill.students import measure_seconds
+    from fastdistill.trainer import PaddingCollator
+
+    rows = tasks.tokenize(task, _split(task, task.evaluations[0], arguments).select(range(32)), tokenizer)
+    names = [name for name in tokenizer.model_input_names if name in rows.column_names]
+    batch = PaddingCollator(tokenizer)(list(rows.select_columns(names)))
+    student_seconds, teacher_seconds = measure_seconds([student, teacher], batch)
+    return teacher_seconds / student_seconds
+
+
+def _print_figures(task: Any, figures: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "parameters", *(f"{split} {m}" for split in task.evaluations for m in task.metrics))
+    table.add_column("speed-up")
+    table.add_column("kept")
+    for name, row in figures.items():
+        cells = [f"{100 * row['metrics'][split][m]:.2f}" for split in task.evaluations for m in task.metrics]
+        speed_up, kept = row.get("speed_up"), row.get("kept")
+        table.add_row(
+            name,
+            f"{row['parameters']['total'] / 1e6:.2f}M",
+            *cells,
+            f"{speed_up:.2f}x" if speed_up else "",
+            f"{kept:.1%}" if kept else "",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Training on gold labels alone: what makes a teacher, and what a distilled student is compared with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, Trainer
+
+from fastdistill.outputs import last_checkpoint, whole_output
+from fastdistill.stages import add_length, training_arguments
+from fastdistill.trainer import PaddingCollator, load_student
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["finetune"]
+
+
+def finetune(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    tokenizer: Any,
+    output_dir: str | Path,
+    *,
+    epochs: float = 3,
+    batch_size: int = 32,
+    learning_rate: float = 3e-5,
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    seed: int = 42,
+    arguments: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> PreTrainedModel:
+    """Train a classifier in place on the `labels` of `dataset` and write it to `output_dir`, whole or not at all.
+
+    The schedule is the prediction stage's (linear, with warm-up), so that a student with and without distillation are
+    trained alike. Arguments are `fastdistill.stages`'; `arguments` go to transformers.TrainingArguments.
+
+    Raises FileExistsError as the stages do.
+    """
+    output = Path(output_dir)
+    if resume and (output / "config.json").is_file():
+        load_student(model, output)
+        return model.eval()
+    with whole_output(output, resume=resume, overwrite=overwrite) as work:
+        args = training_arguments(
+            work,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            scheduler="linear",
+            weight_decay=weight_decay,
+            seed=seed,
+            arguments=arguments or {},
+        )
+        trainer = Trainer(
+            model=model,
+            args=args,
+            processing_class=tokenizer,
+            data_collator=PaddingCollator(tokenizer),
+            train_dataset=add_length(dataset),
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        trainer.save_model()
+        trainer.save_state()
+        for checkpoint in work.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    return model.eval()

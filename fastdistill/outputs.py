@@ -1,0 +1,65 @@
+"""Outputs that appear whole or not at all: work goes on in `<output>.partial`, which is renamed at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Check that `output` may be written and return the folder to work in, which an interrupted run leaves behind.
+
+    Raises:
+        FileExistsError: `output` is not empty, or an interrupted run lies beside it, and neither flag is set.
+        ValueError: both flags are set.
+    """
+    output = Path(output)
+    work = output.with_name(output.name + ".partial")
+    if resume and overwrite:
+        raise ValueError("resume and overwrite are both set; choose one")
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
+    if work.exists() and not resume:
+        if any(work.iterdir()) and not overwrite:
+            raise FileExistsError(
+                f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
+            )
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def replace(work: Path, output: Path) -> None:
+    """Put `work` in the place of `output`, which is never half written."""
+    old = output.with_name(output.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if output.exists():
+        output.rename(old)
+    work.rename(output)
+    if old.is_dir():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.unlink()
+
+
+@contextmanager
+def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """`claim` at the start of the block, `replace` at its end if it ends well."""
+    work = claim(output, resume=resume, overwrite=overwrite)
+    yield work
+    replace(work, Path(output))
+
+
+def write_whole(path: Path, text: str) -> None:
+    work = path.with_name(path.name + ".partial")
+    work.write_text(text, encoding="utf-8")
+    work.replace(path)
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest whole checkpoint of a Trainer: its state is what a save writes last."""
+    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
