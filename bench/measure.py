@@ -31,7 +31,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def record(
-    benchmark,  # noqa: ANN001
+    benchmark,
     op: str,
     shape: str,
     implementation: str,
