@@ -11,6 +11,13 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def widest_dtype(x: Tensor) -> torch.dtype:
+    """What sums that cancel are kept in: float64 wherever the device of x has it."""
+    if x.device.type == "xpu":
+        return torch.float64 if torch.xpu.get_device_properties(x.device).has_fp64 else torch.float32
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def narrow(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
