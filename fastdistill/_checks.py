@@ -99,9 +99,14 @@ def reduction(value: str, num_items: int | Tensor | None, allowed: tuple[str, ..
         raise ValueError(f"num_items is {num_items}; it should be the number of counted items, 0 or more")
 
 
-def positive(name: str, value: float | None) -> None:
-    if value is not None and not (_is_number(name, value) and 0 < value < math.inf):
+def positive(name: str, value: float) -> None:
+    if not (_is_number(name, value) and 0 < value < math.inf):
         raise ValueError(f"{name} is {value}; it should be a positive finite number")
+
+
+def integer(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be an int")
 
 
 def finite(name: str, value: float | None) -> None:

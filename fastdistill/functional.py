@@ -397,8 +397,13 @@ def _check_rows(
         raise TypeError(f"t_squared is {type(t_squared).__name__}; it should be a bool")
     if classes == 0:
         raise ValueError("the logits have 0 classes; they should have at least 1")
-    if vocab_size is not None and not 1 <= vocab_size <= classes:
-        raise ValueError(f"vocab_size is {vocab_size}; it should be between 1 and the {classes} classes of the logits")
+    if vocab_size is not None:
+        check.integer("vocab_size", vocab_size)
+        if not 1 <= vocab_size <= classes:
+            raise ValueError(
+                f"vocab_size is {vocab_size}; it should be between 1 and the {classes} classes of the logits"
+            )
+    check.integer("ignore_index", ignore_index)
     check.mask("mask", mask, rows, "one entry a row", device)
     if labels is None:
         if alpha < 1:
@@ -407,6 +412,12 @@ def _check_rows(
     check.integers("labels", labels, rows, "one entry a row", device)
     counted = labels != ignore_index
     return counted if mask is None else counted & mask
+
+
+def _check_softcaps(**softcaps: float | None) -> None:
+    for name, value in softcaps.items():
+        if value is not None:
+            check.positive(name, value)
 
 
 def _reduced(per_row: Tensor, counted: Tensor | None, reduction: str, num_items: int | Tensor | None) -> Tensor:
@@ -459,8 +470,7 @@ def _logits_loss(
         rows, min(student_logits.shape[-1], teacher_logits.shape[-1]), student_logits.device, temperature, t_squared,
         labels, alpha, ignore_index, mask, vocab_size, reduction, num_items,
     )  # fmt: skip
-    check.positive("student_softcap", student_softcap)
-    check.positive("teacher_softcap", teacher_softcap)
+    _check_softcaps(student_softcap=student_softcap, teacher_softcap=teacher_softcap)
     backend = pick_backend(backend, student_logits.device)
 
     with _no_autocast(student_logits):
@@ -778,7 +788,7 @@ def topk_soft_cross_entropy(
         mask, vocab_size, reduction, num_items,
     )  # fmt: skip
     _check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
-    check.positive("student_softcap", student_softcap)
+    _check_softcaps(student_softcap=student_softcap)
     backend = pick_backend(backend, student_logits.device)
 
     with _no_autocast(student_logits):
@@ -860,8 +870,7 @@ def _linear_logits_loss(
         rows, min(student_weight.shape[0], teacher_weight.shape[0]), student.device, temperature, t_squared, labels,
         alpha, ignore_index, mask, vocab_size, reduction, num_items,
     )  # fmt: skip
-    check.positive("student_softcap", student_softcap)
-    check.positive("teacher_softcap", teacher_softcap)
+    _check_softcaps(student_softcap=student_softcap, teacher_softcap=teacher_softcap)
     backend = pick_backend(backend, student.device)
 
     student, student_weight, student_bias = _autocast(student, student_weight, student_bias)
@@ -1163,7 +1172,7 @@ def linear_topk_soft_cross_entropy(
         vocab_size, reduction, num_items,
     )  # fmt: skip
     _check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
-    check.positive("student_softcap", student_softcap)
+    _check_softcaps(student_softcap=student_softcap)
     backend = pick_backend(backend, student.device)
 
     student, student_weight, student_bias = _autocast(student, student_weight, student_bias)

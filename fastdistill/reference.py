@@ -252,7 +252,7 @@ def _with_labels(
     if labels is not None:
         hard = F.cross_entropy(
             student_logits.reshape(-1, student_logits.shape[-1]),
-            torch.where(counted, labels, 0).flatten(),
+            torch.where(counted, labels, 0).flatten().long(),
             reduction="none",
         ).view(counted.shape)
         # A term of weight 0 is left out: it may be infinite.
