@@ -63,14 +63,14 @@ def errors(outcome: Outcome, truth: Outcome) -> dict[str, float]:
     return {name: error(outcome[name], truth[name]) for name in truth}
 
 
-def assert_accurate(outcome: Outcome, truth: Outcome, textbook: Outcome) -> None:
+def assert_accurate(outcome: Outcome, truth: Outcome, textbook: Outcome, loosest: float = LOOSEST_BOUND) -> None:
     """Each tensor at most twice as far from the truth as the textbook formula at the same dtype."""
     eps = torch.finfo(outcome["value"].dtype).eps
     failures = []
     baseline = errors(textbook, truth)
     for name, found in errors(outcome, truth).items():
-        bound = 2 * baseline[name] + 4 * eps
-        assert bound < LOOSEST_BOUND, f"{name}: the textbook formula is off by {baseline[name]:.1e}, choose other data"
+        bound = 2 * baseline[name] + 8 * eps
+        assert bound < loosest, f"{name}: the textbook formula is off by {baseline[name]:.1e}, choose other data"
         if not found <= bound:
             failures.append(f"{name}: error {found:.2e}, bound {bound:.2e}")
     assert not failures, "; ".join(failures)

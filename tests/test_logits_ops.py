@@ -1,0 +1,445 @@
+"""The losses on logits beyond the common contract: vocabularies, options, saturation, impossible classes, errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from _cases import LOGITS_OPS, TOPK_OPS, Op, logits, topk, with_labels
+from _oracle import assert_same, cast, error, evaluate
+
+import fastdistill
+
+OPS = [op for op in LOGITS_OPS if "vocab_size" not in op.options]
+ALL = [*OPS, *TOPK_OPS]
+every_op = pytest.mark.parametrize("op", ALL, ids=str)
+every_divergence = pytest.mark.parametrize("op", OPS, ids=str)
+BY_NAME = {str(op): op for op in ALL}
+
+
+def make(op: Op, rows: tuple[int, ...], classes: int) -> dict[str, Any]:
+    return topk(rows, classes, min(8, classes - 1)) if op in TOPK_OPS else logits(rows, classes)
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("classes", [2, 3, 127, 30522, 50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vocabularies(op: Op, classes: int, dtype: torch.dtype, backend: str) -> None:
+    op.assert_accurate(cast(make(op, (4,), classes), dtype), backend=backend, reduction="none")
+
+
+@every_op
+@pytest.mark.parametrize("rows,classes", [(1, 33), (63, 33), (65, 33), (1030, 33), (257, 1000), (9, 12345)])
+def test_any_number_of_rows(op: Op, rows: int, classes: int, backend: str) -> None:
+    inputs = make(op, (rows,), classes)
+    inputs["mask"] = torch.rand(rows) > 0.3
+    inputs["mask"][-1] = True
+    op.assert_accurate(inputs, backend=backend)
+    op.assert_accurate(inputs, backend=backend, reduction="none", upstream=torch.randn(rows))
+
+
+@every_divergence
+def test_one_class(op: Op, backend: str) -> None:
+    """Both sides are certain of it."""
+    outcome = evaluate(op, logits((3,), 1), op.learned, backend=backend)
+    assert all((x == 0).all() for x in outcome.values())
+
+
+# -- options ---------------------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 20.0])
+@pytest.mark.parametrize("t_squared", [False, True])
+def test_temperature(op: Op, temperature: float, t_squared: bool, backend: str) -> None:
+    if op.options.get("tail") == "bucket":
+        temperature = 1.0  # the only one the bucket has
+    inputs = make(op, (30,), 40)
+    op.assert_accurate(inputs, backend=backend, temperature=temperature, t_squared=t_squared, reduction="none")
+
+
+@every_op
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_labels(op: Op, alpha: float, dtype: torch.dtype, backend: str) -> None:
+    temperature = {} if op.options.get("tail") == "bucket" else {"temperature": 3.0, "t_squared": True}
+    inputs = cast(with_labels(make(op, (30,), 40), 40), dtype)
+    inputs["mask"] = torch.rand(30) > 0.3
+    for reduction in op.reductions:
+        op.assert_accurate(inputs, backend=backend, alpha=alpha, reduction=reduction, **temperature)
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, 5)
+    op.assert_accurate(inputs, backend=backend, alpha=alpha, ignore_index=5, **temperature)
+
+
+@every_op
+def test_labels_and_rows_that_do_not_count_may_hold_anything(op: Op, backend: str) -> None:
+    inputs = with_labels(make(op, (3, 5), 37), 37)
+    masks = op.some_masked(inputs)
+    clean = evaluate(op, {**inputs, **masks}, op.learned, backend=backend, alpha=0.4)
+    inputs["labels"] = inputs["labels"].where(masks["mask"], 12345)
+    if "topk_indices" in inputs:
+        inputs["topk_indices"] = inputs["topk_indices"].where(masks["mask"].unsqueeze(-1), -7)
+    poisoned = op.overwrite_masked({**inputs, **masks}, masks, math.nan)
+    assert_same(evaluate(op, poisoned, op.learned, backend=backend, alpha=0.4), clean)
+    ignored = {**inputs, "labels": inputs["labels"].where(masks["mask"], -100)}
+    assert_same(evaluate(op, ignored, op.learned, backend=backend, alpha=0.4), clean, within=1e-6)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_any_integer_type(op: Op, dtype: torch.dtype, backend: str) -> None:
+    inputs = with_labels(make(op, (3, 5), 37), 37)
+    inputs["labels"] = inputs["labels"].where(inputs["labels"] >= 0, 255)
+    expected = evaluate(op, inputs, op.learned, backend=backend, alpha=0.4, ignore_index=255)
+    narrow = {k: x if x.is_floating_point() else x.to(dtype) for k, x in inputs.items()}
+    assert_same(evaluate(op, narrow, op.learned, backend=backend, alpha=0.4, ignore_index=255), expected)
+    assert_same(evaluate(op, narrow, op.learned, backend="reference", alpha=0.4, ignore_index=255), expected, 1e-6)
+
+
+@every_op
+@pytest.mark.parametrize("cap", [3.0, 30.0])
+@pytest.mark.parametrize("sides", [("student",), ("teacher",), ("student", "teacher")], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softcap(op: Op, cap: float, sides: tuple[str, ...], dtype: torch.dtype, backend: str) -> None:
+    if op in TOPK_OPS:
+        sides = ("student",)
+    caps = {f"{side}_softcap": cap + i for i, side in enumerate(sides)}
+    inputs = with_labels(make(op, (30,), 40), 40)
+    inputs["student_logits"] *= 4
+    op.assert_accurate(cast(inputs, dtype), backend=backend, alpha=0.6, **caps, reduction="none")
+
+
+@every_divergence
+@pytest.mark.parametrize("student,teacher,vocab_size", [(40, 40, 33), (48, 40, 40), (40, 48, 40), (41, 43, 1)])
+def test_padded_vocabularies(op: Op, student: int, teacher: int, vocab_size: int, backend: str) -> None:
+    """Only the classes both share take part, whatever the padding holds; its gradient is exactly 0."""
+    inputs = {"student_logits": torch.randn(3, 5, student), "teacher_logits": torch.randn(3, 5, teacher)}
+    clean = evaluate(op, inputs, op.learned, backend=backend, vocab_size=vocab_size)
+    if vocab_size > 1:
+        op.assert_accurate(inputs, backend=backend, vocab_size=vocab_size)
+    for poison in (math.nan, math.inf, -math.inf):
+        for x in inputs.values():
+            x[..., vocab_size:] = poison
+        assert_same(evaluate(op, inputs, op.learned, backend=backend, vocab_size=vocab_size), clean)
+    assert (clean["student_logits"][..., vocab_size:] == 0).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_jsd_beta(beta: float, dtype: torch.dtype, backend: str) -> None:
+    op, inputs = BY_NAME["jsd"], cast(logits((30,), 40), dtype)
+    if beta in (0, 1):
+        expected = evaluate(fastdistill.kl_div, inputs, op.learned, backend=backend, reverse=beta == 1)
+        assert_same(evaluate(op, inputs, op.learned, backend=backend, beta=beta), expected, within=1e-6)
+        beta = int(beta)  # an int is a number too
+        assert_same(evaluate(op, inputs, op.learned, backend=backend, beta=beta), expected, within=1e-6)
+    else:
+        op.assert_accurate(inputs, backend=backend, beta=beta, reduction="none")
+
+
+@pytest.mark.parametrize("op", TOPK_OPS, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_topk_sizes(op: Op, k: int, dtype: torch.dtype, backend: str) -> None:
+    inputs = topk((30,), 37, k)
+    order = torch.randperm(k)  # in any order
+    inputs |= {name: inputs[name][:, order] for name in ("topk_logprobs", "topk_indices")}
+    if k < 30 or dtype == torch.float32:  # rounded to bfloat16, 36 of 37 probabilities may add up to more than 1
+        op.assert_accurate(cast(inputs, dtype), backend=backend, reduction="none")
+
+
+@pytest.mark.parametrize("op", TOPK_OPS, ids=str)
+def test_topk_rows_padded_with_impossible_classes(op: Op, backend: str) -> None:
+    """A row with fewer classes: -inf pads it, at any class not listed already."""
+    inputs = topk((3, 5), 37, 5)
+    expected = evaluate(op, inputs, op.learned, backend=backend)
+    rest = inputs["student_logits"].scatter(-1, inputs["topk_indices"], math.inf).argsort(-1)[..., :2]
+    inputs["topk_indices"] = torch.cat([inputs["topk_indices"], rest], -1)
+    inputs["topk_logprobs"] = torch.cat([inputs["topk_logprobs"], torch.full((3, 5, 2), -math.inf)], -1)
+    if op.options["tail"] == "renormalize":
+        assert_same(evaluate(op, inputs, op.learned, backend=backend), expected, within=1e-6)
+    else:  # listed with probability 0, a class is no part of the rest
+        outcome = evaluate(op, inputs, op.learned, backend=backend)
+        truth = op.truth(inputs)
+        assert all(error(outcome[name], truth[name]) < 1e-6 for name in truth)
+
+
+# -- small differences, saturation, impossible classes -----------------------------------------------------------
+
+
+@every_divergence
+@pytest.mark.parametrize("mismatch", [1e-1, 1e-2, 1e-3])
+def test_student_close_to_teacher(op: Op, mismatch: float, backend: str) -> None:
+    inputs = logits((64,), 200)
+    inputs["student_logits"] = inputs["teacher_logits"] + mismatch * torch.randn(64, 200)
+    if op.name == "tvd" and mismatch < 1e-2:
+        pytest.skip("its gradient jumps where probabilities are equal, as some then are within rounding")
+    # A KL of 1e-7 is beyond float32, for anyone: the bound on its value is then wide, on its gradient still tight.
+    op.assert_accurate(inputs, backend=backend, reduction="none", loosest=1.0 if mismatch < 1e-2 else 0.02)
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_student_and_teacher(op: Op, dtype: torch.dtype, backend: str) -> None:
+    inputs = cast(logits((30,), 200), dtype)
+    inputs["student_logits"] = inputs["teacher_logits"].clone()
+    outcome = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
+    assert outcome["student_logits"].abs().max() < 1e-6
+    if op.name != "soft_cross_entropy":
+        assert outcome["value"].abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("student,teacher", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("name", ["kl_div", "kl_div-reverse", "jsd", "tvd"])
+def test_mixed_dtypes_never_give_a_negative_divergence(
+    name: str, student: torch.dtype, teacher: torch.dtype, backend: str
+) -> None:
+    inputs = logits((40,), 3000)
+    inputs["teacher_logits"] = inputs["student_logits"].to(teacher)
+    inputs["student_logits"] = inputs["student_logits"].to(student)
+    value = BY_NAME[name](**inputs, backend=backend, reduction="none")
+    assert (value > 0).all()
+
+
+def saturated(size: float) -> dict[str, Any]:
+    """Every pairing of a certain row, a flat row and an ordinary one."""
+    peaks = [size * torch.nn.functional.one_hot(torch.tensor(i), 37) for i in (3, 20)]
+    rows = [peaks[0], peaks[1] - size, torch.zeros(37), torch.randn(37), size * torch.randn(37).sign()]
+    pairs = [(a, b) for a in rows for b in rows]
+    return {
+        "student_logits": torch.stack([a for a, _ in pairs]).float(),
+        "teacher_logits": torch.stack([b for _, b in pairs]).float(),
+    }
+
+
+@every_divergence
+@pytest.mark.parametrize("size", [30.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saturated_rows(op: Op, size: float, dtype: torch.dtype, reduction: str, backend: str) -> None:
+    inputs = cast(with_labels(saturated(size), 37), dtype)
+    op.assert_accurate(inputs, backend=backend, reduction=reduction)
+    op.assert_accurate(inputs, backend=backend, reduction=reduction, alpha=0.5, temperature=2.0)
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_saturated_student_against_topk(size: float, sign: int, backend: str) -> None:
+    inputs = topk((30,), 37, 5)
+    inputs["student_logits"][:15, 7] = sign * size
+    BY_NAME["topk_soft_cross_entropy-renormalize"].assert_accurate(inputs, backend=backend, reduction="none")
+
+
+@pytest.mark.parametrize("size,tolerance", [(30.0, 1e-5), (1e4, 1e-2)])  # the ulp of a log-probability of -1e4: 1e-3
+def test_a_student_certain_of_the_listed_classes(size: float, tolerance: float, backend: str) -> None:
+    """Its remaining mass underflows: 1 - p would lose it, the oracle's logsumexp over the rest does not."""
+    op, inputs = BY_NAME["topk_soft_cross_entropy-bucket"], topk((30,), 37, 5)
+    inputs["student_logits"].scatter_add_(-1, inputs["topk_indices"][:, :1], torch.full((30, 1), size))
+    outcome = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
+    truth = op.truth(inputs, reduction="none")
+    assert all(error(outcome[name], truth[name]) < tolerance for name in truth)
+
+
+@every_divergence
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)], ids=str)
+def test_classes_impossible_on_both_sides(
+    op: Op, softcap: float | None, dtype: torch.dtype, tolerance: float, backend: str
+) -> None:
+    """-inf on both sides: as if the class were not there. Other classes in each row."""
+    inputs = cast(with_labels(logits((6,), 37), 37), dtype)
+    options: dict[str, Any] = {"student_softcap": softcap, "teacher_softcap": softcap, "alpha": 0.5}
+    possible = torch.rand(6, 37) > 0.4
+    possible.scatter_(1, inputs["labels"].clamp(min=0)[:, None], True)
+    gone = {name: x.masked_fill(~possible, -math.inf) if x.dim() > 1 else x for name, x in inputs.items()}
+    outcome = evaluate(op, gone, op.learned, backend=backend, reduction="none", **options)
+    assert (outcome["student_logits"][~possible] == 0).all()
+    for i in range(6):
+        left = {name: x[i, possible[i]][None] if x.dim() > 1 else x[i : i + 1] for name, x in inputs.items()}
+        if left["labels"] >= 0:  # its number among the classes that are left
+            left["labels"] = possible[i, : left["labels"]].sum()[None]
+        truth = op.truth(left, reduction="none", **options)
+        assert error(outcome["value"][i], truth["value"][0]) < 1e-6
+        assert error(outcome["student_logits"][i, possible[i]], truth["student_logits"][0]) < tolerance
+
+
+IMPOSSIBLE = {  # value when a class has student mass only, when it has teacher mass only
+    "soft_cross_entropy": (math.isfinite, math.isinf),
+    "kl_div": (math.isfinite, math.isinf),
+    "kl_div-reverse": (math.isinf, math.isfinite),
+    "jsd": (math.isfinite, math.isfinite),
+    "tvd": (math.isfinite, math.isfinite),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_classes_impossible_on_one_side(name: str, side: str, softcap: float | None, backend: str) -> None:
+    """inf where the formula is, in its own row alone; else finite, and the gradient too."""
+    op, inputs = BY_NAME[name], logits((6,), 37)
+    inputs[f"{side}_logits"][:3, 5:9] = -math.inf
+    caps = {"student_softcap": softcap, "teacher_softcap": softcap}
+    outcome = evaluate(op, inputs, op.learned, backend=backend, reduction="none", **caps)
+    kind = IMPOSSIBLE[name][side == "student"]
+    assert all(kind(value) for value in outcome["value"][:3].tolist())
+    gradient, truth = outcome["student_logits"], op.truth(inputs, reduction="none", **caps)
+    assert error(outcome["value"], truth["value"]) < 1e-5
+    if side == "student":
+        assert (gradient[:3, 5:9] == 0).all()
+    defined = slice(None) if kind is math.isfinite else slice(3, None)
+    assert error(gradient[defined], truth["student_logits"][defined]) < 1e-5
+
+
+def test_a_label_of_probability_0_is_infinitely_wrong_unless_it_has_no_weight(backend: str) -> None:
+    inputs = with_labels(logits((6,), 37), 37)
+    inputs["labels"][0] = 4
+    inputs["student_logits"][0, 4] = inputs["teacher_logits"][0, 4] = -math.inf
+    value = fastdistill.kl_div(**inputs, alpha=0.5, reduction="none", backend=backend)
+    assert value[0].isinf()
+    assert value[1:].isfinite().all()
+    outcome = evaluate(fastdistill.kl_div, inputs, ["student_logits"], alpha=1.0, backend=backend)
+    assert all(x.isfinite().all() for x in outcome.values())
+
+
+def test_an_infinite_soft_part_of_weight_0_is_left_out(backend: str) -> None:
+    inputs = with_labels(logits((6,), 37), 37)
+    inputs["labels"][:] = 3
+    inputs["student_logits"][:, 9] = -math.inf  # the teacher has mass there
+    outcome = evaluate(fastdistill.kl_div, inputs, ["student_logits"], alpha=0.0, backend=backend)
+    expected = torch.nn.functional.cross_entropy(inputs["student_logits"], inputs["labels"])
+    assert outcome["value"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert outcome["student_logits"].isfinite().all()
+
+
+# -- errors ----------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student_logits": torch.tensor(1.0)}, ValueError, r"^student_logits is a scalar; it should be \(\*, V\)"),
+    ({"temperature": 0}, ValueError, r"^temperature is 0; it should be a positive finite number"),
+    ({"temperature": -1.0}, ValueError, r"^temperature is -1\.0; it should be a positive finite number"),
+    ({"temperature": math.inf}, ValueError, r"^temperature is inf; it should be a positive finite number"),
+    ({"temperature": math.nan}, ValueError, r"^temperature is nan; it should be a positive finite number"),
+    ({"temperature": None}, TypeError, r"^temperature is NoneType; it should be a number"),
+    ({"temperature": "2"}, TypeError, r"^temperature is str; it should be a number"),
+    ({"temperature": True}, TypeError, r"^temperature is bool; it should be a number"),
+    ({"temperature": torch.tensor(2.0)}, TypeError, r"^temperature is Tensor; it should be a number"),
+    ({"t_squared": 1}, TypeError, r"^t_squared is int; it should be a bool"),
+    ({"alpha": 0.5}, ValueError, r"^alpha is 0\.5 but labels is None; pass labels, or leave alpha at 1\.0"),
+    ({"alpha": -0.1}, ValueError, r"^alpha is -0\.1; it should be between 0 and 1"),
+    ({"alpha": 1.5}, ValueError, r"^alpha is 1\.5; it should be between 0 and 1"),
+    ({"alpha": math.nan}, ValueError, r"^alpha is nan; it should be between 0 and 1"),
+    ({"alpha": "half"}, TypeError, r"^alpha is str; it should be a number"),
+    ({"labels": torch.zeros(3, 5)}, TypeError, r"^labels is torch\.float32; it should be an integer.*labels\.long\(\)"),
+    ({"labels": torch.zeros(3, 5).bool()}, TypeError, r"^labels is torch\.bool; it should be an integer tensor"),
+    ({"labels": [[1] * 5] * 3}, TypeError, r"^labels is list; it should be an integer tensor"),
+    ({"labels": torch.zeros(15).long()}, ValueError, r"^labels has shape \(15,\); it should be \(3, 5\)"),
+    ({"labels": torch.zeros(3, 5, device="meta").long()}, ValueError, r"^labels is on meta; it should be on cpu"),
+    ({"ignore_index": 1.5}, TypeError, r"^ignore_index is float; it should be an int"),
+    ({"vocab_size": 0}, ValueError, r"^vocab_size is 0; it should be between 1 and the 37 classes"),
+    ({"vocab_size": 38}, ValueError, r"^vocab_size is 38; it should be between 1 and the 37 classes"),
+    ({"vocab_size": -1}, ValueError, r"^vocab_size is -1; it should be between 1 and the 37 classes"),
+    ({"vocab_size": 30.0}, TypeError, r"^vocab_size is float; it should be an int"),
+    ({"student_softcap": 0.0}, ValueError, r"^student_softcap is 0\.0; it should be a positive finite number"),
+    ({"student_softcap": -30}, ValueError, r"^student_softcap is -30; it should be a positive finite number"),
+    ({"student_softcap": "30"}, TypeError, r"^student_softcap is str; it should be a number"),
+    ({"reduction": "batchmean"}, ValueError, r"^reduction is 'batchmean'; it should be one of 'mean', 'sum', 'none'"),
+    ({"reduction": "none", "num_items": 3}, ValueError, r"^num_items is given but reduction is 'none'"),
+]
+BAD_DIVERGENCE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"teacher_logits": torch.ones(3, 5, 38)},
+        ValueError,
+        r"^teacher_logits has 38 classes and student_logits 37; pass vocab_size",
+    ),
+    ({"teacher_logits": torch.ones(3, 4, 37)}, ValueError, r"^teacher_logits has shape \(3, 4, 37\).*\(3, 5, 37\)"),
+    ({"teacher_logits": torch.ones(15, 37)}, ValueError, r"^teacher_logits has shape \(15, 37\).*\(3, 5, 37\)"),
+    ({"teacher_logits": torch.ones(37)}, ValueError, r"^teacher_logits has shape \(37,\).*\(3, 5, 37\)"),
+    ({"teacher_softcap": math.inf}, ValueError, r"^teacher_softcap is inf; it should be a positive finite number"),
+    (
+        {"student_logits": torch.ones(3, 5, 0), "teacher_logits": torch.ones(3, 5, 0)},
+        ValueError,
+        r"logits have 0 classes; they should have at least 1",
+    ),
+]
+BAD_TOPK: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"topk_logprobs": torch.ones(3, 4, 5)}, ValueError, r"^topk_logprobs has shape \(3, 4, 5\).*\(3, 5, 5\)"),
+    ({"topk_logprobs": torch.ones(5)}, ValueError, r"^topk_logprobs has shape \(5,\).*\(3, 5, 5\)"),
+    ({"topk_indices": torch.ones(3, 5, 4).long()}, ValueError, r"^topk_indices has shape \(3, 5, 4\).*\(3, 5, 5\)"),
+    ({"topk_indices": torch.ones(3, 5, 5)}, TypeError, r"^topk_indices is torch\.float32; it should be an integer"),
+    ({"topk_indices": [1]}, TypeError, r"^topk_indices is list; it should be an integer tensor"),
+    ({"topk_indices": torch.ones(3, 5, 5, device="meta").long()}, ValueError, r"^topk_indices is on meta"),
+    (
+        {"topk_logprobs": torch.ones(3, 5, 0), "topk_indices": torch.ones(3, 5, 0).long()},
+        ValueError,
+        r"^topk_logprobs has k = 0; it should hold at least one class a row",
+    ),
+    ({"tail": "drop"}, ValueError, r"^tail is 'drop'; it should be 'renormalize' or 'bucket'"),
+    ({"tail": None}, ValueError, r"^tail is None; it should be 'renormalize' or 'bucket'"),
+    ({"tail": "bucket", "temperature": 2.0}, ValueError, r"^temperature is 2\.0 with tail='bucket'.*renormalize"),
+]
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD)
+def test_bad_arguments(wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    for op in [*LOGITS_OPS, *TOPK_OPS]:
+        plain = {"labels": None, "alpha": 1.0}
+        with pytest.raises(kind, match=message):
+            op(**{**op.make(), **plain, **wrong}, backend=backend)
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD_DIVERGENCE)
+def test_bad_arguments_of_two_sided_losses(
+    wrong: dict[str, Any], kind: type[Exception], message: str, backend: str
+) -> None:
+    for op in OPS:
+        with pytest.raises(kind, match=message):
+            op(**{**logits(), **wrong}, backend=backend)
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD_TOPK)
+def test_bad_arguments_of_topk(wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    with pytest.raises(kind, match=message):
+        fastdistill.topk_soft_cross_entropy(**{**topk(), **wrong}, backend=backend)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("index,vocab_size", [(37, None), (-1, None), (33, 33)])
+def test_topk_indices_outside_the_classes(tail: str, index: int, vocab_size: int | None, backend: str) -> None:
+    inputs = topk((3, 5), 33, 5)
+    inputs["student_logits"] = torch.randn(3, 5, 37)
+    inputs["topk_indices"][1, 2, 3] = index
+    with pytest.raises(IndexError, match=rf"topk_indices.*{index}|{index}.*out of (bounds|range)"):
+        fastdistill.topk_soft_cross_entropy(**inputs, tail=tail, vocab_size=vocab_size, backend=backend)
+
+
+@every_op
+@pytest.mark.parametrize("label,vocab_size", [(37, None), (-1, None), (33, 33)])
+def test_labels_outside_the_classes(op: Op, label: int, vocab_size: int | None, backend: str) -> None:
+    inputs = with_labels(make(op, (3, 5), 33), 33)
+    inputs |= {name: torch.randn(3, 5, 37) for name in inputs if name.endswith("logits")}
+    inputs["labels"][1, 2] = label
+    with pytest.raises(IndexError, match=rf"labels.*{label}|{label}.*out of (bounds|range)"):
+        op(**inputs, alpha=0.5, vocab_size=vocab_size, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "name,wrong,kind,message",
+    [
+        ("kl_div", {"reverse": 1}, TypeError, r"^reverse is int; it should be a bool"),
+        ("jsd", {"beta": 1.2}, ValueError, r"^beta is 1\.2; it should be between 0 and 1"),
+        ("jsd", {"beta": -0.1}, ValueError, r"^beta is -0\.1; it should be between 0 and 1"),
+        ("jsd", {"beta": math.nan}, ValueError, r"^beta is nan; it should be between 0 and 1"),
+        ("jsd", {"beta": None}, TypeError, r"^beta is NoneType; it should be a number"),
+    ],
+)
+def test_bad_reverse_or_beta(
+    name: str, wrong: dict[str, Any], kind: type[Exception], message: str, backend: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        getattr(fastdistill, name)(**logits(), **wrong, backend=backend)
