@@ -286,6 +286,22 @@ def linear_topk(rows: tuple[int, ...] = (3, 5), classes: int = 37, k: int = 5, d
     return inputs
 
 
+def without_ties(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A teacher none of whose probabilities nearly equals the student's: the gradient of TVD jumps where they do.
+
+    Its logits are the student's, each 0.7 less or 1.3 more; a common offset lies between the two for any row.
+    """
+    out = dict(inputs)
+    if "student_logits" in inputs:
+        x = inputs["student_logits"]
+        out["teacher_logits"] = x + torch.where(torch.rand(x.shape) > 0.5, 1.3, -0.7).to(x.dtype)
+    else:
+        out["teacher"], out["teacher_weight"] = inputs["student"], inputs["student_weight"]
+        bias = inputs["student_bias"]
+        out["teacher_bias"] = bias + torch.where(torch.rand(bias.shape) > 0.5, 1.3, -0.7).to(bias.dtype)
+    return out
+
+
 # -- the table -------------------------------------------------------------------------------------------------
 
 

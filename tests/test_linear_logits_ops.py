@@ -1,0 +1,281 @@
+"""The linear_ losses beyond the common contract: chunks of tokens, logits that stay float32, weights, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _cases import (
+    LINEAR_LOGITS_OPS,
+    LINEAR_TOPK_OPS,
+    LOGITS_OPS,
+    TOPK_OPS,
+    Op,
+    linear,
+    linear_topk,
+    with_labels,
+    without_ties,
+)
+from _oracle import assert_same, cast, evaluate
+
+import fastdistill
+
+OPS = [op for op in LINEAR_LOGITS_OPS if "vocab_size" not in op.options]
+ALL = [*OPS, *LINEAR_TOPK_OPS]
+every_op = pytest.mark.parametrize("op", ALL, ids=str)
+every_divergence = pytest.mark.parametrize("op", OPS, ids=str)
+ON_LOGITS = {str(op): op for op in [*LOGITS_OPS, *TOPK_OPS]}
+
+
+def make(op: Op, rows: tuple[int, ...], classes: int, **sizes: int) -> dict[str, Any]:
+    if op in LINEAR_TOPK_OPS:
+        sizes.pop("d_t", None)
+        return linear_topk(rows, classes, min(8, classes - 1), **sizes)
+    return linear(rows, classes, **sizes)
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("classes", [2, 3, 127, 30522, 50257, 128256])
+def test_vocabularies(op: Op, classes: int, backend: str) -> None:
+    inputs = make(op, (4,), classes)
+    if op.name == "linear_tvd" and classes > 1000:
+        inputs = without_ties(inputs)
+    op.assert_accurate(inputs, backend=backend, reduction="none")
+
+
+@every_op
+@pytest.mark.parametrize("classes", [127, 30522])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_are_never_rounded(op: Op, classes: int, dtype: torch.dtype, backend: str) -> None:
+    """Logits rounded to a narrow dtype put the loss off by 4e-4 and the gradients by 4% and more."""
+    inputs = make(op, (6,), classes, d_s=24)
+    if op.name == "linear_tvd" and classes > 1000:
+        inputs = without_ties(inputs)
+    inputs = cast(inputs, dtype)
+    op.assert_accurate(inputs, backend=backend)
+    op.assert_accurate(inputs, backend=backend, reduction="none", upstream=torch.randn(6))
+
+
+@every_op
+@pytest.mark.parametrize("tokens", [1, 2, 511, 512, 513, 1024, 1025, 2600])
+def test_any_number_of_tokens(op: Op, tokens: int, backend: str) -> None:
+    inputs = with_labels(make(op, (tokens,), 33), 33)
+    inputs["mask"] = torch.rand(tokens) > 0.3
+    inputs["mask"][-1] = True
+    inputs["labels"][-1] = 3
+    for options in ({"reduction": "mean"}, {"reduction": "none", "upstream": torch.randn(tokens)}):
+        op.assert_accurate(inputs, backend=backend, alpha=0.7, **options)
+
+
+@every_op
+@pytest.mark.parametrize("d_s,d_t", [(1, 1), (1, 9), (48, 16), (16, 64), (312, 768)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_width(op: Op, d_s: int, d_t: int, dtype: torch.dtype, backend: str) -> None:
+    op.assert_accurate(cast(make(op, (2, 9), 50, d_s=d_s, d_t=d_t), dtype), backend=backend)
+
+
+@every_op
+@pytest.mark.parametrize("student_bias", [False, True])
+@pytest.mark.parametrize("teacher_bias", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_biases_are_optional(op: Op, student_bias: bool, teacher_bias: bool, reduction: str, backend: str) -> None:
+    inputs = op.make()
+    if not student_bias:
+        inputs["student_bias"] = None
+    if not teacher_bias and op in OPS:
+        inputs["teacher_bias"] = None
+    op.assert_accurate(inputs, op.learned if student_bias else op.learned[:2], backend=backend, reduction=reduction)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_weight_gradients_of_many_tokens_accumulate_in_float32(
+    op: Op, dtype: torch.dtype, reduction: str, backend: str
+) -> None:
+    """Sums of 5000 terms of much the same size and sign: in bfloat16 they would stop growing after some 256."""
+    inputs = make(op, (5000,), 12, d_s=6)
+    inputs["student"] = inputs["student"].abs() * 0.02  # within float16 when summed
+    if "teacher" in inputs:
+        inputs["teacher"] = inputs["teacher"].abs()
+    op.assert_accurate(cast(inputs, dtype), backend=backend, reduction=reduction)
+
+
+# -- options ---------------------------------------------------------------------------------------------------
+
+
+@every_op
+def test_options(op: Op, backend: str) -> None:
+    """Each option alone, so that none is silently ignored."""
+    inputs = with_labels(make(op, (30,), 40), 40)
+    inputs["student"] *= 3
+    two_sided = op in OPS
+    for options in [
+        {"t_squared": True},
+        {"alpha": 0.3},
+        {"alpha": 0.0},
+        {"alpha": 0.5, "ignore_index": 3, "labels": inputs["labels"].clamp(min=3)},
+        {"student_softcap": 4.0},
+        {"student_softcap": 4.0, "alpha": 0.5},
+        *([{"teacher_softcap": 4.0}, {"vocab_size": 29, "labels": inputs["labels"] % 29}] if two_sided else []),
+        *([{"temperature": 3.0, "t_squared": True}] if op.options.get("tail") != "bucket" else []),
+    ]:
+        op.assert_accurate({**inputs, **options}, backend=backend, reduction="none")
+
+
+@every_divergence
+@pytest.mark.parametrize("student,teacher,vocab_size", [(40, 40, 33), (48, 40, 40), (40, 48, 40)])
+def test_padded_vocabularies(op: Op, student: int, teacher: int, vocab_size: int, backend: str) -> None:
+    """Rows of the weights beyond the shared classes take no part, whatever they hold; their gradient is exactly 0."""
+    sides = {"student": linear(classes=student), "teacher": linear(classes=teacher)}
+    inputs = {name: x for side, own in sides.items() for name, x in own.items() if name.startswith(side)}
+    clean = op.assert_accurate(inputs, backend=backend, vocab_size=vocab_size)
+    for poison in (float("nan"), float("inf")):
+        for name in ("student_weight", "student_bias", "teacher_weight", "teacher_bias"):
+            inputs[name][vocab_size:] = poison
+        assert_same(evaluate(op, inputs, op.learned, backend=backend, vocab_size=vocab_size), clean)
+    assert (clean["student_weight"][vocab_size:] == 0).all()
+    assert (clean["student_bias"][vocab_size:] == 0).all()
+
+
+@every_op
+def test_equals_the_loss_on_logits(op: Op, backend: str) -> None:
+    """float32: the loss on materialised logits, through autograd of F.linear."""
+    inputs = op.make()
+    logits_op = ON_LOGITS[str(op).removeprefix("linear_")]
+
+    def materialised(student: Any, student_weight: Any, student_bias: Any, **rest: Any) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        logits = {"student_logits": linear(student, student_weight, student_bias)}
+        if "teacher" in rest:
+            teacher = (rest.pop(name) for name in ("teacher", "teacher_weight", "teacher_bias"))
+            logits["teacher_logits"] = linear(*teacher)
+        return logits_op(**logits, **rest, backend=backend)
+
+    expected = evaluate(materialised, inputs, op.learned)
+    assert_same(evaluate(op, inputs, op.learned, backend=backend), expected, within=2e-6)
+
+
+@every_divergence
+def test_biases_of_minus_infinity_forbid_classes(op: Op, backend: str) -> None:
+    inputs = op.make()
+    inputs["student_bias"][30:] = inputs["teacher_bias"][30:] = float("-inf")
+    outcome = evaluate(op, inputs, op.learned, backend=backend)
+    expected = evaluate(op, inputs, op.learned, backend=backend, vocab_size=30)
+    assert_same(outcome, expected, within=1e-6)
+
+
+@every_divergence
+@pytest.mark.parametrize("size", [30.0, 1e4])
+def test_saturated_logits(op: Op, size: float, backend: str) -> None:
+    """A teacher certain of its class, a student of ordinary logits."""
+    inputs = make(op, (20,), 37)
+    inputs["teacher_weight"] = inputs["teacher_weight"].sign() * size
+    op.assert_accurate(inputs, backend=backend)
+
+
+# -- errors ----------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"student": torch.tensor(1.0)}, ValueError, r"^student is a scalar; it should be \(\*, d\)"),
+    ({"student": torch.ones(3, 5, 7)}, ValueError, r"^student_weight has shape \(37, 6\); it should be \(V, 7\)"),
+    ({"student_weight": torch.ones(37)}, ValueError, r"^student_weight has shape \(37,\); it should be \(V, 6\)"),
+    ({"student_weight": torch.ones(6, 37)}, ValueError, r"^student_weight has shape \(6, 37\); it should be \(V, 6\)"),
+    ({"student_bias": torch.ones(36)}, ValueError, r"^student_bias has shape \(36,\); it should be \(37,\)"),
+    (
+        {"student_weight": torch.ones(37, 6).bfloat16()},
+        TypeError,
+        r"^student torch\.float32, student_weight torch\.bfloat16.*one dtype.*autocast",
+    ),
+    ({"student_bias": torch.ones(37).half()}, TypeError, r"student_bias torch\.float16 should have one dtype"),
+    (
+        {
+            "student_weight": torch.ones(0, 6),
+            "teacher_weight": torch.ones(0, 10),
+            "student_bias": None,
+            "teacher_bias": None,
+        },
+        ValueError,
+        r"^the logits have 0 classes; they should have at least 1",
+    ),
+    ({"temperature": 0.0}, ValueError, r"^temperature is 0\.0; it should be a positive finite number"),
+    ({"alpha": 0.5}, ValueError, r"^alpha is 0\.5 but labels is None"),
+    ({"alpha": 2}, ValueError, r"^alpha is 2; it should be between 0 and 1"),
+    ({"labels": torch.zeros(3, 4).long()}, ValueError, r"^labels has shape \(3, 4\); it should be \(3, 5\)"),
+    ({"vocab_size": 99}, ValueError, r"^vocab_size is 99; it should be between 1 and the 37 classes"),
+    ({"student_softcap": -1.0}, ValueError, r"^student_softcap is -1\.0; it should be a positive finite number"),
+    ({"t_squared": "yes"}, TypeError, r"^t_squared is str; it should be a bool"),
+]
+BAD_DIVERGENCE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"teacher": torch.ones(3, 4, 10)}, ValueError, r"^teacher has shape \(3, 4, 10\); it should be \(3, 5, 10\)"),
+    ({"teacher": torch.ones(3, 5, 9)}, ValueError, r"^teacher_weight has shape \(37, 10\); it should be \(V, 9\)"),
+    ({"teacher_bias": torch.ones(1)}, ValueError, r"^teacher_bias has shape \(1,\); it should be \(37,\)"),
+    (
+        {"teacher_weight": torch.ones(40, 10), "teacher_bias": None},
+        ValueError,
+        r"^teacher_weight has 40 classes and student_weight 37; pass vocab_size",
+    ),
+    (
+        {"teacher_weight": torch.ones(37, 10).bfloat16()},
+        TypeError,
+        r"^teacher torch\.float32, teacher_weight torch\.bfloat16.*one dtype",
+    ),
+    ({"teacher_softcap": 0}, ValueError, r"^teacher_softcap is 0; it should be a positive finite number"),
+]
+BAD_TOPK: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"topk_logprobs": torch.ones(3, 4, 5)}, ValueError, r"^topk_logprobs has shape \(3, 4, 5\).*\(3, 5, 5\)"),
+    ({"topk_indices": torch.ones(3, 5, 5)}, TypeError, r"^topk_indices is torch\.float32; it should be an integer"),
+    ({"tail": "other"}, ValueError, r"^tail is 'other'; it should be 'renormalize' or 'bucket'"),
+    ({"tail": "bucket", "temperature": 0.5}, ValueError, r"^temperature is 0\.5 with tail='bucket'"),
+]
+
+
+def expect(ops: list[Op], wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    for op in ops:
+        inputs = {**op.make(), **wrong}
+        if op in LINEAR_TOPK_OPS:
+            inputs = {name: x for name, x in inputs.items() if not name.startswith("teacher")}
+        with pytest.raises(kind, match=message):
+            op(**inputs, backend=backend)
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD)
+def test_bad_arguments(wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    expect(ALL, wrong, kind, message, backend)
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD_DIVERGENCE)
+def test_bad_arguments_of_two_sided_losses(
+    wrong: dict[str, Any], kind: type[Exception], message: str, backend: str
+) -> None:
+    expect(OPS, wrong, kind, message, backend)
+
+
+@pytest.mark.parametrize("wrong,kind,message", BAD_TOPK)
+def test_bad_arguments_of_topk(wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
+    expect(LINEAR_TOPK_OPS, wrong, kind, message, backend)
+
+
+@every_op
+@pytest.mark.parametrize("label,vocab_size", [(37, None), (-1, None), (33, 33)])
+def test_labels_outside_the_classes(op: Op, label: int, vocab_size: int | None, backend: str) -> None:
+    inputs = {**op.make(), "labels": torch.ones(3, 5).long()}
+    if "topk_indices" in inputs:
+        inputs["topk_indices"] = torch.arange(5).expand(3, 5, 5)
+    inputs["labels"][1, 2] = label
+    with pytest.raises(IndexError, match=rf"labels.*{label}|{label}.*out of (bounds|range)"):
+        op(**inputs, alpha=0.5, vocab_size=vocab_size, backend=backend)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("index,vocab_size", [(37, None), (-1, None), (33, 33)])
+def test_topk_indices_outside_the_classes(tail: str, index: int, vocab_size: int | None, backend: str) -> None:
+    inputs = linear_topk()
+    inputs["topk_indices"] = torch.arange(5).repeat(3, 5, 1)
+    inputs["topk_indices"][1, 2, 3] = index
+    with pytest.raises(IndexError, match=rf"topk_indices.*{index}|{index}.*out of (bounds|range)"):
+        fastdistill.linear_topk_soft_cross_entropy(**inputs, tail=tail, vocab_size=vocab_size, backend=backend)
