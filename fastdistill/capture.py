@@ -56,17 +56,17 @@ class States:
 
 
 class _Sink:
-    """Collects the layers asked for, numbered from 1 by call order: layers have no dependable index of their own."""
+    """Collects the layers asked for, numbered from 1 by call order: layers have no dependable index of their own.
+
+    Recomputation under activation checkpointing calls again, in backward, and counts on past the last layer.
+    """
 
     def __init__(self, wanted: Collection[int]) -> None:
         self.wanted = wanted
         self.calls = 0
         self.layers: dict[int, LayerAttention] = {}
-        self.is_open = True
 
     def add(self, query: Tensor, key: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> None:
-        if not self.is_open:  # recomputation under activation checkpointing, during backward
-            return
         self.calls += 1
         if self.calls in self.wanted:
             is_padding = mask is not None and _is_padding(mask)
@@ -234,14 +234,12 @@ def capture(
         arguments["use_cache"] = False
     outputs = model(**arguments, return_dict=True)
 
-    if sink is not None:
-        sink.is_open = False
-        if sink.calls != layers:
-            raise ValueError(
-                f"{type(model).__name__} called the attention function {sink.calls} times for its {layers} layers, so "
-                "layers cannot be told apart; distil it without the attention term "
-                '(terms=("embedding", "hidden"))'
-            )
+    if sink is not None and sink.calls != layers:
+        raise ValueError(
+            f"{type(model).__name__} called the attention function {sink.calls} times for its {layers} layers, so "
+            "layers cannot be told apart; distil it without the attention term "
+            '(terms=("embedding", "hidden"))'
+        )
     states = outputs.hidden_states if hidden else ()
     return States(
         hidden={index: states[index] for index in hidden},

@@ -11,6 +11,7 @@ from _oracle import error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 from fastdistill.capture import LayerAttention, capturable, capture
 
@@ -128,6 +129,21 @@ def test_packed_sequences_keep_their_borders() -> None:
     mask = states.attention[1].attn_mask
     assert mask is not None
     assert torch.equal(mask[0, 0], torch.block_diag(torch.ones(3, 3).tril(), torch.ones(3, 3).tril()).bool())
+
+
+def test_a_mask_that_says_more_than_padding_is_kept_whole() -> None:
+    model, batch = _tiny.model("llama"), _tiny.batch()
+    inputs = {
+        "inputs_embeds": torch.zeros(3, 11, 24),
+        "attention_mask": batch["attention_mask"],
+        "past_key_values": None,
+    }
+    every_second = {"and_mask_function": lambda b, h, q, k: (q - k) % 2 == 0}
+    with capturable(model):
+        assert create_causal_mask(model.config, **inputs).shape == (3, 1, 1, 11)
+        mask = create_causal_mask(model.config, **inputs, **every_second)
+    assert torch.equal(mask, create_causal_mask(model.config, **inputs, **every_second))  # that of "sdpa"
+    assert mask.shape == (3, 1, 11, 11)
 
 
 class LargestTensor(TorchDispatchMode):

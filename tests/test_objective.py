@@ -215,14 +215,18 @@ def allowed_pairs(student: States, teacher: States) -> int:
     return int(allowed.sum())
 
 
-def test_a_window_counts_only_the_pairs_both_may_attend() -> None:
-    student, teacher = _tiny.model("modernbert", layers=3, width=16), _tiny.model("modernbert", layers=3, width=24)
-    objective = Objective(student.config, teacher.config, terms=("attention",), layer_map=[None, None, 1, None])
-    batch = _tiny.batch(rows=1, length=10, padded=None)  # student layer 2 is local, teacher layer 1 global
-    states, targets = captured(objective, student, teacher, batch)
-    s, t = states.attention[2], targets.attention[1]
-    positions = torch.arange(10)
-    near = (positions[:, None] - positions).abs() <= 2
+@pytest.mark.parametrize(("student_layer", "windows"), [(2, (4, 8)), (2, (8, 4)), (1, (4, 4))])  # layer 1 is global
+def test_windows_count_only_the_pairs_both_may_attend(student_layer: int, windows: tuple[int, int]) -> None:
+    student, teacher = (
+        _tiny.model("modernbert", layers=3, width=width, local_attention=window)
+        for width, window in zip((16, 24), windows, strict=True)
+    )
+    layer_map = [None, 2, None, None] if student_layer == 1 else [None, None, 2, None]
+    objective = Objective(student.config, teacher.config, terms=("attention",), layer_map=layer_map)
+    states, targets = captured(objective, student, teacher, _tiny.batch(rows=1, length=12, padded=None))
+    s, t = states.attention[student_layer], targets.attention[2]
+    positions = torch.arange(12)
+    near = (positions[:, None] - positions).abs() <= 2  # the narrower window, 4, reaches 2 to either side
     distance = s.scale * s.query @ s.key.mT - t.scale * t.query @ t.key.mT
     assert error(objective(states, targets)["attention"], distance[:, :, near].square().mean()) < 1e-5
 

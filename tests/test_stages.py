@@ -297,7 +297,7 @@ def test_seeds_repeat(tmp_path: Path) -> None:
     teacher, tokenizer, ends = _tiny.classifier(4, 24), _tiny.tokenizer(), []
     for i, seed in enumerate((1, 1, 2)):
         torch.manual_seed(i)
-        stage = prediction_stage(seed=seed)
+        stage = IntermediateStage(dataset=_tiny.dataset(), epochs=1, batch_size=8, seed=seed, arguments=QUICK)
         ends.append(weights(stage.run(_tiny.classifier(), teacher, tokenizer, tmp_path / str(i))))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert not all(torch.equal(ends[0][name], ends[2][name]) for name in ends[0])

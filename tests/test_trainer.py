@@ -115,6 +115,17 @@ def test_every_family_trains(tmp_path: Path, family: str) -> None:
         assert all(math.isfinite(value) and value > 0 for value in losses(run, term))
 
 
+def test_inner_terms_compute_no_logits(tmp_path: Path) -> None:
+    student, teacher = _tiny.classifier(), _tiny.classifier(4, 24)
+    calls: list[str] = []
+    student.classifier.register_forward_hook(lambda *_: calls.append("student"))
+    teacher.classifier.register_forward_hook(lambda *_: calls.append("teacher"))
+    trainer(tmp_path, student, teacher).train()
+    assert calls == []
+    trainer(tmp_path, student, teacher, objective={"terms": ("hidden", "prediction")}, max_steps=1).train()
+    assert calls == ["teacher", "student"] * 2  # the check, and one step
+
+
 def test_each_term_is_logged_and_the_terms_sum_to_the_loss(tmp_path: Path) -> None:
     run = trainer(tmp_path, _tiny.classifier(), _tiny.classifier(4, 24), max_steps=6, logging_steps=2)
     run.train()
@@ -292,7 +303,7 @@ def test_cached_teacher_logits_need_no_teacher(tmp_path: Path) -> None:
 
 
 def test_regression_trains_on_gold_scores_without_a_teacher(tmp_path: Path) -> None:
-    rows = _tiny.dataset(classes=1)
+    rows = _tiny.dataset(classes=1).rename_column("labels", "label")
     run = trainer(
         tmp_path,
         _tiny.classifier(num_labels=1),
