@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.nn import functional as F
+
+from fastdistill.ops import _common
 
 
 def tile_side(device: torch.device) -> int:
@@ -80,7 +83,8 @@ def count_rows(
     keys = torch.ones(1, key_length, dtype=torch.bool, device=device) if key_mask is None else key_mask
     queries = torch.ones(1, query_length, dtype=torch.bool, device=device) if query_mask is None else query_mask
     if attn_mask is not None:
-        batch, heads = max(len(keys), len(queries), len(attn_mask)), attn_mask.shape[1]
+        (batch,) = torch.broadcast_shapes(keys.shape[:1], queries.shape[:1], attn_mask.shape[:1])
+        heads = attn_mask.shape[1]
         per_query = torch.empty(batch, heads, query_length, dtype=torch.int64, device=device)
         reached = torch.zeros(batch, heads, key_length, dtype=torch.bool, device=device)
         for rows in slices(0, query_length, max(1, tile_area(device) // max(1, batch * heads * key_length))):
@@ -182,12 +186,12 @@ class TileBlock(NamedTuple):
     teacher: Side
     rows: int  # queries of a tile
 
-    def tiles(self, causal_offset: int | None) -> Iterator[tuple[slice, Iterator[slice]]]:
+    def tiles(self, causal_offset: int | None) -> Iterator[tuple[slice, list[slice]]]:
         """The rows of queries, and for each the rows of keys that it meets."""
         key_length, columns = self.student.key.shape[2], tile_side(self.student.key.device)
         for rows in slices(0, self.student.query.shape[2], self.rows):
             end = key_length if causal_offset is None else min(key_length, rows.stop + causal_offset)
-            yield rows, slices(0, end, columns)
+            yield rows, list(slices(0, end, columns))
 
     def masks(
         self, causal_offset: int | None, attn_mask: Tensor | None, key_mask: Tensor | None
@@ -229,3 +233,65 @@ def tile_blocks(
             Side(take(teacher_query), take(teacher_key), queries, part(teacher_keys), dtype),
             rows,
         )
+
+
+# -- ops in tiles ------------------------------------------------------------------------------------------
+#
+# They take (student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale, key_mask, query_mask,
+# is_causal, attn_mask, differentiable) and return the sum, the count, and dQ and dK of the sum: gradients are cheapest
+# while a tile is in the cache.
+
+
+def differentiable(student_query: Tensor, student_key: Tensor) -> bool:
+    return torch.is_grad_enabled() and (student_query.requires_grad or student_key.requires_grad)
+
+
+def tiled_outputs(
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, differentiable: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for the sum, dQ and dK (empty if not asked for), in the dtype of the loss: they are yet to be scaled."""
+    dtype = _common.compute_dtype(student_query, student_key, teacher_query, teacher_key)
+    total = student_query.new_zeros((), dtype=dtype)
+    if not differentiable:
+        return total, total.new_empty(0), total.new_empty(0)
+    return total, torch.zeros_like(student_query, dtype=dtype), torch.zeros_like(student_key, dtype=dtype)
+
+
+def add_gradients(
+    d_scores: Tensor,  # (B * H_kv, H / H_kv * rows, keys)
+    query: Tensor,  # (B * H_kv, H / H_kv * rows, D)
+    key: Tensor,  # (B * H_kv, keys, D)
+    d_query: Tensor,  # as query
+    d_key: Tensor,  # (B, H_kv, keys, D)
+    scale: float,
+) -> None:
+    """The gradients of scale * query @ key.mT of a tile."""
+    d_query.baddbmm_(d_scores, key, alpha=scale)
+    # Transposed twice: narrow heads make the product the faster the longer its rows are.
+    d_key.add_(torch.bmm(query.mT, d_scores).mT.unflatten(0, d_key.shape[:2]), alpha=scale)
+
+
+def register_tiled(op: CustomOpDef, name: str) -> None:
+    """Shapes and autograd formula of an op in tiles; `name` is what errors call it."""
+
+    def fake(student_query, student_key, teacher_query, teacher_key, *options):  # type: ignore[no-untyped-def]
+        total, *gradients = tiled_outputs(student_query, student_key, teacher_query, teacher_key, options[-1])
+        return total, total.new_empty((), dtype=torch.int64), *gradients
+
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        student_query, student_key, *_ = inputs
+        _, count, d_query, d_key = output
+        ctx.mark_non_differentiable(count, d_query, d_key)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(d_query, d_key)
+        ctx.dtypes = student_query.dtype, student_key.dtype
+
+    def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
+        _common.refuse_double_backward(name)
+        if grad_total is None:
+            return (None,) * 11
+        gradients = map(_common.scaled, ctx.saved_tensors, (grad_total, grad_total), ctx.dtypes)
+        return *gradients, *(None,) * 9
+
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=setup_context)

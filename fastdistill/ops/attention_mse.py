@@ -51,11 +51,11 @@ def attention_mse(
     attn_mask, key_mask, query_mask = _attention.fold_mask(attn_mask, key_mask, query_mask, query_length, key_length)
     inputs = (student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale)
     # Query rows that meet the same keys, and what a row costs either way, as measured.
-    rows = query_length * (heads // lcm(student_key.shape[1], teacher_key.shape[1]))
-    worth = (8 if is_causal else 2) * (width + teacher_query.shape[3])
+    rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
+    worth = (5 if is_causal else 2) * (width + teacher_query.shape[3])
     if attn_mask is None and rows * key_length > worth * (rows + key_length):
         return _linear(*inputs, key_mask, query_mask, is_causal)[:2]
-    differentiable = torch.is_grad_enabled() and (student_query.requires_grad or student_key.requires_grad)
+    differentiable = _attention.differentiable(student_query, student_key)
     return _tiled(*inputs, key_mask, query_mask, is_causal, attn_mask, differentiable)[:2]
 
 
@@ -314,8 +314,8 @@ def _tiled(
     query_length, key_length, device = student_query.shape[2], student_key.shape[2], student_query.device
     counted = _attention.count_rows(query_length, key_length, device, key_mask, query_mask, is_causal, attn_mask)
     offset = key_length - query_length if is_causal else None
-    total, d_query, d_key = _tiled_outputs(*inputs, differentiable)
-    squares = total.to(_common.widest_dtype(student_query))
+    total, d_query, d_key = _attention.tiled_outputs(*inputs, differentiable)
+    squares = total.to(_common.widest_dtype(total), copy=True)
     with _common.no_autocast(student_query):
         for block in _attention.tile_blocks(*inputs, counted, total.dtype):
             # Keys and queries that are masked as a whole are read as zeros, and so are their scores.
@@ -325,58 +325,20 @@ def _tiled(
                 dq = torch.zeros(sq.shape, dtype=sq.dtype, device=device)
                 for keys in tiles:
                     sk, tk = block.student.keys(keys), block.teacher.keys(keys)
-                    scores = torch.bmm(tq, tk.mT).view(len(sq), -1, sk.shape[1])  # (B * H_s, H / H_s * rows, keys)
-                    scores.baddbmm_(sq, sk.mT, beta=-teacher_scale, alpha=student_scale)
+                    # Scales apply to scores: folded into the products they would round a whole row of keys alike.
+                    scores = torch.bmm(sq, sk.mT).mul_(student_scale)  # (B * H_s, H / H_s * rows, keys)
+                    scores.sub_(torch.bmm(tq, tk.mT).mul_(teacher_scale).view(scores.shape))
                     allowed = masks(rows, keys)
                     if allowed is not None:
                         scores.view(*block.student.query.shape[:2], -1, sk.shape[1]).mul_(allowed)
                     squares += torch.linalg.vector_norm(scores, dim=2).to(squares.dtype).square_().sum()
                     if differentiable:
-                        dq.baddbmm_(scores, sk)
-                        dk = torch.bmm(sq.mT, scores).mT.unflatten(0, block.student.key.shape[:2])
-                        block.take(d_key)[:, :, keys].add_(dk, alpha=2 * student_scale)
+                        dk = block.take(d_key)[:, :, keys]
+                        _attention.add_gradients(scores, sq, sk, dq, dk, 2 * student_scale)
                 if differentiable:
                     out = block.take(d_query)[:, :, rows]
-                    torch.mul(dq.view(out.shape), 2 * student_scale, out=out)
+                    out.copy_(dq.view(out.shape))
     return squares.to(total.dtype), _count(counted.keys_per_query, student_query), d_query, d_key
 
 
-def _tiled_outputs(
-    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, differentiable: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    total = student_query.new_zeros(
-        (), dtype=_common.compute_dtype(student_query, student_key, teacher_query, teacher_key)
-    )
-    if not differentiable:
-        return total, total.new_empty(0), total.new_empty(0)
-    return (
-        total,
-        torch.zeros_like(student_query, dtype=total.dtype),
-        torch.zeros_like(student_key, dtype=total.dtype),
-    )
-
-
-@_tiled.register_fake
-def _(student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale, *options):  # type: ignore[no-untyped-def]
-    total, *gradients = _tiled_outputs(student_query, student_key, teacher_query, teacher_key, options[-1])
-    return total, total.new_empty((), dtype=torch.int64), *gradients
-
-
-def _tiled_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    student_query, student_key, *_ = inputs
-    _, count, d_query, d_key = output
-    ctx.mark_non_differentiable(count, d_query, d_key)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(d_query, d_key)
-    ctx.dtypes = student_query.dtype, student_key.dtype
-
-
-def _tiled_gradients(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
-    _common.refuse_double_backward("attention_mse")
-    if grad_total is None:
-        return (None,) * 11
-    gradients = map(_common.scaled, ctx.saved_tensors, (grad_total, grad_total), ctx.dtypes)
-    return *gradients, *(None,) * 9
-
-
-_tiled.register_autograd(_tiled_gradients, setup_context=_tiled_setup_context)
+_attention.register_tiled(_tiled, "attention_mse")
