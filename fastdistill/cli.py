@@ -321,7 +321,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         tasks.check_labels(task, model.config, argument=name)
         figures[name] = {"parameters": count_parameters(model), "metrics": _metrics(task, arguments, model, tokenizer)}
     if arguments.against:
-        figures[arguments.model]["speed_up"] = _speed_up(task, arguments, *(model for model, _ in models), models[1][1])
+        (student, tokenizer), (teacher, _) = models
+        figures[arguments.model]["speed_up"] = _speed_up(task, arguments, student, teacher, tokenizer)
         figures[arguments.model]["kept"] = _score(figures[arguments.model]) / _score(figures[arguments.against])
     _print_figures(task, figures)
     if arguments.json:
@@ -347,8 +348,8 @@ def _info(arguments: argparse.Namespace) -> None:
     console.print(versions)
 
     devices = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator()
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None:
         devices += [torch.device(kind.type, index) for index in range(torch.accelerator.device_count())]
     for device in devices:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -482,8 +483,8 @@ def _speed_up(task: Any, arguments: argparse.Namespace, student: Any, teacher: A
     rows = tasks.tokenize(task, _split(task, task.evaluations[0], arguments).select(range(32)), tokenizer)
     names = [name for name in tokenizer.model_input_names if name in rows.column_names]
     batch = PaddingCollator(tokenizer)(list(rows.select_columns(names)))
-    student_seconds, teacher_seconds = measure_seconds([student, teacher], batch)
-    return teacher_seconds / student_seconds
+    seconds = measure_seconds({"student": student, "teacher": teacher}, batch)
+    return seconds["teacher"] / seconds["student"]
 
 
 def _print_figures(task: Any, figures: dict[str, dict[str, Any]]) -> None:

@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def working_folder(output: str | Path) -> Path:
+    output = Path(output)
+    return output.with_name(output.name + ".partial")
+
+
 def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Check that `output` may be written and return the folder to work in, which an interrupted run leaves behind.
 
@@ -16,7 +21,7 @@ def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) 
         ValueError: both flags are set.
     """
     output = Path(output)
-    work = output.with_name(output.name + ".partial")
+    work = working_folder(output)
     if resume and overwrite:
         raise ValueError("resume and overwrite are both set; choose one")
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
@@ -54,7 +59,7 @@ def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = 
 
 
 def write_whole(path: Path, text: str) -> None:
-    work = path.with_name(path.name + ".partial")
+    work = working_folder(path)
     work.write_text(text, encoding="utf-8")
     work.replace(path)
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from fastdistill.capture import capture
 from fastdistill.objective import INNER_TERMS, Objective
+from fastdistill.outputs import claim, last_checkpoint, replace, working_folder
 from fastdistill.trainer import DistillationTrainer, PaddingCollator, load_student
 
 if TYPE_CHECKING:
@@ -90,16 +91,13 @@ class _Stage(ABC):
             ValueError: what `Objective` and `DistillationTrainer.check` refuse.
         """
         output = Path(output_dir)
-        work = output.with_name(output.name + ".partial")
-        if resume and overwrite:
-            raise ValueError("resume and overwrite are both set; choose one")
-        is_finished = output.is_dir() and any(output.iterdir())
-        if is_finished and resume:
+        if resume and output.is_dir() and any(output.iterdir()):
             load_student(student, output)
             return student.eval()
+        work = working_folder(output)
         args = self._training_arguments(work)
         if args.process_index == 0:
-            _claim(output, work, resume, overwrite)
+            claim(output, resume=resume, overwrite=overwrite)
         torch.manual_seed(args.seed)  # new projections
         objective = Objective(
             student.config,
@@ -125,13 +123,13 @@ class _Stage(ABC):
             compute_metrics=compute_metrics,
             callbacks=list(callbacks),
         )
-        trainer.train(resume_from_checkpoint=_last_checkpoint(work) if resume else None)
+        trainer.train(resume_from_checkpoint=last_checkpoint(work) if resume else None)
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
             for checkpoint in work.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
-            _replace(output, work)
+            replace(work, output)
         trainer.accelerator.wait_for_everyone()
         return student.eval()
 
@@ -140,28 +138,17 @@ class _Stage(ABC):
         """The rows to train on, tokenised, with a `length` column."""
 
     def _training_arguments(self, work: Path) -> TrainingArguments:
-        options: dict[str, Any] = {
-            "output_dir": str(work),
-            "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": self.batch_size,
-            "per_device_eval_batch_size": max(self.batch_size, 64),
-            "learning_rate": self.learning_rate,
-            "warmup_steps": self.warmup,  # below 1: a share of all steps
-            "lr_scheduler_type": self.scheduler,
-            "weight_decay": self.weight_decay,
-            "seed": self.seed,
-            "save_total_limit": 1,
-            "logging_steps": 50,
-            # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
-            "logging_nan_inf_filter": False,
-        }
-        # Batches of similar length need little padding. Named `group_by_length` in transformers 5.0.
-        names = {option.name for option in fields(TrainingArguments)}
-        if "train_sampling_strategy" in names:
-            options["train_sampling_strategy"] = "group_by_length"
-        else:
-            options["group_by_length"] = True
-        return TrainingArguments(**{**options, **self.arguments})
+        return training_arguments(
+            work,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            scheduler=self.scheduler,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            arguments=self.arguments,
+        )
 
 
 @dataclass(kw_only=True)
@@ -224,6 +211,43 @@ class PredictionStage(_Stage):
 
     def prepare(self, tokenizer: Any) -> Dataset:
         return add_length(self.dataset)
+
+
+def training_arguments(
+    work: Path,
+    *,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    warmup: float,
+    scheduler: str,
+    weight_decay: float,
+    seed: int,
+    arguments: Mapping[str, Any],
+) -> TrainingArguments:
+    """The Trainer's arguments for a schedule; `arguments` holds any others and wins."""
+    options: dict[str, Any] = {
+        "output_dir": str(work),
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": max(batch_size, 64),
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup,  # below 1: a share of all steps
+        "lr_scheduler_type": scheduler,
+        "weight_decay": weight_decay,
+        "seed": seed,
+        "save_total_limit": 1,
+        "logging_steps": 50,
+        # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
+        "logging_nan_inf_filter": False,
+    }
+    # Batches of similar length need little padding. Named `group_by_length` in transformers 5.0.
+    names = {option.name for option in fields(TrainingArguments)}
+    if "train_sampling_strategy" in names:
+        options["train_sampling_strategy"] = "group_by_length"
+    else:
+        options["group_by_length"] = True
+    return TrainingArguments(**{**options, **arguments})
 
 
 def pack_corpus(
@@ -322,32 +346,3 @@ def add_teacher_logits(dataset: Dataset, teacher: PreTrainedModel, tokenizer: An
     if "teacher_logits" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_logits")
     return dataset.add_column("teacher_logits", logits)
-
-
-def _claim(output: Path, work: Path, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
-    if work.exists() and not resume:
-        if _last_checkpoint(work) is not None and not overwrite:
-            raise FileExistsError(
-                f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
-            )
-        shutil.rmtree(work)
-
-
-def _last_checkpoint(work: Path) -> str | None:
-    """The newest whole checkpoint: the trainer's state is what a save writes last."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
-
-
-def _replace(output: Path, work: Path) -> None:
-    """Put `work` in the place of `output`, which is never half written."""
-    old = output.with_name(output.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if output.exists():
-        output.rename(old)
-    work.rename(output)
-    if old.exists():
-        shutil.rmtree(old)
