@@ -91,7 +91,7 @@ class _Stage(ABC):
             ValueError: what `Objective` and `DistillationTrainer.check` refuse.
         """
         output = Path(output_dir)
-        if resume and output.is_dir() and any(output.iterdir()):
+        if resume and not overwrite and output.is_dir() and any(output.iterdir()):
             load_student(student, output)
             return student.eval()
         work = working_folder(output)
