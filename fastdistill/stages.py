@@ -240,6 +240,8 @@ def training_arguments(
         "logging_steps": 50,
         # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
         "logging_nan_inf_filter": False,
+        # Else Trainer refuses bf16 on a machine without an accelerator.
+        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
     }
     # Batches of similar length need little padding. Named `group_by_length` in transformers 5.0.
     names = {option.name for option in fields(TrainingArguments)}
