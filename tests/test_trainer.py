@@ -17,6 +17,7 @@ from _oracle import error
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -26,8 +27,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastdistill.capture import capturable, capture
 from fastdistill.objective import INNER_TERMS, Objective
-from fastdistill.trainer import DistillationTrainer, PaddingCollator, check_classes, check_vocabularies
+from fastdistill.trainer import (
+    DistillationModel,
+    DistillationTrainer,
+    PaddingCollator,
+    check_classes,
+    check_vocabularies,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -468,32 +476,79 @@ def _one_step(folder: Path, objective: dict[str, Any], **arguments: Any) -> dict
     }
 
 
-def _rank(rank: int, folder: Path, port: int, objective: dict[str, Any]) -> None:
+def _enter(rank: int, port: int) -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     torch.set_num_threads(1)
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
+
+
+def _trainer_rank(rank: int, port: int, folder: Path, objective: dict[str, Any]) -> None:
+    _enter(rank, port)
     step = _one_step(folder, objective, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     assert torch.distributed.get_world_size() == 2
     torch.save(step, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("terms", [INNER_TERMS, ("attention",), ("prediction",)])
-def test_two_processes_make_the_step_of_one(tmp_path: Path, terms: tuple[str, ...]) -> None:
+def _gradients(batch: dict[str, Tensor], rank: int | None = None) -> dict[str, Tensor]:
+    """Of the inner terms on `batch`; on `rank`'s half of it with FSDP2 where a rank is given."""
+    torch.manual_seed(0)
+    student, teacher = _tiny.classifier(**NO_DROPOUT), _tiny.classifier(layers=4, width=24, seed=1)
+    model = DistillationModel(student, Objective(student.config, teacher.config)).train()
+    num_items = model.objective.count(batch)
+    if rank is not None:
+        batch = {name: x[2 * rank : 2 * rank + 2] for name, x in batch.items()}
+        for layer in student.bert.encoder.layer:
+            fully_shard(layer)
+        fully_shard(model)
+    with capturable(student, teacher):
+        with torch.no_grad():
+            states = capture(teacher.base_model, batch, hidden=[0, 2, 4], attention=[2, 4])
+        loss = model(teacher=states, num_items=num_items, **batch)["loss"]
+        (loss if rank is None else 2 * loss).backward()  # FSDP2 averages over the two ranks
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found if rank is None else {name: gradient.full_tensor() for name, gradient in found.items()}
+
+
+def _sharded_rank(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) -> None:
+    _enter(rank, port)
+    torch.distributed.init_process_group("gloo")
+    torch.save(_gradients(batch, rank), folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def two_processes(function: Any, folder: Path, *args: Any) -> list[dict[str, Tensor]]:
+    """What each of two gloo ranks wrote to `folder`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(function, (port, folder, *args), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    moved = [name for name, x in expected.items() if x.abs().max() > 1e-6]
+    assert len(moved) > 10
+    for name in moved:
+        assert error(found[name], expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("terms", [INNER_TERMS, ("attention",), ("prediction",)])
+def test_two_processes_make_the_step_of_one(tmp_path: Path, terms: tuple[str, ...]) -> None:
     objective = {"terms": terms}
     expected = _one_step(tmp_path / "one", objective, per_device_train_batch_size=8)
-    torch.multiprocessing.start_processes(_rank, (tmp_path, port, objective), nprocs=2, start_method="fork")
-    for rank in range(2):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        moved = [name for name, x in expected.items() if x.abs().max() > 1e-7]
-        assert len(moved) > 10
-        for name in moved:
-            assert error(found[name], expected[name]) < 1e-4, name
+    for found in two_processes(_trainer_rank, tmp_path, objective):
+        assert_same_step(found, expected)
+
+
+def test_sharded_student_and_projections_get_the_gradients_of_one_process(tmp_path: Path) -> None:
+    batch = {name: x[[0, 1, 2, 1]] for name, x in _tiny.batch().items()}
+    expected = _gradients(batch)
+    for found in two_processes(_sharded_rank, tmp_path, batch):
+        assert_same_step(found, expected)
 
 
 def test_full_masks_are_left_out_of_a_batch() -> None:
