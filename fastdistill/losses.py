@@ -5,6 +5,7 @@ What a forward takes and raises is documented at the function of the same name.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,9 @@ class _Loss(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
+        unknown = options.keys() - inspect.signature(self.function).parameters.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         self.options = options
 
     def extra_repr(self) -> str:
@@ -49,6 +53,8 @@ class LinearMSELoss(_Loss):
         student_dim: d_s. teacher_dim: d_t. bias: give the projection a bias, as TinyBERT's code does.
         reduction, backend: as in `fastdistill.linear_mse`.
     """
+
+    function = staticmethod(F.linear_mse)
 
     def __init__(
         self, student_dim: int, teacher_dim: int, bias: bool = True, *, reduction: str = "mean", backend: str = "auto"
@@ -65,7 +71,7 @@ class LinearMSELoss(_Loss):
         num_items: int | Tensor | None = None,
     ) -> Tensor:
         weight, bias = self.projection.weight, self.projection.bias
-        return F.linear_mse(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
+        return self.function(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
 
 
 class _AttentionLoss(_Loss):
@@ -267,6 +273,8 @@ class _TopKLoss(_ClassesLoss):
 class TopKSoftCrossEntropyLoss(_TopKLoss):
     """`fastdistill.topk_soft_cross_entropy` with its options fixed; tensors, labels and masks come with the call."""
 
+    function = staticmethod(F.topk_soft_cross_entropy)
+
     def forward(
         self,
         student_logits: Tensor,  # (*, V)
@@ -277,13 +285,15 @@ class TopKSoftCrossEntropyLoss(_TopKLoss):
         mask: Tensor | None = None,  # (*)
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        return F.topk_soft_cross_entropy(
+        return self.function(
             student_logits, topk_logprobs, topk_indices, labels=labels, mask=mask, num_items=num_items, **self.options
         )
 
 
 class LinearTopKSoftCrossEntropyLoss(_TopKLoss):
     """`fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""
+
+    function = staticmethod(F.linear_topk_soft_cross_entropy)
 
     def forward(
         self,
@@ -297,7 +307,7 @@ class LinearTopKSoftCrossEntropyLoss(_TopKLoss):
         mask: Tensor | None = None,  # (*)
         num_items: int | Tensor | None = None,
     ) -> Tensor:
-        return F.linear_topk_soft_cross_entropy(
+        return self.function(
             student,
             student_weight,
             topk_logprobs,
