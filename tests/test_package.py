@@ -1,0 +1,143 @@
+"""What a user installs and imports."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import fastdistill
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, cwd: Path = ROOT) -> str:
+    """The output of a fresh interpreter, started where a user of the repository would start it."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_is_quick_and_pulls_in_nothing_heavy() -> None:
+    code = """
+import sys, time, torch
+start = time.perf_counter()
+import fastdistill
+print(time.perf_counter() - start)
+print(*sorted({"transformers", "datasets", "accelerate", "tokenizers", "triton", "scipy", "sklearn", "matplotlib",
+               "torch._dynamo", "torch._inductor"} & set(sys.modules)))
+"""
+    seconds, heavy = [], set()
+    for _ in range(3):  # the best of three: the machine may be busy
+        first, *rest = python(code).splitlines()
+        seconds.append(float(first))
+        heavy |= set(" ".join(rest).split())
+        if seconds[-1] < 0.2:
+            break
+    assert min(seconds) < 0.2
+    assert heavy <= set(python("import sys, torch; print(*sys.modules)").split())  # not one that torch itself left out
+
+
+def test_ops_pull_in_nothing_heavy() -> None:
+    """Every public function, forward and backward, with torch and numpy alone importable."""
+    code = """
+import sys
+for name in ("transformers", "datasets", "accelerate", "tokenizers", "triton", "scipy", "sklearn", "matplotlib"):
+    sys.modules[name] = None  # importing it raises ImportError
+sys.path.insert(0, "tests")
+from _cases import OPS
+from _oracle import evaluate
+for op in OPS:
+    evaluate(op, op.make(), op.learned)
+print(len(OPS))
+"""
+    assert int(python(code)) >= 20
+
+
+def test_transformers_works_from_the_repository_root() -> None:
+    """The folder `kernels` beside pyproject.toml must not be taken for the distribution of that name."""
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    code = """
+import transformers
+from transformers import AutoModel, BertConfig
+model = AutoModel.from_config(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                         intermediate_size=8))
+import torch, fastdistill
+print(model(torch.tensor([[1, 2]])).last_hidden_state.shape)
+"""
+    assert python(code) == "torch.Size([1, 2, 8])"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("setuptools", minversion="77")  # the build backend, as pyproject.toml asks for it
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in ("fastdistill", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-q",
+        "-w",
+        str(out),
+    ]
+    done = subprocess.run([*build, str(tree)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path)
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"fastdistill", f"fastdistill-{fastdistill.__version__}.dist-info"}
+    expected = {str(p.relative_to(ROOT)) for p in (ROOT / "fastdistill").rglob("*.py")}
+    expected |= {f"fastdistill/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
+    assert {"fastdistill/py.typed", "fastdistill/kernels/__init__.py"} <= set(names)
+    assert expected <= set(names)
+    # It imports where the repository is not.
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastdistill.kernels as k; print(k.__file__)"
+    assert python(code, cwd=tmp_path) == str(tmp_path / "fastdistill" / "kernels" / "__init__.py")
+
+
+def test_public_names_are_documented() -> None:
+    for name in fastdistill.__all__:
+        public = getattr(fastdistill, name)
+        assert public.__doc__, name
+        if inspect.isfunction(public):
+            assert "Args:" in public.__doc__, name
+            assert "Raises:" in public.__doc__, name
+            for argument in inspect.signature(public).parameters:
+                assert argument in public.__doc__, f"{name}: {argument}"
+        else:
+            assert public.__module__ == "fastdistill.losses"
+
+
+def test_public_names_are_typed() -> None:
+    for name in fastdistill.__all__:
+        public = getattr(fastdistill, name)
+        signature = inspect.signature(public if inspect.isfunction(public) else public.forward)
+        assert signature.return_annotation == "Tensor", name
+        for argument in list(signature.parameters.values())[not inspect.isfunction(public) :]:
+            assert argument.annotation is not argument.empty, f"{name}: {argument.name}"
+
+
+def test_public_names_are_sorted_and_exist() -> None:
+    assert sorted(fastdistill.__all__) == sorted(set(fastdistill.__all__))
+    assert all(hasattr(fastdistill, name) for name in fastdistill.__all__)
