@@ -251,6 +251,11 @@ def attention(
     }
 
 
+def long_attention(batch: int = 2, heads: int = 4, length: int = 70, keys: int = 72, **kv: int) -> dict[str, Any]:
+    """Narrow heads and enough rows for attention_mse to take its Gram matrices, and its causal scan."""
+    return attention(batch, heads, length, keys, 2, 3, **{"student_kv": 1, "teacher_kv": 2, **kv})
+
+
 def logits(rows: tuple[int, ...] = (3, 5), classes: int = 37) -> dict[str, Any]:
     return {"student_logits": 2 * torch.randn(*rows, classes), "teacher_logits": 2 * torch.randn(*rows, classes)}
 
@@ -430,11 +435,16 @@ ATTENTION_MSE = Op("attention_mse", attention, score_items, QUERY_KEY, PAIRS)
 ATTENTION_MSE_CAUSAL = Op(
     "attention_mse", attention, score_items, QUERY_KEY, PAIRS, {"is_causal": True}, "attention_mse-causal"
 )
+ATTENTION_MSE_LONG = Op("attention_mse", long_attention, score_items, QUERY_KEY, PAIRS, {}, "attention_mse-long")
+ATTENTION_MSE_LONG_CAUSAL = Op(
+    "attention_mse", long_attention, score_items, QUERY_KEY, PAIRS, {"is_causal": True}, "attention_mse-long-causal"
+)
 ATTENTION_KL = Op("attention_kl", attention, attention_items, QUERY_KEY, PAIRS)
 ATTENTION_KL_CAUSAL = Op(
     "attention_kl", attention, attention_items, QUERY_KEY, PAIRS, {"is_causal": True}, "attention_kl-causal"
 )
 ATTENTION_OPS = [ATTENTION_MSE, ATTENTION_MSE_CAUSAL, ATTENTION_KL, ATTENTION_KL_CAUSAL]
+LONG_ATTENTION_OPS = [ATTENTION_MSE_LONG, ATTENTION_MSE_LONG_CAUSAL]
 
 
 def _class_ops(
@@ -468,4 +478,4 @@ LINEAR_TOPK_OPS = _topk_ops("linear_", linear_topk, linear_topk_items, HEAD, ROW
 
 CLASS_OPS = [*LOGITS_OPS, *TOPK_OPS, *LINEAR_LOGITS_OPS, *LINEAR_TOPK_OPS]
 PER_ITEM_OPS = [LINEAR_MSE, *CLASS_OPS]
-OPS = [LINEAR_MSE, *ATTENTION_OPS, *CLASS_OPS]
+OPS = [LINEAR_MSE, *ATTENTION_OPS, *LONG_ATTENTION_OPS, *CLASS_OPS]

@@ -21,8 +21,9 @@ from _cases import (
     PER_ITEM_OPS,
     Op,
 )
-from _oracle import assert_accurate, assert_same, cast, error, evaluate, in_float64
+from _oracle import BACKENDS, assert_accurate, assert_same, cast, error, evaluate, in_float64
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import fastdistill
@@ -405,8 +406,9 @@ def test_a_gradient_expanded_from_one_number(op: Op, backend: str) -> None:
 @every_op
 def test_one_tensor_in_two_places(op: Op, backend: str) -> None:
     """Student and teacher may be the same storage, and query and key too."""
-    inputs = op.make(student_kv=4, teacher_kv=4, keys=7) if not op.per_item else op.make()
+    inputs = op.make()
     if not op.per_item:
+        inputs = op.make(student_kv=4, teacher_kv=4, keys=inputs["student_query"].shape[2])
         shared = inputs["student_query"]
         leaf = shared.clone().requires_grad_()
         op(**{**inputs, "student_query": leaf, "student_key": leaf}, backend=backend).backward()
@@ -452,21 +454,42 @@ class _Calls(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def registered_calls(op: Op, inputs: dict[str, Tensor], backend: str, reduction: str) -> list[Any]:
+    """(op, args, kwargs) of this library's registered ops that forward and backward call."""
+    leaves = {name: x.clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
+    with _Calls() as forward:
+        value = op(**leaves, backend=backend, reduction=reduction).sum()
+    with _Calls() as backward:
+        value.backward()
+    # What backward calls is not differentiated again.
+    detached = tree_map_only(Tensor, Tensor.detach, backward.found)
+    return [*forward.found, *detached]
+
+
 @every_op
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_opcheck(op: Op, masked: bool, backend: str) -> None:
     """Schema, fake implementation, autograd registration and AOT tracing of every op that a call reaches."""
     inputs = op.make()
     masks = op.some_masked(inputs) if masked else {}
-    reached = 0
     for reduction in op.forms:
-        leaves = {name: x.clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
-        with _Calls() as calls:
-            op(**leaves, **masks, backend=backend, reduction=reduction)
-        for func, args, kwargs in calls.found:
+        calls = registered_calls(op, {**inputs, **masks}, backend, reduction)
+        assert calls, "no registered op was reached"
+        for func, args, kwargs in calls:
             torch.library.opcheck(func, args, kwargs)
-        reached += len(calls.found)
-    assert reached, "no registered op was reached"
+
+
+def test_the_table_reaches_every_registered_op() -> None:
+    """Ops choose their way by size: the inputs of the table are to take each way, forward and backward."""
+    reached = {
+        call[0]._schema.name
+        for op in OPS
+        for backend in BACKENDS
+        for reduction in op.forms
+        for call in registered_calls(op, op.make(), backend, reduction)
+    }
+    registered = {name for name in torch._library.custom_ops.OPDEFS if name.startswith("fastdistill::")}
+    assert {name.removesuffix(".default") for name in registered} == reached
 
 
 @pytest.fixture
@@ -495,7 +518,8 @@ def test_compiled_whole_equals_eager(op: Op, backend: str) -> None:
 def test_compiled_once_for_every_length(op: Op, backend: str) -> None:
     """Dynamic shapes: a batch of another length, and another number of items, compile nothing new."""
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
-    for i, length in enumerate((5, 6, 9)):
+    first = 5 if op.per_item else op.make()["student_query"].shape[2]
+    for i, length in enumerate((first, first + 1, first + 4)):
         inputs = op.make((3, length)) if op.per_item else op.make(length=length, keys=length + 2)
         for x in inputs.values():
             if x.dim() > 2 and op.per_item:
