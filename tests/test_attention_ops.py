@@ -158,7 +158,18 @@ def test_student_close_to_teacher(op: Op, mismatch: float, backend: str) -> None
 @every_op
 @pytest.mark.parametrize("mismatch", [1e-1, 1e-2])
 def test_student_close_to_teacher_in_bfloat16(op: Op, mismatch: float, backend: str) -> None:
-    op.assert_accurate(close(mismatch, torch.bfloat16), backend=backend)
+    op.assert_accurate_together([close(mismatch, torch.bfloat16) for _ in range(5)], backend=backend)
+
+
+@every_op
+@pytest.mark.parametrize("length", [48, 160])
+def test_scaled_losses_keep_small_float16_gradients(op: Op, length: int, backend: str) -> None:
+    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    inputs = attention(length=length, keys=length, d_s=26, d_t=26, student_kv=4)
+    for name in ("query", "key"):
+        inputs[f"student_{name}"] = inputs[f"teacher_{name}"] + 1e-2 * torch.randn_like(inputs[f"teacher_{name}"])
+    inputs = cast({name: 0.1 * x for name, x in inputs.items()}, torch.float16)
+    op.assert_accurate(inputs, backend=backend, upstream=torch.tensor(2.0**16), loosest=0.1)
 
 
 @every_op

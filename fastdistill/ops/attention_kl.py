@@ -1,13 +1,13 @@
 """KL(softmax(teacher scores) || softmax(student scores)) of each query row, in tiles of scores, as flash attention.
 
-With a_s, a_t the scores of a row and Z the log of the sum of their exponentials,
+With x_s, x_t the scores of a row less their maximum, and l the sum of their exponentials,
 
-    KL = E_t[a_t - a_s] - Z_t + Z_s        d KL / d a_s = softmax(a_s) - softmax(a_t)
+    KL = E_t[x_t - x_s] - log l_t + log l_s        d KL / d x_s = exp(x_s) / l_s - exp(x_t) / l_t
 
-One pass over a row's tiles keeps the maximum and the sum of exponentials of both sides and the cross term
-sum exp(a_t) (a_t - a_s), rescaled whenever the teacher's maximum grows. A second pass, if gradients are wanted,
-computes the tiles again, except the last, which is at hand: where a row is one tile nothing is computed twice. Memory
-is linear in L and S. The gradients are those of a sum; the backward scales them.
+One pass over a row's tiles keeps the maximum and l of both sides and the cross term sum exp(x_t) (x_t - x_s), brought
+up to date whenever a maximum grows. A second pass, if gradients are wanted, computes the tiles again, except the last,
+which is at hand: where a row is one tile nothing is computed twice. Memory is linear in L and S. The gradients are
+those of a sum; the backward scales them.
 """
 
 from __future__ import annotations
@@ -39,32 +39,30 @@ def attention_kl(
 
 
 class _Softmax:
-    """One side's running maximum and sum of exponentials of some rows, each (B, H, rows, 1)."""
+    """One side's running maximum, and sum of exponentials of what scores lack of it, (B, H, rows, 1) each."""
 
     def __init__(self, shape: tuple[int, ...], like: Tensor):
         # Above the score of a pair that is not allowed, below all others.
         self.top = like.new_full(shape, torch.finfo(like.dtype).min / 2)
         self.mass = like.new_zeros(shape, dtype=_common.widest_dtype(like))
 
-    def add(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """`weights` of the scores, and the factor by which what was summed before shrinks."""
+    def shift(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """scores - maximum, in place, the maximum having taken them in; and by how much it grew."""
         top = torch.maximum(self.top, scores.amax(3, keepdim=True))
-        shrink = (self.top - top).exp_()
+        growth = top - self.top
         self.top = top
-        weights = self.weights(scores)
-        self.mass.mul_(shrink).add_(weights.sum(3, keepdim=True))
-        return weights, shrink
+        self.mass *= torch.exp(-growth)
+        return scores.sub_(top), growth
 
-    def weights(self, scores: Tensor) -> Tensor:
-        """exp(scores - maximum), in the place of scores."""
-        return scores.sub_(self.top).exp_()
+    def add(self, shifted: Tensor) -> Tensor:
+        """exp(shifted), in place, added to the sum."""
+        weights = shifted.exp_()
+        self.mass += weights.sum(3, keepdim=True)
+        return weights
 
     def normalise(self, weights: Tensor) -> Tensor:
-        """Probabilities, in the place of weights; 0 in an empty row. exp(scores - Z) would carry the rounding of Z."""
+        """Probabilities, in place; 0 in an empty row. exp(scores - log of the sum) would carry that log's rounding."""
         return weights.mul_(torch.where(self.mass > 0, 1 / self.mass, 0).to(weights.dtype))
-
-    def norm(self) -> Tensor:  # Z
-        return self.top + self.mass.log()
 
 
 def _scores(
@@ -111,18 +109,20 @@ def _attention_kl(
                 scaled_sq, scaled_tq = sq * student_scale, tq * teacher_scale
                 shape = (*block.student.query.shape[:2], rows.stop - rows.start, 1)
                 student, teacher = _Softmax(shape, total), _Softmax(shape, total)
-                cross = torch.zeros_like(teacher.mass)  # sum exp(a_t - maximum) (a_t - a_s)
+                cross = torch.zeros_like(teacher.mass)  # sum exp(x_t) (x_t - x_s)
                 for keys in tiles:
                     allowed = masks(rows, keys)
                     sk, tk = block.student.keys(keys), block.teacher.keys(keys)
-                    student_scores, teacher_scores = _scores(scaled_sq, sk, shape), _scores(scaled_tq, tk, shape)
-                    difference = teacher_scores - student_scores
-                    student_p, _ = student.add(_forbid(student_scores, allowed))
-                    teacher_p, shrink = teacher.add(_forbid(teacher_scores, allowed))
-                    cross.mul_(shrink).add_(difference.mul_(teacher_p).sum(3, keepdim=True))
+                    mass = teacher.mass.clone()
+                    student_x, student_growth = student.shift(_forbid(_scores(scaled_sq, sk, shape), allowed))
+                    teacher_x, teacher_growth = teacher.shift(_forbid(_scores(scaled_tq, tk, shape), allowed))
+                    difference = teacher_x - student_x
+                    student_p, teacher_p = student.add(student_x), teacher.add(teacher_x)
+                    cross += mass * (student_growth - teacher_growth)
+                    cross.mul_(torch.exp(-teacher_growth)).add_(difference.mul_(teacher_p).sum(3, keepdim=True))
                 counts = block.take(some_key)[:, :, rows, None]
                 # Rounding must not make the divergence of equal rows negative.
-                rows_kl = (cross / teacher.mass - teacher.norm() + student.norm()).clamp_(min=0)
+                rows_kl = (cross / teacher.mass - teacher.mass.log() + student.mass.log()).clamp_(min=0)
                 divergence += torch.where(counts, rows_kl, 0).sum()
                 if not differentiable:
                     continue
@@ -131,8 +131,8 @@ def _attention_kl(
                     sk, tk = block.student.keys(keys), block.teacher.keys(keys)
                     if keys != tiles[-1]:
                         allowed = masks(rows, keys)
-                        student_p = student.weights(_forbid(_scores(scaled_sq, sk, shape), allowed))
-                        teacher_p = teacher.weights(_forbid(_scores(scaled_tq, tk, shape), allowed))
+                        student_p = _forbid(_scores(scaled_sq, sk, shape), allowed).sub_(student.top).exp_()
+                        teacher_p = _forbid(_scores(scaled_tq, tk, shape), allowed).sub_(teacher.top).exp_()
                     d_scores = student.normalise(student_p).sub_(teacher.normalise(teacher_p))
                     d_scores = d_scores.view(len(sq), -1, sk.shape[1])
                     _attention.add_gradients(d_scores, sq, sk, dq, block.take(d_key)[:, :, keys], student_scale)

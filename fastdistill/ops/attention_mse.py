@@ -10,9 +10,9 @@ queries meets the Gram matrix of the keys before it, and the few keys beside it 
 in linear attention.
 
 The sum is a difference of terms that cancel as the student nears its teacher: with a relative mismatch e, a rounding of
-u in a Gram matrix is one of u / e^2 in the value and u / e in the gradients. So everything here is float64 (its
-products of float32 inputs are exact); in float32 the gradients would be 4 to 25 times further off than those of
-materialised scores, and the value worthless at e = 1e-3.
+u in a Gram matrix is one of u / e^2 in the value and u / e in the gradients. So everything here is float64, in which
+products of float32 inputs are exact. In float32, which is what devices without float64 (MPS) get, gradients are 4 to 25
+times further off than those of materialised scores, and the value is worthless at e = 1e-3.
 
 Short sequences, and masks that are no product of a query mask and a key mask, are computed in tiles of scores instead:
 quadratic time, linear memory. A tile gives loss and gradients while it is in the cache, for a sum; the backward scales.
