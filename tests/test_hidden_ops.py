@@ -67,6 +67,15 @@ def test_student_close_to_teacher(mismatch: float, backend: str) -> None:
     OP.assert_accurate_together(cases, backend=backend)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scaled_losses_keep_small_float16_gradients(reduction: str, backend: str) -> None:
+    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    inputs = hidden((4, 16), 312, 768)
+    projected = torch.nn.functional.linear(inputs["student"], inputs["weight"], inputs["bias"])
+    inputs = cast({**inputs, "teacher": projected}, torch.float16)
+    OP.assert_accurate(inputs, backend=backend, reduction=reduction, upstream=torch.tensor(2.0**14))
+
+
 def test_equal_student_and_teacher(backend: str) -> None:
     student = torch.randn(3, 5, 10)
     outcome = evaluate(

@@ -89,10 +89,12 @@ def _linear_mse(
 def _outputs(
     student: Tensor, teacher: Tensor, needs_student: bool, needs_weight: bool, needs_bias: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the chunks add up. dX has the student's dtype; dW and db are sums over tokens and stay wide."""
+    """Where the chunks add up. dW and db are sums over tokens and stay wide. dX has the student's dtype, but where
+    that is float16: what is small before a loss scale multiplies it would be left with few digits."""
     width = teacher.shape[1]
     loss = student.new_empty(student.shape[0], dtype=dtype)
-    d_student = student.new_empty(student.shape if needs_student else 0)
+    keep = dtype if student.dtype == torch.float16 else student.dtype
+    d_student = student.new_empty(student.shape if needs_student else 0, dtype=keep)
     d_weight = student.new_zeros((width, student.shape[1]) if needs_weight else 0, dtype=dtype)
     d_bias = student.new_zeros(width if needs_bias else 0, dtype=dtype)
     return loss, d_student, d_weight, d_bias
