@@ -61,6 +61,17 @@ def test_logits_are_never_rounded(op: Op, classes: int, dtype: torch.dtype, back
 
 
 @every_op
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scaled_losses_keep_small_float16_gradients(op: Op, reduction: str, backend: str) -> None:
+    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    inputs = make(op, (4,), 30522, d_s=24)
+    if op.name == "linear_tvd":
+        inputs = without_ties(inputs)
+    inputs = cast(inputs, torch.float16)
+    op.assert_accurate(inputs, backend=backend, reduction=reduction, upstream=torch.tensor(2.0**12))
+
+
+@every_op
 @pytest.mark.parametrize("tokens", [1, 2, 511, 512, 513, 1024, 1025, 2600])
 def test_any_number_of_tokens(op: Op, tokens: int, backend: str) -> None:
     inputs = with_labels(make(op, (tokens,), 33), 33)

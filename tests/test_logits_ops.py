@@ -37,6 +37,17 @@ def test_vocabularies(op: Op, classes: int, dtype: torch.dtype, backend: str) ->
 
 
 @every_op
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scaled_losses_keep_small_float16_gradients(op: Op, reduction: str, backend: str) -> None:
+    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    inputs = make(op, (4,), 30522)
+    if op.name == "tvd":
+        inputs = without_ties(inputs)
+    inputs = cast(inputs, torch.float16)
+    op.assert_accurate(inputs, backend=backend, reduction=reduction, upstream=torch.tensor(2.0**12))
+
+
+@every_op
 @pytest.mark.parametrize("rows,classes", [(1, 33), (63, 33), (65, 33), (1030, 33), (257, 1000), (9, 12345)])
 def test_any_number_of_rows(op: Op, rows: int, classes: int, backend: str) -> None:
     inputs = make(op, (rows,), classes)
