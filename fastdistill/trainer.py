@@ -85,7 +85,7 @@ class DistillationModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Called by Trainer; `gradient_checkpointing_enable` is its name in transformers before 5.20."""
+        """Called by Trainer; `gradient_checkpointing_enable` is the older name."""
         if hasattr(self.student, "activation_checkpointing_enable"):
             self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
         else:
@@ -101,8 +101,9 @@ class DistillationTrainer(Trainer):
     """Trains `model` to follow `teacher`. Every other argument is transformers.Trainer's.
 
     Checkpoints hold a plain transformers student (`AutoModel.from_pretrained` loads it), its tokenizer,
-    `projections.safetensors` and `objective.json`. Each loss is logged under its term's name. Before the first step
-    `check` runs.
+    `projections.safetensors` and `objective.json`. Each loss is logged under its term's name. Losses are divided by
+    the rows, tokens or pairs of the whole optimiser step: accumulation and processes change nothing. Before the first
+    step `check` runs, then one small forward and backward pass.
 
     Args:
         model: the student.
@@ -129,7 +130,7 @@ class DistillationTrainer(Trainer):
             data_collator = PaddingCollator(processing_class)
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # what gets no gradient is frozen before the first step
-        self.teacher = teacher
+        self.student, self.teacher, self.objective = model, teacher, objective
         super().__init__(
             model=DistillationModel(model, objective),
             args=args,
@@ -148,14 +149,6 @@ class DistillationTrainer(Trainer):
                 teacher.to(self.args.device)
         self._sums: dict[str, Tensor] = {}  # of each term since the last log, on the device
         self._sums_start = 0  # the optimiser step they began at
-
-    @property
-    def student(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model).student
-
-    @property
-    def objective(self) -> Objective:
-        return self.accelerator.unwrap_model(self.model).objective
 
     # -- loss ----------------------------------------------------------------------------------------------
 
@@ -233,10 +226,10 @@ class DistillationTrainer(Trainer):
     # -- before the first step -----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse what would fail late or train nothing, before the first step.
+        """Refuse what would fail late or train nothing. `train` calls it, and then runs the first rows once.
 
-        Raises ValueError where the vocabularies differ, the classes or their order differ, the student recomputes
-        activations in reentrant mode, or one small forward pass captures no layers it should.
+        Raises ValueError where the vocabularies differ, the classes or their order differ, a teacher is missing, or
+        the student recomputes activations in reentrant mode.
         """
         objective, student, teacher = self.objective, self.student, self.teacher
         if teacher is None:
@@ -270,7 +263,7 @@ class DistillationTrainer(Trainer):
         An inner objective never reaches the pooler and the classifier, nor an attention-only one the end of the last
         layer. DDP waits for their gradients, and weight decay would shrink them.
         """
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.model
         rows = list(itertools.islice(iter(self.train_dataset), min(2, self.args.per_device_train_batch_size)))
         batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
         device = next(self.student.parameters()).device
@@ -286,11 +279,10 @@ class DistillationTrainer(Trainer):
             if loss.requires_grad:
                 loss.backward()
         model.train(was_training)
-        frozen = [p for p in model.parameters() if p.requires_grad and p.grad is None]
+        learned = [p for p in model.parameters() if p.requires_grad]
+        frozen = [p for p in learned if p.grad is None]
         model.zero_grad(set_to_none=True)
-        if not any(p.requires_grad for p in model.parameters()) or len(frozen) == sum(
-            p.requires_grad for p in model.parameters()
-        ):
+        if len(frozen) == len(learned):
             raise ValueError(f"no parameter of the student gets a gradient from the terms {self.objective.terms}")
         for parameter in frozen:
             parameter.requires_grad_(False)
