@@ -64,6 +64,20 @@ def test_one_class(op: Op, backend: str) -> None:
     assert all((x == 0).all() for x in outcome.values())
 
 
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements(backend: str) -> None:
+    """Every row the same, so that only the gradient takes memory (4.3 GB): the last row's is as good as the first's."""
+    classes = 128256
+    rows = 2**31 // classes + 3
+    row = cast(logits((1,), classes), torch.bfloat16)
+    op = BY_NAME["soft_cross_entropy"]
+    truth = op.truth(row)
+    outcome = evaluate(op, {name: x.expand(rows, classes) for name, x in row.items()}, op.learned, backend=backend)
+    assert error(outcome["value"], truth["value"]) < 1e-6
+    for i in (0, 2**31 // classes, -1):
+        assert error(outcome["student_logits"][i] * rows, truth["student_logits"][0]) < 2**-8
+
+
 # -- options ---------------------------------------------------------------------------------------------------
 
 
