@@ -30,7 +30,8 @@ from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
 from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
 from fastdistill.ops.linear_logits import linear_divergence, linear_topk_divergence
 from fastdistill.ops.linear_mse import linear_mse as _linear_mse_op
-from fastdistill.ops.logits import divergence, topk_divergence
+from fastdistill.ops.logits import divergence
+from fastdistill.ops.topk import topk_divergence
 
 __all__ = [
     "attention_kl",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -22,11 +26,11 @@ def narrow(x: Tensor) -> bool:
     return x.dtype in (torch.float16, torch.bfloat16)
 
 
-def wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a @ b, float32 or wider out of the accumulator even where the operands are 16-bit."""
     if a.is_cuda and dtype == torch.float32 and narrow(a) and a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a.to(dtype), b.to(dtype))
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
@@ -47,3 +51,34 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(
             f"{op} cannot be differentiated twice: call backward without create_graph=True, or use backend='reference'"
         )
+
+
+def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as the registered op fastdistill::name for whoever traces, and as itself for everybody else.
+
+    A registered op costs tens of microseconds a call, more than a small loss takes.
+    """
+    op = torch.library.custom_op(f"fastdistill::{name}", function, mutates_args=())
+    op.register_fake(fake)
+    return lambda *arguments: (op if traced() else function)(*arguments)
+
+
+def differentiable(
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., Any],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`operator` with a gradient: without a tracer, the same three functions as a torch.autograd.Function."""
+    op = torch.library.custom_op(f"fastdistill::{name}", function, mutates_args=())
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=setup_context)
+    methods = {"forward": function, "setup_context": setup_context, "backward": backward}
+    plain: Any = type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+    return lambda *arguments: (op if traced() else plain.apply)(*arguments)
+
+
+def traced() -> bool:
+    """Whether torch.compile or a dispatch mode (fake tensors, a profiler of operations) sees each operation."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None

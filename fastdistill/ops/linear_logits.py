@@ -1,17 +1,323 @@
+"""The losses over classes straight from hidden states and vocabulary weights: z = x W^T + b, never stored whole.
+
+The logits of one chunk of tokens are all that exists of either side. The row loss (logits.py, topk.py) takes them block
+by block and leaves the gradient G in the student's place, from which
+
+    dX = G W        dW += G^T X        db += sum G
+
+so four products in all, the minimum. For a reduced loss every token has the same weight: gradients are computed in the
+forward and scaled in the backward. Losses of each token wait for their weights: the backward runs the chunks again.
+"""
+
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch.nn import functional as F
+import torch
+from torch import Tensor
 
-from fastdistill.ops.logits import divergence, topk_divergence
+from fastdistill.ops import _common, _rows, topk
+from fastdistill.ops._rows import BUFFERS, RowLoss, Target, capped, may_be_infinite
+from fastdistill.ops.logits import Divergence
+
+# Tokens of a chunk: enough that the products run at full speed, within a bound on the bytes of each side's logits.
+CHUNK = 1024
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 26, 1 << 29
+
+# Elements of a block of vocabulary rows that the CPU, which has no product of 16-bit operands, casts at a time.
+CAST_BLOCK = 1 << 22
 
 
-def linear_divergence(s, sw, t, tw, sb, tb, kind, *, per_row, **kw) -> Any:  # type: ignore
-    out = divergence(F.linear(s, sw, sb), F.linear(t, tw, tb), kind, **kw)
-    return out if per_row else out.sum()
+def linear_divergence(
+    student: Tensor,  # (N, d_s)
+    student_weight: Tensor,  # (>= V, d_s)
+    teacher: Tensor,  # (N, d_t)
+    teacher_weight: Tensor,  # (>= V, d_t)
+    student_bias: Tensor | None,  # (>= V)
+    teacher_bias: Tensor | None,  # (>= V)
+    kind: str,
+    *,
+    counted: Tensor | None,  # (N)
+    labels: Tensor | None,  # (N)
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    beta: float,
+    vocab_size: int | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    per_row: bool,
+) -> Tensor:  # (N) or ()
+    return _linear_divergence(
+        student, student_weight, student_bias, labels if hard_weight else None, counted, None,
+        teacher, teacher_weight, teacher_bias,
+        *_needs(per_row, student, student_weight, student_bias), per_row,
+        student_weight.shape[0] if vocab_size is None else vocab_size,
+        soft_weight, hard_weight, student_softcap, temperature, kind, beta, teacher_softcap,
+    )[0]  # fmt: skip
 
 
-def linear_topk_divergence(s, sw, sb, lp, idx, tail, *, per_row, **kw) -> Any:  # type: ignore
-    out = topk_divergence(F.linear(s, sw, sb), lp, idx, tail, **kw)
-    return out if per_row else out.sum()
+def linear_topk_divergence(
+    student: Tensor,  # (N, d_s)
+    student_weight: Tensor,  # (>= V, d_s)
+    student_bias: Tensor | None,  # (>= V)
+    logprobs: Tensor,  # (N, k)
+    indices: Tensor,  # (N, k)
+    tail: str,
+    *,
+    counted: Tensor | None,  # (N)
+    labels: Tensor | None,  # (N)
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    vocab_size: int | None,
+    student_softcap: float | None,
+    per_row: bool,
+) -> Tensor:  # (N) or ()
+    return _linear_topk_divergence(
+        student, student_weight, student_bias, labels if hard_weight else None, counted, None,
+        logprobs, indices,
+        *_needs(per_row, student, student_weight, student_bias), per_row,
+        student_weight.shape[0] if vocab_size is None else vocab_size,
+        soft_weight, hard_weight, student_softcap, temperature, tail,
+    )[0]  # fmt: skip
+
+
+def _needs(per_row: bool, *learned: Tensor | None) -> list[bool]:
+    """Which gradients the forward computes: none of those of per-row losses, which wait for their weights."""
+    return [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in learned]
+
+
+# Loss (N) or (), dX (N, d_s), dW (>= V, d_s), db (>= V); empty where not needed.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("fastdistill::linear_divergence", mutates_args=())
+def _linear_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    labels: Tensor | None,
+    counted: Tensor | None,
+    row_weight: Tensor | None,  # (N); None: 1
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    needs_student: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    per_row: bool,
+    classes: int,
+    soft_weight: float,
+    hard_weight: float,
+    student_softcap: float | None,
+    temperature: float,
+    kind: str,
+    beta: float,
+    teacher_softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _common.compute_dtype(student, teacher)
+    row_loss = RowLoss(Divergence(kind, temperature, beta), soft_weight, hard_weight, student_softcap)
+    size = _chunk_size(student, classes, dtype)
+    buffer = student.new_empty(size if soft_weight else 0, classes, dtype=dtype)
+
+    def target_of(chunk: slice) -> Target:
+        if soft_weight == 0:
+            return ()
+        logits = _logits(_clean(teacher, chunk, counted), teacher_weight[:classes], teacher_bias, buffer)
+        return (capped(logits, teacher_softcap, dtype, logits),)
+
+    return _chunks(
+        row_loss, target_of, size, dtype, student, student_weight, student_bias, labels, counted, row_weight,
+        (needs_student, needs_weight, needs_bias), per_row, classes,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("fastdistill::linear_topk_divergence", mutates_args=())
+def _linear_topk_divergence(
+    student: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    labels: Tensor | None,
+    counted: Tensor | None,
+    row_weight: Tensor | None,  # (N); None: 1
+    logprobs: Tensor,
+    indices: Tensor,
+    needs_student: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    per_row: bool,
+    classes: int,
+    soft_weight: float,
+    hard_weight: float,
+    student_softcap: float | None,
+    temperature: float,
+    tail: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = _common.compute_dtype(student, logprobs)
+    row_loss = RowLoss(topk.TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
+    logprobs, indices = topk.listed(logprobs, indices, counted, classes, dtype)
+
+    def target_of(chunk: slice) -> Target:
+        return (logprobs[chunk], indices[chunk]) if soft_weight else ()
+
+    return _chunks(
+        row_loss, target_of, _chunk_size(student, classes, dtype), dtype, student, student_weight, student_bias,
+        labels, counted, row_weight, (needs_student, needs_weight, needs_bias), per_row, classes,
+    )  # fmt: skip
+
+
+def _chunks(
+    row_loss: RowLoss,
+    target_of: Callable[[slice], Target],
+    size: int,  # tokens of a chunk
+    dtype: torch.dtype,
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    counted: Tensor | None,
+    row_weight: Tensor | None,
+    needs: Sequence[bool],
+    per_row: bool,
+    classes: int,
+) -> Outputs:
+    loss, d_student, d_weight, d_bias = _outputs(student, weight, needs, dtype)
+    needs_student, needs_weight, needs_bias = needs
+    tokens = student.shape[0]
+    labels = _rows.checked_labels(labels, counted, classes)
+    row_weight = torch.ones_like(loss) if row_weight is None else row_weight
+    if counted is not None:
+        row_weight = row_weight.masked_fill(~counted, 0)
+    block_rows = _rows.rows_of_a_block(size, classes, student.device)
+    buffer = loss.new_empty(size, classes)
+    statistics = loss.new_empty(row_loss.statistics, block_rows)
+    work = loss.new_empty(BUFFERS + 1, block_rows, classes)
+    weight = weight[:classes]
+    for start in range(0, tokens, size):
+        chunk = slice(start, min(start + size, tokens))
+        x = _clean(student, chunk, counted)
+        logits = _logits(x, weight, bias, buffer)  # (C, V); G when the rows are done
+        target = target_of(chunk)
+        for _, rows in _rows.row_blocks(logits.shape[:1], block_rows):
+            here = slice(start + rows.start, start + rows.stop)
+            block = capped(logits[rows], row_loss.softcap, dtype, logits[rows])
+            of_block = tuple(t[rows] for t in target), _rows.at(labels, here)
+            gradient_buffer, *_ = buffers = work[:, : rows.stop - rows.start]
+            numbers = statistics[:, : rows.stop - rows.start]
+            loss[here] = block_loss = row_loss.loss(block, *of_block, numbers, buffers[1:])
+            if any(needs):
+                gradient = block if row_loss.softcap is None else gradient_buffer
+                row_loss.gradient(
+                    block, *of_block, _rows.at(counted, here), numbers, row_weight[here].unsqueeze(-1),
+                    may_be_infinite(block_loss), gradient, buffers[1:],
+                )  # fmt: skip
+                if gradient is not block:
+                    block.copy_(gradient)
+        if needs_bias:
+            d_bias[:classes] += logits.sum(0)
+        # A GPU multiplies 16-bit operands, so G goes back to 16 bits there; products still come out in float32.
+        gradient = logits.to(x.dtype) if x.is_cuda and _common.narrow(x) else logits
+        if needs_weight and x.is_cuda:
+            d_weight[:classes] += _common.wide_mm(gradient.mT, x, dtype)
+        elif needs_weight:
+            d_weight[:classes].addmm_(gradient.mT, x.to(dtype))  # adds in place: no second dW
+        if needs_student:
+            d_student[chunk] = _times_weight(gradient, weight, dtype)
+    if counted is not None:
+        loss.masked_fill_(~counted, 0)
+    return loss if per_row else loss.sum(), d_student, d_weight, d_bias
+
+
+def _outputs(student: Tensor, weight: Tensor, needs: Sequence[bool], dtype: torch.dtype) -> Outputs:
+    """Where the chunks add up, wide: the backward rounds once, when it scales."""
+    needs_student, needs_weight, needs_bias = needs
+    loss = student.new_empty(student.shape[0], dtype=dtype)
+    d_student = loss.new_empty(student.shape if needs_student else 0)
+    d_weight = loss.new_zeros(weight.shape if needs_weight else 0)
+    d_bias = loss.new_zeros(weight.shape[0] if needs_bias else 0)
+    return loss, d_student, d_weight, d_bias
+
+
+def _chunk_size(student: Tensor, classes: int, dtype: torch.dtype) -> int:
+    limit = CPU_CHUNK_BYTES if student.device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(min(student.shape[0], CHUNK, limit // (classes * dtype.itemsize)), 1)
+
+
+def _clean(x: Tensor, chunk: slice, counted: Tensor | None) -> Tensor:
+    """Tokens of a chunk. One that does not count may hold NaN, which even times 0 would reach dW: it becomes 0."""
+    return x[chunk] if counted is None else x[chunk].masked_fill(~counted[chunk].unsqueeze(-1), 0)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """x W^T + b, wide, in the buffer's first rows."""
+    out = buffer[: x.shape[0]]
+    for classes, block in _operand_blocks(weight, out.dtype):
+        _common.wide_mm(x, block.mT, out.dtype, out=out[:, classes])
+    return out if bias is None else out.add_(bias[: weight.shape[0]])
+
+
+def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """G W, wide."""
+    total = None
+    for classes, block in _operand_blocks(weight, dtype):
+        part = _common.wide_mm(gradient[:, classes], block, dtype)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight, whole where products take it as it is, else in blocks of classes cast to the wide dtype."""
+    if weight.dtype == dtype or (weight.is_cuda and _common.narrow(weight)):
+        yield slice(None), weight
+        return
+    step = max(CAST_BLOCK // max(weight.shape[1], 1), 1)
+    for start in range(0, weight.shape[0], step):
+        classes = slice(start, start + step)
+        yield classes, weight[classes].to(dtype)
+
+
+def _make_differentiable(op: Any, name: str, tensors: int) -> None:
+    """Fake implementation and gradient of either op, whose first `tensors` arguments are tensors, with the student's
+    side in front and what the target is made of from position 6 on, and the next four needs and per_row."""
+
+    def fake(*inputs):  # type: ignore[no-untyped-def]
+        student, weight, target, per_row = inputs[0], inputs[1], inputs[6], inputs[tensors + 3]
+        dtype = _common.compute_dtype(student, target)
+        loss, *gradients = _outputs(student, weight, inputs[tensors : tensors + 3], dtype)
+        return loss if per_row else loss.new_empty(()), *gradients
+
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        *ctx.in_forward, ctx.per_row = inputs[tensors : tensors + 4]
+        ctx.options = inputs[tensors + 4 :]
+        ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        gradients = output[1:]
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(inputs[:tensors] if ctx.per_row else gradients))
+
+    def backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+        _common.refuse_double_backward(name)
+        nothing = (None,) * (tensors + 4 + len(ctx.options))
+        if grad_loss is None:
+            return nothing
+        if ctx.per_row:
+            needs = ctx.needs_input_grad[:3]
+            before, after = ctx.saved_tensors[:5], ctx.saved_tensors[6:]
+            _, *gradients = op(*before, grad_loss, *after, *needs, True, *ctx.options)
+            learned = [g.to(t) if need else None for g, need, t in zip(gradients, needs, ctx.dtypes, strict=True)]
+        else:
+            learned = [
+                _common.scaled(g, grad_loss, t) if need else None
+                for g, need, t in zip(ctx.saved_tensors, ctx.in_forward, ctx.dtypes, strict=True)
+            ]
+        return *learned, *nothing[3:]
+
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+_make_differentiable(_linear_divergence, "the linear loss", tensors=9)
+_make_differentiable(_linear_topk_divergence, "linear_topk_soft_cross_entropy", tensors=8)
