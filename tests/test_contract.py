@@ -550,38 +550,38 @@ HAS_PROJECTION = [LINEAR_MSE, *LINEAR_LOGITS_OPS, *LINEAR_TOPK_OPS]
 
 
 @every_op
-@pytest.mark.parametrize("inside", [False, True], ids=["backward-outside", "backward-inside"])
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(op: Op, inside: bool, activations: torch.dtype, backend: str) -> None:
+def test_autocast(op: Op, activations: torch.dtype, backend: str) -> None:
     """float32 weights meet bfloat16 activations. Only the operands of a projection are rounded, never a loss."""
     inputs = op.make()
     in_rows = {name for names in op.masks.values() for name in names}
     inputs |= cast({name: inputs[name] for name in in_rows}, activations)
-    autocast = torch.autocast("cpu", torch.bfloat16)
+    # The truth takes the operands of projections as autocast rounds them.
+    rounded = dict(inputs)
+    if op in HAS_PROJECTION:
+        others = {"topk_logprobs", "teacher" if op is LINEAR_MSE else ""}
+        rounded |= cast({name: x for name, x in inputs.items() if name not in others}, torch.bfloat16)
 
-    def run(function: Callable[..., Tensor], **keywords: Any) -> dict[str, Tensor]:
-        leaves = {name: x.detach().clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
-        with autocast:
-            value = function(**leaves, **keywords)
-            if inside:
-                value.backward()
-        if not inside:
-            value.backward()
-        return {"value": value.detach(), **{name: leaves[name].grad for name in op.learned}}
-
-    outcome = run(op, backend=backend)
-    assert outcome["value"].dtype == torch.float32
-    assert all(outcome[name].dtype == inputs[name].dtype for name in op.learned)
-    if op not in HAS_PROJECTION:
-        expected = evaluate(op, inputs, op.learned, backend=backend)
-        assert_same(outcome, expected)
-        return
-    # The truth takes the operands as autocast rounds them; gradients of float32 weights pass through a bfloat16 cast.
-    projected = [name for name in inputs if name.startswith("student") or name in ("weight", "bias")]
-    if op is not LINEAR_MSE:
-        projected += [name for name in inputs if name.startswith("teacher")]
-    rounded = {**inputs, **cast({name: inputs[name] for name in projected}, torch.bfloat16)}
-    assert_accurate(outcome, op.truth(rounded), evaluate(op.textbook, rounded, op.learned))
+    for reduction in op.forms:
+        upstream = torch.rand(3, 5) if reduction == "none" else torch.tensor(1.0)
+        outcomes = []
+        for backward_inside in (False, True):
+            leaves = {name: x.detach().clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
+            with torch.autocast("cpu", torch.bfloat16):
+                value = op(**leaves, backend=backend, reduction=reduction)
+            with torch.autocast("cpu", torch.bfloat16, enabled=backward_inside):
+                value.backward(upstream)
+            outcomes.append({"value": value.detach(), **{name: leaves[name].grad for name in op.learned}})
+        outcome, inside = outcomes
+        assert_same(inside, outcome)
+        assert value.dtype == torch.float32
+        assert all(outcome[name].dtype == inputs[name].dtype for name in op.learned)
+        keywords: dict[str, Any] = {"upstream": upstream, "reduction": reduction}
+        if op in HAS_PROJECTION:
+            textbook = evaluate(op.textbook, rounded, op.learned, **keywords)
+            assert_accurate(outcome, op.truth(rounded, **keywords), textbook)
+        else:
+            assert_same(outcome, evaluate(op, inputs, op.learned, backend=backend, **keywords))
 
 
 @every_op

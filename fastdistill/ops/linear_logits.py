@@ -306,7 +306,8 @@ def _make_differentiable(op: Any, name: str, tensors: int) -> None:
         if ctx.per_row:
             needs = ctx.needs_input_grad[:3]
             before, after = ctx.saved_tensors[:5], ctx.saved_tensors[6:]
-            _, *gradients = op(*before, grad_loss, *after, *needs, True, *ctx.options)
+            with _common.no_autocast(grad_loss):
+                _, *gradients = op(*before, grad_loss, *after, *needs, True, *ctx.options)
             learned = [g.to(t) if need else None for g, need, t in zip(gradients, needs, ctx.dtypes, strict=True)]
         else:
             learned = [
