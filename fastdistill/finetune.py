@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ def finetune(
     weight_decay: float = 0.01,
     seed: int = 42,
     arguments: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
     resume: bool = False,
     overwrite: bool = False,
 ) -> PreTrainedModel:
@@ -64,6 +65,7 @@ def finetune(
             processing_class=tokenizer,
             data_collator=PaddingCollator(tokenizer),
             train_dataset=add_length(dataset),
+            callbacks=list(callbacks),
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(work))
         trainer.save_model()

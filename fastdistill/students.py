@@ -23,9 +23,16 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastdistill.capture import forward_arguments
-from fastdistill.objective import resolve_layer_map
+from fastdistill.objective import Objective, resolve_layer_map
 
-__all__ = ["PRESETS", "build_student", "count_parameters", "init_from_teacher", "measure_seconds"]
+__all__ = [
+    "PRESETS",
+    "build_student",
+    "count_parameters",
+    "init_from_teacher",
+    "measure_seconds",
+    "save_projections",
+]
 
 # arXiv 1909.10351, section 4.1. Everything else is the teacher's: vocabulary, positions, dropout, labels.
 PRESETS: dict[str, dict[str, int]] = {
@@ -235,6 +242,25 @@ def init_from_teacher(
     source.train(modes[0])
     target.train(modes[1])
     return projection
+
+
+def save_projections(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    projection: Tensor,
+    folder: str | Path,
+    *,
+    layer_map: str | Sequence[int | None] = "uniform",
+    kind: str = "shared",
+) -> None:
+    """Write `init_from_teacher`'s projection where a stage with this layer map and projection `kind` can start from:
+    its argument `projections` takes the folder."""
+    objective = Objective(student.config, teacher.config, layer_map=layer_map, projection=kind)
+    for linear in objective.projections.values():
+        assert isinstance(linear, nn.Linear)
+        nn.init.zeros_(linear.bias)
+        linear.weight.data.copy_(projection)
+    objective.save(folder)
 
 
 def check_foldable(student: Any, teacher: Any) -> None:
