@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--model", required=True, help="checkpoint; or with --teacher a preset or config file")
     finetune.add_argument("--teacher", help="whose vocabulary, labels and (with --init teacher) weights a preset takes")
     finetune.add_argument("--init", choices=("random", "teacher"), help="of a preset or config (default: teacher)")
+    _layer_map_option(finetune)
     _data(finetune)
     _schedule(finetune, epochs=3, batch_size=32, learning_rate=3e-5, seed=False)
     _seeds(finetune)
@@ -114,8 +115,17 @@ def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="GLUE's tsv files (default: from the hub)")
 
 
+def _layer_map_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layer-map",
+        default="uniform",
+        help="uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the embedding "
+        "output on: 0,3,6,9,12 (- for none)",
+    )
+
+
 def _objective(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layer-map", default="uniform", help="uniform, top, bottom, last, or teacher layers: 0,3,6")
+    _layer_map_option(parser)
     parser.add_argument(
         "--projection",
         choices=("shared", "per_layer"),
@@ -286,7 +296,9 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
     def fit(seed: int, folder: Path) -> Any:
         if arguments.teacher:
-            model = _student(arguments, source, tokenizer, train, "uniform", seed, spec=arguments.model)
+            model = _student(
+                arguments, source, tokenizer, train, _layer_map(arguments.layer_map), seed, spec=arguments.model
+            )
         else:
             model = build_student(arguments.model, source, trust_remote_code=arguments.trust_remote_code)
         return finetune(
