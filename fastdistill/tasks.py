@@ -181,9 +181,7 @@ def read_tsv(task: Task, path: str | Path) -> Dataset:
             if task.skip_short_lines and len(row) < len(header):
                 skipped += 1
                 continue
-            raise ValueError(
-                f"{where}: {len(row)} columns; a line of {task.name} has {len(header)} separated by tabs"
-            )
+            raise ValueError(f"{where}: {len(row)} columns; a line of {task.name} has {len(header)} separated by tabs")
         value = parse_label(task, row[label], where)
         for name, index in zip(SENTENCES, texts, strict=False):
             columns[name].append(row[index])
@@ -239,9 +237,7 @@ def tokenize(task: Task, dataset: Dataset, tokenizer: Any, max_length: int | Non
     names = SENTENCES[: len(task.texts)]
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        return tokenizer(
-            *(batch[name] for name in names), truncation=True, max_length=max_length or task.max_length
-        )
+        return tokenizer(*(batch[name] for name in names), truncation=True, max_length=max_length or task.max_length)
 
     dataset = dataset.map(encode, batched=True, remove_columns=list(names), desc=f"Tokenizing {task.name}")
     dataset = dataset.rename_column("label", "labels")
@@ -262,9 +258,7 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
         predictions = logits.reshape(-1)
     else:
         if logits.ndim != 2 or logits.shape[1] != len(task.labels):
-            raise ValueError(
-                f"logits have shape {logits.shape}; {task.name} needs (rows, {len(task.labels)})"
-            )
+            raise ValueError(f"logits have shape {logits.shape}; {task.name} needs (rows, {len(task.labels)})")
         predictions = logits.argmax(axis=1)
     if labels.shape != predictions.shape:
         raise ValueError(f"labels have shape {labels.shape}; predictions have {predictions.shape}")

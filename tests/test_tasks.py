@@ -213,9 +213,7 @@ class TestTokenize:
 
     def test_pairs_are_cut_at_128_and_carry_segments(self):
         task = get_task("RTE")
-        rows = datasets.Dataset.from_dict(
-            {"sentence1": ["the " * 300], "sentence2": ["a " * 9], "label": [1]}
-        )
+        rows = datasets.Dataset.from_dict({"sentence1": ["the " * 300], "sentence2": ["a " * 9], "label": [1]})
         data = tokenize(task, rows, self.tokenizer())
         assert len(data[0]["input_ids"]) == 128
         assert sum(data[0]["token_type_ids"]) == 10
@@ -237,9 +235,7 @@ class TestMetrics:
         labels = np.array([1, 0, 0, 1, 1])
         values = compute_metrics(get_task("MRPC"), logits, labels)
         assert values == pytest.approx({"accuracy": 0.6, "f1": 2 / 3, "score": (0.6 + 2 / 3) / 2})
-        assert compute_metrics(get_task("RTE"), logits, labels) == pytest.approx(
-            {"accuracy": 0.6, "score": 0.6}
-        )
+        assert compute_metrics(get_task("RTE"), logits, labels) == pytest.approx({"accuracy": 0.6, "score": 0.6})
         # TP 2, TN 1, FP 1, FN 1: (2*1 - 1*1) / sqrt(3*3*2*2).
         assert compute_metrics(get_task("CoLA"), logits, labels)["matthews"] == pytest.approx(1 / 6)
 
