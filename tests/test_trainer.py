@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertForMaskedLM,
+    LlamaForCausalLM,
     PreTrainedModel,
     TrainingArguments,
 )
@@ -308,6 +309,23 @@ def test_cached_teacher_logits_need_no_teacher(tmp_path: Path) -> None:
         run.train()
         results.append(losses(run, "prediction"))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_a_language_model_learns_every_tokens_distribution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, teacher = LlamaForCausalLM(_tiny.config("llama", 2, 16)), LlamaForCausalLM(_tiny.config("llama", 4)).eval()
+    rows = _tiny.dataset().remove_columns("labels")
+    run = trainer(tmp_path, student, teacher, rows=rows, objective={"terms": ("prediction",)}, eval_dataset=rows)
+    total, tokens = 0.0, 0
+    for row in rows:  # one by one, so that nothing is padded
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            soft = -(teacher(ids).logits.softmax(-1) * student(ids).logits.log_softmax(-1)).sum(-1)
+        total, tokens = total + soft.sum().item(), tokens + ids.numel()
+    run.args.per_device_eval_batch_size = len(rows)
+    assert run.evaluate()["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    run.train()
+    assert run.evaluate()["eval_loss"] < total / tokens
 
 
 def test_regression_trains_on_gold_scores_without_a_teacher(tmp_path: Path) -> None:
