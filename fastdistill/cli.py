@@ -9,7 +9,9 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for python, flag in (("overwrite=True", "--overwrite"), ("resume=True", "--resume")):
             message = message.replace(f"pass {python}", f"use {flag}").replace(python, flag)
         print(f"fastdistill {arguments.command}: error: {message}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(
+            f"fastdistill {arguments.command}: error: {error.name} is not installed; the commands need "
+            "pip install 'fastdistill[train]'",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command with --resume to go on from the last checkpoint", file=sys.stderr)
@@ -201,43 +210,46 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _general(arguments: argparse.Namespace) -> None:
+    from fastdistill.outputs import check
     from fastdistill.stages import GeneralStage, pack_corpus
 
+    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModel", arguments.trust_remote_code)
     corpus = pack_corpus(arguments.corpus, tokenizer, arguments.max_length)
-    layer_map = _layer_map(arguments.layer_map)
-    student = _student(arguments, teacher, tokenizer, corpus, layer_map, arguments.seed)
-    GeneralStage(
-        corpus=corpus,
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        terms=arguments.terms,
-        layer_map=layer_map,
-        projection=arguments.projection,
-        parity=arguments.parity,
-        projections=_projections(arguments.student),
-        seed=arguments.seed,
-        arguments=_training_arguments(arguments),
-    ).run(student, teacher, tokenizer, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    with tempfile.TemporaryDirectory() as work:
+        student = _student(arguments, arguments.student, teacher, tokenizer, corpus, arguments.seed, Path(work))
+        GeneralStage(
+            corpus=corpus,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            terms=arguments.terms,
+            layer_map=_layer_map(arguments.layer_map),
+            projection=arguments.projection,
+            parity=arguments.parity,
+            projections=_projections(arguments.student, work),
+            seed=arguments.seed,
+            arguments=_training_arguments(arguments),
+        ).run(student, teacher, tokenizer, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     print(f"wrote {arguments.output}")
 
 
 def _task(arguments: argparse.Namespace) -> None:
     from fastdistill import tasks
-    from fastdistill.outputs import whole_output
+    from fastdistill.outputs import check
     from fastdistill.stages import IntermediateStage, PredictionStage, add_teacher_logits
 
-    task = tasks.get_task(arguments.task)
+    task = _named_task(arguments, "train")
+    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModelForSequenceClassification", arguments.trust_remote_code)
     tasks.check_labels(task, teacher.config)
-    layer_map = _layer_map(arguments.layer_map)
     train = tasks.read_tsv(task, arguments.augmented) if arguments.augmented else _split(task, "train", arguments)
     train = tasks.tokenize(task, train, tokenizer)
     batch_size = arguments.batch_size or task.batch_size
 
-    with whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite) as work:
-        student = _student(arguments, teacher, tokenizer, train, layer_map, arguments.seeds[0])
+    with _whole_output(arguments) as work, tempfile.TemporaryDirectory() as scratch:
+        seed = arguments.seeds[0]
+        student = _student(arguments, arguments.student, teacher, tokenizer, train, seed, Path(scratch))
         epochs = arguments.intermediate_epochs
         epochs = task.intermediate_epochs if epochs is None else epochs
         if epochs > 0:
@@ -247,16 +259,18 @@ def _task(arguments: argparse.Namespace) -> None:
                 batch_size=batch_size,
                 learning_rate=arguments.intermediate_learning_rate or task.intermediate_learning_rate,
                 terms=arguments.terms,
-                layer_map=layer_map,
+                layer_map=_layer_map(arguments.layer_map),
                 projection=arguments.projection,
                 parity=arguments.parity,
-                projections=_projections(arguments.student),
-                seed=arguments.seeds[0],
+                projections=_projections(arguments.student, scratch),
+                seed=seed,
                 arguments=_training_arguments(arguments),
             ).run(student, teacher, tokenizer, work / "intermediate", resume=True)
         start = {name: x.clone() for name, x in student.state_dict().items()}
         if not task.is_regression:
             train = add_teacher_logits(train, teacher, tokenizer)
+        elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
+            train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
         epochs = arguments.prediction_epochs
 
         def predict(seed: int, folder: Path) -> Any:
@@ -280,10 +294,11 @@ def _task(arguments: argparse.Namespace) -> None:
 def _finetune(arguments: argparse.Namespace) -> None:
     from fastdistill import tasks
     from fastdistill.finetune import finetune
-    from fastdistill.outputs import whole_output
+    from fastdistill.outputs import check
     from fastdistill.students import build_student
 
-    task = tasks.get_task(arguments.task)
+    task = _named_task(arguments, "train")
+    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     if arguments.teacher is None and arguments.init is not None:
         raise ValueError("--init needs --teacher, whose weights it takes")
     source, tokenizer = _load(
@@ -296,9 +311,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
     def fit(seed: int, folder: Path) -> Any:
         if arguments.teacher:
-            model = _student(
-                arguments, source, tokenizer, train, _layer_map(arguments.layer_map), seed, spec=arguments.model
-            )
+            model = _student(arguments, arguments.model, source, tokenizer, train, seed)
         else:
             model = build_student(arguments.model, source, trust_remote_code=arguments.trust_remote_code)
         return finetune(
@@ -314,7 +327,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
             resume=True,
         )
 
-    with whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite) as work:
+    with _whole_output(arguments) as work:
         _over_seeds(task, arguments, tokenizer, work, fit)
     print(f"wrote {arguments.output}")
 
@@ -323,7 +336,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from fastdistill import tasks
     from fastdistill.students import count_parameters
 
-    task = tasks.get_task(arguments.task)
+    task = _named_task(arguments)
     if arguments.json and arguments.json.exists() and not arguments.overwrite:
         raise FileExistsError(f"{arguments.json} exists; pass overwrite=True to replace it")
     names = [arguments.model] + ([arguments.against] if arguments.against else [])
@@ -383,57 +396,86 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _whole_output(arguments: argparse.Namespace) -> AbstractContextManager[Path]:
+    from fastdistill.outputs import whole_output
+
+    return whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+
+
+def _named_task(arguments: argparse.Namespace, *splits: str) -> Any:
+    """The task, once its files are known to be there: those of its evaluations, and `splits`."""
+    from fastdistill.tasks import get_task
+
+    task = get_task(arguments.task)
+    if arguments.data is not None:
+        for split in (*splits, *task.evaluations):
+            if not (arguments.data / f"{split}.tsv").is_file():
+                raise FileNotFoundError(
+                    f"{arguments.data / split}.tsv: no such file; --data holds {task.name}'s tsv files"
+                )
+    return task
+
+
 def _load(name: str, auto_class: str, trust_remote_code: bool, **options: Any) -> tuple[Any, Any]:
-    """A checkpoint's model, in float32 and eval mode, and its tokenizer."""
+    """A checkpoint's model, in float32 and eval mode, on the device to run on, and its tokenizer."""
     import transformers
+    from accelerate import PartialState
 
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no config.json; it is not a transformers checkpoint")
-    model = getattr(transformers, auto_class).from_pretrained(
-        name, dtype="float32", trust_remote_code=trust_remote_code, **options
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return model.eval(), tokenizer
+    if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"{name}: no such folder")
+    try:
+        model = getattr(transformers, auto_class).from_pretrained(
+            name, dtype="float32", trust_remote_code=trust_remote_code, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise OSError(f"{name}: {error}") from error
+    return model.eval().to(PartialState().device), tokenizer
 
 
 def _student(
     arguments: argparse.Namespace,
+    spec: str,
     teacher: Any,
     tokenizer: Any,
     dataset: Any,
-    layer_map: Any,
     seed: int,
-    spec: str | None = None,
+    work: Path | None = None,
 ) -> Any:
+    """The student; if it is folded from the teacher, with the projections to start from in `work`."""
     import torch
 
-    from fastdistill.students import build_student
+    from fastdistill.students import build_student, init_from_teacher, is_config, save_projections
     from fastdistill.trainer import PaddingCollator
 
     torch.manual_seed(seed)  # of weights that no checkpoint brings
+    init = "random" if is_config(spec) else arguments.init
+    student = build_student(spec, teacher, init=init, trust_remote_code=arguments.trust_remote_code)
+    if not is_config(spec) or arguments.init == "random":
+        return student
     rows = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
     # Some ten thousand tokens of the text to learn from, spread over it.
     step = max(len(rows) // CALIBRATION_ROWS, 1)
     calibration = PaddingCollator(tokenizer)([rows[i] for i in range(0, len(rows), step)][:CALIBRATION_ROWS])
-    return build_student(
-        spec or arguments.student,
-        teacher,
-        init=arguments.init,
-        layer_map=layer_map,
-        calibration=calibration,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    layer_map = _layer_map(arguments.layer_map)
+    weight = init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
+    if work is not None:
+        options = {"terms": arguments.terms, "layer_map": layer_map, "projection": arguments.projection}
+        save_projections(student, teacher, weight, work, **options)
+    return student
 
 
 CALIBRATION_ROWS = 512
 
 
-def _projections(student: str) -> Path | None:
-    """A student of an earlier stage brings the projections learnt with it."""
+def _projections(*folders: str | Path) -> Path | None:
+    """The first folder that brings projections: an earlier stage's student, or where a folded one left them."""
     from fastdistill.objective import PROJECTIONS_NAME
 
-    return Path(student) if (Path(student) / PROJECTIONS_NAME).is_file() else None
+    return next((Path(folder) for folder in folders if (Path(folder) / PROJECTIONS_NAME).is_file()), None)
 
 
 def _split(task: Any, split: str, arguments: argparse.Namespace) -> Any:
@@ -467,6 +509,8 @@ def _over_seeds(task: Any, arguments: argparse.Namespace, tokenizer: Any, work: 
     import shutil
     import statistics
 
+    from accelerate import PartialState
+
     results: dict[str, Any] = {"task": task.name, "seeds": {}}
     for seed in arguments.seeds:
         model = train(seed, work / "seeds" / str(seed))
@@ -476,6 +520,8 @@ def _over_seeds(task: Any, arguments: argparse.Namespace, tokenizer: Any, work: 
     results["mean"] = statistics.mean(scores.values())
     results["spread"] = statistics.stdev(scores.values()) if len(scores) > 1 else 0.0
     results["best_seed"] = best
+    if not PartialState().is_main_process:
+        return
     shutil.copytree(work / "seeds" / str(best), work, dirs_exist_ok=True)
     if len(scores) == 1:
         shutil.rmtree(work / "seeds")
@@ -492,7 +538,8 @@ def _speed_up(task: Any, arguments: argparse.Namespace, student: Any, teacher: A
     from fastdistill.students import measure_seconds
     from fastdistill.trainer import PaddingCollator
 
-    rows = tasks.tokenize(task, _split(task, task.evaluations[0], arguments).select(range(32)), tokenizer)
+    rows = _split(task, task.evaluations[0], arguments)
+    rows = tasks.tokenize(task, rows.select(range(min(len(rows), 32))), tokenizer)
     names = [name for name in tokenizer.model_input_names if name in rows.column_names]
     batch = PaddingCollator(tokenizer)(list(rows.select_columns(names)))
     seconds = measure_seconds({"student": student, "teacher": teacher}, batch)

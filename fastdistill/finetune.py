@@ -70,6 +70,7 @@ def finetune(
         trainer.train(resume_from_checkpoint=last_checkpoint(work))
         trainer.save_model()
         trainer.save_state()
-        for checkpoint in work.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        if trainer.is_world_process_zero():
+            for checkpoint in work.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
     return model.eval()

@@ -13,8 +13,8 @@ def working_folder(output: str | Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Check that `output` may be written and return the folder to work in, which an interrupted run leaves behind.
+def check(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check that `output` may be written.
 
     Raises:
         FileExistsError: `output` is not empty, or an interrupted run lies beside it, and neither flag is set.
@@ -26,11 +26,17 @@ def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) 
         raise ValueError("resume and overwrite are both set; choose one")
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
+    if work.is_dir() and any(work.iterdir()) and not (resume or overwrite):
+        raise FileExistsError(
+            f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
+        )
+
+
+def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """`check`, and make the folder to work in, which an interrupted run leaves behind for `resume`."""
+    check(output, resume=resume, overwrite=overwrite)
+    work = working_folder(output)
     if work.exists() and not resume:
-        if any(work.iterdir()) and not overwrite:
-            raise FileExistsError(
-                f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
-            )
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     return work
@@ -52,10 +58,17 @@ def replace(work: Path, output: Path) -> None:
 
 @contextmanager
 def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """`claim` at the start of the block, `replace` at its end if it ends well."""
-    work = claim(output, resume=resume, overwrite=overwrite)
-    yield work
-    replace(work, Path(output))
+    """`claim` at the start of the block, `replace` at its end if it ends well; of many processes, the main one."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        claim(output, resume=resume, overwrite=overwrite)
+    PartialState().wait_for_everyone()
+    yield working_folder(output)
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        replace(working_folder(output), Path(output))
+    PartialState().wait_for_everyone()
 
 
 def write_whole(path: Path, text: str) -> None:

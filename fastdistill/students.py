@@ -80,8 +80,7 @@ def build_student(
     options = {}
     if auto_name(teacher) in ("AutoModelForSequenceClassification", "AutoModelForTokenClassification"):
         options = {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
-    path = Path(spec)
-    if str(spec) in PRESETS or path.is_file():
+    if is_config(spec):
         config = read_config(spec, teacher, options, trust_remote_code)
         check_vocabulary(config, teacher)
         if type(config) is type(teacher.config):
@@ -93,6 +92,7 @@ def build_student(
         return student.eval()
     if init is not None:
         raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
+    path = Path(spec)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json; it is not a transformers checkpoint")
     student = auto_class(teacher).from_pretrained(
@@ -100,6 +100,11 @@ def build_student(
     )
     check_vocabulary(student.config, teacher)
     return student.eval()
+
+
+def is_config(spec: str | Path) -> bool:
+    """Whether a student comes without weights: a preset or a config file."""
+    return str(spec) in PRESETS or Path(spec).is_file()
 
 
 def read_config(spec: str | Path, teacher: PreTrainedModel, options: dict[str, Any], trust_remote_code: bool) -> Any:
@@ -245,21 +250,17 @@ def init_from_teacher(
 
 
 def save_projections(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    projection: Tensor,
-    folder: str | Path,
-    *,
-    layer_map: str | Sequence[int | None] = "uniform",
-    kind: str = "shared",
+    student: PreTrainedModel, teacher: PreTrainedModel, weight: Tensor, folder: str | Path, **options: Any
 ) -> None:
-    """Write `init_from_teacher`'s projection where a stage with this layer map and projection `kind` can start from:
-    its argument `projections` takes the folder."""
-    objective = Objective(student.config, teacher.config, layer_map=layer_map, projection=kind)
+    """Write what `init_from_teacher` returned, for a stage whose argument `projections` is this folder.
+
+    `options` are the stage's `terms`, `layer_map` and `projection`.
+    """
+    objective = Objective(student.config, teacher.config, **options)
     for linear in objective.projections.values():
         assert isinstance(linear, nn.Linear)
         nn.init.zeros_(linear.bias)
-        linear.weight.data.copy_(projection)
+        linear.weight.data.copy_(weight)
     objective.save(folder)
 
 
