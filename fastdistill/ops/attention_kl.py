@@ -12,6 +12,8 @@ those of a sum; the backward scales them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,16 +41,20 @@ def attention_kl(
 
 
 class _Softmax:
-    """One side's running maximum, and sum of exponentials of what scores lack of it, (B, H, rows, 1) each."""
+    """One side's maximum, and sum of exponentials, of rows of scores over the tiles so far, (B, H, rows, 1) each."""
 
-    def __init__(self, shape: tuple[int, ...], like: Tensor):
-        # Above the score of a pair that is not allowed, below all others.
-        self.top = like.new_full(shape, torch.finfo(like.dtype).min / 2)
-        self.mass = like.new_zeros(shape, dtype=_common.widest_dtype(like))
+    top: Tensor
+    mass: Tensor
 
-    def shift(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """scores - maximum, in place, the maximum having taken them in; and by how much it grew."""
-        top = torch.maximum(self.top, scores.amax(3, keepdim=True))
+    def start(self, scores: Tensor) -> Tensor:
+        """scores - maximum, in place."""
+        self.top = _maximum(scores)
+        self.mass = torch.zeros_like(self.top, dtype=_common.widest_dtype(scores))
+        return scores.sub_(self.top)
+
+    def proceed(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for a further tile, and by how much the maximum grew."""
+        top = torch.maximum(self.top, _maximum(scores))
         growth = top - self.top
         self.top = top
         self.mass *= torch.exp(-growth)
@@ -56,13 +62,52 @@ class _Softmax:
 
     def add(self, shifted: Tensor) -> Tensor:
         """exp(shifted), in place, added to the sum."""
-        weights = shifted.exp_()
+        weights = _exp(shifted)
         self.mass += weights.sum(3, keepdim=True)
         return weights
 
     def normalise(self, weights: Tensor) -> Tensor:
-        """Probabilities, in place; 0 in an empty row. exp(scores - log of the sum) would carry that log's rounding."""
-        return weights.mul_(torch.where(self.mass > 0, 1 / self.mass, 0).to(weights.dtype))
+        """Probabilities, in place. As exp(scores - log of the sum) they would carry that log's rounding."""
+        return weights.mul_((1 / self.mass).to(weights.dtype))
+
+
+class _Rows:
+    """Both sides of some rows, and sum exp(x_t) (x_t - x_s)."""
+
+    cross: Tensor
+
+    def __init__(self) -> None:
+        self.student, self.teacher = _Softmax(), _Softmax()
+
+    def add(self, student_scores: Tensor, teacher_scores: Tensor, first: bool) -> tuple[Tensor, Tensor]:
+        """Takes in a tile; returns exp(x_s) and exp(x_t), in the place of the scores."""
+        if first:
+            student_x, teacher_x = self.student.start(student_scores), self.teacher.start(teacher_scores)
+            self.cross = torch.zeros_like(self.teacher.mass)
+        else:
+            mass = self.teacher.mass.clone()
+            student_x, student_growth = self.student.proceed(student_scores)
+            teacher_x, teacher_growth = self.teacher.proceed(teacher_scores)
+            self.cross += mass * (student_growth - teacher_growth)
+            self.cross *= torch.exp(-teacher_growth)
+        difference = teacher_x - student_x
+        student_p, teacher_p = self.student.add(student_x), self.teacher.add(teacher_x)
+        self.cross += difference.mul_(teacher_p).sum(3, keepdim=True)
+        return student_p, teacher_p
+
+    def divergence(self) -> Tensor:
+        # Rounding must not make that of equal rows negative.
+        return (self.cross / self.teacher.mass - self.teacher.mass.log() + self.student.mass.log()).clamp_(min=0)
+
+
+def _maximum(scores: Tensor) -> Tensor:
+    # Above the score of a pair that is not allowed, below all others.
+    return scores.amax(3, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min / 2)
+
+
+def _exp(shifted: Tensor) -> Tensor:
+    """In place. Where it would underflow, exp takes ten times longer: it is kept just above that."""
+    return shifted.clamp_(min=math.log(torch.finfo(shifted.dtype).tiny) + 1).exp_()
 
 
 def _scores(
@@ -108,32 +153,31 @@ def _attention_kl(
                 sq, tq = block.student.queries(rows), block.teacher.queries(rows)
                 scaled_sq, scaled_tq = sq * student_scale, tq * teacher_scale
                 shape = (*block.student.query.shape[:2], rows.stop - rows.start, 1)
-                student, teacher = _Softmax(shape, total), _Softmax(shape, total)
-                cross = torch.zeros_like(teacher.mass)  # sum exp(x_t) (x_t - x_s)
+                sums = _Rows()
                 for keys in tiles:
                     allowed = masks(rows, keys)
                     sk, tk = block.student.keys(keys), block.teacher.keys(keys)
-                    mass = teacher.mass.clone()
-                    student_x, student_growth = student.shift(_forbid(_scores(scaled_sq, sk, shape), allowed))
-                    teacher_x, teacher_growth = teacher.shift(_forbid(_scores(scaled_tq, tk, shape), allowed))
-                    difference = teacher_x - student_x
-                    student_p, teacher_p = student.add(student_x), teacher.add(teacher_x)
-                    cross += mass * (student_growth - teacher_growth)
-                    cross.mul_(torch.exp(-teacher_growth)).add_(difference.mul_(teacher_p).sum(3, keepdim=True))
+                    student_p, teacher_p = sums.add(
+                        _forbid(_scores(scaled_sq, sk, shape), allowed),
+                        _forbid(_scores(scaled_tq, tk, shape), allowed),
+                        first=keys.start == 0,
+                    )
+                if not tiles:
+                    continue
                 counts = block.take(some_key)[:, :, rows, None]
-                # Rounding must not make the divergence of equal rows negative.
-                rows_kl = (cross / teacher.mass - teacher.mass.log() + student.mass.log()).clamp_(min=0)
-                divergence += torch.where(counts, rows_kl, 0).sum()
+                divergence += torch.where(counts, sums.divergence(), 0).sum()
                 if not differentiable:
                     continue
                 dq = torch.zeros(sq.shape, dtype=sq.dtype, device=device)
                 for keys in reversed(tiles):
                     sk, tk = block.student.keys(keys), block.teacher.keys(keys)
+                    allowed = masks(rows, keys)
                     if keys != tiles[-1]:
-                        allowed = masks(rows, keys)
-                        student_p = _forbid(_scores(scaled_sq, sk, shape), allowed).sub_(student.top).exp_()
-                        teacher_p = _forbid(_scores(scaled_tq, tk, shape), allowed).sub_(teacher.top).exp_()
-                    d_scores = student.normalise(student_p).sub_(teacher.normalise(teacher_p))
+                        student_p = _exp(_forbid(_scores(scaled_sq, sk, shape), allowed).sub_(sums.student.top))
+                        teacher_p = _exp(_forbid(_scores(scaled_tq, tk, shape), allowed).sub_(sums.teacher.top))
+                    d_scores = sums.student.normalise(student_p).sub_(sums.teacher.normalise(teacher_p))
+                    if allowed is not None:
+                        d_scores *= allowed
                     d_scores = d_scores.view(len(sq), -1, sk.shape[1])
                     _attention.add_gradients(d_scores, sq, sk, dq, block.take(d_key)[:, :, keys], student_scale)
                 out = block.take(d_query)[:, :, rows]
