@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from fastdistill.outputs import last_checkpoint, whole_output
 from fastdistill.stages import add_length, training_arguments
-from fastdistill.trainer import PaddingCollator, load_student
+from fastdistill.trainer import PaddingCollator, ResumableTrainer, load_student
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +59,7 @@ def finetune(
             seed=seed,
             arguments=arguments or {},
         )
-        trainer = Trainer(
+        trainer = ResumableTrainer(
             model=model,
             args=args,
             processing_class=tokenizer,

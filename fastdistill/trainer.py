@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
 
 from fastdistill.capture import (
@@ -40,6 +41,38 @@ class PaddingCollator(DataCollatorWithPadding):
         if "attention_mask" in batch and bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
         return batch
+
+
+class EpochSampler(Sampler[int]):
+    """The order of another sampler, drawn anew from the seed and the epoch's number alone.
+
+    Samplers that draw from the global generator start a resumed epoch in another order than it began with.
+    """
+
+    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+        self.sampler = sampler
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + self.epoch)
+            order = list(self.sampler)
+        return iter(order)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose resumed run sees the rows that the whole run would have seen."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return None if sampler is None else EpochSampler(sampler, self.args.data_seed or self.args.seed)
 
 
 class DistillationModel(nn.Module):
@@ -97,7 +130,7 @@ class DistillationModel(nn.Module):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains `model` to follow `teacher`. Every other argument is transformers.Trainer's.
 
     Checkpoints hold a plain transformers student (`AutoModel.from_pretrained` loads it), its tokenizer,
