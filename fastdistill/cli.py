@@ -457,9 +457,13 @@ def _student(
     if not is_config(spec) or arguments.init == "random":
         return student
     rows = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
-    # Some ten thousand tokens of the text to learn from, spread over it.
-    step = max(len(rows) // CALIBRATION_ROWS, 1)
-    calibration = PaddingCollator(tokenizer)([rows[i] for i in range(0, len(rows), step)][:CALIBRATION_ROWS])
+    chosen: list[Any] = []  # rows spread over the text to learn from
+    tokens = 0
+    for i in range(0, len(rows), max(len(rows) // 1000, 1)):
+        if tokens < CALIBRATION_TOKENS:
+            chosen.append(rows[i])
+            tokens += len(chosen[-1]["input_ids"])
+    calibration = PaddingCollator(tokenizer)(chosen)
     layer_map = _layer_map(arguments.layer_map)
     weight = init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
     if work is not None:
@@ -468,7 +472,7 @@ def _student(
     return student
 
 
-CALIBRATION_ROWS = 512
+CALIBRATION_TOKENS = 20_000
 
 
 def _projections(*folders: str | Path) -> Path | None:
