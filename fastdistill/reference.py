@@ -350,6 +350,8 @@ def topk_soft_cross_entropy(
         rest = student_logp.scatter(-1, topk_indices, -math.inf)
         student_topk = torch.cat([student_topk, torch.logsumexp(rest, -1, keepdim=True)], -1)
         teacher_rest = torch.log1p(-topk_logprobs.exp().sum(-1, keepdim=True).clamp(max=1))
+        if topk_indices.shape[-1] == student_logits.shape[-1]:  # none remains: what is left is rounding
+            teacher_rest = torch.full_like(teacher_rest, -math.inf)
         teacher_logp = torch.cat([teacher_logp, teacher_rest], -1)
     soft = _soft_cross_entropy(student_topk, teacher_logp)
     return _with_labels(soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items)

@@ -197,6 +197,50 @@ def test_topk_rows_padded_with_impossible_classes(op: Op, backend: str) -> None:
         assert all(error(outcome[name], truth[name]) < 1e-6 for name in truth)
 
 
+@pytest.mark.parametrize("op", TOPK_OPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_topk_of_every_class_is_soft_cross_entropy(op: Op, dtype: torch.dtype, backend: str) -> None:
+    """Nothing is left for the bucket: what rounding leaves of the teacher's mass must not meet the student's log 0."""
+    student, teacher = torch.randn(30, 9, dtype=dtype), torch.randn(30, 9, dtype=dtype)
+    logprobs, indices = teacher.log_softmax(-1).topk(9)
+    inputs = {"student_logits": student, "topk_logprobs": logprobs, "topk_indices": indices}
+    found = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
+    reference = evaluate(op, inputs, op.learned, backend="reference", reduction="none")
+    pair = {"student_logits": student, "teacher_logits": teacher}
+    expected = BY_NAME["soft_cross_entropy"].truth(pair, reduction="none")
+    for name in expected:
+        assert error(found[name], expected[name]) < 1e-6
+        assert error(reference[name], expected[name]) < 1e-6
+
+
+@pytest.mark.parametrize("op", TOPK_OPS, ids=str)
+def test_topk_with_impossible_classes(op: Op, backend: str) -> None:
+    """-inf in the student's logits, listed with -inf or not listed: as if the classes were not there."""
+    inputs = topk((30,), 37, 5)
+    inputs["topk_indices"][:] = torch.tensor([3, 1, 0, 2, 4])
+    without = {**inputs, "student_logits": inputs["student_logits"][:, :32]}
+    inputs["student_logits"][:, 32:] = -math.inf
+    found = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
+    expected = op.truth(without, reduction="none")
+    assert error(found["value"], expected["value"]) < 1e-6
+    assert error(found["student_logits"][:, :32], expected["student_logits"]) < 1e-6
+    assert (found["student_logits"][:, 32:] == 0).all()
+    inputs["topk_indices"] = torch.cat([inputs["topk_indices"], torch.full((30, 1), 35)], -1)
+    inputs["topk_logprobs"] = torch.cat([inputs["topk_logprobs"], torch.full((30, 1), -math.inf)], -1)
+    assert_same(evaluate(op, inputs, op.learned, backend=backend, reduction="none"), found, within=1e-6)
+
+
+@pytest.mark.parametrize("op", TOPK_OPS, ids=str)
+def test_a_listed_class_that_the_student_forbids_is_infinitely_wrong(op: Op, backend: str) -> None:
+    inputs = topk((30,), 37, 5)
+    inputs["student_logits"][3, inputs["topk_indices"][3, 1]] = -math.inf
+    found = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
+    assert found["value"][3] == math.inf
+    others = torch.arange(30) != 3
+    truth = op.truth(inputs, reduction="none")
+    assert all(error(found[name][others], truth[name][others]) < 1e-6 for name in truth)
+
+
 # -- small differences, saturation, impossible classes -----------------------------------------------------------
 
 
@@ -219,7 +263,8 @@ def test_equal_student_and_teacher(op: Op, dtype: torch.dtype, backend: str) -> 
     outcome = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
     assert outcome["student_logits"].abs().max() < 1e-6
     if op.name != "soft_cross_entropy":
-        assert outcome["value"].abs().max() < 2e-6
+        assert (outcome["value"] >= 0).all()
+        assert outcome["value"].max() < 2e-6
 
 
 @pytest.mark.parametrize("student,teacher", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])

@@ -57,7 +57,7 @@ def close(a: Tensor, b: Tensor, scale: float = 1.0) -> bool:
 def test_divergences_are_never_negative_and_bounded(op: Op, data: st.DataObject) -> None:
     inputs, keywords = data.draw(calls(op))
     value = op(**inputs, **keywords, reduction="none")
-    assert (value >= -4 * EPS).all()
+    assert (value >= 0).all()
     bound = {"tvd": 1.0, "jsd": math.log(2)}.get(op.name, math.inf)
     assert (value <= bound + 4 * EPS).all()
 
@@ -66,7 +66,7 @@ def test_divergences_are_never_negative_and_bounded(op: Op, data: st.DataObject)
 @given(st.data())
 def test_attention_losses_are_never_negative(op: Op, data: st.DataObject) -> None:
     inputs, keywords = data.draw(calls(op))
-    assert op(**inputs, **keywords) >= -4 * EPS
+    assert op(**inputs, **keywords) >= 0
 
 
 @pytest.mark.parametrize("op", [op for op in DIVERGENCES if str(op) in ("jsd", "tvd")], ids=str)

@@ -40,7 +40,7 @@ class TopK(NamedTuple):
         torch.sum(exponential(x, e, self.temperature), -1, keepdim=True, out=student_sum)
         log_sum = student_sum.log()
         student_logp = x.gather(1, indices) / self.temperature - log_sum  # (n, k)
-        teacher_p, teacher_rest = self._teacher(logprobs)
+        teacher_p, teacher_rest = self._teacher(logprobs, student.shape[1])
         loss = -_expectation(teacher_p, student_logp)
         if self.tail == "bucket":
             self._only_rest_(x, indices)
@@ -63,7 +63,7 @@ class TopK(NamedTuple):
         logprobs, indices = target  # (n, k)
         student_sum, rest_max, rest_sum = statistics
         weight = weight / self.temperature
-        teacher_p, teacher_rest = self._teacher(logprobs)
+        teacher_p, teacher_rest = self._teacher(logprobs, student.shape[1])
         rest = None
         if self.tail == "bucket":
             rest = torch.sub(student, student_max, out=work[0])
@@ -78,10 +78,13 @@ class TopK(NamedTuple):
         if rest is not None:
             out -= rest
 
-    def _teacher(self, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    def _teacher(self, logprobs: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Probabilities of the listed classes (n, k) and of the rest (n, 1)."""
+        nothing = logprobs.new_zeros(logprobs.shape[0], 1)
         if self.tail == "renormalize":
-            return torch.softmax(logprobs / self.temperature, -1), logprobs.new_zeros(logprobs.shape[0], 1)
+            return torch.softmax(logprobs / self.temperature, -1), nothing
+        if logprobs.shape[1] == classes:  # none remains: a difference from 1 is rounding
+            return logprobs.exp(), nothing
         p = logprobs.to(_common.widest_dtype(logprobs)).exp()  # a remaining mass of 1e-6 is a difference of ones
         return p.to(logprobs.dtype), (1 - p.sum(-1, keepdim=True)).clamp(min=0).to(logprobs.dtype)
 
