@@ -120,6 +120,32 @@ def test_student_and_teacher_of_different_dtypes(
     op.assert_accurate(inputs, backend=backend)
 
 
+@every_op
+def test_several_threads(op: Op, backend: str, request: pytest.FixtureRequest) -> None:
+    """Blocks are sized by the number of threads."""
+    request.addfinalizer(lambda: torch.set_num_threads(1))
+    torch.set_num_threads(3)
+    inputs = op.make((7, 40)) if op.per_item else op.make()
+    inputs |= op.some_masked(inputs)
+    outcome = op.assert_accurate(inputs, backend=backend)
+    assert_same(evaluate(op, inputs, op.learned, backend=backend), outcome)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_is_a_backend(op: Op, dtype: torch.dtype) -> None:
+    """It can be forced, for a second opinion; and "auto" is the backend made for the device."""
+    inputs = cast(op.make(), dtype)
+    inputs |= op.some_masked(inputs)
+    for reduction in op.reductions:
+        upstream = torch.rand(3, 5) if reduction == "none" else None
+        outcome = op.assert_accurate(inputs, backend="reference", reduction=reduction, upstream=upstream)
+        best = evaluate(op, inputs, op.learned, backend="torch", reduction=reduction, upstream=upstream)
+        auto = evaluate(op, inputs, op.learned, reduction=reduction, upstream=upstream)
+        assert_same(auto, best)
+        assert outcome["value"].dtype == auto["value"].dtype
+
+
 # -- what the comparison is worth ------------------------------------------------------------------------------
 
 
