@@ -117,9 +117,10 @@ def test_a_few_steps_train_student_and_projections_and_leave_the_teacher(tmp_pat
 @pytest.mark.parametrize("family", [name for name in _tiny.FAMILIES if name not in ("gpt2", "mistral")])
 def test_every_family_trains(tmp_path: Path, family: str) -> None:
     student, teacher = _tiny.model(family, layers=2, width=16), _tiny.model(family, layers=4)
-    run = trainer(tmp_path, student, teacher, rows=_tiny.dataset().remove_columns("labels"), learning_rate=5e-3)
+    rows = _tiny.dataset().remove_columns("labels")
+    run = trainer(tmp_path, student, teacher, rows=rows, max_steps=8, learning_rate=5e-3)
     run.train()
-    assert losses(run)[-1] < losses(run)[0]
+    assert sum(losses(run)[4:]) < sum(losses(run)[:4])  # the same rows, one epoch later
     for term in INNER_TERMS:
         assert all(math.isfinite(value) and value > 0 for value in losses(run, term))
 

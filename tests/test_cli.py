@@ -1,0 +1,283 @@
+"""The command line end to end on tiny models and files, and one clear line with exit code 2 on bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+import torch
+from _tiny import classifier, texts, tokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from fastdistill import cli
+from fastdistill.tasks import get_task
+
+STUDENT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
+
+
+def save(folder, **options):
+    model = classifier(**options)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A teacher of SST-2's classes, its data (the label is whether w0..w27 are in the majority), text, a config."""
+    root = tmp_path_factory.mktemp("cli")
+    save(root / "teacher", **get_task("SST-2").model_options())
+    data = root / "SST-2"
+    data.mkdir()
+    for split, rows, seed in (("train", 96, 0), ("dev", 40, 1)):
+        lines = ["sentence\tlabel"]
+        for text in texts(rows, seed):
+            low = [int(word[1:]) < 28 for word in text.split()]
+            lines.append(f"{text}\t{int(2 * sum(low) > len(low))}")
+        (data / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    (root / "corpus.txt").write_text("\n".join(texts(200, 2)) + "\n")
+    (root / "student.json").write_text(json.dumps(STUDENT))
+    return root
+
+
+def arguments(files, command, output, *more):
+    parts = {
+        "general": ["--student", files / "student.json", "--corpus", files / "corpus.txt", "--max-length", 24],
+        "task": ["--student", files / "student.json", "--task", "sst-2", "--data", files / "SST-2"],
+        "finetune": ["--task", "sst-2", "--data", files / "SST-2"],
+    }[command]
+    first = ["--model", files / "teacher"] if command == "finetune" else ["--teacher", files / "teacher"]
+    return [str(part) for part in (command, *first, *parts, "--output", output, *more)]
+
+
+def fails(capsys, argv, code=2):
+    """Run a command that should fail; return its one line."""
+    capsys.readouterr()
+    try:
+        found = cli.main([str(part) for part in argv])
+    except SystemExit as end:  # argparse
+        found = end.code
+    error = capsys.readouterr().err
+    assert found == code
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    return lines[0]
+
+
+class TestGeneral:
+    def test_then_task_continues_from_it(self, files, tmp_path, capsys):
+        options = ("--epochs", 2, "--batch-size", 8, "--learning-rate", 1e-3)
+        assert cli.main(arguments(files, "general", tmp_path / "general", *options)) == 0
+        assert AutoModel.from_pretrained(tmp_path / "general").config.hidden_size == 8
+        log = json.loads((tmp_path / "general" / "trainer_state.json").read_text())
+        assert {"embedding", "hidden", "attention"} <= set(
+            json.loads((tmp_path / "general/objective.json").read_text())["terms"]
+        )
+        assert log["global_step"] > 0
+
+        argv = arguments(files, "task", tmp_path / "out", "--prediction-epochs", 1, "--intermediate-epochs", 1)
+        argv[argv.index("--student") + 1] = str(tmp_path / "general")
+        assert cli.main(argv) == 0
+        student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+        assert student.config.id2label == {0: "negative", 1: "positive"}
+        assert student.config.hidden_size == 8
+
+    def test_starts_from_the_fold_and_its_projection(self, files, tmp_path):
+        """One tiny step of general distillation: folded, the loss starts far below a random student's."""
+        losses = {}
+        for init in ("random", "teacher"):
+            options = ("--max-steps", 1, "--learning-rate", 1e-9, "--batch-size", 16, "--init", init)
+            assert cli.main(arguments(files, "general", tmp_path / init, *options)) == 0
+            state = json.loads((tmp_path / init / "trainer_state.json").read_text())
+            losses[init] = state["log_history"][-1]["train_loss"]
+        assert losses["teacher"] < 0.6 * losses["random"]
+
+    def test_resume_goes_on(self, files, tmp_path, monkeypatch, capsys):
+        from fastdistill.trainer import DistillationTrainer
+
+        options, step = cli._training_arguments, DistillationTrainer.training_step
+        monkeypatch.setattr(cli, "_training_arguments", lambda found: {**options(found), "save_steps": 5})
+        whole = arguments(files, "general", tmp_path / "whole", "--epochs", 4, "--batch-size", 8)
+        assert cli.main(whole) == 0
+        argv = arguments(files, "general", tmp_path / "out", "--epochs", 4, "--batch-size", 8)
+        steps = []
+
+        def interrupted(self, *args, **kwargs):
+            steps.append(self.state.global_step)
+            if len(steps) == 13:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(DistillationTrainer, "training_step", interrupted)
+        assert cli.main(argv) == 130
+        assert "--resume" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        line = fails(capsys, argv)
+        assert "--resume" in line
+        assert "--overwrite" in line
+        assert cli.main([*argv, "--resume"]) == 0
+        assert steps[:15] == [*range(13), 10, 11]  # from the checkpoint of step 10
+        one, other = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "out"))
+        for name, x in one.items():
+            assert torch.allclose(x, other[name], atol=1e-5), name
+
+
+class TestTask:
+    def test_seeds_results_and_evaluate(self, files, tmp_path, capsys):
+        options = ("--intermediate-epochs", 1, "--prediction-epochs", 2, "--seeds", 1, 2)
+        assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert list(results["seeds"]) == ["1", "2"]
+        scores = [figures["metrics"]["dev"]["accuracy"] for figures in results["seeds"].values()]
+        assert results["mean"] == pytest.approx(sum(scores) / 2)
+        best = tmp_path / "out" / "seeds" / str(results["best_seed"])
+        for folder in (tmp_path / "out", best):
+            code = cli.main(
+                ["evaluate", "--model", str(folder), "--task", "SST-2", "--data", str(files / "SST-2")]
+                + ["--against", str(files / "teacher"), "--json", str(folder / "figures.json")]
+            )
+            assert code == 0
+        figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+        student, teacher = figures[str(tmp_path / "out")], figures[str(files / "teacher")]
+        assert student["metrics"]["dev"]["accuracy"] == pytest.approx(max(scores))
+        assert student["kept"] == pytest.approx(max(scores) / teacher["metrics"]["dev"]["accuracy"])
+        assert student["parameters"]["total"] < teacher["parameters"]["total"]
+        assert student["speed_up"] > 0
+
+    def test_augmented_rows_replace_the_training_set(self, files, tmp_path):
+        rows = (files / "SST-2" / "train.tsv").read_text().splitlines()
+        (tmp_path / "augmented.tsv").write_text("\n".join(rows[:17]) + "\n")
+        options = ("--augmented", tmp_path / "augmented.tsv", "--batch-size", 16)
+        options += ("--intermediate-epochs", 0, "--prediction-epochs", 3)
+        assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
+        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+        assert state["global_step"] == 3
+
+    def test_label_order_is_compared(self, files, tmp_path, capsys):
+        save(tmp_path / "teacher", num_labels=2, id2label={0: "positive", 1: "negative"})
+        argv = arguments(files, "task", tmp_path / "out")
+        argv[argv.index("--teacher") + 1] = str(tmp_path / "teacher")
+        assert "orders its classes ['positive', 'negative']" in fails(capsys, argv)
+        assert not (tmp_path / "out").exists()
+
+
+class TestFinetune:
+    def test_teacher_and_student_without_distillation(self, files, tmp_path):
+        options = ("--epochs", 8, "--learning-rate", 3e-3, "--batch-size", 16)
+        assert cli.main(arguments(files, "finetune", tmp_path / "teacher", *options)) == 0
+        results = json.loads((tmp_path / "teacher" / "results.json").read_text())
+        assert results["mean"] > 0.6  # the word counts can be learnt
+
+        argv = arguments(files, "finetune", tmp_path / "student", "--teacher", tmp_path / "teacher", "--init", "random")
+        argv[argv.index("--model") + 1] = str(files / "student.json")
+        assert cli.main([*argv, "--epochs", "1"]) == 0
+        student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+        assert student.config.hidden_size == 8
+        assert student.config.id2label == {0: "negative", 1: "positive"}
+
+    def test_bf16(self, files, tmp_path):
+        assert cli.main(arguments(files, "finetune", tmp_path / "out", "--max-steps", 2, "--bf16")) == 0
+
+
+class TestBadInput:
+    def test_output_is_not_overwritten(self, files, tmp_path, capsys):
+        for command in ("general", "task", "finetune"):
+            output = tmp_path / command
+            output.mkdir()
+            (output / "mine").write_text("kept")
+            line = fails(capsys, arguments(files, command, output))
+            assert line.startswith(f"fastdistill {command}: error: ")
+            assert "--overwrite" in line
+            assert (output / "mine").read_text() == "kept"
+            assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(command)) == [command]
+
+    def test_unknown_task(self, files, tmp_path, capsys):
+        argv = ["evaluate", "--model", files / "teacher", "--task", "squad", "--data", files / "SST-2"]
+        assert "task is 'squad'; it should be one of CoLA" in fails(capsys, argv)
+
+    def test_no_such_things(self, files, tmp_path, capsys):
+        evaluate = ["evaluate", "--task", "sst-2"]
+        data = ["--data", files / "SST-2"]
+        assert "no config.json" in fails(capsys, [*evaluate, "--model", files / "SST-2", *data])
+        assert "no such folder" in fails(capsys, [*evaluate, "--model", tmp_path / "nowhere", *data])
+        line = fails(capsys, [*evaluate, "--model", files / "teacher", "--data", tmp_path])
+        assert "dev.tsv: no such file" in line
+        argv = arguments(files, "general", tmp_path / "out")
+        argv[argv.index("--corpus") + 1] = str(tmp_path / "nowhere.txt")
+        assert "nowhere.txt: no such file" in fails(capsys, argv)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_layer_maps(self, files, tmp_path, capsys):
+        line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "0,x"))
+        assert "--layer-map is '0,x'" in line
+        line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "middle"))
+        assert "layer_map is 'middle'" in line
+        line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "0,9"))
+        assert "0..2" in line
+
+    def test_malformed_line(self, files, tmp_path, capsys):
+        for split in ("train", "dev"):
+            (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\nfine\t1\nbroken\n")
+        argv = ["evaluate", "--model", files / "teacher", "--task", "sst-2", "--data", tmp_path]
+        assert "dev.tsv:3: 1 columns" in fails(capsys, argv)
+
+    def test_another_vocabulary(self, files, tmp_path, capsys):
+        (tmp_path / "student.json").write_text(json.dumps({**STUDENT, "vocab_size": 59}))
+        argv = arguments(files, "general", tmp_path / "out")
+        argv[argv.index("--student") + 1] = str(tmp_path / "student.json")
+        assert "vocabulary has 59 tokens, the teacher's 60" in fails(capsys, argv)
+
+    def test_argparse_errors_name_the_command(self, capsys):
+        assert "required: --teacher" in fails(capsys, ["general"])
+        assert "invalid choice: 'distil'" in fails(capsys, ["distil"])
+
+    def test_init_without_teacher(self, files, tmp_path, capsys):
+        line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--init", "random"))
+        assert "--init needs --teacher" in line
+
+
+class TestHelpAndInfo:
+    @pytest.mark.parametrize("command", ["general", "task", "finetune", "evaluate", "info", "demo"])
+    def test_help(self, command, capsys):
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, "--help"])
+        assert end.value.code == 0
+        assert f"usage: fastdistill {command}" in capsys.readouterr().out
+
+    def test_help_imports_nothing_heavy(self):
+        code = (
+            "import sys, contextlib\n"
+            "heavy = {'transformers', 'datasets', 'accelerate', 'triton', 'rich'}\n"
+            "from fastdistill import cli\n"
+            "with contextlib.suppress(SystemExit): cli.main(['task', '--help'])\n"
+            "print(sorted(heavy & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == "[]"
+
+    def test_info_names_every_op_and_its_backend(self, capsys):
+        from fastdistill import functional
+
+        assert cli.main(["info"]) == 0
+        out = capsys.readouterr().out
+        for op in functional.__all__:
+            assert op in out
+        assert "cpu" in out
+        assert torch.__version__.split("+")[0] in out
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_output(files, tmp_path):
+    argv = arguments(files, "task", tmp_path / "out", "--intermediate-epochs", 1, "--prediction-epochs", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "fastdistill.cli"]
+    done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.hidden_size == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Path(tmp_path / "out" / "results.json").is_file()
