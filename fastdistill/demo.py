@@ -199,8 +199,7 @@ def passages(text: str, words: int, seen: set[str]) -> Iterator[str]:
     for paragraph in re.split(r"\n\s*\n", text):
         if re.search(r"^\s*(>>>|\.\.\. )", paragraph, re.M):
             continue
-        paragraph = re.sub(r"[-=*~^_#+.]{3,}", " ", MODULE_NAME.sub(" ", paragraph))
-        pieces = paragraph.split()
+        pieces = MODULE_NAME.sub(" ", re.sub(r"[-=*~^_#+.]{3,}", " ", paragraph)).split()
         for i in range(0, len(pieces), words):
             passage = " ".join(pieces[i : i + words])
             letters = re.findall(r"[a-z]+", passage.lower())
