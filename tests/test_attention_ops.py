@@ -185,6 +185,25 @@ def test_equal_student_and_teacher(op: Op, length: int, backend: str) -> None:
     assert all(outcome[name].norm() < 2e-6 * different[name].norm() for name in op.learned)
 
 
+@every_op
+@pytest.mark.parametrize("length", [20, 200])
+def test_equal_scores_of_unequal_widths_never_give_a_negative_loss(op: Op, length: int, backend: str) -> None:
+    """The same scores, summed in another order: what remains is rounding, of either sign."""
+    for _ in range(10):
+        query, key = torch.randn(2, 1, length, 9), torch.randn(2, 1, length, 9)
+        turn = torch.linalg.qr(torch.randn(9, 9)).Q
+        value = op(
+            student_query=query @ turn,
+            student_key=key @ turn,
+            teacher_query=torch.nn.functional.pad(query, (0, 3)),
+            teacher_key=torch.nn.functional.pad(key, (0, 3)),
+            student_scale=1.0,
+            teacher_scale=1.0,
+            backend=backend,
+        )
+        assert 0 <= value < 1e-6
+
+
 @pytest.mark.parametrize("size", [30.0, 1e4])
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

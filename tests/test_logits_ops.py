@@ -267,6 +267,14 @@ def test_equal_student_and_teacher(op: Op, dtype: torch.dtype, backend: str) -> 
         assert outcome["value"].max() < 2e-6
 
 
+@pytest.mark.parametrize("name", ["kl_div", "kl_div-reverse", "jsd", "tvd"])
+@pytest.mark.parametrize("mismatch", [1e-4, 1e-6])
+def test_almost_equal_sides_never_give_a_negative_divergence(name: str, mismatch: float, backend: str) -> None:
+    inputs = logits((200,), 300)
+    inputs["student_logits"] = inputs["teacher_logits"] + mismatch * torch.randn(200, 300)
+    assert (BY_NAME[name](**inputs, backend=backend, reduction="none") >= 0).all()
+
+
 @pytest.mark.parametrize("student,teacher", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("name", ["kl_div", "kl_div-reverse", "jsd", "tvd"])
 def test_mixed_dtypes_never_give_a_negative_divergence(

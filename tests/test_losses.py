@@ -36,6 +36,23 @@ MODULES = {
     "linear_tvd": "LinearTVDLoss",
     "linear_topk_soft_cross_entropy": "LinearTopKSoftCrossEntropyLoss",
 }
+CHANGED = {  # every option, none at its default
+    "student_scale": 0.3,
+    "teacher_scale": 0.7,
+    "is_causal": True,
+    "temperature": 2.0,
+    "t_squared": True,
+    "alpha": 0.3,
+    "ignore_index": 7,
+    "vocab_size": 5,
+    "student_softcap": 3.0,
+    "teacher_softcap": 4.0,
+    "reverse": True,
+    "beta": 0.2,
+    "tail": "bucket",
+    "reduction": "sum",
+    "backend": "reference",
+}
 WITHOUT_PARAMETERS = [op for op in OPS if op.name != "linear_mse"]
 
 
@@ -67,10 +84,11 @@ def test_options_and_tensors_are_those_of_the_function(name: str, module: str) -
         assert forward == [argument for argument in function if argument in forward]
         built = getattr(fastdistill, module)()
         assert built.options == {option: function[option].default for option in options}
-    changed = {"reduction": "sum", "backend": "reference"}
-    built = LinearMSELoss(3, 4, **changed) if name == "linear_mse" else getattr(fastdistill, module)(**changed)
-    assert "reduction='sum'" in repr(built)
-    assert "backend='reference'" in repr(built)
+    changed = {option: value for option, value in CHANGED.items() if option in options}
+    sizes = (3, 4) if name == "linear_mse" else ()
+    built = getattr(fastdistill, module)(*sizes, **changed)
+    assert built.options == changed
+    assert all(f"{option}={value!r}" in repr(built) for option, value in changed.items())
 
 
 @pytest.mark.parametrize("module", MODULES.values())
