@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -51,32 +48,6 @@ def refuse_double_backward(op: str) -> None:
         raise RuntimeError(
             f"{op} cannot be differentiated twice: call backward without create_graph=True, or use backend='reference'"
         )
-
-
-def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as the registered op fastdistill::name for whoever traces, and as itself for everybody else.
-
-    A registered op costs tens of microseconds a call, more than a small loss takes.
-    """
-    op = torch.library.custom_op(f"fastdistill::{name}", function, mutates_args=())
-    op.register_fake(fake)
-    return lambda *arguments: (op if traced() else function)(*arguments)
-
-
-def differentiable(
-    name: str,
-    function: Callable[..., Any],
-    fake: Callable[..., Any],
-    setup_context: Callable[..., Any],
-    backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """`operator` with a gradient: without a tracer, the same three functions as a torch.autograd.Function."""
-    op = torch.library.custom_op(f"fastdistill::{name}", function, mutates_args=())
-    op.register_fake(fake)
-    op.register_autograd(backward, setup_context=setup_context)
-    methods = {"forward": function, "setup_context": setup_context, "backward": backward}
-    plain: Any = type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
-    return lambda *arguments: (op if traced() else plain.apply)(*arguments)
 
 
 def traced() -> bool:

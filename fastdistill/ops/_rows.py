@@ -1,56 +1,45 @@
-"""What the losses over classes share: blocks of rows, the cross-entropy with labels, and the loops over blocks.
+"""What the losses over classes share: blocks of rows, the cross-entropy with labels, and the loop over blocks.
 
 A row's loss is soft_weight * soft + hard_weight * hard. The soft part compares the student's softmax with a target
 (logits.py: the teacher's logits; topk.py: its k most likely classes), the hard part is the cross-entropy with a label.
-Both are computed on blocks of rows that stay in the cache, in the wide dtype, with numbers kept for each row by the
-forward so that the backward need only run the elementwise half again.
+Both are computed on blocks of rows that stay in the cache, and with a row's loss comes its gradient, since all it needs
+is there.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastdistill.ops import _common
+
 LOG2E = math.log2(math.e)
 
-# Elements of a block. On the CPU its buffers stay in the cache; on a GPU, launches weigh more than memory.
-CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 24
+# Bytes of a block's buffers. On the CPU they stay in the cache; on a GPU launches weigh more than memory.
+CPU_BYTES, GPU_BYTES = 5 << 20, 1 << 28
 
-BUFFERS = 4  # scratch of the soft losses, each of a block's size
+BUFFERS = 4  # scratch of a block
+SHORT = 32  # rows of fewer classes are short
 
+Index = tuple[int | slice, ...]
 Target = tuple[Tensor, ...]  # what the soft loss compares a block with, (n, .) each; () where it has no weight
 
 
 class SoftLoss(Protocol):
-    """A loss of rows of logits (n, V), as they are after the softcap, in the dtype of the computation."""
-
-    @property
-    def statistics(self) -> int:
-        """How many numbers of each row the gradient needs from the loss."""
-
-    def loss(
+    def __call__(
         self,
-        student: Tensor,  # (n, V)
+        student: Tensor,  # (n, V), logits as they are after the softcap, in the dtype of the computation
         student_max: Tensor,  # (n, 1)
         target: Target,
-        statistics: Sequence[Tensor],  # (n, 1) each, written
-        work: Tensor,  # (BUFFERS, n, V), scratch
-    ) -> Tensor: ...  # (n, 1)
-
-    def gradient(
-        self,
-        student: Tensor,  # (n, V)
-        student_max: Tensor,  # (n, 1)
-        target: Target,
-        statistics: Sequence[Tensor],  # (n, 1) each, from `loss`
-        weight: Tensor,  # (n, 1), factor of each row's loss
-        out: Tensor,  # (n, V) of any layout, may be `student`
-        work: Tensor,  # (BUFFERS - 1, n, V), scratch
-    ) -> None: ...
+        weight: float,
+        out: Tensor | None,  # (n, V), for the gradient of weight * loss in student; None: not wanted
+        work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
+    ) -> Tensor:  # weight * loss, (n, 1)
+        ...
 
 
 class RowLoss(NamedTuple):
@@ -59,65 +48,36 @@ class RowLoss(NamedTuple):
     hard_weight: float
     softcap: float | None  # the student's
 
-    @property
-    def statistics(self) -> int:
-        return 2 + self.soft.statistics
-
-    def loss(
+    def __call__(
         self,
-        student: Tensor,  # (n, V)
+        student: Tensor,  # (n, V), capped; overwritten where there is a softcap
         target: Target,
         labels: Tensor | None,  # (n, 1)
-        statistics: Tensor,  # (statistics, n), written
-        work: Tensor,  # (BUFFERS, n, V)
+        out: Tensor | None,  # (n, V), for the gradient of each row's loss in its logits before the softcap
+        work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
     ) -> Tensor:  # (n)
-        student_max, hard_sum, *soft_statistics = statistics.unsqueeze(-1).unbind()
-        row_max(student, student_max)
-        loss = None
+        student_max = row_max(student)
         if target:
-            loss = self.soft.loss(student, student_max, target, soft_statistics, work) * self.soft_weight
-        if labels is not None:
-            hard_e = exponential_(torch.sub(student, student_max, out=work[0]))
-            torch.sum(hard_e, -1, keepdim=True, out=hard_sum)
-            hard = (hard_sum.log() + (student_max - student.gather(1, labels))) * self.hard_weight
-            loss = hard if loss is None else loss + hard
-        return torch.zeros_like(student_max[:, 0]) if loss is None else loss[:, 0]
-
-    def gradient(
-        self,
-        student: Tensor,  # (n, V), overwritten where there is a softcap
-        target: Target,
-        labels: Tensor | None,  # (n, 1)
-        counted: Tensor | None,  # (n)
-        statistics: Tensor,  # (statistics, n), from `loss`
-        weight: Tensor,  # (n, 1), factor of each row's loss, 0 where it does not count
-        infinite: bool,  # whether a row's loss may be
-        out: Tensor,  # (n, V) of any layout; may be `student` where there is no softcap
-        work: Tensor,  # (BUFFERS, n, V)
-    ) -> None:
-        student_max, hard_sum, *soft_statistics = statistics.unsqueeze(-1).unbind()
-        impossible = student == -math.inf if infinite else None
-        hard = None
-        if labels is not None:
-            hard_weight = weight * self.hard_weight
-            hard = exponential_(torch.sub(student, student_max, out=work[-1])).mul_(hard_weight / hard_sum)
-            hard.scatter_add_(1, labels, -hard_weight)
-        if target:
-            soft_weight = weight * self.soft_weight
-            self.soft.gradient(student, student_max, target, soft_statistics, soft_weight, out, work[:-1])
-            if hard is not None:
-                out += hard
-        elif hard is not None:
-            out.copy_(hard)
+            loss = self.soft(student, student_max, target, self.soft_weight, out, work)
         else:
-            out.zero_()
-        if self.softcap is not None:
-            uncap_(out, student, self.softcap)
-        # A class of probability 0 that the target or the label asks for: the loss is infinite, its own gradient 0.
-        if impossible is not None:
-            out.masked_fill_(impossible, 0)
-        if counted is not None and may_be_infinite(out):
-            out.masked_fill_(~counted.unsqueeze(-1), 0)
+            loss = torch.zeros_like(student_max)
+            if out is not None:
+                out.zero_()
+        if labels is not None:
+            hard = exponential_(torch.sub(student, student_max, out=work[0]))
+            hard_sum = hard.sum(-1, keepdim=True)
+            loss += (hard_sum.log() + (student_max - student.gather(1, labels))) * self.hard_weight
+            if out is not None:
+                out += hard.mul_(self.hard_weight / hard_sum)
+                out.scatter_add_(1, labels, torch.full_like(hard_sum, -self.hard_weight))
+        if out is not None:
+            # A class of probability 0 that the target or the label asks for: the loss is infinite, its own gradient 0.
+            if may_be_infinite(loss):
+                out.masked_fill_(student == -math.inf, 0)
+            if self.softcap is not None:
+                tanh_squared = student.div_(self.softcap).square_().clamp_(max=1)  # -inf is kept: slope 0
+                out.addcmul_(out, tanh_squared, value=-1)
+        return loss[:, 0]
 
 
 def exponential(x: Tensor, out: Tensor, temperature: float = 1.0) -> Tensor:
@@ -130,10 +90,6 @@ def exponential(x: Tensor, out: Tensor, temperature: float = 1.0) -> Tensor:
 
 def exponential_(x: Tensor, temperature: float = 1.0) -> Tensor:
     return exponential(x, x, temperature)
-
-
-def row_max(logits: Tensor, out: Tensor) -> None:  # (n, V) -> (n, 1)
-    torch.amax(logits, -1, keepdim=True, out=out)
 
 
 def weigh_(value: Tensor, weight: Tensor) -> Tensor:  # (n, V), (n, V) -> (n, 1)
@@ -149,22 +105,27 @@ def may_be_infinite(x: Tensor) -> bool:
     return x.device.type != "cpu" or not math.isfinite(x.sum())
 
 
-def capped(logits: Tensor, softcap: float | None, dtype: torch.dtype, buffer: Tensor) -> Tensor:
-    """Logits as the losses see them: wide, softcapped, -inf kept. In `buffer`, or as they are where they are that."""
+def row_max(logits: Tensor) -> Tensor:  # (n, V) -> (n, 1)
+    classes = logits.shape[1]
+    whole = classes - classes % 32
+    if whole == classes or not 32 < classes < 1024:
+        return logits.amax(-1, keepdim=True)
+    # On the CPU, amax takes what is left beyond a multiple of 32 one by one: of a short row, most of its time.
+    return torch.maximum(logits[:, :whole].amax(-1, keepdim=True), logits[:, -32:].amax(-1, keepdim=True))
+
+
+def capped(logits: Tensor, softcap: float | None, buffer: Tensor | None) -> Tensor:
+    """Logits as the losses see them: wide, softcapped, -inf kept. In `buffer`; None: they are that already."""
+    if buffer is None:
+        return logits
     if softcap is None:
-        return logits if logits.dtype == dtype and logits.stride(-1) == 1 else buffer.copy_(logits)
+        return buffer.copy_(logits)
     impossible = logits == -math.inf
     return buffer.copy_(logits).div_(softcap).tanh_().mul_(softcap).masked_fill_(impossible, -math.inf)
 
 
-def uncap_(gradient: Tensor, logits: Tensor, softcap: float) -> None:
-    """gradient *= 1 - tanh^2, of capped logits, which are overwritten."""
-    tanh_squared = logits.div_(softcap).square_().clamp_(max=1)  # a logit kept at -inf has slope 0
-    gradient.addcmul_(gradient, tanh_squared, value=-1)
-
-
-def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tuple[tuple[int | slice, ...], slice]]:
-    """Cuts rows that lie in dimensions of `shape` into blocks of at most about `limit` consecutive ones.
+def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tuple[Index, slice]]:
+    """Cuts rows that lie in dimensions of `shape` into blocks of at most `limit` consecutive ones.
 
     Yields a block's index in those dimensions and the numbers of its rows. Logits like x[:, :-1] cannot be flattened
     without copying them all; a block of them can.
@@ -175,19 +136,31 @@ def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tup
             for index, rows in row_blocks(shape[1:], limit, first + i * inner):
                 yield (i, *index), rows
     elif outer and inner:
-        step = -(-outer // -(-outer * inner // limit))
+        blocks = -(-outer // (limit // inner))
+        step = -(-outer // blocks)  # even blocks
         for start in range(0, outer, step):
             stop = min(start + step, outer)
             yield (slice(start, stop),), slice(first + start * inner, first + stop * inner)
 
 
-def rows_of_a_block(rows: int, classes: int, device: torch.device) -> int:
-    if device.type != "cpu":
-        limit = GPU_BLOCK // classes
-    else:  # a row of its own for each thread at least
-        threads = torch.get_num_threads()
-        limit = max(max(CPU_BLOCK, CPU_BLOCK // 2 * threads) // classes, threads)
-    return max(min(rows, limit), 1)
+def rows_of_a_block(rows: int, classes: int, buffers: int, like: Tensor) -> int:
+    """As many as `buffers` buffers like `like` have room for, one for each thread at least."""
+    limit, least = GPU_BYTES, 1
+    if like.device.type == "cpu":
+        least = torch.get_num_threads()
+        limit = CPU_BYTES * max(least // 2, 1)
+    return max(min(rows, max(limit // (buffers * classes * like.itemsize), least)), 1)
+
+
+def rows_at(logits: Tensor, index: Index, classes: int) -> Tensor:  # (*, >= V) -> (n, V)
+    block = logits[index]
+    if block.shape[-1] != classes:
+        block = block[..., :classes]
+    return block if block.dim() == 2 else block.reshape(-1, classes)
+
+
+def at(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes: int) -> Tensor:
@@ -205,79 +178,129 @@ def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes:
     return indices
 
 
-def checked_labels(labels: Tensor | None, counted: Tensor | None, classes: int) -> Tensor | None:  # (N) -> (N, 1)
-    return None if labels is None else checked_indices("labels", labels.unsqueeze(-1), counted, classes)
-
-
-# -- loops over blocks ---------------------------------------------------------------------------------------
-
-# Of a block, by its index in the leading dimensions and the numbers of its rows, with a buffer to build it in.
-TargetOf = Callable[[tuple[int | slice, ...], slice, Tensor], Target]
-
-
-def forward(
+def row_losses(
     row_loss: RowLoss,
     student: Tensor,  # (*, >= V)
-    target_of: TargetOf,
+    teacher: Tensor | None,  # (*, >= V), the target, or
+    listed: Target,  # the target, (N, .) each
     labels: Tensor | None,  # (N)
     counted: Tensor | None,  # (N)
+    weight: Tensor | None,  # (N), of each row's gradient; None: 1
+    needs_gradient: bool,
     classes: int,  # V
+    teacher_softcap: float | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # loss (N), statistics (statistics, N)
-    shape = student.shape[:-1]
-    labels = checked_labels(labels, counted, classes)
-    loss = student.new_empty(math.prod(shape), dtype=dtype)
-    statistics = loss.new_zeros(row_loss.statistics, loss.numel())
-    limit = rows_of_a_block(loss.numel(), classes, student.device)
-    work = loss.new_empty(BUFFERS + 2, limit, classes)
-    for index, rows in row_blocks(shape, limit):
-        student_buffer, target_buffer, *_ = buffers = work[:, : rows.stop - rows.start]
-        block = capped(rows_at(student, index, classes), row_loss.softcap, dtype, student_buffer)
-        target = target_of(index, rows, target_buffer)
-        loss[rows] = row_loss.loss(block, target, at(labels, rows), statistics[:, rows], buffers[2:])
+) -> tuple[Tensor, Tensor]:  # loss (N), gradient as student, or empty
+    if labels is not None:
+        labels = checked_indices("labels", labels.unsqueeze(-1), counted, classes)
+    weight = row_weight(weight, counted, dtype)
+    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=dtype)
+    d_student = student.new_empty(student.shape if needs_gradient else 0)
+    d_rows = d_student.view(-1, student.shape[-1])
+    # Short rows are worked on in columns, which vectorises every step; that, too, takes copies.
+    short = classes < SHORT
+    copies = short or any(
+        x is not None and (softcap is not None or x.dtype != dtype or x.stride(-1) != 1)
+        for x, softcap in ((student, row_loss.softcap), (teacher, teacher_softcap))
+    )
+    count = BUFFERS + 3 * copies
+    limit = rows_of_a_block(loss.numel(), classes, count, loss)
+    memory = loss.new_empty(count, classes, limit).mT if short else loss.new_empty(count, limit, classes)
+    whole = memory.unbind()
+    student_buffer = teacher_buffer = wide = None
+    for index, rows in row_blocks(student.shape[:-1], limit):
+        size = rows.stop - rows.start
+        work = whole if size == limit else [buffer[:size] for buffer in whole]
+        if copies:
+            *work, student_buffer, teacher_buffer, wide = work
+        block = capped(rows_at(student, index, classes), row_loss.softcap, student_buffer)
+        if teacher is None:
+            target = tuple(x[rows] for x in listed)
+        else:
+            target = (capped(rows_at(teacher, index, classes), teacher_softcap, teacher_buffer),)
+        gradient = rows_at(d_rows, (rows,), classes) if needs_gradient else None
+        out = gradient if wide is None or gradient is None else wide
+        loss[rows] = row_loss(block, target, at(labels, rows), out, work)
+        if gradient is not None and out is not None:
+            if weight is not None:
+                weigh_rows_(out, weight[rows], at(counted, rows))
+            if out is not gradient:
+                gradient.copy_(out)
     if counted is not None:
         loss.masked_fill_(~counted, 0)
-    return loss, statistics
+    if needs_gradient and classes < student.shape[-1]:
+        d_rows[:, classes:] = 0
+    return loss, d_student
 
 
-def backward(
-    row_loss: RowLoss,
-    grad_loss: Tensor,  # (N)
-    loss: Tensor,  # (N)
-    statistics: Tensor,  # (statistics, N)
-    student: Tensor,  # (*, >= V)
-    target_of: TargetOf,
-    labels: Tensor | None,  # (N)
-    counted: Tensor | None,  # (N)
-    classes: int,  # V
-) -> Tensor:  # as student
-    shape, dtype = student.shape[:-1], loss.dtype
-    labels = checked_labels(labels, counted, classes)
-    d_student = student.new_empty(student.shape)
-    d_rows = d_student.view(-1, student.shape[-1])
-    weight = (grad_loss if counted is None else grad_loss.masked_fill(~counted, 0)).unsqueeze(-1)  # (N, 1)
-    infinite = may_be_infinite(loss)
-    limit = rows_of_a_block(loss.numel(), classes, student.device)
-    work = loss.new_empty(BUFFERS + 3, limit, classes)
-    for index, rows in row_blocks(shape, limit):
-        student_buffer, target_buffer, wide_buffer, *_ = buffers = work[:, : rows.stop - rows.start]
-        block = capped(rows_at(student, index, classes), row_loss.softcap, dtype, student_buffer)
-        target = target_of(index, rows, target_buffer)
-        gradient = d_rows[rows, :classes]
-        wide = gradient if gradient.dtype == dtype else wide_buffer
-        row_loss.gradient(
-            block, target, at(labels, rows), at(counted, rows), statistics[:, rows], weight[rows], infinite, wide,
-            buffers[3:],
-        )  # fmt: skip
-        if wide is not gradient:
-            gradient.copy_(wide)
-        d_rows[rows, classes:] = 0
-    return d_student
+def row_weight(weight: Tensor | None, counted: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # (N) -> (N, 1)
+    """What the gradients of rows are multiplied by: 0 where one does not count; None: all by 1."""
+    if counted is None:
+        return None if weight is None else weight.unsqueeze(-1)
+    weight = counted.to(dtype) if weight is None else weight.masked_fill(~counted, 0)
+    return weight.unsqueeze(-1)
 
 
-def rows_at(logits: Tensor, index: tuple[int | slice, ...], classes: int) -> Tensor:  # (*, >= V) -> (n, V)
-    return logits[index][..., :classes].reshape(-1, classes)
+def weigh_rows_(gradient: Tensor, weight: Tensor, counted: Tensor | None) -> None:  # (n, V), (n, 1), (n)
+    """gradient *= weight, 0 where a row does not count, whatever it holds."""
+    gradient *= weight
+    if counted is not None and may_be_infinite(gradient):
+        gradient.masked_fill_(~counted.unsqueeze(-1), 0)
 
 
-def at(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[rows]
+# -- registration --------------------------------------------------------------------------------------------
+
+
+def differentiable(
+    name: str, function: Callable[..., tuple[Tensor, Tensor]], fake: Callable[..., Any], tensors: int
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`function` with its gradient in the first argument, the student's logits.
+
+    Its arguments are `tensors` tensors, the last of them `counted`, then the weight of each row's gradient, whether the
+    gradient is wanted, and options; it returns the losses and the gradient.
+
+    Whoever traces sees one registered op, fastdistill::name, and the same op again in the backward. Everybody else is
+    spared a registered op's tens of microseconds, and the second run: the forward leaves the gradient of unit weights,
+    and the first backward scales it in place. (A second backward of the same graph runs the function again.)
+    """
+
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, ctx.gradient = output
+        if not inputs[tensors + 1]:
+            ctx.gradient = None
+        ctx.options = inputs[tensors + 2 :]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:tensors])
+
+    def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+        _common.refuse_double_backward(name)
+        nothing = (None,) * (tensors + 1 + len(ctx.options))
+        gradient, ctx.gradient = ctx.gradient, None
+        if grad_loss is None:
+            return None, *nothing
+        inputs = ctx.saved_tensors
+        if gradient is None:
+            run = op if _common.traced() else function
+            _, gradient = run(*inputs, grad_loss, True, *ctx.options)
+        else:
+            weight = row_weight(grad_loss, inputs[-1], grad_loss.dtype)
+            gradient.view(-1, gradient.shape[-1]).mul_(weight)
+        return gradient, *nothing
+
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = function(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    op = torch.library.custom_op(f"fastdistill::{name}", function, mutates_args=())
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=setup_context)
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    plain: Any = type(name, (torch.autograd.Function,), methods)
+    return lambda *arguments: (op if _common.traced() else plain.apply)(*arguments)
+
+
+def gradient_in_forward(student: Tensor) -> bool:
+    """Whether the forward leaves the gradient. One of 16 bits would be rounded twice, with and without its scale."""
+    return not _common.traced() and torch.is_grad_enabled() and student.requires_grad and not _common.narrow(student)

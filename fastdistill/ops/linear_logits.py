@@ -17,9 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common, _rows, topk
-from fastdistill.ops._rows import BUFFERS, RowLoss, Target, capped, may_be_infinite
+from fastdistill.ops import _common, _rows
+from fastdistill.ops._rows import (
+    BUFFERS,
+    RowLoss,
+    Target,
+    at,
+    capped,
+    checked_indices,
+    row_blocks,
+    rows_of_a_block,
+    weigh_rows_,
+)
 from fastdistill.ops.logits import Divergence
+from fastdistill.ops.topk import TopK, listed
 
 # Tokens of a chunk: enough that the products run at full speed, within a bound on the bytes of each side's logits.
 CHUNK = 1024
@@ -126,7 +137,7 @@ def _linear_divergence(
         if soft_weight == 0:
             return ()
         logits = _logits(_clean(teacher, chunk, counted), teacher_weight[:classes], teacher_bias, buffer)
-        return (capped(logits, teacher_softcap, dtype, logits),)
+        return (capped(logits, teacher_softcap, logits),)
 
     return _chunks(
         row_loss, target_of, size, dtype, student, student_weight, student_bias, labels, counted, row_weight,
@@ -156,8 +167,8 @@ def _linear_topk_divergence(
     tail: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _common.compute_dtype(student, logprobs)
-    row_loss = RowLoss(topk.TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
-    logprobs, indices = topk.listed(logprobs, indices, counted, classes, dtype)
+    row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
+    logprobs, indices = listed(logprobs, indices, counted, classes, dtype)
 
     def target_of(chunk: slice) -> Target:
         return (logprobs[chunk], indices[chunk]) if soft_weight else ()
@@ -185,36 +196,29 @@ def _chunks(
 ) -> Outputs:
     loss, d_student, d_weight, d_bias = _outputs(student, weight, needs, dtype)
     needs_student, needs_weight, needs_bias = needs
-    tokens = student.shape[0]
-    labels = _rows.checked_labels(labels, counted, classes)
-    row_weight = torch.ones_like(loss) if row_weight is None else row_weight
-    if counted is not None:
-        row_weight = row_weight.masked_fill(~counted, 0)
-    block_rows = _rows.rows_of_a_block(size, classes, student.device)
+    if labels is not None:
+        labels = checked_indices("labels", labels.unsqueeze(-1), counted, classes)
+    row_weight = _rows.row_weight(row_weight, counted, dtype)
+    block_rows = rows_of_a_block(size, classes, BUFFERS + 1, loss)
     buffer = loss.new_empty(size, classes)
-    statistics = loss.new_empty(row_loss.statistics, block_rows)
     work = loss.new_empty(BUFFERS + 1, block_rows, classes)
     weight = weight[:classes]
-    for start in range(0, tokens, size):
-        chunk = slice(start, min(start + size, tokens))
+    for start in range(0, student.shape[0], size):
+        chunk = slice(start, min(start + size, student.shape[0]))
         x = _clean(student, chunk, counted)
         logits = _logits(x, weight, bias, buffer)  # (C, V); G when the rows are done
         target = target_of(chunk)
-        for _, rows in _rows.row_blocks(logits.shape[:1], block_rows):
+        for _, rows in row_blocks(logits.shape[:1], block_rows):
             here = slice(start + rows.start, start + rows.stop)
-            block = capped(logits[rows], row_loss.softcap, dtype, logits[rows])
-            of_block = tuple(t[rows] for t in target), _rows.at(labels, here)
-            gradient_buffer, *_ = buffers = work[:, : rows.stop - rows.start]
-            numbers = statistics[:, : rows.stop - rows.start]
-            loss[here] = block_loss = row_loss.loss(block, *of_block, numbers, buffers[1:])
-            if any(needs):
-                gradient = block if row_loss.softcap is None else gradient_buffer
-                row_loss.gradient(
-                    block, *of_block, _rows.at(counted, here), numbers, row_weight[here].unsqueeze(-1),
-                    may_be_infinite(block_loss), gradient, buffers[1:],
-                )  # fmt: skip
-                if gradient is not block:
-                    block.copy_(gradient)
+            *buffers, gradient = work[:, : rows.stop - rows.start].unbind()
+            block = logits[rows]
+            capped(block, row_loss.softcap, block)
+            out = gradient if any(needs) else None
+            loss[here] = row_loss(block, tuple(t[rows] for t in target), at(labels, here), out, buffers)
+            if out is not None:
+                if row_weight is not None:
+                    weigh_rows_(out, row_weight[here], at(counted, here))
+                block.copy_(out)
         if needs_bias:
             d_bias[:classes] += logits.sum(0)
         # A GPU multiplies 16-bit operands, so G goes back to 16 bits there; products still come out in float32.

@@ -18,65 +18,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common, _rows
-from fastdistill.ops._rows import RowLoss, Target, TargetOf, exponential, exponential_, row_max
+from fastdistill.ops import _common
+from fastdistill.ops._rows import (
+    RowLoss,
+    Target,
+    checked_indices,
+    differentiable,
+    exponential,
+    exponential_,
+    gradient_in_forward,
+    row_losses,
+    row_max,
+)
 
 
 class TopK(NamedTuple):
     tail: str
     temperature: float
 
-    @property
-    def statistics(self) -> int:
-        return 3  # Z, and max and sum exp of the classes not listed
-
-    def loss(
-        self, student: Tensor, student_max: Tensor, target: Target, statistics: Sequence[Tensor], work: Tensor
-    ) -> Tensor:
-        logprobs, indices = target  # (n, k)
-        student_sum, rest_max, rest_sum = statistics
-        x, e, *_ = work.unbind()
-        torch.sub(student, student_max, out=x)
-        torch.sum(exponential(x, e, self.temperature), -1, keepdim=True, out=student_sum)
-        log_sum = student_sum.log()
-        student_logp = x.gather(1, indices) / self.temperature - log_sum  # (n, k)
-        teacher_p, teacher_rest = self._teacher(logprobs, student.shape[1])
-        loss = -_expectation(teacher_p, student_logp)
-        if self.tail == "bucket":
-            self._only_rest_(x, indices)
-            row_max(x, rest_max)
-            rest_max.clamp_(min=torch.finfo(x.dtype).min)  # -inf where every class is listed: no difference to it
-            torch.sum(exponential_(torch.sub(x, rest_max, out=e), self.temperature), -1, keepdim=True, out=rest_sum)
-            loss -= _expectation(teacher_rest, rest_max / self.temperature + rest_sum.log() - log_sum)
-        return loss
-
-    def gradient(
+    def __call__(
         self,
-        student: Tensor,
-        student_max: Tensor,
-        target: Target,
-        statistics: Sequence[Tensor],
-        weight: Tensor,
-        out: Tensor,
-        work: Tensor,
-    ) -> None:
-        logprobs, indices = target  # (n, k)
-        student_sum, rest_max, rest_sum = statistics
-        weight = weight / self.temperature
+        student: Tensor,  # (n, V)
+        student_max: Tensor,  # (n, 1)
+        target: Target,  # log-probabilities (n, k) and indices (n, k)
+        weight: float,
+        out: Tensor | None,  # (n, V)
+        work: Sequence[Tensor],
+    ) -> Tensor:  # (n, 1)
+        logprobs, indices = target
+        a, b, *_ = work
         teacher_p, teacher_rest = self._teacher(logprobs, student.shape[1])
-        rest = None
+        x = torch.sub(student, student_max, out=a)
+        e = exponential(x, b, self.temperature)
+        e_sum = e.sum(-1, keepdim=True)
+        log_sum = e_sum.log()
+        loss = -_expectation(teacher_p, x.gather(1, indices) / self.temperature - log_sum)
+        slope = weight / self.temperature
         if self.tail == "bucket":
-            rest = torch.sub(student, student_max, out=work[0])
-            self._only_rest_(rest, indices)
-            possible = rest_sum > 0  # else every class is listed, or impossible
-            teacher_rest = teacher_rest.where(possible, 0)
-            share = weight * teacher_rest / rest_sum.where(possible, 1)
-            exponential_(rest.sub_(rest_max), self.temperature).mul_(share)
-        mass = teacher_p.sum(-1, keepdim=True) + teacher_rest
-        exponential_(torch.sub(student, student_max, out=out), self.temperature).mul_(weight * mass / student_sum)
-        out.scatter_add_(1, indices, -weight * teacher_p)
-        if rest is not None:
-            out -= rest
+            x.scatter_(1, indices, -math.inf)
+            rest_max = row_max(x).clamp_(min=torch.finfo(x.dtype).min)  # no class remains: a number to subtract
+            rest_e = exponential_(x.sub_(rest_max), self.temperature)
+            rest_sum = rest_e.sum(-1, keepdim=True)
+            loss -= _expectation(teacher_rest, rest_max / self.temperature + rest_sum.log() - log_sum)
+            teacher_rest = teacher_rest.where(rest_sum > 0, 0)  # a class that cannot be has no gradient
+        if out is not None:
+            mass = teacher_p.sum(-1, keepdim=True) + teacher_rest
+            torch.mul(e, slope * mass / e_sum, out=out)
+            out.scatter_add_(1, indices, teacher_p * -slope)
+            if self.tail == "bucket":
+                out -= rest_e.mul_(slope * teacher_rest / rest_sum.where(rest_sum > 0, 1))
+        return loss.mul_(weight)
 
     def _teacher(self, logprobs: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Probabilities of the listed classes (n, k) and of the rest (n, 1)."""
@@ -87,10 +78,6 @@ class TopK(NamedTuple):
             return logprobs.exp(), nothing
         p = logprobs.to(_common.widest_dtype(logprobs)).exp()  # a remaining mass of 1e-6 is a difference of ones
         return p.to(logprobs.dtype), (1 - p.sum(-1, keepdim=True)).clamp(min=0).to(logprobs.dtype)
-
-    @staticmethod
-    def _only_rest_(x: Tensor, indices: Tensor) -> None:
-        x.scatter_(1, indices, -math.inf)
 
 
 def _expectation(p: Tensor, value: Tensor) -> Tensor:  # (n, k), (n, k) -> (n, 1)
@@ -118,6 +105,8 @@ def topk_divergence(
         indices.reshape(-1, indices.shape[-1]),
         labels.reshape(-1) if labels is not None and hard_weight else None,
         None if counted is None else counted.reshape(-1),
+        None,
+        gradient_in_forward(student),
         tail,
         temperature,
         soft_weight,
@@ -134,38 +123,21 @@ def _forward(
     indices: Tensor,  # (N, k)
     labels: Tensor | None,  # (N)
     counted: Tensor | None,  # (N)
+    weight: Tensor | None,  # (N), of each row's gradient; None: 1
+    needs_gradient: bool,
     tail: str,
     temperature: float,
     soft_weight: float,
     hard_weight: float,
     classes: int,  # V
     student_softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # loss (N), statistics (., N)
+) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
     dtype = _common.compute_dtype(student, logprobs)
-    row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
-    target_of = _target_of(*listed(logprobs, indices, counted, classes, dtype), soft_weight)
-    return _rows.forward(row_loss, student, target_of, labels, counted, classes, dtype)
-
-
-def _gradient(
-    grad_loss: Tensor,  # (N)
-    loss: Tensor,  # (N)
-    statistics: Tensor,  # (., N)
-    student: Tensor,  # (*, >= V)
-    logprobs: Tensor,  # (N, k)
-    indices: Tensor,  # (N, k)
-    labels: Tensor | None,  # (N)
-    counted: Tensor | None,  # (N)
-    tail: str,
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    classes: int,  # V
-    student_softcap: float | None,
-) -> Tensor:  # as student
-    row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
-    target_of = _target_of(*listed(logprobs, indices, counted, classes, loss.dtype), soft_weight)
-    return _rows.backward(row_loss, grad_loss, loss, statistics, student, target_of, labels, counted, classes)
+    return row_losses(
+        RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap),
+        student, None, listed(logprobs, indices, counted, classes, dtype) if soft_weight else (), labels, counted,
+        weight, needs_gradient, classes, None, dtype,
+    )  # fmt: skip
 
 
 def listed(
@@ -175,39 +147,12 @@ def listed(
     logprobs = logprobs.to(dtype)
     if counted is not None:
         logprobs = logprobs.where(counted.unsqueeze(-1), 0)
-    return logprobs, _rows.checked_indices("topk_indices", indices, counted, classes)
+    return logprobs, checked_indices("topk_indices", indices, counted, classes)
 
 
-def _target_of(logprobs: Tensor, indices: Tensor, soft_weight: float) -> TargetOf:
-    def target_of(index: tuple[int | slice, ...], rows: slice, buffer: Tensor) -> Target:
-        return (logprobs[rows], indices[rows]) if soft_weight else ()
-
-    return target_of
-
-
-def _fake_forward(student, logprobs, indices, labels, counted, tail, temperature, *_):  # type: ignore[no-untyped-def]
+def _fake(student, logprobs, indices, labels, counted, weight, needs_gradient, *_):  # type: ignore[no-untyped-def]
     loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_common.compute_dtype(student, logprobs))
-    return loss, loss.new_empty(RowLoss(TopK(tail, temperature), 1, 0, None).statistics, loss.shape[0])
+    return loss, student.new_empty(student.shape if needs_gradient else 0)
 
 
-def _fake_gradient(grad_loss, loss, statistics, student, *_):  # type: ignore[no-untyped-def]
-    return student.new_empty(student.shape)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.tail, ctx.temperature, ctx.soft_weight, ctx.hard_weight, ctx.classes, ctx.softcap = inputs
-    loss, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(loss, statistics, *tensors)
-
-
-def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
-    _common.refuse_double_backward("topk_soft_cross_entropy")
-    options = (ctx.tail, ctx.temperature, ctx.soft_weight, ctx.hard_weight, ctx.classes, ctx.softcap)
-    d_student = None if grad_loss is None else _topk_divergence_backward(grad_loss, *ctx.saved_tensors, *options)
-    return d_student, *(None,) * 10
-
-
-_topk_divergence_backward = _common.operator("topk_divergence_backward", _gradient, _fake_gradient)
-_topk_divergence = _common.differentiable("topk_divergence", _forward, _fake_forward, _setup_context, _backward)
+_topk_divergence = differentiable("topk_divergence", _forward, _fake, tensors=5)
