@@ -203,32 +203,33 @@ def _chunks(
     buffer = loss.new_empty(size, classes)
     work = loss.new_empty(BUFFERS + 1, block_rows, classes)
     weight = weight[:classes]
-    for start in range(0, student.shape[0], size):
-        chunk = slice(start, min(start + size, student.shape[0]))
-        x = _clean(student, chunk, counted)
-        logits = _logits(x, weight, bias, buffer)  # (C, V); G when the rows are done
-        target = target_of(chunk)
-        for _, rows in row_blocks(logits.shape[:1], block_rows):
-            here = slice(start + rows.start, start + rows.stop)
-            *buffers, gradient = work[:, : rows.stop - rows.start].unbind()
-            block = logits[rows]
-            capped(block, row_loss.softcap, block)
-            out = gradient if any(needs) else None
-            loss[here] = row_loss(block, tuple(t[rows] for t in target), at(labels, here), out, buffers)
-            if out is not None:
-                if row_weight is not None:
-                    weigh_rows_(out, row_weight[here], at(counted, here))
-                block.copy_(out)
-        if needs_bias:
-            d_bias[:classes] += logits.sum(0)
-        # A GPU multiplies 16-bit operands, so G goes back to 16 bits there; products still come out in float32.
-        gradient = logits.to(x.dtype) if x.is_cuda and _common.narrow(x) else logits
-        if needs_weight and x.is_cuda:
-            d_weight[:classes] += _common.wide_mm(gradient.mT, x, dtype)
-        elif needs_weight:
-            d_weight[:classes].addmm_(gradient.mT, x.to(dtype))  # adds in place: no second dW
-        if needs_student:
-            d_student[chunk] = _times_weight(gradient, weight, dtype)
+    with _common.no_autocast(student):
+        for start in range(0, student.shape[0], size):
+            chunk = slice(start, min(start + size, student.shape[0]))
+            x = _clean(student, chunk, counted)
+            logits = _logits(x, weight, bias, buffer)  # (C, V); G when the rows are done
+            target = target_of(chunk)
+            for _, rows in row_blocks(logits.shape[:1], block_rows):
+                here = slice(start + rows.start, start + rows.stop)
+                *buffers, gradient = work[:, : rows.stop - rows.start].unbind()
+                block = logits[rows]
+                capped(block, row_loss.softcap, block)
+                out = gradient if any(needs) else None
+                loss[here] = row_loss(block, tuple(t[rows] for t in target), at(labels, here), out, buffers)
+                if out is not None:
+                    if row_weight is not None:
+                        weigh_rows_(out, row_weight[here], at(counted, here))
+                    block.copy_(out)
+            if needs_bias:
+                d_bias[:classes] += logits.sum(0)
+            # A GPU multiplies 16-bit operands, so G goes back to 16 bits there; products still come out in float32.
+            gradient = logits.to(x.dtype) if x.is_cuda and _common.narrow(x) else logits
+            if needs_weight and x.is_cuda:
+                d_weight[:classes] += _common.wide_mm(gradient.mT, x, dtype)
+            elif needs_weight:
+                d_weight[:classes].addmm_(gradient.mT, x.to(dtype))  # adds in place: no second dW
+            if needs_student:
+                d_student[chunk] = _times_weight(gradient, weight, dtype)
     if counted is not None:
         loss.masked_fill_(~counted, 0)
     return loss if per_row else loss.sum(), d_student, d_weight, d_bias
@@ -245,8 +246,11 @@ def _outputs(student: Tensor, weight: Tensor, needs: Sequence[bool], dtype: torc
 
 
 def _chunk_size(student: Tensor, classes: int, dtype: torch.dtype) -> int:
+    tokens = student.shape[0]
     limit = CPU_CHUNK_BYTES if student.device.type == "cpu" else GPU_CHUNK_BYTES
-    return max(min(student.shape[0], CHUNK, limit // (classes * dtype.itemsize)), 1)
+    limit = max(min(CHUNK, limit // (classes * dtype.itemsize)), 1)
+    chunks = max(-(-tokens // limit), 1)
+    return max(-(-tokens // chunks), 1)  # even chunks
 
 
 def _clean(x: Tensor, chunk: slice, counted: Tensor | None) -> Tensor:
@@ -310,8 +314,7 @@ def _make_differentiable(op: Any, name: str, tensors: int) -> None:
         if ctx.per_row:
             needs = ctx.needs_input_grad[:3]
             before, after = ctx.saved_tensors[:5], ctx.saved_tensors[6:]
-            with _common.no_autocast(grad_loss):
-                _, *gradients = op(*before, grad_loss, *after, *needs, True, *ctx.options)
+            _, *gradients = op(*before, grad_loss, *after, *needs, True, *ctx.options)
             learned = [g.to(t) if need else None for g, need, t in zip(gradients, needs, ctx.dtypes, strict=True)]
         else:
             learned = [

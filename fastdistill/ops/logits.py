@@ -147,7 +147,7 @@ def divergence(
         student_softcap,
         teacher_softcap,
     )
-    return loss.view(student.shape[:-1])
+    return loss if student.dim() == 2 else loss.view(student.shape[:-1])
 
 
 def _forward(

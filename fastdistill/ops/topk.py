@@ -114,7 +114,7 @@ def topk_divergence(
         student.shape[-1] if vocab_size is None else vocab_size,
         student_softcap,
     )
-    return loss.view(student.shape[:-1])
+    return loss if student.dim() == 2 else loss.view(student.shape[:-1])
 
 
 def _forward(
