@@ -144,11 +144,11 @@ def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tup
 
 
 def rows_of_a_block(rows: int, classes: int, buffers: int, like: Tensor) -> int:
-    """As many as `buffers` buffers like `like` have room for, one for each thread at least."""
-    limit, least = GPU_BYTES, 1
+    """As many as `buffers` buffers like `like` have room for, four and one for each thread at least."""
+    limit, least = GPU_BYTES, 4
     if like.device.type == "cpu":
-        least = torch.get_num_threads()
-        limit = CPU_BYTES * max(least // 2, 1)
+        threads = torch.get_num_threads()
+        limit, least = CPU_BYTES * max(threads // 2, 1), max(threads, 4)
     return max(min(rows, max(limit // (buffers * classes * like.itemsize), least)), 1)
 
 

@@ -52,11 +52,12 @@ class Divergence(NamedTuple):
     ) -> Tensor:  # (n, 1)
         (teacher,) = target
         a, b, c, d = work
+        # x is overwritten by e where it is not needed again.
         student_x = torch.sub(student, student_max, out=a)
-        student_e = exponential(student_x, b, self.temperature)
+        student_e = exponential(student_x, a if self.kind in ("jsd", "tvd") else b, self.temperature)
         student_sum = student_e.sum(-1, keepdim=True)
         teacher_x = torch.sub(teacher, row_max(teacher), out=c)
-        teacher_e = exponential(teacher_x, d, self.temperature)
+        teacher_e = exponential(teacher_x, d if self.kind in ("kl_div", "reverse_kl") else c, self.temperature)
         teacher_sum = teacher_e.sum(-1, keepdim=True)
         slope = weight / self.temperature
         if self.kind == "soft_cross_entropy":
@@ -77,11 +78,11 @@ class Divergence(NamedTuple):
             student_p = student_e.div_(student_sum)
             # The smallest normal number more: ratios of the two are finite, and 1 where both probabilities are 0.
             tiny = torch.finfo(student_p.dtype).tiny
-            student_q = torch.add(student_p, tiny, out=a)
+            student_q = torch.add(student_p, tiny, out=b)
             teacher_q = teacher_e.div_(teacher_sum).add_(tiny)
-            difference = torch.sub(teacher_q, student_q, out=c)
+            difference = torch.sub(teacher_q, student_q, out=d)
             # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
-            student_log = torch.div(difference, student_q, out=a).mul_(self.beta).log1p_()
+            student_log = torch.div(difference, student_q, out=b).mul_(self.beta).log1p_()
             teacher_log = difference.div_(teacher_q).mul_(self.beta - 1).log1p_()
             mean = student_log.mul_(student_p).sum(-1, keepdim=True)
             loss = (self.beta - 1) * mean - self.beta * teacher_log.mul_(teacher_q).sum(-1, keepdim=True)
@@ -89,7 +90,7 @@ class Divergence(NamedTuple):
                 _centred(student_log, student_p, mean, slope * (self.beta - 1), out)
         else:
             student_p = student_e.div_(student_sum)
-            difference = torch.sub(student_p, teacher_e.div_(teacher_sum), out=a)
+            difference = torch.sub(student_p, teacher_e.div_(teacher_sum), out=b)
             loss = torch.abs(difference, out=c).sum(-1, keepdim=True) / 2
             if out is not None:
                 sign = difference.sign_().mul_(student_p)
