@@ -75,8 +75,8 @@ class RowLoss(NamedTuple):
             if may_be_infinite(loss):
                 out.masked_fill_(student == -math.inf, 0)
             if self.softcap is not None:
-                tanh_squared = student.div_(self.softcap).square_().clamp_(max=1)  # -inf is kept: slope 0
-                out.addcmul_(out, tanh_squared, value=-1)
+                tanh_squared = student.div_(self.softcap).square_().clamp_(max=1)  # slope 0 where -inf was kept
+                out *= tanh_squared.neg_().add_(1)
         return loss[:, 0]
 
 
