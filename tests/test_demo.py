@@ -23,7 +23,6 @@ TINY = demo.Size(
     teacher=(2, 16),
     student=(1, 8),
     heads=2,
-    teacher_corpus_epochs=0.02,
     teacher_epochs=1,
     general_epochs=0.02,
     intermediate_epochs=1,
