@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -107,7 +108,7 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
         plot(demo.losses, results, folder)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(report(results), encoding="utf-8")
-    table = Table()
+    table = Table(box=SIMPLE)  # narrow enough for 80 columns
     for head in TABLE_HEAD:
         table.add_column(head, no_wrap=True)
     for row in table_rows(results):
@@ -233,9 +234,9 @@ def train_tokenizer(corpus: Sequence[str], size: Size) -> PreTrainedTokenizerFas
 
 
 STUDENTS = {
-    "distilled": "student, distilled",
-    "folded": "student, from the teacher, labels",
-    "labels": "student, from scratch, labels",
+    "distilled": "distilled",
+    "folded": "same start, labels",
+    "labels": "from scratch, labels",
 }
 # Of transformers.TrainingArguments.
 OPTIONS: dict[str, Any] = {
@@ -474,7 +475,7 @@ def quiet() -> Iterator[None]:
 
 # -- report ------------------------------------------------------------------------------------------------------
 
-TABLE_HEAD = ("model", "parameters", "encoder", "size", "speed-up", "accuracy", "kept")
+TABLE_HEAD = ("model", "parameters", "encoder", "speed-up", "accuracy", "kept")
 
 
 def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -489,7 +490,6 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
                 label,
                 f"{parameters['total'] / 1e6:.2f}M",
                 f"{parameters['encoder'] / 1e6:.2f}M",
-                f"{4 * parameters['total'] / 1e6:.1f} MB",
                 f"{results['speed_up'] if kind == 'student' else 1:.1f}x",
                 f"{100 * mean:.1f}{spread}",
                 f"{100 * mean / teacher:.1f}%",
@@ -508,8 +508,8 @@ def report(results: dict[str, Any]) -> str:
 
 Accuracy on the dev set in per cent, mean and standard deviation over {len(size["seeds"])} seeds of the last training;
 kept: the share of the teacher's. Speed-up: one batch, {torch.get_num_threads()} threads. All students have one
-architecture and took {results["steps"]} steps. The second one starts from the teacher's weights as the first, but
-learns from the labels alone; the third never saw the teacher.
+architecture and took {results["steps"]} steps. "Same start" begins with the teacher's weights as the distilled one does
+and learns from the labels alone; "from scratch" never saw the teacher.
 
 **Task.** Which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) a passage
 is from: {rows["train"]} passages to train on, {rows["dev"]} from other docstrings to test on, module names struck out.

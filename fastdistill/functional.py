@@ -12,13 +12,14 @@ Common to all of them:
 - Under `torch.autocast` the operands of a projection are cast as `nn.Linear` casts them; losses stay float32.
 - Bad arguments raise ValueError or TypeError before any work. Differentiating twice raises RuntimeError
   (`backend="reference"` can be).
-- `backend`: "auto" takes the best one that can run here; "reference" (eager definitions) and "torch" (portable,
-  memory-lean) can be forced. A name that cannot run raises.
+- `backend`: "auto" takes the best one that can run here; "reference" (eager definitions), "torch" (portable,
+  memory-lean) and "triton" (fused kernels, on NVIDIA and AMD GPUs) can be forced. A name that cannot run raises.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,22 +50,53 @@ __all__ = [
     "tvd",
 ]
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
+
+# find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
+_TRITON_INSTALLED = find_spec("triton") is not None
 
 
 def pick_backend(backend: str, device: torch.device) -> str:
     """The backend a call takes: `backend` itself, or for "auto" the best that can run on `device`."""
     if backend == "auto":
-        return "torch"
+        return "triton" if device.type == "cuda" and _no_triton(device) is None else "torch"
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; on {device.type} it should be 'auto', 'reference' or 'torch'")
+        raise ValueError(
+            f"backend is {backend!r}; on {device.type} it should be 'auto', 'reference', 'torch' or 'triton'"
+        )
+    if backend == "triton":
+        reason = _no_triton(device)
+        if reason is not None:
+            raise ValueError(f"backend is 'triton', but {reason}; use backend='auto' or 'torch'")
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _no_triton(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on `device`; None: they can."""
+    if not _TRITON_INSTALLED:
+        return "triton is not installed (pip install 'fastdistill[triton]')"
+    if device.type == "cpu":
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            return "on a CPU its kernels run only in Triton's interpreter (TRITON_INTERPRET=1, for tests)"
+        return None
+    if device.type != "cuda":
+        return f"its kernels run on NVIDIA and AMD GPUs, not on {device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    return None
 
 
 def explain_backends(device: torch.device) -> list[tuple[str, str, str]]:
     """(op, the backend "auto" takes on `device`, why) for every public function; `fastdistill info` prints it."""
-    why = "the portable implementation; this version has no Triton or CUDA kernels"
-    return [(op, pick_backend("auto", device), why) for op in __all__]
+    backend = pick_backend("auto", device)
+    if backend == "triton":
+        why = "the fused kernels"
+    else:
+        why = f"the portable implementation; no triton: {_no_triton(device)}"
+    return [(op, backend, why) for op in __all__]
 
 
 def _mean(total: Tensor, count: int | Tensor) -> Tensor:
@@ -115,7 +147,7 @@ def linear_mse(
         mask: `(*)` bool, True = counts.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of tokens to divide by in place of the number counted.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Raises:
         ValueError: shapes that do not fit, a teacher that requires a gradient, an unknown reduction or backend.
@@ -159,6 +191,7 @@ def linear_mse(
             bias,
             None if mask is None else mask.reshape(-1),
             per_token=reduction == "none",
+            backend=backend,
         )
         if reduction == "none":
             return loss.view(tokens)
@@ -264,6 +297,7 @@ def _attention(
             query_mask,
             is_causal,
             attn_mask,
+            backend,
         )
         if reduction == "sum":
             return total
@@ -310,7 +344,7 @@ def attention_mse(
         attn_mask: bool, broadcastable to `(B, H, L, S)`, True = allowed.
         reduction: "mean" or "sum".
         num_items: number of pairs to divide by in place of the number counted.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Raises:
         ValueError: shapes that do not fit, head counts that differ, a teacher that requires a gradient, an
@@ -360,7 +394,7 @@ def attention_kl(
         attn_mask: bool, broadcastable to `(B, H, L, S)`, True = allowed.
         reduction: "mean" or "sum".
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Raises:
         ValueError: shapes that do not fit, head counts that differ, a teacher that requires a gradient, an
@@ -495,6 +529,7 @@ def _logits_loss(
             vocab_size=vocab_size,
             student_softcap=student_softcap,
             teacher_softcap=teacher_softcap,
+            backend=backend,
         )
         return _reduced(per_row, counted, reduction, num_items)
 
@@ -536,7 +571,7 @@ def soft_cross_entropy(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with teacher mass and student probability 0 gives inf, as the formula does.
@@ -591,7 +626,7 @@ def kl_div(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
@@ -648,7 +683,7 @@ def jsd(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
@@ -701,7 +736,7 @@ def tvd(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
@@ -811,6 +846,7 @@ def topk_soft_cross_entropy(
             hard_weight=0.0 if labels is None else 1 - alpha,
             vocab_size=vocab_size,
             student_softcap=student_softcap,
+            backend=backend,
         )
         return _reduced(per_row, counted, reduction, num_items)
 
@@ -904,6 +940,7 @@ def _linear_logits_loss(
             student_softcap=student_softcap,
             teacher_softcap=teacher_softcap,
             per_row=reduction == "none",
+            backend=backend,
         )
         return _linear_reduced(loss, rows, student, counted, reduction, num_items)
 
@@ -1201,5 +1238,6 @@ def linear_topk_soft_cross_entropy(
             vocab_size=vocab_size,
             student_softcap=student_softcap,
             per_row=reduction == "none",
+            backend=backend,
         )
         return _linear_reduced(loss, rows, student, counted, reduction, num_items)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
-from _oracle import BACKENDS
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: the kernels then run on CPU tensors
+
+import _interpreter
+import _oracle
 
 torch.set_num_threads(1)  # pytest-xdist runs one worker a core
 
@@ -23,6 +29,17 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", help="run the contract tests on this backend only; repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--backend"):
+        _oracle.BACKENDS = tuple(config.getoption("--backend"))
+    if "triton" in _oracle.BACKENDS and not torch.cuda.is_available():
+        _interpreter.mend_bfloat16()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", _oracle.BACKENDS)

@@ -238,7 +238,7 @@ def tile_blocks(
 # -- ops in tiles ------------------------------------------------------------------------------------------
 #
 # They take (student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale, key_mask, query_mask,
-# is_causal, attn_mask, differentiable) and return the sum, the count, and dQ and dK of the sum: gradients are cheapest
+# is_causal, attn_mask, backend, differentiable) and return the sum, the count, and dQ and dK of the sum: gradients are cheapest
 # while a tile is in the cache.
 
 
@@ -289,9 +289,9 @@ def register_tiled(op: CustomOpDef, name: str) -> None:
     def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
         _common.refuse_double_backward(name)
         if grad_total is None:
-            return (None,) * 11
+            return (None,) * 12
         gradients = map(_common.scaled, ctx.saved_tensors, (grad_total, grad_total), ctx.dtypes)
-        return *gradients, *(None,) * 9
+        return *gradients, *(None,) * 10
 
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=setup_context)

@@ -178,6 +178,10 @@ def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes:
     return indices
 
 
+def checked_labels(labels: Tensor | None, counted: Tensor | None, classes: int) -> Tensor | None:  # (N)
+    return None if labels is None else checked_indices("labels", labels.unsqueeze(-1), counted, classes)[:, 0]
+
+
 def row_losses(
     row_loss: RowLoss,
     student: Tensor,  # (*, >= V)

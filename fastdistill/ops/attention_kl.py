@@ -31,12 +31,13 @@ def attention_kl(
     query_mask: Tensor | None,  # (B, L)
     is_causal: bool,
     attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1)
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # sum of the rows' KL (), number of rows with an allowed key () int64
     lengths = student_query.shape[2], student_key.shape[2]
     attn_mask, key_mask, query_mask = _attention.fold_mask(attn_mask, key_mask, query_mask, *lengths)
     return _attention_kl(
         student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale,
-        key_mask, query_mask, is_causal, attn_mask, _attention.differentiable(student_query, student_key),
+        key_mask, query_mask, is_causal, attn_mask, backend, _attention.differentiable(student_query, student_key),
     )[:2]  # fmt: skip
 
 
@@ -137,6 +138,7 @@ def _attention_kl(
     query_mask: Tensor | None,
     is_causal: bool,
     attn_mask: Tensor | None,
+    backend: str,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # sum, count; gradients of the sum in its dtype, empty if not asked for
     inputs = (student_query, student_key, teacher_query, teacher_key)

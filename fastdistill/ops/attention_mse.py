@@ -45,6 +45,7 @@ def attention_mse(
     query_mask: Tensor | None,  # (B, L)
     is_causal: bool,
     attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1)
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # sum of squares (), number of allowed pairs () int64
     _, heads, query_length, width = student_query.shape
     key_length = student_key.shape[2]
@@ -54,9 +55,9 @@ def attention_mse(
     rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
     worth = (5 if is_causal else 2) * (width + teacher_query.shape[3])
     if attn_mask is None and rows * key_length > worth * (rows + key_length):
-        return _linear(*inputs, key_mask, query_mask, is_causal)[:2]
+        return _linear(*inputs, key_mask, query_mask, is_causal, backend)[:2]
     differentiable = _attention.differentiable(student_query, student_key)
-    return _tiled(*inputs, key_mask, query_mask, is_causal, attn_mask, differentiable)[:2]
+    return _tiled(*inputs, key_mask, query_mask, is_causal, attn_mask, backend, differentiable)[:2]
 
 
 def _count(keys_per_query: Tensor, student_query: Tensor) -> Tensor:
@@ -162,6 +163,7 @@ def _linear(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     is_causal: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # sum, count; the student's columns of Gq and of Gk (not if causal)
     inputs = (student_query, student_key, teacher_query, teacher_key)
     query_length, key_length, width = student_query.shape[2], student_key.shape[2], student_query.shape[3]
@@ -204,7 +206,7 @@ def _linear(
 @_linear.register_fake
 def _(student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale, *masks):  # type: ignore[no-untyped-def]
     inputs = (student_query, student_key, teacher_query, teacher_key)
-    is_causal = masks[-1]
+    is_causal = masks[2]
     total = student_query.new_empty((), dtype=_common.compute_dtype(*inputs))
     query_gram = student_query.new_empty(_gram_shapes(*inputs), dtype=_common.widest_dtype(student_query))
     key_gram = query_gram.new_empty(0 if is_causal else query_gram.shape)
@@ -223,6 +225,7 @@ def _linear_backward(
     key_mask: Tensor | None,
     query_mask: Tensor | None,
     is_causal: bool,
+    backend: str,
     query_gram: Tensor,
     key_gram: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -271,7 +274,7 @@ def _(grad_total, student_query, student_key, *_):  # type: ignore[no-untyped-de
 
 
 def _linear_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.student_scale, ctx.teacher_scale, key_mask, query_mask, ctx.is_causal = inputs
+    *tensors, ctx.student_scale, ctx.teacher_scale, key_mask, query_mask, ctx.is_causal, ctx.backend = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
     ctx.set_materialize_grads(False)
@@ -281,13 +284,13 @@ def _linear_setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _linear_gradients(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("attention_mse")
     if grad_total is None:
-        return (None,) * 9
+        return (None,) * 10
     *tensors, key_mask, query_mask, query_gram, key_gram = ctx.saved_tensors
     gradients = _linear_backward(
         grad_total, *tensors, ctx.student_scale, ctx.teacher_scale, key_mask, query_mask, ctx.is_causal,
-        query_gram, key_gram,
+        ctx.backend, query_gram, key_gram,
     )  # fmt: skip
-    return *gradients, *(None,) * 7
+    return *gradients, *(None,) * 8
 
 
 _linear.register_autograd(_linear_gradients, setup_context=_linear_setup_context)
@@ -308,6 +311,7 @@ def _tiled(
     query_mask: Tensor | None,
     is_causal: bool,
     attn_mask: Tensor | None,
+    backend: str,
     differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # sum, count; gradients of the sum in its dtype, empty if not asked for
     inputs = (student_query, student_key, teacher_query, teacher_key)

@@ -59,6 +59,7 @@ def linear_divergence(
     student_softcap: float | None,
     teacher_softcap: float | None,
     per_row: bool,
+    backend: str,
 ) -> Tensor:  # (N) or ()
     return _linear_divergence(
         student, student_weight, student_bias, labels if hard_weight else None, counted, None,
@@ -66,6 +67,7 @@ def linear_divergence(
         *_needs(per_row, student, student_weight, student_bias), per_row,
         student_weight.shape[0] if vocab_size is None else vocab_size,
         soft_weight, hard_weight, student_softcap, temperature, kind, beta, teacher_softcap,
+        backend,
     )[0]  # fmt: skip
 
 
@@ -85,13 +87,14 @@ def linear_topk_divergence(
     vocab_size: int | None,
     student_softcap: float | None,
     per_row: bool,
+    backend: str,
 ) -> Tensor:  # (N) or ()
     return _linear_topk_divergence(
         student, student_weight, student_bias, labels if hard_weight else None, counted, None,
         logprobs, indices,
         *_needs(per_row, student, student_weight, student_bias), per_row,
         student_weight.shape[0] if vocab_size is None else vocab_size,
-        soft_weight, hard_weight, student_softcap, temperature, tail,
+        soft_weight, hard_weight, student_softcap, temperature, tail, backend,
     )[0]  # fmt: skip
 
 
@@ -127,6 +130,7 @@ def _linear_divergence(
     kind: str,
     beta: float,
     teacher_softcap: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _common.compute_dtype(student, teacher)
     row_loss = RowLoss(Divergence(kind, temperature, beta), soft_weight, hard_weight, student_softcap)
@@ -165,6 +169,7 @@ def _linear_topk_divergence(
     student_softcap: float | None,
     temperature: float,
     tail: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _common.compute_dtype(student, logprobs)
     row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)

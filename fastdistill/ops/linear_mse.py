@@ -29,11 +29,12 @@ def linear_mse(
     bias: Tensor | None,  # (d_t)
     mask: Tensor | None,  # (N)
     per_token: bool,
+    backend: str,
 ) -> Tensor:  # (N) or ()
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, weight, bias)]
     # Per-token losses wait for their weights: the backward recomputes.
     in_forward = [need and not per_token for need in needs]
-    return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *in_forward)[0]
+    return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *in_forward, backend)[0]
 
 
 @torch.library.custom_op("fastdistill::linear_mse", mutates_args=())
@@ -48,6 +49,7 @@ def _linear_mse(
     needs_student: bool,
     needs_weight: bool,
     needs_bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (N) or (); dX (N, d_s), dW (d_t, d_s), db (d_t), empty if not needed
     dtype = _common.compute_dtype(student, weight, teacher, bias)
     loss, d_student, d_weight, d_bias = _outputs(student, teacher, needs_student, needs_weight, needs_bias, dtype)
@@ -101,14 +103,14 @@ def _outputs(
 
 
 @_linear_mse.register_fake
-def _(student, weight, teacher, bias, mask, token_weight, per_token, needs_student, needs_weight, needs_bias):  # type: ignore[no-untyped-def]
+def _(student, weight, teacher, bias, mask, token_weight, per_token, needs_student, needs_weight, needs_bias, _):  # type: ignore[no-untyped-def]
     dtype = _common.compute_dtype(student, weight, teacher, bias)
     loss, *gradients = _outputs(student, teacher, needs_student, needs_weight, needs_bias, dtype)
     return loss if per_token else loss.new_empty(()), *gradients
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    student, weight, teacher, bias, mask, _, ctx.per_token, *ctx.in_forward = inputs
+    student, weight, teacher, bias, mask, _, ctx.per_token, *ctx.in_forward, ctx.backend = inputs
     _, d_student, d_weight, d_bias = output
     ctx.mark_non_differentiable(d_student, d_weight, d_bias)
     ctx.set_materialize_grads(False)
@@ -121,13 +123,13 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("linear_mse")
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     if grad_loss is None:
         return nothing
     if ctx.per_token:
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         student, weight, teacher, bias, mask = ctx.saved_tensors
-        _, *gradients = _linear_mse(student, weight, teacher, bias, mask, grad_loss, True, *needs)
+        _, *gradients = _linear_mse(student, weight, teacher, bias, mask, grad_loss, True, *needs, ctx.backend)
         gradients = [g.to(dtype) if need else None for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)]
     else:
         gradients = [

@@ -27,6 +27,7 @@ from fastdistill.ops import _common
 from fastdistill.ops._rows import (
     RowLoss,
     Target,
+    checked_labels,
     differentiable,
     exponential,
     gradient_in_forward,
@@ -131,6 +132,7 @@ def divergence(
     vocab_size: int | None,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    backend: str,
 ) -> Tensor:  # (*)
     loss, _ = _divergence(
         student if student.dim() > 1 else student.unsqueeze(0),
@@ -147,6 +149,7 @@ def divergence(
         student.shape[-1] if vocab_size is None else vocab_size,
         student_softcap,
         teacher_softcap,
+        backend,
     )
     return loss if student.dim() == 2 else loss.view(student.shape[:-1])
 
@@ -166,7 +169,19 @@ def _forward(
     classes: int,  # V
     student_softcap: float | None,
     teacher_softcap: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
+    if backend == "triton":
+        from fastdistill.kernels import logits as kernels
+
+        loss, d_student = _fake(student, teacher, labels, counted, weight, needs_gradient)
+        kernels.rows(
+            student, teacher if soft_weight else None, checked_labels(labels, counted, classes), counted, kind,
+            classes=classes, temperature=temperature, beta=beta, soft_weight=soft_weight, hard_weight=hard_weight,
+            student_softcap=student_softcap, teacher_softcap=teacher_softcap, loss=loss,
+            gradient=d_student if needs_gradient else None, weight=weight,
+        )  # fmt: skip
+        return loss, d_student
     return row_losses(
         RowLoss(Divergence(kind, temperature, beta), soft_weight, hard_weight, student_softcap),
         student, teacher if soft_weight else None, (), labels, counted, weight, needs_gradient, classes,

@@ -98,6 +98,7 @@ def topk_divergence(
     hard_weight: float,
     vocab_size: int | None,
     student_softcap: float | None,
+    backend: str,
 ) -> Tensor:  # (*)
     loss, _ = _topk_divergence(
         student if student.dim() > 1 else student.unsqueeze(0),
@@ -113,6 +114,7 @@ def topk_divergence(
         hard_weight,
         student.shape[-1] if vocab_size is None else vocab_size,
         student_softcap,
+        backend,
     )
     return loss if student.dim() == 2 else loss.view(student.shape[:-1])
 
@@ -131,6 +133,7 @@ def _forward(
     hard_weight: float,
     classes: int,  # V
     student_softcap: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
     dtype = _common.compute_dtype(student, logprobs)
     return row_losses(

@@ -1,0 +1,214 @@
+"""`python -m bench.static [--arch sm_90 ...] [--kernel NAME]`: what the compiler makes of every shipped kernel, no GPU.
+
+Each launcher of `kernels/` is called as an op calls it, on tensors of the sizes below, and what it would launch is compiled
+for each architecture instead: the table shows the very configurations that run. Columns: registers a thread, bytes of
+spills, shared memory, tensor-core instructions, the widest load in bits, and programs that fit a multiprocessor at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bench import static_cases
+from fastdistill.kernels import _common
+
+
+@dataclass(frozen=True)
+class Arch:
+    name: str
+    target: GPUTarget
+    shared: int  # bytes a program may have
+    threads: int  # of a multiprocessor
+    registers: int
+
+
+ARCHS = {
+    "sm_80": Arch("sm_80", GPUTarget("cuda", 80, 32), 163 << 10, 2048, 65536),
+    "sm_90": Arch("sm_90", GPUTarget("cuda", 90, 32), 227 << 10, 2048, 65536),
+    "sm_100": Arch("sm_100", GPUTarget("cuda", 100, 32), 227 << 10, 2048, 65536),
+    "gfx942": Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 2048, 512 * 4 * 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher would start it."""
+
+    function: JITFunction
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__module__.rsplit('.', 1)[-1]}.{self.function.__name__.strip('_')}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    launch: Launch
+    case: str
+    arch: str
+    warps: int
+    registers: int
+    spills: int  # bytes a thread
+    shared: int  # bytes a program
+    tensor_core: int  # instructions
+    widest_load: int  # bits
+    programs: int  # that fit a multiprocessor
+
+
+@contextmanager
+def recorded(arch: str) -> Iterator[list[Launch]]:
+    """Launches are written down, not run; launchers choose as on `arch`."""
+    launches: list[Launch] = []
+
+    def run(self, *arguments, grid, warmup, **keywords):  # type: ignore[no-untyped-def]
+        launches.append(_launch(self, arguments, keywords))
+
+    run_before, arch_before = JITFunction.run, _common.arch_of
+    JITFunction.run, _common.arch_of = run, lambda x: arch  # type: ignore[method-assign,assignment]
+    try:
+        yield launches
+    finally:
+        JITFunction.run, _common.arch_of = run_before, arch_before  # type: ignore[method-assign]
+
+
+def _launch(function: JITFunction, arguments: tuple, keywords: dict[str, Any]) -> Launch:
+    """The specialisation of a call, as Triton makes it: None, 1 and constexprs are constants, 16 divides or not."""
+    values = dict(zip(function.arg_names, arguments, strict=False))
+    values.update({name: keywords.pop(name) for name in list(keywords) if name in function.arg_names})
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(function.params):
+        value = values.get(parameter.name, parameter.default if parameter.has_default else None)
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not isinstance(value, bool)):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name], divisible = parameter.annotation_type or "fp32", False
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return Launch(function, signature, constants, attributes, keywords)
+
+
+_TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.bool: "i1",
+    torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
+}  # fmt: skip
+
+
+def compiled(launch: Launch, case: str, arch: Arch) -> Compiled:
+    source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
+    kernel = triton.compile(source, target=arch.target, options={**launch.options, "enable_fp_fusion": True})
+    warps = kernel.metadata.num_warps
+    if arch.target.backend == "cuda":
+        registers, spills, tensor_core, widest = _nvidia(kernel.asm["cubin"])
+    else:
+        registers, spills, tensor_core, widest = _amd(kernel.asm["amdgcn"])
+    threads = warps * arch.target.warp_size
+    programs = min(arch.threads // threads, arch.registers // max(registers * threads, 1), 32)
+    if kernel.metadata.shared:
+        programs = min(programs, arch.shared // kernel.metadata.shared)
+    return Compiled(
+        launch, case, arch.name, warps, registers, spills, kernel.metadata.shared, tensor_core, widest, programs
+    )
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, int, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(flag: str) -> str:
+            return subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("-res-usage"), dump("-sass")
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    widths = [int(width or 32) for width in re.findall(r"\bLDG(?:STS)?\.E(?:\.[A-Z]\w*)*?(?:\.(\d+))?\b", code)]
+    copies = 128 if "UTMALDG" in code or "UBLKCP" in code else 0
+    tensor_core = len(re.findall(r"\b(?:HMMA|HGMMA|DMMA|UTCHMMA|UTCQMMA)\b", code))
+    return registers, stack + local, tensor_core, max([*widths, copies])
+
+
+def _amd(code: str) -> tuple[int, int, int, int]:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", code)
+        return int(found[1]) if found else 0
+
+    sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
+    loads = re.findall(r"\b(?:global|buffer)_load_(dwordx[234]|dword|u?short|ubyte)", code)
+    spills = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    registers = field("vgpr_count") + field("agpr_count")
+    return registers, max(spills, field("private_segment_fixed_size")), code.count("v_mfma"), max(
+        [sizes[x] for x in loads], default=0
+    )  # fmt: skip
+
+
+def cases(arch: str, only: str = "") -> Iterator[tuple[str, Launch]]:
+    """Every shipped configuration on `arch`: what it is for, and what would be launched; each just once."""
+    seen = set()
+    for name, call in static_cases.all_cases():
+        if only not in name:
+            continue
+        with recorded(arch) as launches:
+            call()
+        for launch in launches:
+            key = (launch.name, *map(repr, (launch.signature, launch.constants, launch.attributes, launch.options)))
+            if key not in seen:
+                seen.add(key)
+                yield name, launch
+
+
+def table(rows: list[Compiled]) -> str:
+    lines = [
+        f"triton {triton.__version__}",
+        "",
+        "| kernel | case | arch | warps | registers | spills | shared | tensor core | widest load | programs |",
+        "| --- | --- | --- |" + " ---: |" * 7,
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.launch.name} | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spills} | {r.shared / 1024:.1f} KiB "
+            f"| {r.tensor_core} | {r.widest_load} | {r.programs} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="*", default=list(ARCHS), choices=list(ARCHS))
+    parser.add_argument("--kernel", default="", help="only cases whose name holds this")
+    arguments = parser.parse_args()
+    rows = [
+        compiled(launch, case, ARCHS[arch])
+        for arch in arguments.arch
+        for case, launch in cases(arch, arguments.kernel)
+    ]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The calls whose kernels `bench.static` compiles: each launcher, at the sizes and dtypes that choose its configurations.
+
+Tensors are empty: nothing runs, only sizes, dtypes and alignment matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastdistill.kernels import logits
+
+Call = Callable[[], object]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def all_cases() -> Iterator[tuple[str, Call]]:
+    yield from logits_cases()
+
+
+def logits_cases() -> Iterator[tuple[str, Call]]:
+    kinds = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
+    for kind in kinds:
+        for classes in (128, 8192, 16384, 32768, 131072):
+            yield _rows(kind, classes, "bf16", with_all=False)
+    for name in DTYPES:
+        yield _rows("kl_div", 16384, name, with_all=True)
+        yield _rows("jsd", 32000, name, with_all=True)
+
+
+def _rows(kind: str, classes: int, name: str, with_all: bool) -> tuple[str, Call]:
+    student, teacher = (torch.empty(64, classes, dtype=DTYPES[name]) for _ in range(2))
+    loss, gradient = torch.empty(64), torch.empty_like(student)
+    labels = torch.empty(64, dtype=torch.int64) if with_all else None
+    counted = torch.empty(64, dtype=torch.bool) if with_all else None
+    cap = 30.0 if with_all else None
+
+    def call() -> None:
+        logits.rows(
+            student, teacher, labels, counted, kind, classes=classes, temperature=2.0, beta=0.5, soft_weight=1.0,
+            hard_weight=0.5, student_softcap=cap, teacher_softcap=cap, loss=loss, gradient=gradient, weight=loss,
+        )  # fmt: skip
+
+    return f"logits {kind} V={classes} {name}" + (" all options" if with_all else ""), call

@@ -1,0 +1,82 @@
+"""What the kernels share: launching on a tensor's own device, rows of any layout, and logarithms that keep digits."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+
+
+def arch_of(x: Tensor) -> str:
+    """The architecture that launchers choose tiles for: "sm_90", "gfx942"; "cpu" in the interpreter."""
+    if not x.is_cuda:
+        return "cpu"
+    properties = torch.cuda.get_device_properties(x.device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def warp_size(arch: str) -> int:
+    return 64 if arch.startswith("gfx9") else 32
+
+
+def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """Rows `x[..., :]` as (x, inner, outer stride, inner stride): row i starts at i // inner * outer + i % inner * inner.
+
+    Logits like y[:, :-1] have no stride that leads from each row to the next; two strides reach them without a copy.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    sizes, strides = [], []  # of the leading dimensions, those that follow on each other merged
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == stride * size:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    if len(sizes) > 2:
+        return rows_of(x.contiguous())
+    if len(sizes) == 2:
+        return x, sizes[1], strides[0], strides[1]
+    return x, max(x.shape[:-1].numel(), 1), 0, strides[0] if strides else 0
+
+
+def power_of_2(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+@triton.jit
+def row_offset(row, inner, outer_stride, inner_stride):
+    """Where a row of `rows_of` starts; 64 bits, since a tensor may hold more than 2^31 elements."""
+    row = tl.cast(row, tl.int64)
+    return row // inner * outer_stride + row % inner * inner_stride
+
+
+@triton.jit
+def log1p(u):
+    """log(1 + u) to the last digit for small u (Kahan): the rounding of 1 + u is divided out again."""
+    w = 1 + u
+    return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
+
+
+@triton.jit
+def tanh(x):
+    """There is no tanh in Triton's language. Small x have a series: 1 - exp(-2x) would lose their digits."""
+    t = tl.exp(-2 * tl.abs(x))
+    far = (1 - t) / (1 + t)
+    y = x * x
+    if x.dtype == tl.float64:
+        # Taken to where the two meet at 1e-16: |x| < 0.05
+        near = x * (1 - y * (1 / 3 - y * (2 / 15 - y * (17 / 315 - y * (62 / 2835 - y * (1382 / 155925))))))
+        return tl.where(tl.abs(x) < 0.05, near, tl.where(x < 0, -far, far))
+    near = x * (1 - y * (1 / 3 - y * (2 / 15 - y * (17 / 315 - y * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, near, tl.where(x < 0, -far, far))

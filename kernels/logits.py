@@ -1,0 +1,334 @@
+"""Losses over classes, one program a row: the loss and, where wanted, its gradient in the student's logits.
+
+With x = z - max z, e = exp(x / T), Z = sum e, p = e / Z of each side and m = beta p_t + (1 - beta) p_s, a class adds
+`term` to its row's loss, and its gradient comes from `slope`:
+
+    kind                rest of the loss   term                                  gradient
+    soft_cross_entropy  log Z_s            -p_t x_s / T                          (p_s - p_t) / T
+    kl_div              -log(Z_t / Z_s)    p_t (x_t - x_s) / T                   (p_s - p_t) / T
+    reverse_kl          -log(Z_s / Z_t)    p_s c / T          c = x_s - x_t      p_s (c - E_s[c]) / T^2
+    jsd                                    -beta p_t log(m / p_t) + (1-b) p_s c  (1 - beta) p_s (c - E_s[c]) / T
+                                                              c = -log(m / p_s)
+    tvd                                    |p_s - p_t| / 2    c = sgn(p_s - p_t) p_s (c - E_s[c]) / 2T
+
+Differences are taken class by class before they are summed, so a student near its teacher keeps its digits.
+
+Rows that fit are held in registers: each logit is read once. Longer ones are read three times, in blocks: for the
+maxima and sums, for the loss and E_s[c], for the gradient. Kinds without E_s[c] need no third reading.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdistill.kernels import _common
+from fastdistill.kernels._common import log1p, on_device_of, power_of_2, row_offset, rows_of, tanh
+
+# Longest row that is held in registers, and the block of longer ones. Twice as long a row would leave a thread of the
+# largest program 64 registers, and spills.
+RESIDENT = 8192
+BLOCK = 4096
+
+
+@triton.jit
+def _capped(z, softcap, HAS_CAP: tl.constexpr):
+    """-inf stays: a class that cannot be."""
+    if HAS_CAP:
+        z = tl.where(z == -float("inf"), z, softcap * tanh(z / softcap))
+    return z
+
+
+@triton.jit
+def _load(row_ptr, columns, classes, softcap, HAS_CAP: tl.constexpr, WIDE: tl.constexpr):
+    """Logits of some columns as the losses see them; -inf beyond the row."""
+    z = tl.load(row_ptr + columns, mask=columns < classes, other=-float("inf")).to(WIDE)
+    return _capped(z, softcap, HAS_CAP)
+
+
+@triton.jit
+def _exp(x, temperature):
+    if x.dtype == tl.float64:
+        return tl.exp(x / temperature)
+    return tl.exp2(x * (1.4426950408889634 / temperature))
+
+
+@triton.jit
+def _terms(student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND: tl.constexpr):
+    """Of each class: its part of the loss, p_s, p_t, p_s c, and what it adds to Z ratios (e_a - e_b)."""
+    student_x, teacher_x = student - student_max, teacher - teacher_max
+    student_e, teacher_e = _exp(student_x, temperature), _exp(teacher_x, temperature)
+    student_p, teacher_p = student_e / student_sum, teacher_e / teacher_sum
+    value = student_p * 0  # p_s c
+    excess = student_p * 0
+    if KIND == "soft_cross_entropy":
+        term = -tl.where(teacher_p == 0, 0, teacher_p * student_x) / temperature
+    elif KIND == "kl_div":
+        term = tl.where(teacher_p == 0, 0, teacher_p * (teacher_x - student_x)) / temperature
+        excess = teacher_e - student_e
+    elif KIND == "reverse_kl":
+        value = tl.where(student_p == 0, 0, student_p * (student_x - teacher_x))
+        term = value / temperature
+        excess = student_e - teacher_e
+    elif KIND == "jsd":
+        # The smallest normal number more: ratios of the two are finite, and 1 where both probabilities are 0.
+        tiny: tl.constexpr = 2.2250738585072014e-308 if student_p.dtype == tl.float64 else 1.1754943508222875e-38
+        student_q, teacher_q = student_p + tiny, teacher_p + tiny
+        difference = teacher_q - student_q
+        value = -student_p * log1p(beta * (difference / student_q))
+        term = (1 - beta) * value - beta * teacher_q * log1p((beta - 1) * (difference / teacher_q))
+    else:
+        difference = student_p - teacher_p
+        term = tl.abs(difference) / 2
+        # Not a number where the difference is not.
+        value = student_p * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    return term, student_p, teacher_p, value, excess
+
+
+@triton.jit
+def _row_loss(total, excess, student_sum, teacher_sum, soft_weight, KIND: tl.constexpr):
+    """The soft loss of a row from the sum of its classes' terms."""
+    if KIND == "soft_cross_entropy":
+        loss = tl.log(student_sum) + total
+    elif KIND == "kl_div":
+        loss = total - _log_ratio(excess, teacher_sum, student_sum)
+    elif KIND == "reverse_kl":
+        loss = total - _log_ratio(excess, student_sum, teacher_sum)
+    else:
+        loss = total
+    return tl.where(loss < 0, 0, loss) * soft_weight  # rounding may leave -1e-8 of a loss that is 0
+
+
+@triton.jit
+def _log_ratio(excess, a_sum, b_sum):
+    """log(a / b), to the last digit where they are close: `excess` is the sum of their classes' differences."""
+    return tl.where(tl.abs(excess) < 0.5 * b_sum, log1p(excess / b_sum), tl.log(a_sum / b_sum))
+
+
+@triton.jit
+def _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND: tl.constexpr):
+    """Gradient of the soft loss in the student's capped logits."""
+    if KIND == "soft_cross_entropy" or KIND == "kl_div":
+        return (student_p - teacher_p) * (soft_weight / temperature)
+    centred = value - student_p * mean
+    if KIND == "reverse_kl":
+        return centred * (soft_weight / (temperature * temperature))
+    elif KIND == "jsd":
+        return centred * (soft_weight * (1 - beta) / temperature)
+    return centred * (soft_weight / (2 * temperature))
+
+
+@triton.jit
+def _finish(
+    gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, softcap,
+    HAS_LABELS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """From the soft loss' gradient to that of the row's in its logits before the softcap, times the row's weight."""
+    if HAS_LABELS:
+        hard_p = _exp(student - student_max, 1.0) / hard_sum
+        gradient += hard_weight * (hard_p - tl.where(columns == label, 1.0, 0.0))
+    # A class of probability 0 that the target or the label asks for: the loss is infinite, its own gradient 0.
+    gradient = tl.where(student == -float("inf"), 0, gradient)
+    if HAS_CAP:
+        ratio = student / softcap
+        gradient = tl.where(student == -float("inf"), 0, gradient * (1 - ratio * ratio))
+    return gradient * weight
+
+
+@triton.jit
+def _rows(
+    student_ptr,  # (N, >= V)
+    teacher_ptr,  # (N, >= V); None: the soft loss has no weight
+    labels_ptr,  # (N)
+    counted_ptr,  # (N)
+    weight_ptr,  # (N), of each row's gradient; None: 1
+    loss_ptr,  # (N)
+    d_student_ptr,  # (N, width), contiguous; None: not wanted
+    student_inner, student_outer_stride, student_inner_stride,
+    teacher_inner, teacher_outer_stride, teacher_inner_stride,
+    width,  # of a row of d_student: zero from V on
+    classes,  # V
+    temperature: tl.float64, beta: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64,
+    student_softcap: tl.float64, teacher_softcap: tl.float64,
+    KIND: tl.constexpr,
+    HAS_STUDENT_CAP: tl.constexpr, HAS_TEACHER_CAP: tl.constexpr,
+    WIDE: tl.constexpr,
+    RESIDENT: tl.constexpr,  # the row is one block
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    # Options arrive in float64 and are used in the dtype of the computation.
+    temperature, beta = tl.full((), temperature, WIDE), tl.full((), beta, WIDE)
+    soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
+    student_softcap, teacher_softcap = tl.full((), student_softcap, WIDE), tl.full((), teacher_softcap, WIDE)
+    student_row = student_ptr + row_offset(row, student_inner, student_outer_stride, student_inner_stride)
+    teacher_row, d_row = student_row, student_row
+    if teacher_ptr is not None:
+        teacher_row = teacher_ptr + row_offset(row, teacher_inner, teacher_outer_stride, teacher_inner_stride)
+    if d_student_ptr is not None:
+        d_row = d_student_ptr + tl.cast(row, tl.int64) * width
+    offsets = tl.arange(0, BLOCK)
+
+    weight = tl.full((), 1.0, WIDE)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + row).to(WIDE)
+    if counted_ptr is not None:
+        if tl.load(counted_ptr + row) == 0:
+            tl.store(loss_ptr + row, 0.0)
+            if d_student_ptr is not None:
+                for start in range(0, width, BLOCK):
+                    columns = start + offsets
+                    tl.store(d_row + columns, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=columns < width)
+            return
+
+    # Read before d_student, which may be the student's own memory, is written. A label that is no class makes NaN.
+    label, likely = 0, 0.0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row)
+        is_class = (label >= 0) & (label < classes)
+        likely = tl.load(student_row + label, mask=is_class, other=float("nan")).to(WIDE)
+        likely = _capped(likely, student_softcap, HAS_STUDENT_CAP)
+
+    # 1. Maxima and sums of exponentials; hard_sum is the student's at temperature 1.
+    student = _load(student_row, offsets, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+    teacher = student
+    if teacher_ptr is not None:
+        teacher = _load(teacher_row, offsets, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+    student_max, teacher_max = tl.max(student, 0), tl.max(teacher, 0)
+    if not RESIDENT:
+        # From here on finite: what is subtracted from -inf.
+        lowest: tl.constexpr = -1.7e308 if WIDE == tl.float64 else -3.4e38
+        student_max, teacher_max = tl.maximum(student_max, lowest), tl.maximum(teacher_max, lowest)
+    student_sum = tl.sum(_exp(student - student_max, temperature), 0)
+    teacher_sum = tl.sum(_exp(teacher - teacher_max, temperature), 0)
+    hard_sum = student_sum
+    if labels_ptr is not None:
+        hard_sum = tl.sum(_exp(student - student_max, 1.0), 0)
+    if not RESIDENT:
+        for start in range(BLOCK, classes, BLOCK):
+            columns = start + offsets
+            student = _load(student_row, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            top = tl.maximum(student_max, tl.max(student, 0))
+            student_sum *= _exp(student_max - top, temperature)
+            student_sum += tl.sum(_exp(student - top, temperature), 0)
+            if labels_ptr is not None:
+                hard_sum *= _exp(student_max - top, 1.0)
+                hard_sum += tl.sum(_exp(student - top, 1.0), 0)
+            student_max = top
+            if teacher_ptr is not None:
+                teacher = _load(teacher_row, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+                top = tl.maximum(teacher_max, tl.max(teacher, 0))
+                teacher_sum *= _exp(teacher_max - top, temperature)
+                teacher_sum += tl.sum(_exp(teacher - top, temperature), 0)
+                teacher_max = top
+
+    loss = tl.full((), 0.0, WIDE)
+    if labels_ptr is not None:
+        loss = hard_weight * (tl.log(hard_sum) + (student_max - likely))
+
+    # 2. The loss, and the gradient unless it waits for E_s[c].
+    CENTRED: tl.constexpr = teacher_ptr is not None and KIND != "soft_cross_entropy" and KIND != "kl_div"
+    mean = tl.full((), 0.0, WIDE)
+    if RESIDENT:
+        gradient = tl.zeros((BLOCK,), WIDE)
+        if teacher_ptr is not None:
+            term, student_p, teacher_p, value, excess = _terms(
+                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
+            )
+            inside = offsets < classes
+            mean = tl.sum(tl.where(inside, value, 0), 0)
+            total, excess_sum = tl.sum(tl.where(inside, term, 0), 0), tl.sum(tl.where(inside, excess, 0), 0)
+            loss += _row_loss(total, excess_sum, student_sum, teacher_sum, soft_weight, KIND)
+            gradient = _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND)
+        if d_student_ptr is not None:
+            gradient = _finish(
+                gradient, student, offsets, student_max, hard_sum, label, hard_weight, weight, student_softcap,
+                labels_ptr is not None, HAS_STUDENT_CAP,
+            )  # fmt: skip
+            tl.store(d_row + offsets, gradient.to(d_row.dtype.element_ty), mask=offsets < classes)
+    else:
+        total, excess_sum = tl.full((), 0.0, WIDE), tl.full((), 0.0, WIDE)
+        for start in range(0, classes, BLOCK):
+            columns = start + offsets
+            inside = columns < classes
+            student = _load(student_row, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            gradient = tl.zeros((BLOCK,), WIDE)
+            if teacher_ptr is not None:
+                teacher = _load(teacher_row, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+                term, student_p, teacher_p, value, excess = _terms(
+                    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
+                )
+                mean += tl.sum(tl.where(inside, value, 0), 0)
+                total += tl.sum(tl.where(inside, term, 0), 0)
+                excess_sum += tl.sum(tl.where(inside, excess, 0), 0)
+                if not CENTRED:
+                    gradient = _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND)
+            if d_student_ptr is not None and not CENTRED:
+                gradient = _finish(
+                    gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, student_softcap,
+                    labels_ptr is not None, HAS_STUDENT_CAP,
+                )  # fmt: skip
+                tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=inside)
+        if teacher_ptr is not None:
+            loss += _row_loss(total, excess_sum, student_sum, teacher_sum, soft_weight, KIND)
+
+    # 3. The gradient that waited.
+    if d_student_ptr is not None and CENTRED and not RESIDENT:
+        for start in range(0, classes, BLOCK):
+            columns = start + offsets
+            student = _load(student_row, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            teacher = _load(teacher_row, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+            term, student_p, teacher_p, value, excess = _terms(
+                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
+            )
+            gradient = _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND)
+            gradient = _finish(
+                gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, student_softcap,
+                labels_ptr is not None, HAS_STUDENT_CAP,
+            )  # fmt: skip
+            tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=columns < classes)
+
+    if d_student_ptr is not None:
+        for start in range(classes, width, BLOCK):
+            tl.store(d_row + start + offsets, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=start + offsets < width)
+    tl.store(loss_ptr + row, loss)
+
+
+def rows(
+    student: Tensor,  # (*, >= V)
+    teacher: Tensor | None,  # (*, >= V); None: the soft loss has no weight
+    labels: Tensor | None,  # (N)
+    counted: Tensor | None,  # (N)
+    kind: str,
+    *,
+    classes: int,  # V
+    temperature: float,
+    beta: float,
+    soft_weight: float,
+    hard_weight: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    loss: Tensor,  # (N), float32 or float64, the dtype of the computation
+    gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
+    weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
+) -> None:
+    """Writes `loss`, and `gradient` where it is given."""
+    student, *student_rows = rows_of(student)
+    teacher_rows = [1, 0, 0]
+    if teacher is not None:
+        teacher, *teacher_rows = rows_of(teacher)
+    count = student.shape[:-1].numel()
+    if count == 0:
+        return
+    resident = classes <= RESIDENT
+    block = max(power_of_2(classes), 16) if resident else BLOCK
+    with on_device_of(student):
+        _rows[(count,)](
+            student, teacher, labels, counted, weight, loss, gradient, *student_rows, *teacher_rows,
+            0 if gradient is None else gradient.shape[-1], classes,
+            temperature, beta, soft_weight, hard_weight, student_softcap or 1.0, teacher_softcap or 1.0,
+            KIND=kind, HAS_STUDENT_CAP=student_softcap is not None, HAS_TEACHER_CAP=teacher_softcap is not None,
+            WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32, RESIDENT=resident, BLOCK=block,
+            # 16 numbers of each side a thread.
+            num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),
+        )  # fmt: skip
