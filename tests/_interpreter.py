@@ -1,26 +1,41 @@
-"""Triton's interpreter keeps bfloat16 as the bits of an integer, and its products take them for one (3.6 to 3.9)."""
+"""Triton's interpreter (3.6 to 3.9) keeps bfloat16 as the bits of an integer: its products take them for one, and what
+it rounds to bfloat16 is cut off. On a GPU products are exact and rounding is to nearest: so they are made here."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def mend_bfloat16() -> None:
-    """Products of bfloat16 tiles, as a GPU makes them: exact, summed in float32."""
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime import interpreter
 
-    broken = InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    cut, cast, multiply = interpreter._convert_float, builder.cast_impl, builder.create_dot
+
+    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if target != tl.bfloat16 or source not in (tl.float32, tl.float64):
+            return cut(data, source, target, mode)
+        numbers = np.ascontiguousarray(data).view(np.float64 if source == tl.float64 else np.float32)
+        bits = torch.from_numpy(numbers.copy()).to(torch.bfloat16).view(torch.int16).numpy()
+        return bits.view(np.uint16).reshape(data.shape)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if {source.dtype.scalar, target.scalar} == {tl.bfloat16, tl.float64}:
+            source = cast(self, source, tl.float32)
+        return cast(self, source, target)
 
     def widened(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         bits = handle.data.astype(np.uint32) << 16
-        return TensorHandle(bits.view(np.float32), tl.float32)
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return broken(self, widened(a), widened(b), *rest)
+        return multiply(self, widened(a), widened(b), *rest)
 
-    InterpreterBuilder.create_dot = create_dot
+    interpreter._convert_float = rounded
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
