@@ -1,8 +1,9 @@
 """`python -m bench.static [--arch sm_90 ...] [--kernel NAME]`: what the compiler makes of every shipped kernel, no GPU.
 
-Each launcher of `kernels/` is called as an op calls it, on tensors of the sizes below, and what it would launch is compiled
-for each architecture instead: the table shows the very configurations that run. Columns: registers a thread, bytes of
-spills, shared memory, tensor-core instructions, the widest load in bits, and programs that fit a multiprocessor at once.
+Each launcher of `kernels/` is called as an op calls it, on tensors of the sizes of static_cases.py, and what it would
+launch is compiled for each architecture instead: the table shows the very configurations that run. Columns: registers
+a thread, bytes of spills, shared memory, tensor-core instructions, the widest load in bits, and programs that fit a
+multiprocessor at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,13 @@ from typing import Any
 
 import torch
 import triton
+from fastdistill.kernels import _common
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench import static_cases
-from fastdistill.kernels import _common
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def _launch(function: JITFunction, arguments: tuple, keywords: dict[str, Any]) -
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
         value = values.get(parameter.name, parameter.default if parameter.has_default else None)
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not isinstance(value, bool)):
+        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -143,7 +145,8 @@ def _nvidia(cubin: bytes) -> tuple[int, int, int, int]:
         file.flush()
 
         def dump(flag: str) -> str:
-            return subprocess.run([tools / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            command = [tools / "cuobjdump", flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         usage, code = dump("-res-usage"), dump("-sass")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
@@ -191,8 +194,8 @@ def table(rows: list[Compiled]) -> str:
     ]
     for r in rows:
         lines.append(
-            f"| {r.launch.name} | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spills} | {r.shared / 1024:.1f} KiB "
-            f"| {r.tensor_core} | {r.widest_load} | {r.programs} |"
+            f"| {r.launch.name} | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spills} "
+            f"| {r.shared / 1024:.1f} KiB | {r.tensor_core} | {r.widest_load} | {r.programs} |"
         )
     return "\n".join(lines)
 
@@ -203,9 +206,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="", help="only cases whose name holds this")
     arguments = parser.parse_args()
     rows = [
-        compiled(launch, case, ARCHS[arch])
-        for arch in arguments.arch
-        for case, launch in cases(arch, arguments.kernel)
+        compiled(launch, case, ARCHS[arch]) for arch in arguments.arch for case, launch in cases(arch, arguments.kernel)
     ]
     print(table(rows))
 

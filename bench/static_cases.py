@@ -1,4 +1,4 @@
-"""The calls whose kernels `bench.static` compiles: each launcher, at the sizes and dtypes that choose its configurations.
+"""The calls whose kernels `bench.static` compiles: each launcher, at the sizes and dtypes that choose its tiles.
 
 Tensors are empty: nothing runs, only sizes, dtypes and alignment matter.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-
 from fastdistill.kernels import logits
 
 Call = Callable[[], object]

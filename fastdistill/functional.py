@@ -455,16 +455,29 @@ def _check_softcaps(**softcaps: float | None) -> None:
             check.positive(name, value)
 
 
-def _reduced(per_row: Tensor, counted: Tensor | None, reduction: str, num_items: int | Tensor | None) -> Tensor:
-    """`per_row` is already 0 where `counted` is False."""
+def _row_count(
+    logits: Tensor, counted: Tensor | None, reduction: str, num_items: int | Tensor | None
+) -> int | Tensor | None:
+    """What a mean divides by; None: the reduction is no mean."""
+    if reduction != "mean":
+        return None
+    if num_items is not None:
+        return num_items
+    return logits.shape[:-1].numel() if counted is None else counted.sum()
+
+
+def _row_gradient(logits: Tensor, count: int | Tensor | None) -> Tensor | None:
+    """The gradient of the mean in each row's loss, (), as autograd will compute it; None: not known before."""
+    if count is None or logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return _mean(torch.ones((), dtype=torch.promote_types(logits.dtype, torch.float32)), count)
+
+
+def _reduced(per_row: Tensor, reduction: str, count: int | Tensor | None) -> Tensor:
+    """`per_row` is already 0 for rows that do not count."""
     if reduction == "none":
         return per_row
-    total = per_row.sum()
-    if reduction == "sum":
-        return total
-    if num_items is None:
-        num_items = per_row.numel() if counted is None else counted.sum()
-    return _mean(total, num_items)
+    return per_row.sum() if count is None else _mean(per_row.sum(), count)
 
 
 def _soft_weight(temperature: float, t_squared: bool, labels: Tensor | None, alpha: float) -> float:
@@ -516,6 +529,7 @@ def _logits_loss(
                 student_softcap=student_softcap, teacher_softcap=teacher_softcap, reduction=reduction,
                 num_items=num_items, **options,
             )  # fmt: skip
+        count = _row_count(student_logits, counted, reduction, num_items)
         per_row = divergence(
             student_logits,
             teacher_logits,
@@ -529,9 +543,10 @@ def _logits_loss(
             vocab_size=vocab_size,
             student_softcap=student_softcap,
             teacher_softcap=teacher_softcap,
+            row_gradient=_row_gradient(student_logits, count),
             backend=backend,
         )
-        return _reduced(per_row, counted, reduction, num_items)
+        return _reduced(per_row, reduction, count)
 
 
 def soft_cross_entropy(
@@ -834,6 +849,7 @@ def topk_soft_cross_entropy(
                 labels=labels, alpha=alpha, ignore_index=ignore_index, mask=mask, vocab_size=vocab_size,
                 student_softcap=student_softcap, reduction=reduction, num_items=num_items,
             )  # fmt: skip
+        count = _row_count(student_logits, counted, reduction, num_items)
         per_row = topk_divergence(
             student_logits,
             topk_logprobs,
@@ -846,9 +862,10 @@ def topk_soft_cross_entropy(
             hard_weight=0.0 if labels is None else 1 - alpha,
             vocab_size=vocab_size,
             student_softcap=student_softcap,
+            row_gradient=_row_gradient(student_logits, count),
             backend=backend,
         )
-        return _reduced(per_row, counted, reduction, num_items)
+        return _reduced(per_row, reduction, count)
 
 
 # -- logits straight from hidden states and vocabulary weights -----------------------------------------------

@@ -28,7 +28,7 @@ def warp_size(arch: str) -> int:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """Rows `x[..., :]` as (x, inner, outer stride, inner stride): row i starts at i // inner * outer + i % inner * inner.
+    """(x, inner, outer stride, inner stride): row i of x[..., :] starts at i // inner * outer + i % inner * inner.
 
     Logits like y[:, :-1] have no stride that leads from each row to the next; two strides reach them without a copy.
     """

@@ -20,10 +20,9 @@ maxima and sums, for the loss and E_s[c], for the gradient. Kinds without E_s[c]
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import log1p, on_device_of, power_of_2, row_offset, rows_of, tanh
+from torch import Tensor
 
 # Longest row that is held in registers, and the block of longer ones. Twice as long a row would leave a thread of the
 # largest program 64 registers, and spills.
@@ -172,7 +171,7 @@ def _rows(
     weight = tl.full((), 1.0, WIDE)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row).to(WIDE)
-    if counted_ptr is not None:
+    if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
         if tl.load(counted_ptr + row) == 0:
             tl.store(loss_ptr + row, 0.0)
             if d_student_ptr is not None:
@@ -197,7 +196,7 @@ def _rows(
     student_max, teacher_max = tl.max(student, 0), tl.max(teacher, 0)
     if not RESIDENT:
         # From here on finite: what is subtracted from -inf.
-        lowest: tl.constexpr = -1.7e308 if WIDE == tl.float64 else -3.4e38
+        lowest: tl.constexpr = -1.7e308 if tl.float64 == WIDE else -3.4e38
         student_max, teacher_max = tl.maximum(student_max, lowest), tl.maximum(teacher_max, lowest)
     student_sum = tl.sum(_exp(student - student_max, temperature), 0)
     teacher_sum = tl.sum(_exp(teacher - teacher_max, temperature), 0)

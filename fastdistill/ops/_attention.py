@@ -238,8 +238,8 @@ def tile_blocks(
 # -- ops in tiles ------------------------------------------------------------------------------------------
 #
 # They take (student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale, key_mask, query_mask,
-# is_causal, attn_mask, backend, differentiable) and return the sum, the count, and dQ and dK of the sum: gradients are cheapest
-# while a tile is in the cache.
+# is_causal, attn_mask, backend, differentiable) and return the sum, the count, and dQ and dK of the sum: gradients are
+# cheapest while a tile is in the cache.
 
 
 def differentiable(student_query: Tensor, student_key: Tensor) -> bool:

@@ -88,6 +88,19 @@ def exponential(x: Tensor, out: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.mul(x, LOG2E / temperature, out=out).exp2_()
 
 
+def exponents_(x: Tensor, temperature: float) -> float:
+    """x / T in place, in the units whose `power` is its exponential; returns what a unit is."""
+    if x.dtype == torch.float64:
+        x /= temperature
+        return 1.0
+    x *= LOG2E / temperature
+    return 1 / LOG2E
+
+
+def power(exponents: Tensor, out: Tensor) -> Tensor:
+    return torch.exp(exponents, out=out) if out.dtype == torch.float64 else torch.exp2(exponents, out=out)
+
+
 def exponential_(x: Tensor, temperature: float = 1.0) -> Tensor:
     return exponential(x, x, temperature)
 
@@ -264,14 +277,16 @@ def differentiable(
     gradient is wanted, and options; it returns the losses and the gradient.
 
     Whoever traces sees one registered op, fastdistill::name, and the same op again in the backward. Everybody else is
-    spared a registered op's tens of microseconds, and the second run: the forward leaves the gradient of unit weights,
-    and the first backward scales it in place. (A second backward of the same graph runs the function again.)
+    spared a registered op's tens of microseconds, and the second run: the forward leaves the gradient of the weights it
+    was given, and the first backward scales it in place to those that arrive. (A second backward of the same graph runs
+    the function again.)
     """
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         _, ctx.gradient = output
         if not inputs[tensors + 1]:
             ctx.gradient = None
+        ctx.weight = inputs[tensors]
         ctx.options = inputs[tensors + 2 :]
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -287,9 +302,9 @@ def differentiable(
         if gradient is None:
             run = op if _common.traced() else function
             _, gradient = run(*inputs, grad_loss, True, *ctx.options)
-        else:
-            weight = row_weight(grad_loss, inputs[-1], grad_loss.dtype)
-            gradient.view(-1, gradient.shape[-1]).mul_(weight)
+        elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
+            grad_loss = grad_loss if ctx.weight is None else grad_loss / ctx.weight
+            gradient.view(-1, gradient.shape[-1]).mul_(row_weight(grad_loss, inputs[-1], grad_loss.dtype))
         return gradient, *nothing
 
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
@@ -303,6 +318,13 @@ def differentiable(
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     plain: Any = type(name, (torch.autograd.Function,), methods)
     return lambda *arguments: (op if _common.traced() else plain.apply)(*arguments)
+
+
+def expected_weight(student: Tensor, row_gradient: Tensor | None) -> Tensor | None:  # (N)
+    """Weights to compute the gradient with in the forward: the pass over it that scales it is seldom needed then."""
+    if row_gradient is None or not gradient_in_forward(student):
+        return None
+    return row_gradient.expand(student.shape[:-1].numel())
 
 
 def gradient_in_forward(student: Tensor) -> bool:

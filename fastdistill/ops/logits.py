@@ -29,8 +29,10 @@ from fastdistill.ops._rows import (
     Target,
     checked_labels,
     differentiable,
-    exponential,
+    expected_weight,
+    exponents_,
     gradient_in_forward,
+    power,
     row_losses,
     row_max,
     weigh_,
@@ -55,32 +57,34 @@ class Divergence(NamedTuple):
         a, b, c, d = work
         # x is overwritten by e where it is not needed again.
         student_x = torch.sub(student, student_max, out=a)
-        student_e = exponential(student_x, a if self.kind in ("jsd", "tvd") else b, self.temperature)
+        unit = exponents_(student_x, self.temperature)  # x / T = unit * student_x
+        student_e = power(student_x, a if self.kind in ("jsd", "tvd") else b)
         student_sum = student_e.sum(-1, keepdim=True)
         teacher_x = torch.sub(teacher, row_max(teacher), out=c)
-        teacher_e = exponential(teacher_x, d if self.kind in ("kl_div", "reverse_kl") else c, self.temperature)
+        exponents_(teacher_x, self.temperature)
+        teacher_e = power(teacher_x, d if self.kind in ("kl_div", "reverse_kl") else c)
         teacher_sum = teacher_e.sum(-1, keepdim=True)
         slope = weight / self.temperature
         if self.kind == "soft_cross_entropy":
-            loss = student_sum.log() - weigh_(student_x, teacher_e) / (teacher_sum * self.temperature)
+            loss = student_sum.log() - weigh_(student_x, teacher_e) * (unit / teacher_sum)
             if out is not None:
                 _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
         elif self.kind == "kl_div":
             mean = weigh_(teacher_x.sub_(student_x), teacher_e) / teacher_sum
-            loss = mean / self.temperature - _log_ratio(teacher_e, teacher_sum, student_e, student_sum, scratch=a)
+            loss = mean * unit - _log_ratio(teacher_e, teacher_sum, student_e, student_sum, scratch=a)
             if out is not None:
                 _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
         elif self.kind == "reverse_kl":
             mean = weigh_(student_x.sub_(teacher_x), student_e) / student_sum
-            loss = mean / self.temperature - _log_ratio(student_e, student_sum, teacher_e, teacher_sum, scratch=c)
+            loss = mean * unit - _log_ratio(student_e, student_sum, teacher_e, teacher_sum, scratch=c)
             if out is not None:
-                _centred(student_x, student_e, mean, slope / (self.temperature * student_sum), out)
+                _centred(student_x, student_e, mean, slope * unit / student_sum, out)
         elif self.kind == "jsd":
-            student_p = student_e.div_(student_sum)
+            student_p = student_e.mul_(1 / student_sum)
             # The smallest normal number more: ratios of the two are finite, and 1 where both probabilities are 0.
             tiny = torch.finfo(student_p.dtype).tiny
             student_q = torch.add(student_p, tiny, out=b)
-            teacher_q = teacher_e.div_(teacher_sum).add_(tiny)
+            teacher_q = teacher_e.mul_(1 / teacher_sum).add_(tiny)
             difference = torch.sub(teacher_q, student_q, out=d)
             # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
             student_log = torch.div(difference, student_q, out=b).mul_(self.beta).log1p_()
@@ -90,26 +94,28 @@ class Divergence(NamedTuple):
             if out is not None:
                 _centred(student_log, student_p, mean, slope * (self.beta - 1), out)
         else:
-            student_p = student_e.div_(student_sum)
-            difference = torch.sub(student_p, teacher_e.div_(teacher_sum), out=b)
-            loss = torch.abs(difference, out=c).sum(-1, keepdim=True) / 2
+            # The gradient's factor goes into p, which is then not multiplied by it once more.
+            factor = slope / 2
+            student_p = student_e.mul_(factor / student_sum)
+            difference = torch.sub(student_p, teacher_e.mul_(factor / teacher_sum), out=b)  # exactly 0 where equal
+            loss = torch.abs(difference, out=c).sum(-1, keepdim=True) / (2 * factor)
             if out is not None:
-                sign = difference.sign_().mul_(student_p)
-                _centred(sign, student_p, sign.sum(-1, keepdim=True), slope / 2, out)
+                value = torch.mul(difference.sign_(), student_p, out=c)
+                torch.addcmul(value, student_p, value.sum(-1, keepdim=True) / factor, value=-1, out=out)
         return loss.clamp_(min=0).mul_(weight)  # rounding may leave -1e-8 of a loss that is 0
 
 
 def _difference(
     student_e: Tensor, student_sum: Tensor, teacher_e: Tensor, teacher_sum: Tensor, factor: float, out: Tensor
 ) -> None:
-    """out = factor (p_s - p_t). The exponentials are overwritten."""
+    """out = factor (p_s - p_t)."""
     torch.mul(student_e, factor / student_sum, out=out)
-    out -= teacher_e.mul_(factor / teacher_sum)
+    out.addcmul_(teacher_e, factor / teacher_sum, value=-1)
 
 
 def _centred(value: Tensor, p: Tensor, mean: Tensor, factor: float | Tensor, out: Tensor) -> None:
     """out = factor (value - p mean), value being p c with sum `mean`: the gradient of a mean under the softmax p."""
-    torch.sub(value, p.mul_(mean), out=out).mul_(factor)
+    torch.addcmul(value, p, mean, value=-1, out=out).mul_(factor)
 
 
 def _log_ratio(e: Tensor, e_sum: Tensor, other: Tensor, other_sum: Tensor, scratch: Tensor) -> Tensor:
@@ -132,6 +138,7 @@ def divergence(
     vocab_size: int | None,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    row_gradient: Tensor | None,  # (), what each row's loss is expected to be weighed by
     backend: str,
 ) -> Tensor:  # (*)
     loss, _ = _divergence(
@@ -139,7 +146,7 @@ def divergence(
         teacher if teacher.dim() > 1 else teacher.unsqueeze(0),
         labels.reshape(-1) if labels is not None and hard_weight else None,
         None if counted is None else counted.reshape(-1),
-        None,
+        expected_weight(student, row_gradient),
         gradient_in_forward(student),
         kind,
         temperature,

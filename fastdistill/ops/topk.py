@@ -24,6 +24,7 @@ from fastdistill.ops._rows import (
     Target,
     checked_indices,
     differentiable,
+    expected_weight,
     exponential,
     exponential_,
     gradient_in_forward,
@@ -98,6 +99,7 @@ def topk_divergence(
     hard_weight: float,
     vocab_size: int | None,
     student_softcap: float | None,
+    row_gradient: Tensor | None,  # (), what each row's loss is expected to be weighed by
     backend: str,
 ) -> Tensor:  # (*)
     loss, _ = _topk_divergence(
@@ -106,7 +108,7 @@ def topk_divergence(
         indices.reshape(-1, indices.shape[-1]),
         labels.reshape(-1) if labels is not None and hard_weight else None,
         None if counted is None else counted.reshape(-1),
-        None,
+        expected_weight(student, row_gradient),
         gradient_in_forward(student),
         tail,
         temperature,
