@@ -18,6 +18,7 @@ Common to all of them:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -52,36 +53,38 @@ __all__ = [
 
 BACKENDS = ("reference", "torch", "triton")
 
+TRITON_OPS = frozenset({"soft_cross_entropy", "kl_div", "jsd", "tvd"})  # those that have a Triton kernel so far
+
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
 _TRITON_INSTALLED = find_spec("triton") is not None
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")  # Triton's own
 
 
-def pick_backend(backend: str, device: torch.device) -> str:
-    """The backend a call takes: `backend` itself, or for "auto" the best that can run on `device`."""
+def pick_backend(backend: str, op: str, device: torch.device) -> str:
+    """The backend a call of `op` takes: `backend` itself, or for "auto" the best that can run on `device`."""
     if backend == "auto":
-        return "triton" if device.type == "cuda" and _no_triton(device) is None else "torch"
+        return "triton" if device.type == "cuda" and _no_triton(op, device) is None else "torch"
     if backend not in BACKENDS:
         raise ValueError(
             f"backend is {backend!r}; on {device.type} it should be 'auto', 'reference', 'torch' or 'triton'"
         )
     if backend == "triton":
-        reason = _no_triton(device)
+        reason = _no_triton(op, device)
         if reason is not None:
             raise ValueError(f"backend is 'triton', but {reason}; use backend='auto' or 'torch'")
     return backend
 
 
-@torch.compiler.assume_constant_result
-def _no_triton(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on `device`; None: they can."""
+def _no_triton(op: str, device: torch.device) -> str | None:
+    """Why `op` cannot run as a Triton kernel on `device`; None: it can."""
+    if op not in TRITON_OPS:
+        return f"{op} has no Triton kernel yet"
     if not _TRITON_INSTALLED:
         return "triton is not installed (pip install 'fastdistill[triton]')"
     if device.type == "cpu":
-        import triton
-
-        if not triton.knobs.runtime.interpret:
-            return "on a CPU its kernels run only in Triton's interpreter (TRITON_INTERPRET=1, for tests)"
-        return None
+        if _TRITON_INTERPRETS:
+            return None
+        return "on a CPU its kernels run only in Triton's interpreter (TRITON_INTERPRET=1, for tests)"
     if device.type != "cuda":
         return f"its kernels run on NVIDIA and AMD GPUs, not on {device.type}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -91,12 +94,12 @@ def _no_triton(device: torch.device) -> str | None:
 
 def explain_backends(device: torch.device) -> list[tuple[str, str, str]]:
     """(op, the backend "auto" takes on `device`, why) for every public function; `fastdistill info` prints it."""
-    backend = pick_backend("auto", device)
-    if backend == "triton":
-        why = "the fused kernels"
-    else:
-        why = f"the portable implementation; no triton: {_no_triton(device)}"
-    return [(op, backend, why) for op in __all__]
+    rows = []
+    for op in __all__:
+        backend = pick_backend("auto", op, device)
+        reason = _no_triton(op, device)
+        rows.append((op, backend, "the fused kernel" if reason is None else f"the portable implementation: {reason}"))
+    return rows
 
 
 def _mean(total: Tensor, count: int | Tensor) -> Tensor:
@@ -175,7 +178,7 @@ def linear_mse(
     if bias is not None:
         check.shape("bias", bias, (width,), "(d_t)")
     check.mask("mask", mask, tokens, "the student's leading dimensions", student.device)
-    backend = pick_backend(backend, student.device)
+    backend = pick_backend(backend, "linear_mse", student.device)
 
     student, weight, bias = _autocast(student, weight, bias)
     check.same_dtype(student=student, weight=weight, bias=bias)
@@ -277,7 +280,7 @@ def _attention(
                 f"attn_mask has shape {tuple(attn_mask.shape)}; it should broadcast to {full}, (B, H, L, S)"
             )
         attn_mask = attn_mask.reshape(padded)
-    backend = pick_backend(backend, device)
+    backend = pick_backend(backend, definition.__name__, device)
 
     with _no_autocast(student_query):
         if backend == "reference":
@@ -519,7 +522,7 @@ def _logits_loss(
         labels, alpha, ignore_index, mask, vocab_size, reduction, num_items,
     )  # fmt: skip
     _check_softcaps(student_softcap=student_softcap, teacher_softcap=teacher_softcap)
-    backend = pick_backend(backend, student_logits.device)
+    backend = pick_backend(backend, definition.__name__, student_logits.device)
 
     with _no_autocast(student_logits):
         if backend == "reference":
@@ -840,7 +843,7 @@ def topk_soft_cross_entropy(
     )  # fmt: skip
     _check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
     _check_softcaps(student_softcap=student_softcap)
-    backend = pick_backend(backend, student_logits.device)
+    backend = pick_backend(backend, "topk_soft_cross_entropy", student_logits.device)
 
     with _no_autocast(student_logits):
         if backend == "reference":
@@ -925,7 +928,7 @@ def _linear_logits_loss(
         alpha, ignore_index, mask, vocab_size, reduction, num_items,
     )  # fmt: skip
     _check_softcaps(student_softcap=student_softcap, teacher_softcap=teacher_softcap)
-    backend = pick_backend(backend, student.device)
+    backend = pick_backend(backend, definition.__name__, student.device)
 
     student, student_weight, student_bias = _autocast(student, student_weight, student_bias)
     teacher, teacher_weight, teacher_bias = _autocast(teacher, teacher_weight, teacher_bias)
@@ -1228,7 +1231,7 @@ def linear_topk_soft_cross_entropy(
     )  # fmt: skip
     _check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
     _check_softcaps(student_softcap=student_softcap)
-    backend = pick_backend(backend, student.device)
+    backend = pick_backend(backend, "linear_topk_soft_cross_entropy", student.device)
 
     student, student_weight, student_bias = _autocast(student, student_weight, student_bias)
     check.same_dtype(student=student, student_weight=student_weight, student_bias=student_bias)

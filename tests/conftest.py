@@ -43,3 +43,24 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", _oracle.BACKENDS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Ops without a Triton kernel are not tested on that backend, nor are its slowest cases in the interpreter."""
+    from fastdistill.functional import TRITON_OPS
+
+    kept, dropped = [], []
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("backend") == "triton":
+            op = parameters.get("op")
+            # A test of one op names it in its module; those of losses over classes are the ones with kernels.
+            has_kernel = op.name in TRITON_OPS if op is not None else item.module.__name__ == "test_logits_ops"
+            if not has_kernel or "topk" in item.name:
+                dropped.append(item)
+                continue
+            if any(size in item.name for size in ("30522", "50257", "128256", "31_elements")):
+                item.add_marker(pytest.mark.slow)
+        kept.append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)

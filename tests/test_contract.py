@@ -21,7 +21,7 @@ from _cases import (
     PER_ITEM_OPS,
     Op,
 )
-from _oracle import BACKENDS, assert_accurate, assert_same, cast, error, evaluate, in_float64
+from _oracle import assert_accurate, assert_same, cast, error, evaluate, in_float64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -510,9 +510,8 @@ def test_the_table_reaches_every_registered_op() -> None:
     reached = {
         call[0]._schema.name
         for op in OPS
-        for backend in BACKENDS
         for reduction in op.forms
-        for call in registered_calls(op, op.make(), backend, reduction)
+        for call in registered_calls(op, op.make(), "torch", reduction)
     }
     registered = {name for name in torch._library.custom_ops.OPDEFS if name.startswith("fastdistill::")}
     assert {name.removesuffix(".default") for name in registered} == reached

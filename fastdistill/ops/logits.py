@@ -186,7 +186,7 @@ def _forward(
             student, teacher if soft_weight else None, checked_labels(labels, counted, classes), counted, kind,
             classes=classes, temperature=temperature, beta=beta, soft_weight=soft_weight, hard_weight=hard_weight,
             student_softcap=student_softcap, teacher_softcap=teacher_softcap, loss=loss,
-            gradient=d_student if needs_gradient else None, weight=weight,
+            gradient=d_student if needs_gradient else None, weight=None if weight is None else weight.contiguous(),
         )  # fmt: skip
         return loss, d_student
     return row_losses(
