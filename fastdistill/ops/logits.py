@@ -182,11 +182,13 @@ def _forward(
         from fastdistill.kernels import logits as kernels
 
         loss, d_student = _fake(student, teacher, labels, counted, weight, needs_gradient)
+        labels = checked_labels(labels, counted, classes)
+        # A mask like m[:, :1] and the gradient of a sum have strides of their own.
+        labels, counted, weight = (None if x is None else x.contiguous() for x in (labels, counted, weight))
         kernels.rows(
-            student, teacher if soft_weight else None, checked_labels(labels, counted, classes), counted, kind,
-            classes=classes, temperature=temperature, beta=beta, soft_weight=soft_weight, hard_weight=hard_weight,
-            student_softcap=student_softcap, teacher_softcap=teacher_softcap, loss=loss,
-            gradient=d_student if needs_gradient else None, weight=None if weight is None else weight.contiguous(),
+            student, teacher if soft_weight else None, labels, counted, kind, classes=classes, temperature=temperature,
+            beta=beta, soft_weight=soft_weight, hard_weight=hard_weight, student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap, loss=loss, gradient=d_student if needs_gradient else None, weight=weight,
         )  # fmt: skip
         return loss, d_student
     return row_losses(
