@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,7 +164,7 @@ def _amd(code: str) -> tuple[int, int, int, int]:
 
     sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
     loads = re.findall(r"\b(?:global|buffer)_load_(dwordx[234]|dword|u?short|ubyte)", code)
-    spills = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    spills = 4 * field("vgpr_spill_count")  # scalar registers spill into lanes of vector registers, not into memory
     registers = field("vgpr_count") + field("agpr_count")
     return registers, max(spills, field("private_segment_fixed_size")), code.count("v_mfma"), max(
         [sizes[x] for x in loads], default=0
@@ -200,16 +201,34 @@ def table(rows: list[Compiled]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def faults(kernel: Compiled, bytes_of_a_load: int = 16) -> list[str]:
+    """What would make a kernel slow or unable to start; nothing of it may be shipped."""
+    found = []
+    if kernel.spills:
+        found.append(f"{kernel.spills} bytes of spills")
+    if kernel.shared > ARCHS[kernel.arch].shared:
+        found.append(f"{kernel.shared} bytes of shared memory")
+    if kernel.widest_load < 8 * bytes_of_a_load:
+        found.append(f"loads of at most {kernel.widest_load} bits")
+    return [f"{kernel.launch.name}, {kernel.case}, {kernel.arch}: {fault}" for fault in found]
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="*", default=list(ARCHS), choices=list(ARCHS))
     parser.add_argument("--kernel", default="", help="only cases whose name holds this")
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 where one spills, or loads less than 16 bytes"
+    )
     arguments = parser.parse_args()
     rows = [
         compiled(launch, case, ARCHS[arch]) for arch in arguments.arch for case, launch in cases(arch, arguments.kernel)
     ]
     print(table(rows))
+    failures = [fault for row in rows for fault in faults(row)] if arguments.check else []
+    print(*failures, sep="\n", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

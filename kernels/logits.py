@@ -27,7 +27,7 @@ from torch import Tensor
 # Longest row that is held in registers, and the block of longer ones. Twice as long a row would leave a thread of the
 # largest program 64 registers, and spills.
 RESIDENT = 8192
-BLOCK = 4096
+BLOCK = 2048
 
 
 @triton.jit
