@@ -116,7 +116,7 @@ class TestRun:
         text = (folder / "report.md").read_text()
         teacher = results["accuracy"]["teacher"][0]
         mean = sum(results["accuracy"]["distilled"]) / 2
-        row = next(line for line in text.splitlines() if "student, distilled" in line)
+        row = next(line for line in text.splitlines() if line.startswith("| distilled"))
         assert f"{100 * mean:.1f} ±" in row
         assert f"{100 * mean / teacher:.1f}%" in row
         assert f"{results['speed_up']:.1f}x" in row
