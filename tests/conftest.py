@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if not has_kernel or "topk" in item.name or "listed" in item.name:
                 dropped.append(item)
                 continue
-            if any(size in item.name for size in ("30522", "50257", "128256", "31_elements")):
+            if any(size in item.name for size in ("30522", "50257", "128256", "31_elements", "1030-33", "257-1000")):
                 item.add_marker(pytest.mark.slow)
         kept.append(item)
     items[:] = kept
