@@ -1,0 +1,273 @@
+"""`python -m bench.cost [--card NAME]`: what each op moves and computes, and the least time that takes on a card.
+
+The one place where bytes and operations are counted. An op is a list of steps, one a kernel (or a library's product),
+which follow on each other. A step lasts as long as the slowest of its parts: its bytes at the memory's speed, its
+products at that of the units for their precision, its exponentials at theirs. The sum over steps is the floor of the
+algorithm as shipped. `least` is that of the op itself: each input read once in the forward, once in the backward if the
+algorithm needs the forward's sums first, each gradient written once, no product done twice. All of a forward and a
+backward with mean reduction; memory that stays in the L2 cache (chunks, statistics) is free.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+
+
+@dataclass(frozen=True)
+class Card:
+    """Bytes and operations a second. A product's multiply and add are two operations."""
+
+    name: str
+    source: str
+    memory: float
+    bits16: float  # products of 16-bit operands on tensor cores, sums in float32
+    float32: float  # products in float32 proper: no tensor cores on NVIDIA
+    float64: float  # products on tensor cores
+    exponentials: float
+    cache: float  # bytes of L2
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("H200", "memory and 16 bits measured, else published", 4.3e12, 790e12, 60e12, 60e12, 3.7e12, 50e6),
+        Card("H100", "published", 3.35e12, 989e12, 67e12, 67e12, 3.7e12, 50e6),
+        Card("A100", "published", 2.0e12, 312e12, 19.5e12, 19.5e12, 2.4e12, 40e6),
+        Card("B200", "published", 8.0e12, 2250e12, 75e12, 37e12, 4.6e12, 126e6),
+        Card("MI300X", "published", 5.3e12, 1307e12, 163e12, 163e12, 2.5e12, 256e6),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    memory: float = 0  # bytes
+    flops: float = 0
+    precision: str = "bits16"  # field of Card that the products run at
+    exponentials: float = 0
+
+    def seconds(self, card: Card) -> float:
+        return max(
+            self.memory / card.memory,
+            self.flops / getattr(card, self.precision),
+            self.exponentials / card.exponentials,
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    op: str
+    shape: str
+    least: Step
+    steps: Sequence[Step]
+
+    def floor(self, card: Card) -> float:
+        """Seconds below which the algorithm as shipped cannot be."""
+        return sum(step.seconds(card) for step in self.steps)
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return {torch.float32: "float32", torch.float64: "float64"}.get(dtype, "bits16")
+
+
+def attention_mse(
+    batch: int,
+    heads: int,
+    length: int,
+    student_dim: int,
+    teacher_dim: int,
+    dtype: torch.dtype,
+    *,
+    student_kv: int | None = None,
+    teacher_kv: int | None = None,
+) -> Cost:
+    """Gram matrices: keys as long as queries, no dense mask."""
+    student_kv, teacher_kv = student_kv or heads, teacher_kv or heads
+    size = dtype.itemsize
+    student = batch * length * (heads + student_kv) * student_dim * size
+    teacher = batch * length * (heads + teacher_kv) * teacher_dim * size
+    rows = batch * length * (heads + lcm(student_kv, teacher_kv))
+    gram = 2 * rows * (student_dim**2 + student_dim * teacher_dim + teacher_dim**2)
+    products = 2 * rows * (student_dim + teacher_dim) * student_dim
+    # Differences of terms that cancel: 16-bit inputs have exact products, float32 ones are multiplied in float64; the
+    # backward's matrix has two 16-bit terms.
+    narrow = dtype.itemsize == 2
+    precision = "bits16" if narrow else "float64"
+    return Cost(
+        "attention_mse",
+        f"{batch} x {heads} heads x {length}, d {student_dim} / {teacher_dim}",
+        Step("", 2 * (student + teacher) + student, gram + products, precision),
+        [
+            Step("Gram matrices", student + teacher, gram, precision),
+            Step("gradients", student + teacher + student, products * (2 if narrow else 1), precision),
+        ],
+    )
+
+
+def attention_kl(
+    batch: int, heads: int, length: int, student_dim: int, teacher_dim: int, dtype: torch.dtype, *, causal: bool = False
+) -> Cost:
+    pairs = batch * heads * length * length * (0.5 if causal else 1)
+    student = 2 * batch * heads * length * student_dim * dtype.itemsize
+    teacher = 2 * batch * heads * length * teacher_dim * dtype.itemsize
+    scores = 2 * pairs * (student_dim + teacher_dim)
+    product = 2 * pairs * student_dim
+    precision = _precision(dtype)
+    both = student + teacher
+    return Cost(
+        "attention_kl" + (" causal" if causal else ""),
+        f"{batch} x {heads} heads x {length}, d {student_dim} / {teacher_dim}",
+        Step("", 2 * both + student, 2 * scores + 2 * product, precision, 4 * pairs),
+        [
+            Step("statistics", both, scores, precision, 2 * pairs),
+            Step("d query", both + student / 2, scores + product, precision, 2 * pairs),
+            Step("d key", both + student / 2, scores + product, precision, 2 * pairs),
+        ],
+    )
+
+
+def linear_mse(tokens: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Cost:
+    size, precision = dtype.itemsize, _precision(dtype)
+    product = 2 * tokens * student_dim * teacher_dim
+    x, t = tokens * student_dim * size, tokens * teacher_dim * size
+    weights = student_dim * teacher_dim * size
+    return Cost(
+        "linear_mse",
+        f"{tokens} tokens, {student_dim} to {teacher_dim}",
+        Step("", 2 * x + t + 2 * weights, 3 * product, precision),
+        [
+            Step("residual and loss", x + t + weights, product, precision),
+            Step("d student", x + weights, product, precision),
+            Step("d weight", x + weights, product, precision),
+        ],
+    )
+
+
+RESIDENT = 8192  # classes of a row that the row kernel holds in registers
+CENTRED = ("reverse_kl", "jsd", "tvd")  # their gradient needs a mean over the row first
+
+
+def _row_passes(kind: str, classes: int) -> int:
+    """How often the row kernel reads both rows; it writes one gradient."""
+    if classes <= RESIDENT:
+        return 1
+    return 3 if kind in CENTRED else 2
+
+
+def logits(kind: str, rows: int, classes: int, dtype: torch.dtype) -> Cost:
+    one = rows * classes * dtype.itemsize
+    passes = _row_passes(kind, classes)
+    return Cost(
+        kind,
+        f"{rows} rows, V {classes}",
+        Step("", 3 * one, exponentials=2 * rows * classes),
+        [Step("rows", (2 * passes + 1) * one, exponentials=2 * passes * rows * classes)],
+    )
+
+
+def topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> Cost:
+    one, listed = rows * classes * dtype.itemsize, rows * k * (4 + 8)
+    passes = 1 if classes <= RESIDENT else 2
+    return Cost(
+        "topk_soft_cross_entropy",
+        f"{rows} rows, V {classes}, k {k}",
+        Step("", 2 * one + listed, exponentials=rows * classes),
+        [Step("rows", (passes + 1) * one + listed, exponentials=passes * rows * classes)],
+    )
+
+
+def linear_logits(
+    kind: str, tokens: int, student_dim: int, teacher_dim: int, classes: int, dtype: torch.dtype, *, chunk: int = 1024
+) -> Cost:
+    """Chunks of logits do not stay in the cache: float32 logits of both sides are written and read."""
+    size, precision = dtype.itemsize, _precision(dtype)
+    chunks = -(-tokens // chunk)
+    student_weight, teacher_weight = (classes * dim * size for dim in (student_dim, teacher_dim))
+    x, t = tokens * student_dim * size, tokens * teacher_dim * size
+    scores = tokens * classes * 4  # bytes of one side's logits
+    gradient = tokens * classes * min(size, 4)
+    flops = [2 * tokens * classes * dim for dim in (student_dim, teacher_dim)]
+    passes = _row_passes(kind, classes)
+    return Cost(
+        f"linear_{kind}",
+        f"{tokens} tokens, {student_dim} / {teacher_dim}, V {classes}",
+        Step("", 2 * x + t + 2 * student_weight + teacher_weight, 3 * flops[0] + flops[1], precision),
+        [
+            Step("student logits", x + chunks * student_weight + scores, flops[0], precision),
+            Step("teacher logits", t + chunks * teacher_weight + scores, flops[1], precision),
+            Step("rows", 2 * passes * scores + gradient, exponentials=2 * passes * tokens * classes),
+            Step("d student", gradient + chunks * student_weight + x, flops[0], precision),
+            # Accumulated in float32: read and written once a chunk.
+            Step("d weight", gradient + x + chunks * 2 * classes * student_dim * 4, flops[0], precision),
+        ],
+    )
+
+
+def examples() -> list[Cost]:
+    """The shapes that goals are given for."""
+    bf16 = torch.bfloat16
+    return [
+        attention_mse(32, 12, 128, 26, 64, bf16),
+        attention_mse(32, 12, 512, 26, 64, bf16),
+        attention_mse(4, 12, 4096, 26, 64, bf16),
+        attention_mse(4, 12, 4096, 26, 64, torch.float32),
+        attention_kl(4, 12, 4096, 64, 64, bf16),
+        attention_kl(4, 12, 4096, 64, 64, bf16, causal=True),
+        linear_mse(32768, 312, 768, bf16),
+        linear_mse(32768, 768, 1024, bf16),
+        logits("kl_div", 8192, 8192, bf16),
+        logits("kl_div", 8192, 131072, bf16),
+        logits("jsd", 8192, 131072, bf16),
+        topk(8192, 131072, 64, bf16),
+        linear_logits("kl_div", 8192, 2048, 4096, 128256, bf16),
+    ]
+
+
+def table(card: Card, costs: Sequence[Cost]) -> str:
+    lines = [
+        f"{card.name} ({card.source}): {card.memory / 1e12:.2f} TB/s, {card.bits16 / 1e12:.0f} TFLOP/s in 16 bits.",
+        "",
+        "| op | shape | step | MB | GFLOP | G exp | bound by | floor |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for cost in costs:
+        for step in [*cost.steps, None]:
+            if step is None:
+                floor, least = cost.floor(card), cost.least.seconds(card)
+                lines.append(
+                    f"| | | **all** | | | | {least / floor:.0%} of it is the op's own least | **{_micro(floor)}** |"
+                )
+                continue
+            parts = {
+                "memory": step.memory / card.memory,
+                "products": step.flops / getattr(card, step.precision),
+                "exponentials": step.exponentials / card.exponentials,
+            }
+            bound = max(parts, key=lambda name: parts[name])
+            lines.append(
+                f"| {cost.op} | {cost.shape} | {step.name} | {step.memory / 1e6:.4g} | {step.flops / 1e9:.4g} "
+                f"| {step.exponentials / 1e9:.3g} | {bound} | {_micro(step.seconds(card))} |"
+            )
+    return "\n".join(lines)
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:.4g} us"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--card", default="H200", choices=list(CARDS))
+    print(table(CARDS[parser.parse_args().card], examples()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The cost model against figures worked out by hand, and against what PyTorch counts itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import cost, eager
+
+H200 = cost.CARDS["H200"]
+
+
+def test_the_floors_of_the_goals() -> None:
+    """1.44 MFLOP and 1.8 ns a token; 21.5 TFLOP and 27 ms; 3 passes of logits."""
+    hidden = cost.linear_mse(32768, 312, 768, torch.bfloat16)
+    assert hidden.least.flops / 32768 == pytest.approx(1.44e6, rel=0.01)
+    assert hidden.least.seconds(H200) / 32768 == pytest.approx(1.8e-9, rel=0.02)
+    head = cost.linear_logits("kl_div", 8192, 2048, 4096, 128256, torch.bfloat16)
+    assert head.least.flops == pytest.approx(21.5e12, rel=0.01)
+    assert head.least.seconds(H200) == pytest.approx(27e-3, rel=0.02)
+    rows = cost.logits("kl_div", 8192, 131072, torch.bfloat16)
+    assert rows.least.memory == 3 * 8192 * 131072 * 2
+    assert rows.least.seconds(H200) / rows.floor(H200) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("cost_of_op", cost.examples(), ids=lambda c: f"{c.op} {c.shape}")
+@pytest.mark.parametrize("card", cost.CARDS.values(), ids=lambda c: c.name)
+def test_no_algorithm_beats_its_op(cost_of_op: cost.Cost, card: cost.Card) -> None:
+    assert 0 < cost_of_op.least.seconds(card) <= cost_of_op.floor(card) * (1 + 1e-9)
+
+
+def test_products_are_those_of_the_formula() -> None:
+    """As PyTorch counts them, forward and backward of the eager formulas; none of them can be left out."""
+    x, w, t = torch.randn(64, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True), torch.randn(64, 40)
+    assert _flops(lambda: eager.linear_mse(x, w, t, w.new_zeros(40))) == _least(
+        cost.linear_mse(64, 24, 40, torch.float32)
+    )
+    head, teacher, teacher_head = torch.randn(50, 24, requires_grad=True), torch.randn(64, 32), torch.randn(50, 32)
+    assert _flops(lambda: eager.kl_div(x @ head.mT, teacher @ teacher_head.mT)) == _least(
+        cost.linear_logits("kl_div", 64, 24, 32, 50, torch.float32)
+    )
+    query, key = (torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(2))
+    teacher_query, teacher_key = torch.randn(2, 3, 20, 6), torch.randn(2, 3, 20, 6)
+    # Eager keeps the scores for the backward; without them they are computed again.
+    scores = 2 * (2 * 3 * 20 * 20) * (8 + 6)
+    assert _flops(lambda: eager.attention_kl(query, key, teacher_query, teacher_key)) + scores == _least(
+        cost.attention_kl(2, 3, 20, 8, 6, torch.float32)
+    )
+
+
+def _flops(loss: Callable[[], torch.Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    return counter.get_total_flops()
+
+
+def _least(of: cost.Cost) -> float:
+    return of.least.flops
