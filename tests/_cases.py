@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _oracle import LOOSEST_BOUND, Outcome, assert_accurate, evaluate, in_float64, stacked
+from _oracle import LOOSEST_BOUND, Outcome, assert_accurate, evaluate, in_float64, on_cpu, stacked
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -354,7 +354,8 @@ class Op:
     def truth(self, inputs: dict[str, Any], learned: tuple[str, ...] | None = None, **keywords: Any) -> Outcome:
         function = getattr(reference, self.name)
         learned = self.learned if learned is None else learned
-        return evaluate(function, in_float64(inputs), learned, **{**self.options, **keywords})
+        with torch.device("cpu"):
+            return evaluate(function, on_cpu(in_float64(inputs)), learned, **on_cpu({**self.options, **keywords}))
 
     def assert_accurate(
         self,

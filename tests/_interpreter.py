@@ -1,8 +1,12 @@
 """Triton's interpreter (3.6 to 3.9) keeps bfloat16 as the bits of an integer: its products take them for one, and what
-it rounds to bfloat16 is cut off. On a GPU products are exact and rounding is to nearest: so they are made here."""
+it rounds to bfloat16 is cut off. On a GPU products are exact and rounding is to nearest: so they are made here.
+
+It also prepares the language anew at each call of a device function, which takes most of its time: once a launch is
+enough."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -39,3 +43,34 @@ def mend_bfloat16() -> None:
 
     interpreter._convert_float = rounded
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
+
+
+def prepare_once() -> None:
+    from triton import language
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+    scopes: dict[
+        tuple[bool, ...], Any
+    ] = {}  # of the launch that runs, by what of the language a function's module sees
+
+    class Scope:
+        """The launch's own, made first, ends all; those of device functions nobody ends."""
+
+        def restore(self) -> None:
+            for scope in reversed(scopes.values()):
+                scope.restore()
+            scopes.clear()
+
+    def once(function: Any) -> Any:
+        modules = modules_of(function)
+        if modules not in scopes:
+            scopes[modules] = prepare(function)
+        return Scope()
+
+    @cache
+    def modules_of(function: Any) -> tuple[bool, ...]:
+        seen = [x for x in function.__globals__.values() if x is language or x is language.core]
+        return language in seen, language.core in seen
+
+    interpreter._patch_lang = once

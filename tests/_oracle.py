@@ -43,7 +43,7 @@ def evaluate(
     value = function(**{**inputs, **leaves}, **keywords)
     if upstream is None:
         upstream = torch.ones_like(value)
-    gradients = torch.autograd.grad(value, tuple(leaves.values()), upstream.to(value.dtype).expand(value.shape))
+    gradients = torch.autograd.grad(value, tuple(leaves.values()), upstream.to(value).expand(value.shape))
     return {"value": value.detach(), **dict(zip(learned, gradients, strict=True))}
 
 
@@ -56,10 +56,14 @@ def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in inputs.items()}
 
 
+def on_cpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {k: x.cpu() if isinstance(x, Tensor) else x for k, x in inputs.items()}
+
+
 def error(out: Tensor, truth: Tensor) -> float:
     """`||out - truth|| / ||truth||`; infinities that agree count as equal, NaN never passes a bound."""
     assert out.shape == truth.shape, f"shape {tuple(out.shape)}, should be {tuple(truth.shape)}"
-    out, truth = out.double(), truth.double()
+    out, truth = out.double(), truth.to(out.device, torch.float64)
     distance = torch.where(out == truth, 0.0, out - truth).norm()
     return 0.0 if distance == 0 else (distance / truth.norm()).item()
 
