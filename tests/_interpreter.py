@@ -52,7 +52,7 @@ def prepare_once() -> None:
     prepare = interpreter._patch_lang
     scopes: dict[
         tuple[bool, ...], Any
-    ] = {}  # of the launch that runs, by what of the language a function's module sees
+    ] = {}  # of this launch, by what of the language a module sees
 
     class Scope:
         """The launch's own, made first, ends all; those of device functions nobody ends."""
