@@ -50,9 +50,7 @@ def prepare_once() -> None:
     from triton.runtime import interpreter
 
     prepare = interpreter._patch_lang
-    scopes: dict[
-        tuple[bool, ...], Any
-    ] = {}  # of this launch, by what of the language a module sees
+    scopes: dict[tuple[bool, ...], Any] = {}  # of this launch, by what of the language a module sees
 
     class Scope:
         """The launch's own, made first, ends all; those of device functions nobody ends."""
