@@ -53,7 +53,10 @@ __all__ = [
 
 BACKENDS = ("reference", "torch", "triton")
 
-TRITON_OPS = frozenset({"soft_cross_entropy", "kl_div", "jsd", "tvd"})  # those that have a Triton kernel so far
+# Those that have a Triton kernel so far.
+TRITON_OPS = frozenset(
+    prefix + name for prefix in ("", "linear_") for name in ("soft_cross_entropy", "kl_div", "jsd", "tvd")
+)
 
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
 _TRITON_INSTALLED = find_spec("triton") is not None

@@ -39,9 +39,11 @@ def _capped(z, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _load(row_ptr, columns, classes, softcap, HAS_CAP: tl.constexpr, WIDE: tl.constexpr):
+def _load(row_ptr, bias_ptr, columns, classes, softcap, HAS_CAP: tl.constexpr, WIDE: tl.constexpr):
     """Logits of some columns as the losses see them; -inf beyond the row."""
     z = tl.load(row_ptr + columns, mask=columns < classes, other=-float("inf")).to(WIDE)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, mask=columns < classes, other=0).to(WIDE)
     return _capped(z, softcap, HAS_CAP)
 
 
@@ -138,6 +140,8 @@ def _finish(
 def _rows(
     student_ptr,  # (N, >= V)
     teacher_ptr,  # (N, >= V); None: the soft loss has no weight
+    student_bias_ptr,  # (>= V); None: 0
+    teacher_bias_ptr,  # (>= V); None: 0
     labels_ptr,  # (N)
     counted_ptr,  # (N)
     weight_ptr,  # (N), of each row's gradient; None: 1
@@ -186,13 +190,15 @@ def _rows(
         label = tl.load(labels_ptr + row)
         is_class = (label >= 0) & (label < classes)
         likely = tl.load(student_row + label, mask=is_class, other=float("nan")).to(WIDE)
+        if student_bias_ptr is not None:
+            likely += tl.load(student_bias_ptr + label, mask=is_class, other=0).to(WIDE)
         likely = _capped(likely, student_softcap, HAS_STUDENT_CAP)
 
     # 1. Maxima and sums of exponentials; hard_sum is the student's at temperature 1.
-    student = _load(student_row, offsets, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+    student = _load(student_row, student_bias_ptr, offsets, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
     teacher = student
     if teacher_ptr is not None:
-        teacher = _load(teacher_row, offsets, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+        teacher = _load(teacher_row, teacher_bias_ptr, offsets, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
     student_max, teacher_max = tl.max(student, 0), tl.max(teacher, 0)
     if not RESIDENT:
         # From here on finite: what is subtracted from -inf.
@@ -206,7 +212,7 @@ def _rows(
     if not RESIDENT:
         for start in range(BLOCK, classes, BLOCK):
             columns = start + offsets
-            student = _load(student_row, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            student = _load(student_row, student_bias_ptr, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
             top = tl.maximum(student_max, tl.max(student, 0))
             student_sum *= _exp(student_max - top, temperature)
             student_sum += tl.sum(_exp(student - top, temperature), 0)
@@ -215,7 +221,7 @@ def _rows(
                 hard_sum += tl.sum(_exp(student - top, 1.0), 0)
             student_max = top
             if teacher_ptr is not None:
-                teacher = _load(teacher_row, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+                teacher = _load(teacher_row, teacher_bias_ptr, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
                 top = tl.maximum(teacher_max, tl.max(teacher, 0))
                 teacher_sum *= _exp(teacher_max - top, temperature)
                 teacher_sum += tl.sum(_exp(teacher - top, temperature), 0)
@@ -250,10 +256,10 @@ def _rows(
         for start in range(0, classes, BLOCK):
             columns = start + offsets
             inside = columns < classes
-            student = _load(student_row, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            student = _load(student_row, student_bias_ptr, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
             gradient = tl.zeros((BLOCK,), WIDE)
             if teacher_ptr is not None:
-                teacher = _load(teacher_row, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+                teacher = _load(teacher_row, teacher_bias_ptr, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
                 term, student_p, teacher_p, value, excess = _terms(
                     student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
                 )
@@ -275,8 +281,8 @@ def _rows(
     if d_student_ptr is not None and CENTRED and not RESIDENT:
         for start in range(0, classes, BLOCK):
             columns = start + offsets
-            student = _load(student_row, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
-            teacher = _load(teacher_row, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+            student = _load(student_row, student_bias_ptr, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            teacher = _load(teacher_row, teacher_bias_ptr, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
             term, student_p, teacher_p, value, excess = _terms(
                 student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
             )
@@ -310,6 +316,8 @@ def rows(
     loss: Tensor,  # (N), float32 or float64, the dtype of the computation
     gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
     weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
+    student_bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
+    teacher_bias: Tensor | None = None,  # (>= V)
 ) -> None:
     """Writes `loss`, and `gradient` where it is given."""
     student, *student_rows = rows_of(student)
@@ -323,7 +331,8 @@ def rows(
     block = max(power_of_2(classes), 16) if resident else BLOCK
     with on_device_of(student):
         _rows[(count,)](
-            student, teacher, labels, counted, weight, loss, gradient, *student_rows, *teacher_rows,
+            student, teacher, student_bias, teacher_bias, labels, counted, weight, loss, gradient,
+            *student_rows, *teacher_rows,
             0 if gradient is None else gradient.shape[-1], classes,
             temperature, beta, soft_weight, hard_weight, student_softcap or 1.0, teacher_softcap or 1.0,
             KIND=kind, HAS_STUDENT_CAP=student_softcap is not None, HAS_TEACHER_CAP=teacher_softcap is not None,

@@ -6,8 +6,10 @@ user writes them: inputs cast to float32 first, so that what remains is the cost
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +28,15 @@ def wide(x: Tensor | None) -> Any:
 
 
 def hidden_items(
-    student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None = None, mask: Tensor | None = None
+    student: Tensor,
+    weight: Tensor | None,
+    teacher: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    student, weight, teacher, bias = map(wide, (student, weight, teacher, bias))
-    projected = student if weight is None else F.linear(student, weight)
+    projected = wide(student) if weight is None else with_head(student, weight, None, narrow)
+    teacher, bias = map(wide, (teacher, bias))
     projected = projected if bias is None else projected + bias
     items = F.mse_loss(projected.to(teacher.dtype), teacher, reduction="none").mean(-1)
     return items, torch.ones_like(items, dtype=torch.bool) if mask is None else mask
@@ -178,8 +185,18 @@ def topk_items(
     return class_items(soft, student_logits, student_logits.detach(), temperature=temperature, **keywords)
 
 
-def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(wide(hidden), wide(weight), wide(bias))
+def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, narrow: bool = False) -> Tensor:
+    """narrow: the gradient of the logits is rounded to the operands' digits, as GPUs multiply it."""
+    logits = F.linear(wide(hidden), wide(weight), wide(bias))
+    if narrow and logits.requires_grad and hidden.itemsize == 2:
+        logits.register_hook(partial(_round, digits=1 - int(math.log2(torch.finfo(hidden.dtype).eps))))
+    return logits
+
+
+def _round(x: Tensor, digits: int) -> Tensor:
+    """To so many binary digits, whatever its exponent."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.round(mantissa * 2**digits) / 2**digits, exponent)
 
 
 def linear_items(soft: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -190,9 +207,10 @@ def linear_items(soft: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Ten
         teacher_weight: Tensor,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
+        narrow: bool = False,
         **keywords: Any,
     ) -> tuple[Tensor, Tensor]:
-        student_logits = with_head(student, student_weight, student_bias)
+        student_logits = with_head(student, student_weight, student_bias, narrow)
         teacher_logits = with_head(teacher, teacher_weight, teacher_bias)
         return logits_items(soft)(student_logits, teacher_logits, **keywords)
 
@@ -216,9 +234,11 @@ def linear_topk_items(
     topk_logprobs: Tensor,
     topk_indices: Tensor,
     student_bias: Tensor | None = None,
+    narrow: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor]:
-    return topk_items(with_head(student, student_weight, student_bias), topk_logprobs, topk_indices, **keywords)
+    student_logits = with_head(student, student_weight, student_bias, narrow)
+    return topk_items(student_logits, topk_logprobs, topk_indices, **keywords)
 
 
 # -- inputs: float32, by argument name -------------------------------------------------------------------------
@@ -345,6 +365,8 @@ class Op:
     def textbook(
         self, *, reduction: str = "mean", num_items: Any = None, backend: str | None = None, **keywords: Any
     ) -> Tensor:
+        if self.name.startswith("linear_") and (backend == "triton" or torch.cuda.is_available()):
+            keywords["narrow"] = True
         items, counted = self.items(**{**self.options, **keywords})
         if reduction == "none":
             return torch.where(counted, items, 0)
@@ -370,7 +392,8 @@ class Op:
         learned = self.learned if learned is None else learned
         outcome = evaluate(self, inputs, learned, backend=backend, **keywords)
         truth = self.truth(inputs, learned, **keywords)
-        assert_accurate(outcome, truth, evaluate(self.textbook, inputs, learned, **keywords), loosest)
+        textbook = evaluate(self.textbook, inputs, learned, backend=backend, **keywords)
+        assert_accurate(outcome, truth, textbook, loosest)
         assert all(outcome[name].dtype == inputs[name].dtype for name in learned)
         return outcome
 
@@ -379,7 +402,7 @@ class Op:
         assert_accurate(
             stacked([evaluate(self, x, self.learned, backend=backend, **keywords) for x in batches]),
             stacked([self.truth(x, **keywords) for x in batches]),
-            stacked([evaluate(self.textbook, x, self.learned, **keywords) for x in batches]),
+            stacked([evaluate(self.textbook, x, self.learned, backend=backend, **keywords) for x in batches]),
         )
 
     def some_masked(self, inputs: dict[str, Any]) -> dict[str, Tensor]:

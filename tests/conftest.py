@@ -23,6 +23,12 @@ hypothesis.settings.register_profile("fastdistill", max_examples=20, deadline=No
 hypothesis.settings.load_profile("fastdistill")
 
 
+# Names of tests, and their sizes, that take more than a few seconds in the interpreter: thousands of programs.
+SLOW_INTERPRETED = (
+    "30522", "50257", "128256", "31_elements", "1030-33", "257-1000", "any_number_of_tokens", "accumulate_in_float32",
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
     """Where there is a GPU, the contract of every backend is tested on it: tensors that tests make are born there."""
@@ -67,14 +73,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if parameters.get("backend") == "triton":
             op = parameters.get("op")
             # A test of one op names it in its module; those of losses over classes are the ones with kernels.
-            has_kernel = op.name in TRITON_OPS if op is not None else item.module.__name__ == "test_logits_ops"
+            modules = ("test_logits_ops", "test_linear_logits_ops")
+            has_kernel = op.name in TRITON_OPS if op is not None else item.module.__name__ in modules
             # What is allocated is a question for a GPU: the interpreter's arrays are not PyTorch's.
             if item.module.__name__ == "test_memory" and not torch.cuda.is_available():
                 has_kernel = False
-            if not has_kernel or "topk" in item.name or "listed" in item.name:
+            if not has_kernel or any(name in item.name for name in ("topk", "listed", "test_bad_arguments")):
                 dropped.append(item)
                 continue
-            if any(size in item.name for size in ("30522", "50257", "128256", "31_elements", "1030-33", "257-1000")):
+            if any(size in item.name for size in SLOW_INTERPRETED):
                 item.add_marker(pytest.mark.slow)
         kept.append(item)
     items[:] = kept

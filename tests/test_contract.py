@@ -170,7 +170,7 @@ def test_a_planted_wrong_gradient_fails_the_comparison(op: Op, dtype: torch.dtyp
     inputs = cast(op.make(), dtype)
     inputs |= op.some_masked(inputs)
     outcome = op.assert_accurate(inputs, backend=backend)
-    truth, textbook = op.truth(inputs), evaluate(op.textbook, inputs, op.learned)
+    truth, textbook = op.truth(inputs), evaluate(op.textbook, inputs, op.learned, backend=backend)
     for name in op.learned:
         for plant in PLANTS.values():
             with pytest.raises(AssertionError, match=f"{name}: error"):
@@ -603,7 +603,7 @@ def test_autocast(op: Op, activations: torch.dtype, backend: str) -> None:
         assert all(outcome[name].dtype == inputs[name].dtype for name in op.learned)
         keywords: dict[str, Any] = {"upstream": upstream, "reduction": reduction}
         if op in HAS_PROJECTION:
-            textbook = evaluate(op.textbook, rounded, op.learned, **keywords)
+            textbook = evaluate(op.textbook, rounded, op.learned, backend=backend, **keywords)
             assert_accurate(outcome, op.truth(rounded, **keywords), textbook)
         else:
             assert_same(outcome, evaluate(op, inputs, op.learned, backend=backend, **keywords))

@@ -53,12 +53,13 @@ def test_vocabularies(op: Op, classes: int, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_are_never_rounded(op: Op, classes: int, dtype: torch.dtype, backend: str) -> None:
     """Logits rounded to a narrow dtype put the loss off by 4e-4 and the gradients by 4% and more."""
-    inputs = make(op, (6,), classes, d_s=24)
+    rows = 6 if classes > 1000 else 40  # enough numbers that none's rounding stands for the whole
+    inputs = make(op, (rows,), classes, d_s=24)
     if op.name == "linear_tvd" and classes > 1000:
         inputs = without_ties(inputs)
     inputs = cast(inputs, dtype)
     op.assert_accurate(inputs, backend=backend)
-    op.assert_accurate(inputs, backend=backend, reduction="none", upstream=torch.randn(6))
+    op.assert_accurate(inputs, backend=backend, reduction="none", upstream=torch.randn(rows))
 
 
 @every_op

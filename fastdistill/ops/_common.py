@@ -30,6 +30,14 @@ def wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None)
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
+def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in total's dtype out of the accumulator."""
+    if total.is_cuda and total.dtype == torch.float32 and narrow(a) and a.dtype == b.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 def no_autocast(x: Tensor) -> torch.autocast:
     """Backward may be called under the caller's autocast, which would round our products."""
     return torch.autocast(x.device.type, enabled=False)
@@ -40,6 +48,15 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # A 0-d factor would be rounded to the gradient's dtype first; as a 1-d tensor it keeps its own.
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, scale.reshape((1,) * max(gradient.dim(), 1)), out=out)
+
+
+def unit(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights / u, u), u () a power of 2 that makes the largest about 1: float16 has no room for 1e-6 of anything."""
+    if weights.numel() == 0:
+        return weights, weights.new_ones(())
+    _, exponent = torch.frexp(weights.abs().amax())
+    u = torch.ldexp(weights.new_ones(()), exponent.clamp(-100, 100))
+    return weights / u, u
 
 
 def refuse_double_backward(op: str) -> None:

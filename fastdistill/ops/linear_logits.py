@@ -11,6 +11,7 @@ forward and scaled in the backward. Losses of each token wait for their weights:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastdistill.ops._rows import (
     at,
     capped,
     checked_indices,
+    checked_labels,
     row_blocks,
     rows_of_a_block,
     weigh_rows_,
@@ -133,20 +135,45 @@ def _linear_divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _common.compute_dtype(student, teacher)
-    row_loss = RowLoss(Divergence(kind, temperature, beta), soft_weight, hard_weight, student_softcap)
     size = _chunk_size(student, classes, dtype)
+    needs = (needs_student, needs_weight, needs_bias)
+    unit = _unit(student, soft_weight, hard_weight, temperature, kind)
+    teacher_weight = teacher_weight[:classes]
     buffer = student.new_empty(size if soft_weight else 0, classes, dtype=dtype)
+    if backend == "triton":
+        from fastdistill.kernels import logits as kernels
 
-    def target_of(chunk: slice) -> Target:
-        if soft_weight == 0:
-            return ()
-        logits = _logits(_clean(teacher, chunk, counted), teacher_weight[:classes], teacher_bias, buffer)
-        return (capped(logits, teacher_softcap, logits),)
+        labels = checked_labels(labels, counted, classes)
+        if unit != 1:
+            row_weight = (buffer.new_ones(student.shape[0]) if row_weight is None else row_weight) * unit
+        labels, counted, row_weight, student_bias, teacher_bias = (
+            None if x is None else x.contiguous() for x in (labels, counted, row_weight, student_bias, teacher_bias)
+        )
 
-    return _chunks(
-        row_loss, target_of, size, dtype, student, student_weight, student_bias, labels, counted, row_weight,
-        (needs_student, needs_weight, needs_bias), per_row, classes,
-    )  # fmt: skip
+        def launch(chunk: slice, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> None:
+            kernels.rows(
+                logits, _logits(teacher[chunk], teacher_weight, None, buffer) if soft_weight else None,
+                at(labels, chunk), at(counted, chunk), kind, classes=classes, temperature=temperature, beta=beta,
+                soft_weight=soft_weight, hard_weight=hard_weight, student_softcap=student_softcap,
+                teacher_softcap=teacher_softcap, loss=loss, gradient=gradient, weight=at(row_weight, chunk),
+                student_bias=student_bias, teacher_bias=teacher_bias,
+            )  # fmt: skip
+
+        rows = _in_one_launch(launch, student, student_weight[:classes], size, dtype)
+    else:
+        row_loss = RowLoss(Divergence(kind, temperature, beta), soft_weight, hard_weight, student_softcap)
+
+        def target_of(chunk: slice) -> Target:
+            if soft_weight == 0:
+                return ()
+            logits = _logits(_clean(teacher, chunk, counted), teacher_weight, teacher_bias, buffer)
+            return (capped(logits, teacher_softcap, logits),)
+
+        rows = _in_blocks(
+            row_loss, target_of, size, dtype, student, student_weight[:classes], student_bias, labels, counted,
+            row_weight, unit,
+        )  # fmt: skip
+    return _chunks(rows, size, dtype, student, student_weight, counted, needs, per_row, classes, unit)
 
 
 @torch.library.custom_op("fastdistill::linear_topk_divergence", mutates_args=())
@@ -172,71 +199,129 @@ def _linear_topk_divergence(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = _common.compute_dtype(student, logprobs)
-    row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
+    size = _chunk_size(student, classes, dtype)
+    needs = (needs_student, needs_weight, needs_bias)
     logprobs, indices = listed(logprobs, indices, counted, classes, dtype)
+    row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
 
     def target_of(chunk: slice) -> Target:
         return (logprobs[chunk], indices[chunk]) if soft_weight else ()
 
-    return _chunks(
-        row_loss, target_of, _chunk_size(student, classes, dtype), dtype, student, student_weight, student_bias,
-        labels, counted, row_weight, (needs_student, needs_weight, needs_bias), per_row, classes,
+    unit = _unit(student, soft_weight, hard_weight, temperature, "soft_cross_entropy")
+    rows = _in_blocks(
+        row_loss, target_of, size, dtype, student, student_weight[:classes], student_bias, labels, counted, row_weight,
+        unit,
     )  # fmt: skip
+    return _chunks(rows, size, dtype, student, student_weight, counted, needs, per_row, classes, unit)
 
 
-def _chunks(
+# -- a chunk's rows ------------------------------------------------------------------------------------------
+#
+# Of a chunk of tokens, with hidden states x (C, d_s): writes their losses (C), and returns G (C, V), times the rows'
+# weights and `unit`, as the products take it, or None where it is not wanted.
+Rows = Callable[[slice, Tensor, Tensor, bool], Tensor | None]
+
+
+def _in_blocks(
     row_loss: RowLoss,
     target_of: Callable[[slice], Target],
     size: int,  # tokens of a chunk
     dtype: torch.dtype,
     student: Tensor,
-    weight: Tensor,
+    weight: Tensor,  # (V, d_s)
     bias: Tensor | None,
     labels: Tensor | None,
     counted: Tensor | None,
     row_weight: Tensor | None,
+    unit: float,
+) -> Rows:
+    classes = weight.shape[0]
+    if labels is not None:
+        labels = checked_indices("labels", labels.unsqueeze(-1), counted, classes)
+    weights = _rows.row_weight(row_weight, counted, dtype)
+    buffer = student.new_empty(size, classes, dtype=dtype)
+    block_rows = rows_of_a_block(size, classes, BUFFERS + 1, buffer)
+    work = buffer.new_empty(BUFFERS + 1, block_rows, classes)
+
+    def rows(chunk: slice, x: Tensor, loss: Tensor, wanted: bool) -> Tensor | None:
+        logits = _logits(x, weight, bias, buffer)  # G when the rows are done
+        target = target_of(chunk)
+        for _, block in row_blocks(logits.shape[:1], block_rows):
+            here = slice(chunk.start + block.start, chunk.start + block.stop)
+            *buffers, gradient = work[:, : block.stop - block.start].unbind()
+            z = logits[block]
+            capped(z, row_loss.softcap, z)
+            out = gradient if wanted else None
+            loss[block] = row_loss(z, tuple(t[block] for t in target), at(labels, here), out, buffers)
+            if out is not None:
+                if weights is not None:
+                    weigh_rows_(out, weights[here], at(counted, here))
+                torch.mul(out, unit, out=z)
+        if counted is not None:
+            loss.masked_fill_(~counted[chunk], 0)
+        if not wanted:
+            return None
+        # A GPU multiplies 16-bit operands, so G goes back to 16 bits there; products still come out in float32.
+        return logits.to(x.dtype) if x.is_cuda and _common.narrow(x) else logits
+
+    return rows
+
+
+def _in_one_launch(
+    launch: Callable[[slice, Tensor, Tensor, Tensor | None], None],  # chunk, logits less the bias, losses, G
+    student: Tensor,
+    weight: Tensor,  # (V, d_s)
+    size: int,  # tokens of a chunk
+    dtype: torch.dtype,
+) -> Rows:
+    """G of 16-bit operands is rounded where it is computed; else it takes the place of the logits."""
+    buffer = student.new_empty(size, weight.shape[0], dtype=dtype)
+    narrow = torch.empty_like(buffer, dtype=student.dtype) if _common.narrow(student) else None
+
+    def rows(chunk: slice, x: Tensor, loss: Tensor, wanted: bool) -> Tensor | None:
+        logits = _logits(x, weight, None, buffer)
+        gradient = None
+        if wanted:
+            gradient = logits if narrow is None else narrow[: x.shape[0]]
+        launch(chunk, logits, loss, gradient)
+        return gradient
+
+    return rows
+
+
+# -- chunks --------------------------------------------------------------------------------------------------
+
+
+def _chunks(
+    rows: Rows,
+    size: int,  # tokens of a chunk
+    dtype: torch.dtype,
+    student: Tensor,
+    weight: Tensor,
+    counted: Tensor | None,
     needs: Sequence[bool],
     per_row: bool,
     classes: int,
+    unit: float,  # what G is a multiple of
 ) -> Outputs:
     loss, d_student, d_weight, d_bias = _outputs(student, weight, needs, dtype)
     needs_student, needs_weight, needs_bias = needs
-    if labels is not None:
-        labels = checked_indices("labels", labels.unsqueeze(-1), counted, classes)
-    row_weight = _rows.row_weight(row_weight, counted, dtype)
-    block_rows = rows_of_a_block(size, classes, BUFFERS + 1, loss)
-    buffer = loss.new_empty(size, classes)
-    work = loss.new_empty(BUFFERS + 1, block_rows, classes)
-    weight = weight[:classes]
     with _common.no_autocast(student):
         for start in range(0, student.shape[0], size):
             chunk = slice(start, min(start + size, student.shape[0]))
             x = _clean(student, chunk, counted)
-            logits = _logits(x, weight, bias, buffer)  # (C, V); G when the rows are done
-            target = target_of(chunk)
-            for _, rows in row_blocks(logits.shape[:1], block_rows):
-                here = slice(start + rows.start, start + rows.stop)
-                *buffers, gradient = work[:, : rows.stop - rows.start].unbind()
-                block = logits[rows]
-                capped(block, row_loss.softcap, block)
-                out = gradient if any(needs) else None
-                loss[here] = row_loss(block, tuple(t[rows] for t in target), at(labels, here), out, buffers)
-                if out is not None:
-                    if row_weight is not None:
-                        weigh_rows_(out, row_weight[here], at(counted, here))
-                    block.copy_(out)
+            gradient = rows(chunk, x, loss[chunk], any(needs))
+            if gradient is None:
+                continue
             if needs_bias:
-                d_bias[:classes] += logits.sum(0)
-            # A GPU multiplies 16-bit operands, so G goes back to 16 bits there; products still come out in float32.
-            gradient = logits.to(x.dtype) if x.is_cuda and _common.narrow(x) else logits
-            if needs_weight and x.is_cuda:
-                d_weight[:classes] += _common.wide_mm(gradient.mT, x, dtype)
-            elif needs_weight:
-                d_weight[:classes].addmm_(gradient.mT, x.to(dtype))  # adds in place: no second dW
+                d_bias[:classes] += gradient.sum(0, dtype=dtype)
+            if needs_weight:
+                _common.add_mm_(d_weight[:classes], gradient.mT, x)
             if needs_student:
-                d_student[chunk] = _times_weight(gradient, weight, dtype)
-    if counted is not None:
-        loss.masked_fill_(~counted, 0)
+                d_student[chunk] = _times_weight(gradient, weight[:classes], dtype)
+    if unit != 1:
+        for x in (d_student, d_weight, d_bias):
+            x *= 1 / unit
     return loss if per_row else loss.sum(), d_student, d_weight, d_bias
 
 
@@ -248,6 +333,15 @@ def _outputs(student: Tensor, weight: Tensor, needs: Sequence[bool], dtype: torc
     d_weight = loss.new_zeros(weight.shape if needs_weight else 0)
     d_bias = loss.new_zeros(weight.shape[0] if needs_bias else 0)
     return loss, d_student, d_weight, d_bias
+
+
+def _unit(student: Tensor, soft_weight: float, hard_weight: float, temperature: float, kind: str) -> float:
+    """What G is multiplied by. In float16, whose numbers end at 65504 and lose digits below 6e-5, probabilities keep
+    theirs down to 1e-7 if the largest entries that are to be expected are 1024 to 2048."""
+    if student.dtype != torch.float16:
+        return 1.0
+    slope = soft_weight / (temperature**2 if kind == "reverse_kl" else temperature)
+    return 2.0 ** (11 - math.ceil(math.log2(max(slope + hard_weight, 1e-30))))
 
 
 def _chunk_size(student: Tensor, classes: int, dtype: torch.dtype) -> int:
@@ -319,8 +413,14 @@ def _make_differentiable(op: Any, name: str, tensors: int) -> None:
         if ctx.per_row:
             needs = ctx.needs_input_grad[:3]
             before, after = ctx.saved_tensors[:5], ctx.saved_tensors[6:]
-            _, *gradients = op(*before, grad_loss, *after, *needs, True, *ctx.options)
-            learned = [g.to(t) if need else None for g, need, t in zip(gradients, needs, ctx.dtypes, strict=True)]
+            # G may be float16: the rows' weights are taken out of it as far as they are small, and put back here.
+            weights = grad_loss if before[4] is None else grad_loss.masked_fill(~before[4], 0)
+            weights, unit = _common.unit(weights)
+            _, *gradients = op(*before, weights, *after, *needs, True, *ctx.options)
+            learned = [
+                _common.scaled(g, unit, t) if need else None
+                for g, need, t in zip(gradients, needs, ctx.dtypes, strict=True)
+            ]
         else:
             learned = [
                 _common.scaled(g, grad_loss, t) if need else None
