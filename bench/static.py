@@ -208,6 +208,9 @@ def faults(kernel: Compiled, bytes_of_a_load: int = 16) -> list[str]:
         found.append(f"{kernel.spills} bytes of spills")
     if kernel.shared > ARCHS[kernel.arch].shared:
         found.append(f"{kernel.shared} bytes of shared memory")
+    multiplies = "tl.dot(" in kernel.launch.function.src and "no product" not in kernel.case
+    if multiplies and not kernel.tensor_core:
+        found.append("no tensor-core instructions")
     if kernel.widest_load < 8 * bytes_of_a_load:
         found.append(f"loads of at most {kernel.widest_load} bits")
     return [f"{kernel.launch.name}, {kernel.case}, {kernel.arch}: {fault}" for fault in found]

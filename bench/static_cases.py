@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from fastdistill.kernels import logits
+from fastdistill.kernels import linear_mse, logits
 
 Call = Callable[[], object]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def all_cases() -> Iterator[tuple[str, Call]]:
     yield from logits_cases()
+    yield from linear_mse_cases()
 
 
 def logits_cases() -> Iterator[tuple[str, Call]]:
@@ -24,7 +25,7 @@ def logits_cases() -> Iterator[tuple[str, Call]]:
     for kind in kinds:
         for classes in (512, 8192, 131072):
             yield _rows(kind, classes, "bf16", with_all=False)
-    for name in DTYPES:
+    for name in ("bf16", "fp16", "fp32"):
         yield _rows("kl_div", 16384, name, with_all=True)
         yield _rows("jsd", 32000, name, with_all=True)
 
@@ -43,3 +44,33 @@ def _rows(kind: str, classes: int, name: str, with_all: bool) -> tuple[str, Call
         )  # fmt: skip
 
     return f"logits {kind} V={classes} {name}" + (" all options" if with_all else ""), call
+
+
+def linear_mse_cases() -> Iterator[tuple[str, Call]]:
+    for d_s, d_t, name, with_all in (
+        (312, 768, "bf16", False),
+        (312, 768, "bf16", True),
+        (768, 1024, "fp16", False),
+        (312, 768, "fp32", True),
+        (312, 768, "fp64", True),
+        (768, 768, "bf16", False),
+    ):
+        yield _residual(d_s, d_t, name, with_all)
+    yield _residual(768, 768, "bf16", True, project=False)
+
+
+def _residual(d_s: int, d_t: int, name: str, with_all: bool, project: bool = True) -> tuple[str, Call]:
+    dtype = DTYPES[name]
+    x, t = torch.empty(4096, d_s, dtype=dtype), torch.empty(4096, d_t, dtype=dtype)
+    weight = torch.empty(d_t, d_s, dtype=dtype) if project else None
+    loss = torch.empty(4096, dtype=torch.float64 if name == "fp64" else torch.float32)
+
+    def call() -> None:
+        linear_mse.residual(
+            x, weight, t, t[0] if with_all else None, loss > 0 if with_all else None, loss if with_all else None,
+            loss=loss, out=torch.empty_like(t), clean=torch.empty_like(x) if with_all else None,
+            d_bias=torch.zeros(d_t, dtype=loss.dtype) if with_all else None,
+        )  # fmt: skip
+
+    options = (" all options" if with_all else "") + ("" if project else " no product")
+    return f"linear_mse {d_s} to {d_t} {name}{options}", call

@@ -55,7 +55,8 @@ BACKENDS = ("reference", "torch", "triton")
 
 # Those that have a Triton kernel so far.
 TRITON_OPS = frozenset(
-    prefix + name for prefix in ("", "linear_") for name in ("soft_cross_entropy", "kl_div", "jsd", "tvd")
+    ["linear_mse"]
+    + [prefix + name for prefix in ("", "linear_") for name in ("soft_cross_entropy", "kl_div", "jsd", "tvd")]
 )
 
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.

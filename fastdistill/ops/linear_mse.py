@@ -3,11 +3,12 @@
 The residual R = X W^T + b - T (chunk, d_t) of one chunk of tokens is all that is ever stored. With r the weight of a
 token's loss,
 
-    dX = (2 r / d_t) R W        dW = (2 r / d_t) R^T X        db = sum (2 r / d_t) R
+    dX = (2 / d_t) r R W        dW = (2 / d_t) (r R)^T X        db = (2 / d_t) sum r R
 
 so a chunk that is still in the cache yields loss and gradients in three products, the minimum. For a reduced loss r is
-the same for every token: the gradients are computed in the forward, with r = 1, and scaled in the backward. For
-per-token losses r arrives with the backward, which runs the same chunks again.
+the same for every token: the products are computed in the forward, with r = 1, and scaled in the backward. For
+per-token losses r arrives with the backward, which runs the same chunks again. The factor 2 / d_t always comes last:
+R itself fits the range of float16 where a thousandth of it would not.
 """
 
 from __future__ import annotations
@@ -50,11 +51,16 @@ def _linear_mse(
     needs_weight: bool,
     needs_bias: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss (N) or (); dX (N, d_s), dW (d_t, d_s), db (d_t), empty if not needed
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (N) or (); r R W (N, d_s), (r R)^T X (d_t, d_s), sum r R (d_t), empty where not needed."""
     dtype = _common.compute_dtype(student, weight, teacher, bias)
     loss, d_student, d_weight, d_bias = _outputs(student, teacher, needs_student, needs_weight, needs_bias, dtype)
     tokens, width = teacher.shape
     with _common.no_autocast(student):
+        if backend == "triton":
+            _with_kernel(student, weight, teacher, bias, mask, token_weight, loss, d_student, d_weight, d_bias)
+            loss /= width
+            return loss if per_token else loss.sum(), d_student, d_weight, d_bias
         for start in range(0, tokens, CHUNK):
             chunk = slice(start, start + CHUNK)
             x = student[chunk]  # (C, d_s)
@@ -70,14 +76,15 @@ def _linear_mse(
             loss[chunk] = torch.linalg.vector_norm(residual, dim=1).square_()
             if not (needs_student or needs_weight or needs_bias):
                 continue
-            residual *= 2 / width if token_weight is None else (token_weight[chunk, None] * (2 / width))
+            if token_weight is not None:
+                residual *= token_weight[chunk, None]
             if needs_bias:
                 d_bias += residual.sum(0)
             if needs_weight:
                 clean = x if mask is None else x.masked_fill(~mask[chunk, None], 0)
                 # The residual of 16-bit operands goes back to 16 bits where the product takes them (GPU).
                 operand = residual.to(x.dtype) if x.is_cuda else residual
-                d_weight += _common.wide_mm(operand.mT, clean, dtype)
+                _common.add_mm_(d_weight, operand.mT, clean)
             if needs_student:
                 if weight is None:
                     d_student[chunk] = residual
@@ -86,6 +93,59 @@ def _linear_mse(
                     d_student[chunk] = _common.wide_mm(operand, weight, dtype)
         loss /= width
     return loss if per_token else loss.sum(), d_student, d_weight, d_bias
+
+
+def _with_kernel(
+    student: Tensor,
+    weight: Tensor | None,
+    teacher: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    token_weight: Tensor | None,
+    loss: Tensor,  # (N), and the rest as _outputs makes them, to be written
+    d_student: Tensor,
+    d_weight: Tensor,
+    d_bias: Tensor,
+) -> None:
+    from fastdistill.kernels import linear_mse as kernels
+
+    tokens, width = teacher.shape
+    needs_student, needs_weight, needs_bias = (x.numel() > 0 for x in (d_student, d_weight, d_bias))
+    bias, mask, token_weight = (None if x is None else x.contiguous() for x in (bias, mask, token_weight))
+    dtype = student.dtype if _common.narrow(student) else loss.dtype  # of R
+    products = needs_weight or (needs_student and weight is not None)
+    size = max(kernels.CHUNK_BYTES // (width * dtype.itemsize), 1024) if products else max(tokens, 1)
+    residual = clean = None
+    if products:
+        residual = torch.empty(min(size, tokens), width, dtype=dtype, device=student.device)
+    if needs_weight and mask is not None:
+        clean = torch.empty(min(size, tokens), student.shape[1], dtype=student.dtype, device=student.device)
+    for start in range(0, tokens, size):
+        chunk = slice(start, min(start + size, tokens))
+        count = chunk.stop - start
+        r = None if residual is None else residual[:count]
+        if weight is None and needs_student and r is None:
+            r = d_student[chunk]  # R is dX
+        x = student[chunk] if clean is None else clean[:count]
+        kernels.residual(
+            student[chunk], weight, teacher[chunk], bias, _at(mask, chunk), _at(token_weight, chunk),
+            loss=loss[chunk], out=r, clean=None if clean is None else x, d_bias=d_bias if needs_bias else None,
+        )  # fmt: skip
+        if residual is None or r is None:
+            continue
+        if needs_weight:
+            _common.add_mm_(d_weight, r.mT, x)
+        if needs_student and weight is not None:
+            if r.is_cuda and r.dtype == weight.dtype == d_student.dtype:
+                torch.mm(r, weight, out=d_student[chunk])  # rounded once, out of the accumulator
+            else:
+                d_student[chunk] = _common.wide_mm(r, weight, loss.dtype)
+        elif needs_student:
+            d_student[chunk] = r
+
+
+def _at(x: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if x is None else x[chunk]
 
 
 def _outputs(
@@ -115,6 +175,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(d_student, d_weight, d_bias)
     ctx.set_materialize_grads(False)
     ctx.dtypes = [None if x is None else x.dtype for x in (student, weight, bias)]
+    ctx.width = teacher.shape[1]
     if ctx.per_token:
         ctx.save_for_backward(student, weight, teacher, bias, mask)
     else:
@@ -129,14 +190,16 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if ctx.per_token:
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
         student, weight, teacher, bias, mask = ctx.saved_tensors
-        _, *gradients = _linear_mse(student, weight, teacher, bias, mask, grad_loss, True, *needs, ctx.backend)
-        gradients = [g.to(dtype) if need else None for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)]
+        weights = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
+        weights, scale = _common.unit(weights)
+        _, *gradients = _linear_mse(student, weight, teacher, bias, mask, weights, True, *needs, ctx.backend)
     else:
-        gradients = [
-            _common.scaled(g, grad_loss, dtype) if need else None
-            for g, need, dtype in zip(ctx.saved_tensors, ctx.in_forward, ctx.dtypes, strict=True)
-        ]
-    d_student, d_weight, d_bias = gradients
+        needs, gradients, scale = ctx.in_forward, ctx.saved_tensors, grad_loss
+    scale = scale * (2 / ctx.width)
+    d_student, d_weight, d_bias = (
+        _common.scaled(g, scale, dtype) if need else None
+        for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
+    )
     return d_student, d_weight, None, d_bias, *nothing[4:]
 
 

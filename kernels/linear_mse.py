@@ -1,0 +1,170 @@
+"""The residual of a projection, R = X W^T + b - T, and what follows from it while a tile of it is in registers.
+
+One program computes a tile of R as a matrix product accumulates it, in float32 (float64), and from there
+
+    loss partials    sum of squares of each token's part       (column tiles, C), added in order afterwards
+    db partials      sums of the columns                       (row tiles, d_t), likewise
+    R                times its tokens' weights, as the gradient products take it: in 16 bits for 16-bit inputs
+
+so X, W and T are read and R is written, nothing else. The gradient products R W and R^T X are the library's. Per token
+2 d_s d_t operations here, 4 d_s d_t there; (d_s + d_t) numbers from memory here, and R, which a chunk of tokens keeps
+in the L2 cache: at 312 -> 768 in bfloat16 1.44 MFLOP, 1.8 ns at 790 TFLOP/s, against 2.8 KB, 0.65 ns at 4.3 TB/s.
+
+dX could come from the same program, as in attention: R W needs a whole row of R, 768 numbers a token, whose float32
+sums of 128 tokens (312 columns) and their tile of R leave no registers for the pipeline. Three products it is.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastdistill.kernels import _common
+from fastdistill.kernels._common import on_device_of
+from torch import Tensor
+
+# Bytes of R of a chunk, which the gradient products read again: with X and W it fits the L2 of an H100 (50 MB).
+CHUNK_BYTES = 24 << 20
+
+
+@triton.jit
+def _residual(
+    x_ptr,  # (C, d_s)
+    w_ptr,  # (d_t, d_s); None: x itself is the projection
+    t_ptr,  # (C, d_t)
+    bias_ptr,  # (d_t); None: 0
+    mask_ptr,  # (C); None: all count
+    token_weight_ptr,  # (C), what R is multiplied by; None: 1
+    loss_ptr,  # (column tiles, C)
+    d_bias_ptr,  # (row tiles, d_t); None: not wanted
+    r_ptr,  # (C, d_t), contiguous; None: not wanted
+    clean_ptr,  # (C, d_s), contiguous, X with zeros where a token does not count; None: not wanted
+    tokens,  # C
+    x_stride, w_stride, t_stride,  # of rows, in units of ALIGN numbers
+    ALIGN: tl.constexpr,
+    D_S: tl.constexpr,
+    D_T: tl.constexpr,
+    WIDE: tl.constexpr,
+    OPERAND: tl.constexpr,  # what is multiplied
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Programs that run together share 8 tiles of rows: their X and all of W are in the cache.
+    COLUMN_TILES: tl.constexpr = (D_T + BLOCK_N - 1) // BLOCK_N
+    GROUP: tl.constexpr = 8
+    program = tl.program_id(0)
+    group = program // (GROUP * COLUMN_TILES)
+    row_tiles = tl.cdiv(tokens, BLOCK_M)
+    size = tl.minimum(row_tiles - group * GROUP, GROUP)
+    row_tile = group * GROUP + program % (GROUP * COLUMN_TILES) % size
+    column_tile = program % (GROUP * COLUMN_TILES) // size
+
+    first = row_tile.to(tl.int64) * BLOCK_M  # 64 bits to where the tile starts, 32 within it
+    rows = tl.arange(0, BLOCK_M)
+    exists = rows < tokens - row_tile * BLOCK_M
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    x_stride *= ALIGN
+    x_ptr += first * x_stride
+    counted = exists
+    if mask_ptr is not None:
+        counted &= tl.load(mask_ptr + first + rows, mask=exists, other=0) != 0
+    inside = counted[:, None] & (columns < D_T)[None, :]
+
+    if w_ptr is None:
+        x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
+        r = x.to(WIDE)
+    else:
+        r = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+        depth = tl.arange(0, BLOCK_K)
+        x_tile = x_ptr + rows[:, None] * x_stride + depth[None, :]
+        w_tile = w_ptr + columns[None, :] * (w_stride * ALIGN) + depth[:, None]
+        for start in range(0, D_S, BLOCK_K):
+            x = tl.load(x_tile, mask=counted[:, None] & (depth < D_S - start)[None, :], other=0)
+            w = tl.load(w_tile, mask=(columns < D_T)[None, :] & (depth < D_S - start)[:, None], other=0)
+            r = tl.dot(x.to(OPERAND), w.to(OPERAND), r, input_precision=PRECISION, out_dtype=WIDE)
+            x_tile += BLOCK_K
+            w_tile += BLOCK_K
+    if bias_ptr is not None:
+        r += tl.load(bias_ptr + columns, mask=columns < D_T, other=0).to(WIDE)[None, :]
+    t_stride *= ALIGN
+    t_tile = t_ptr + first * t_stride + rows[:, None] * t_stride + columns[None, :]
+    r -= tl.load(t_tile, mask=inside, other=0).to(WIDE)
+    r = tl.where(inside, r, 0)
+
+    tl.store(loss_ptr + column_tile.to(tl.int64) * tokens + first + rows, tl.sum(r * r, 1), mask=exists)
+    if token_weight_ptr is not None:
+        r *= tl.load(token_weight_ptr + first + rows, mask=counted, other=0).to(WIDE)[:, None]
+    if d_bias_ptr is not None:
+        tl.store(d_bias_ptr + row_tile.to(tl.int64) * D_T + columns, tl.sum(r, 0), mask=columns < D_T)
+    if r_ptr is not None:
+        r_tile = r_ptr + first * D_T + rows[:, None] * D_T + columns[None, :]
+        tl.store(r_tile, r.to(r_ptr.dtype.element_ty), mask=exists[:, None] & (columns < D_T)[None, :])
+    if clean_ptr is not None and column_tile == 0:
+        for start in range(0, D_S, BLOCK_K):
+            deep = start + tl.arange(0, BLOCK_K)
+            x_tile = x_ptr + rows[:, None] * x_stride + deep[None, :]
+            copy = tl.load(x_tile, mask=counted[:, None] & (deep < D_S)[None, :], other=0)
+            copy_tile = clean_ptr + first * D_S + rows[:, None] * D_S + deep[None, :]
+            tl.store(copy_tile, copy, mask=exists[:, None] & (deep < D_S)[None, :])
+
+
+def _tiles(arch: str, operand: torch.dtype, product: bool) -> dict[str, int]:
+    if not product:
+        return {"BLOCK_M": 16, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+    if arch == "cpu":
+        return {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 512, "num_warps": 4, "num_stages": 1}
+    stages = 2 if arch.startswith("gfx") else 3
+    if operand == torch.float64:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": stages}
+    if operand == torch.float32:
+        return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": stages}
+    # One program a multiprocessor: as many tiles ahead as the shared memory holds.
+    stages += arch in ("sm_90", "sm_100")
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
+
+
+def residual(
+    x: Tensor,  # (C, d_s)
+    weight: Tensor | None,  # (d_t, d_s); None: d_s = d_t, x itself is the projection
+    teacher: Tensor,  # (C, d_t)
+    bias: Tensor | None,  # (d_t)
+    mask: Tensor | None,  # (C)
+    token_weight: Tensor | None,  # (C), what R is multiplied by
+    *,
+    loss: Tensor,  # (C), float32 or float64, the dtype of the computation: sum of the squares
+    out: Tensor | None,  # (C, d_t) contiguous, R
+    clean: Tensor | None,  # (C, d_s) contiguous, X with zeros where a token does not count
+    d_bias: Tensor | None,  # (d_t), to which the sums of R's columns are added
+) -> None:
+    tokens, d_t = teacher.shape
+    d_s = x.shape[1]
+    if tokens == 0 or d_t == 0:
+        loss.zero_()
+        return
+    x, weight, teacher = (
+        None if y is None else y if y.stride(1) == 1 else y.contiguous() for y in (x, weight, teacher)
+    )
+    strides = [0 if y is None else y.stride(0) for y in (x, weight, teacher)]
+    align = next(n for n in (16, 8, 4, 2, 1) if not any(stride % n for stride in strides))
+    operand = loss.dtype if loss.dtype == torch.float64 else x.dtype
+    arch = _common.arch_of(x)
+    tiles = _tiles(arch, operand, weight is not None)
+    row_tiles, column_tiles = triton.cdiv(tokens, tiles["BLOCK_M"]), triton.cdiv(d_t, tiles["BLOCK_N"])
+    partial = loss.new_empty(column_tiles, tokens)
+    d_bias_partial = None if d_bias is None else loss.new_empty(row_tiles, d_t)
+    with on_device_of(x):
+        _residual[(row_tiles * column_tiles,)](
+            x, weight, teacher, bias, mask, token_weight, partial, d_bias_partial, out, clean, tokens,
+            *(stride // align for stride in strides),
+            ALIGN=align, D_S=d_s, D_T=d_t,
+            WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
+            OPERAND={torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}.get(
+                operand, tl.bfloat16
+            ),
+            # Three products of two 10-bit terms on tensor cores are as good as one in float32; one would not be.
+            PRECISION="tf32x3" if arch.startswith("sm_") and operand == torch.float32 else "ieee",
+            **tiles,
+        )  # fmt: skip
+    torch.sum(partial, 0, out=loss)
+    if d_bias is not None:
+        d_bias += d_bias_partial.sum(0)
