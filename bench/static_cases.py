@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from fastdistill.kernels import linear_mse, logits
+from fastdistill.kernels import attention_mse, linear_mse, logits, topk
 
 Call = Callable[[], object]
 
@@ -17,7 +17,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 def all_cases() -> Iterator[tuple[str, Call]]:
     yield from logits_cases()
+    yield from topk_cases()
     yield from linear_mse_cases()
+    yield from attention_mse_cases()
 
 
 def logits_cases() -> Iterator[tuple[str, Call]]:
@@ -44,6 +46,28 @@ def _rows(kind: str, classes: int, name: str, with_all: bool) -> tuple[str, Call
         )  # fmt: skip
 
     return f"logits {kind} V={classes} {name}" + (" all options" if with_all else ""), call
+
+
+def topk_cases() -> Iterator[tuple[str, Call]]:
+    for classes in (512, 8192, 131072):
+        for tail in ("renormalize", "bucket"):
+            yield _listed(classes, tail, "bf16", with_all=False)
+    for name in ("bf16", "fp32"):
+        yield _listed(32000, "bucket", name, with_all=True)
+
+
+def _listed(classes: int, tail: str, name: str, with_all: bool) -> tuple[str, Call]:
+    student, loss, p = torch.empty(64, classes, dtype=DTYPES[name]), torch.empty(64), torch.empty(64, 64)
+    labels = torch.empty(64, dtype=torch.int64) if with_all else None
+
+    def call() -> None:
+        topk.rows(
+            student, (p, p.long(), loss if tail == "bucket" else None), labels, loss > 0 if with_all else None,
+            classes=classes, temperature=1.0, soft_weight=1.0, hard_weight=0.5, softcap=30.0 if with_all else None,
+            loss=loss, gradient=torch.empty_like(student), weight=loss,
+        )  # fmt: skip
+
+    return f"topk {tail} V={classes} {name}" + (" all options" if with_all else ""), call
 
 
 def linear_mse_cases() -> Iterator[tuple[str, Call]]:
@@ -74,3 +98,30 @@ def _residual(d_s: int, d_t: int, name: str, with_all: bool, project: bool = Tru
 
     options = (" all options" if with_all else "") + ("" if project else " no product")
     return f"linear_mse {d_s} to {d_t} {name}{options}", call
+
+
+def attention_mse_cases() -> Iterator[tuple[str, Call]]:
+    for d_s, d_t, name, masked in (
+        (32, 64, "bf16", False),
+        (26, 64, "bf16", True),
+        (64, 64, "fp16", True),
+        (64, 128, "bf16", False),
+        (128, 128, "bf16", False),
+        (32, 64, "fp32", True),
+        (384, 768, "bf16", False),  # hidden states for queries and keys
+    ):
+        yield _gram(d_s, d_t, name, masked)
+
+
+def _gram(d_s: int, d_t: int, name: str, masked: bool) -> tuple[str, Call]:
+    student, teacher = (torch.empty(2, 4, 512, d, dtype=DTYPES[name]) for d in (d_s, d_t))
+    rows = torch.empty(2, 1, 512, dtype=torch.bool) if masked else None
+
+    def call() -> None:
+        inputs = (student, student[:, :2], teacher, teacher, 0.125, 0.125, rows, rows)
+        _, *grams = attention_mse.loss(*inputs)
+        attention_mse.gradients(
+            torch.empty(()), *inputs, *grams, torch.empty_like(student), torch.empty_like(student[:, :2])
+        )
+
+    return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " unaligned" * (d_s % 8 > 0), call

@@ -397,12 +397,15 @@ class Op:
         assert all(outcome[name].dtype == inputs[name].dtype for name in learned)
         return outcome
 
-    def assert_accurate_together(self, batches: list[dict[str, Any]], *, backend: str, **keywords: Any) -> None:
+    def assert_accurate_together(
+        self, batches: list[dict[str, Any]], *, backend: str, value_off: float = 0.0, **keywords: Any
+    ) -> None:
         """The same over several batches as one: the error of a single number may be small by luck."""
         assert_accurate(
             stacked([evaluate(self, x, self.learned, backend=backend, **keywords) for x in batches]),
             stacked([self.truth(x, **keywords) for x in batches]),
             stacked([evaluate(self.textbook, x, self.learned, backend=backend, **keywords) for x in batches]),
+            value_off=value_off,
         )
 
     def some_masked(self, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -158,7 +158,14 @@ def test_student_close_to_teacher(op: Op, mismatch: float, backend: str) -> None
 @every_op
 @pytest.mark.parametrize("mismatch", [1e-1, 1e-2])
 def test_student_close_to_teacher_in_bfloat16(op: Op, mismatch: float, backend: str) -> None:
-    op.assert_accurate_together([close(mismatch, torch.bfloat16) for _ in range(5)], backend=backend)
+    batches = [close(mismatch, torch.bfloat16) for _ in range(5)]
+    op.assert_accurate_together(batches, backend=backend, value_off=gram_rounding(op, mismatch, backend))
+
+
+def gram_rounding(op: Op, mismatch: float, backend: str) -> float:
+    """Tensor cores sum Gram matrices of 16-bit inputs in float32, whose rounding u is u / mismatch^2 in the loss:
+    1% at 0.01, where scores in bfloat16 would put it off by 16%. Gradients are held to the same bound as ever."""
+    return 16 * 2**-24 / mismatch**2 if backend == "triton" and str(op) == "attention_mse" else 0.0
 
 
 @every_op
@@ -168,9 +175,12 @@ def test_scaled_losses_keep_small_float16_gradients(op: Op, length: int, backend
     size = 0.1 if op.name == "attention_mse" else 1.0
     batches = []
     for _ in range(5):
-        inputs = close(0.1 if op.name == "attention_kl" else 0.01, torch.float32, length)
+        mismatch = 0.1 if op.name == "attention_kl" else 0.01
+        inputs = close(mismatch, torch.float32, length)
         batches.append(cast({name: size * x for name, x in inputs.items()}, torch.float16))
-    op.assert_accurate_together(batches, backend=backend, upstream=torch.tensor(2.0**12))
+    op.assert_accurate_together(
+        batches, backend=backend, upstream=torch.tensor(2.0**12), value_off=gram_rounding(op, mismatch, backend)
+    )
 
 
 @every_op

@@ -54,7 +54,8 @@ def attention_mse(
     # Query rows that meet the same keys, and what a row costs either way, as measured.
     rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
     worth = (5 if is_causal else 2) * (width + teacher_query.shape[3])
-    if attn_mask is None and rows * key_length > worth * (rows + key_length):
+    kernel = backend == "triton" and not is_causal  # bound by memory at any length
+    if attn_mask is None and (kernel or rows * key_length > worth * (rows + key_length)):
         return _linear(*inputs, key_mask, query_mask, is_causal, backend)[:2]
     differentiable = _attention.differentiable(student_query, student_key)
     return _tiled(*inputs, key_mask, query_mask, is_causal, attn_mask, backend, differentiable)[:2]
@@ -170,6 +171,12 @@ def _linear(
     counted = _attention.count_rows(
         query_length, key_length, student_query.device, key_mask, query_mask, is_causal, None
     )
+    if backend == "triton" and not is_causal:
+        from fastdistill.kernels import attention_mse as kernels
+
+        total, *grams = kernels.loss(*inputs, student_scale, teacher_scale, counted.queries, counted.keys)
+        total = total.clamp_(min=0).to(_common.compute_dtype(*inputs))
+        return total, _count(counted.keys_per_query, student_query), *grams
     v = _scales(student_query, teacher_query, student_scale, teacher_scale)
     query_gram = v.new_empty(_gram_shapes(*inputs))
     key_gram = v.new_empty(0 if is_causal else _gram_shapes(*inputs))
@@ -238,6 +245,14 @@ def _linear_backward(
     sharing = query_gram.shape[1] // student_key.shape[1]
     w = 2 * student_scale * grad_total.to(v.dtype) * v
     d_query, d_key = torch.empty_like(student_query), torch.empty_like(student_key)
+    if backend == "triton" and not is_causal:
+        from fastdistill.kernels import attention_mse as kernels
+
+        kernels.gradients(
+            grad_total, *inputs, student_scale, teacher_scale, counted.queries, counted.keys, query_gram, key_gram,
+            d_query, d_key,
+        )  # fmt: skip
+        return d_query, d_key
     with _common.no_autocast(student_query):
         for block in _blocks(*inputs, counted, is_causal):
             dq, dk = block.take(d_query), block.take(d_key)

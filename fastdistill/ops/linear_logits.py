@@ -32,7 +32,7 @@ from fastdistill.ops._rows import (
     weigh_rows_,
 )
 from fastdistill.ops.logits import Divergence
-from fastdistill.ops.topk import TopK, listed
+from fastdistill.ops.topk import TopK, listed, sorted_list
 
 # Tokens of a chunk: enough that the products run at full speed, within a bound on the bytes of each side's logits.
 CHUNK = 1024
@@ -144,8 +144,7 @@ def _linear_divergence(
         from fastdistill.kernels import logits as kernels
 
         labels = checked_labels(labels, counted, classes)
-        if unit != 1:
-            row_weight = (buffer.new_ones(student.shape[0]) if row_weight is None else row_weight) * unit
+        row_weight = _with_unit(row_weight, unit, student, dtype)
         labels, counted, row_weight, student_bias, teacher_bias = (
             None if x is None else x.contiguous() for x in (labels, counted, row_weight, student_bias, teacher_bias)
         )
@@ -201,17 +200,37 @@ def _linear_topk_divergence(
     dtype = _common.compute_dtype(student, logprobs)
     size = _chunk_size(student, classes, dtype)
     needs = (needs_student, needs_weight, needs_bias)
-    logprobs, indices = listed(logprobs, indices, counted, classes, dtype)
-    row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
-
-    def target_of(chunk: slice) -> Target:
-        return (logprobs[chunk], indices[chunk]) if soft_weight else ()
-
     unit = _unit(student, soft_weight, hard_weight, temperature, "soft_cross_entropy")
-    rows = _in_blocks(
-        row_loss, target_of, size, dtype, student, student_weight[:classes], student_bias, labels, counted, row_weight,
-        unit,
-    )  # fmt: skip
+    if backend == "triton":
+        from fastdistill.kernels import topk as kernels
+
+        p, indices, rest = sorted_list(logprobs, indices, counted, classes, dtype, tail, temperature)
+        labels = checked_labels(labels, counted, classes)
+        row_weight = _with_unit(row_weight, unit, student, dtype)
+        labels, counted, row_weight, student_bias = (
+            None if x is None else x.contiguous() for x in (labels, counted, row_weight, student_bias)
+        )
+
+        def launch(chunk: slice, logits: Tensor, loss: Tensor, gradient: Tensor | None) -> None:
+            kernels.rows(
+                logits, (p[chunk], indices[chunk], at(rest, chunk)) if soft_weight else None, at(labels, chunk),
+                at(counted, chunk), classes=classes, temperature=temperature, soft_weight=soft_weight,
+                hard_weight=hard_weight, softcap=student_softcap, loss=loss, gradient=gradient,
+                weight=at(row_weight, chunk), bias=student_bias,
+            )  # fmt: skip
+
+        rows = _in_one_launch(launch, student, student_weight[:classes], size, dtype)
+    else:
+        logprobs, indices = listed(logprobs, indices, counted, classes, dtype)
+        row_loss = RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap)
+
+        def target_of(chunk: slice) -> Target:
+            return (logprobs[chunk], indices[chunk]) if soft_weight else ()
+
+        rows = _in_blocks(
+            row_loss, target_of, size, dtype, student, student_weight[:classes], student_bias, labels, counted,
+            row_weight, unit,
+        )  # fmt: skip
     return _chunks(rows, size, dtype, student, student_weight, counted, needs, per_row, classes, unit)
 
 
@@ -342,6 +361,12 @@ def _unit(student: Tensor, soft_weight: float, hard_weight: float, temperature: 
         return 1.0
     slope = soft_weight / (temperature**2 if kind == "reverse_kl" else temperature)
     return 2.0 ** (11 - math.ceil(math.log2(max(slope + hard_weight, 1e-30))))
+
+
+def _with_unit(row_weight: Tensor | None, unit: float, student: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if unit == 1:
+        return row_weight
+    return student.new_full(student.shape[:1], unit, dtype=dtype) if row_weight is None else row_weight * unit
 
 
 def _chunk_size(student: Tensor, classes: int, dtype: torch.dtype) -> int:

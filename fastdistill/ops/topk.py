@@ -23,6 +23,7 @@ from fastdistill.ops._rows import (
     RowLoss,
     Target,
     checked_indices,
+    checked_labels,
     differentiable,
     expected_weight,
     exponential,
@@ -48,7 +49,7 @@ class TopK(NamedTuple):
     ) -> Tensor:  # (n, 1)
         logprobs, indices = target
         a, b, *_ = work
-        teacher_p, teacher_rest = self._teacher(logprobs, student.shape[1])
+        teacher_p, teacher_rest = self.teacher(logprobs, student.shape[1])
         x = torch.sub(student, student_max, out=a)
         e = exponential(x, b, self.temperature)
         e_sum = e.sum(-1, keepdim=True)
@@ -70,7 +71,7 @@ class TopK(NamedTuple):
                 out -= rest_e.mul_(slope * teacher_rest / rest_sum.where(rest_sum > 0, 1))
         return loss.mul_(weight)
 
-    def _teacher(self, logprobs: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    def teacher(self, logprobs: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Probabilities of the listed classes (n, k) and of the rest (n, 1)."""
         nothing = logprobs.new_zeros(logprobs.shape[0], 1)
         if self.tail == "renormalize":
@@ -138,6 +139,20 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
     dtype = _common.compute_dtype(student, logprobs)
+    if backend == "triton":
+        from fastdistill.kernels import topk as kernels
+
+        loss, d_student = _fake(student, logprobs, indices, labels, counted, weight, needs_gradient)
+        target = sorted_list(logprobs, indices, counted, classes, dtype, tail, temperature) if soft_weight else None
+        labels = checked_labels(labels, counted, classes)
+        # A mask like m[:, :1] and the gradient of a sum have strides of their own.
+        labels, counted, weight = (None if x is None else x.contiguous() for x in (labels, counted, weight))
+        kernels.rows(
+            student, target, labels, counted, classes=classes, temperature=temperature, soft_weight=soft_weight,
+            hard_weight=hard_weight, softcap=student_softcap, loss=loss, gradient=d_student if needs_gradient else None,
+            weight=weight,
+        )  # fmt: skip
+        return loss, d_student
     return row_losses(
         RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap),
         student, None, listed(logprobs, indices, counted, classes, dtype) if soft_weight else (), labels, counted,
@@ -153,6 +168,23 @@ def listed(
     if counted is not None:
         logprobs = logprobs.where(counted.unsqueeze(-1), 0)
     return logprobs, checked_indices("topk_indices", indices, counted, classes)
+
+
+def sorted_list(
+    logprobs: Tensor,
+    indices: Tensor,
+    counted: Tensor | None,
+    classes: int,
+    dtype: torch.dtype,
+    tail: str,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The teacher's classes as the kernel takes them: probabilities and classes in ascending order (N, k), and the
+    probability of the rest (N) where the tail is a class."""
+    logprobs, indices = listed(logprobs, indices, counted, classes, dtype)
+    p, rest = TopK(tail, temperature).teacher(logprobs, classes)
+    indices, order = indices.sort(-1)
+    return p.gather(-1, order), indices, rest[:, 0].contiguous() if tail == "bucket" else None
 
 
 def _fake(student, logprobs, indices, labels, counted, weight, needs_gradient, *_):  # type: ignore[no-untyped-def]

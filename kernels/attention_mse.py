@@ -1,0 +1,369 @@
+"""Attention-score MSE from Gram matrices: every input row is read once forward and once backward, no score is computed.
+
+With q' = [q_s, q_t], k' = [k_s, k_t] (D' = D_s + D_t), v = [s_s ..., -s_t ...] and V = diag(v),
+
+    sum_ij (a_s - a_t)^2 = < V Gq, Gk V >        Gq = q'^T q', Gk = k'^T k', D' x D'
+    dq_s = 2 s_s q' V Gk[:, :D_s]                dk_s = 2 s_s k' V Gq[:, :D_s]
+
+    _gram      (splits of the rows, batch x groups, queries | keys): the blocks SS, ST, TT of a Gram matrix
+    _contract  (batch x groups, rows of the matrix): adds the splits up in order, in float64, to the loss and to the
+               student's columns of both matrices
+    _gradient  (tiles of rows, batch x heads): a row times the other side's matrix
+
+Products of 16-bit inputs are exact in float32 accumulators, and a split adds up at most a few thousand of them; beyond
+it sums are float64, since the terms of the loss cancel as the student nears its teacher. For the same reason the matrix
+that multiplies 16-bit rows has two 16-bit terms, and float32 inputs are multiplied in float64, which tensor cores do.
+
+Per row and head of queries or keys (D_s + D_t) numbers are read forward, and backward, and D_s written; operations are
+2 (D_s^2 + D_s D_t + D_t^2) forward and 2 D' D_s backward (twice that in two terms): 14 and 4.7 kFLOP at 26 / 64, which
+in 16 bits is a fifth of the time of their bytes. Head dimensions are padded to powers of 2 in registers only. Heads too
+wide for one program, such as hidden states taken for queries and keys, are multiplied block by block.
+"""
+
+from math import lcm
+
+import torch
+import triton
+import triton.language as tl
+from fastdistill.kernels import _common
+from fastdistill.kernels._common import on_device_of, power_of_2
+from torch import Tensor
+
+
+@triton.jit
+def _load_rows(
+    x_ptr, row_stride, rows, exists, columns, DIM: tl.constexpr
+):  # (rows, columns): of one head, zero where a row does not count  # fmt: skip
+    return tl.load(
+        x_ptr + rows[:, None] * row_stride + columns[None, :], mask=exists[:, None] & (columns < DIM)[None, :], other=0
+    )
+
+
+@triton.jit
+def _gram(
+    a_query_ptr, b_query_ptr,  # (B, H, L, D_a), (B, H, L, D_b)
+    a_key_ptr, b_key_ptr,  # (B, H_a, S, D_a), (B, H_b, S, D_b)
+    counted_queries_ptr, counted_keys_ptr,  # (B, L), (B, S); None: all
+    out_ptr,  # (splits, 2, B * groups, D', D'), where the block A^T B starts
+    a_query_batch, a_query_head, a_query_row, b_query_batch, b_query_head, b_query_row,  # strides
+    a_key_batch, a_key_head, a_key_row, b_key_batch, b_key_head, b_key_row,
+    counted_queries_batch, counted_keys_batch,
+    groups, query_length, key_length, heads_of_a_group,
+    sharing_a, sharing_b,  # groups that share a key head
+    splits,
+    D_A: tl.constexpr,
+    D_B: tl.constexpr,
+    WIDTH: tl.constexpr,  # D'
+    ALL: tl.constexpr,  # A^T A and B^T B as well: both are one block wide
+    WIDE: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    split, of, side = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    batch, group = of // groups, of % groups
+    COLUMN_BLOCKS: tl.constexpr = (D_B + BLOCK_B - 1) // BLOCK_B
+    block = side // 2
+    side = side % 2
+    first_a, first_b = block // COLUMN_BLOCKS * BLOCK_A, block % COLUMN_BLOCKS * BLOCK_B
+    columns_a, columns_b = first_a + tl.arange(0, BLOCK_A), first_b + tl.arange(0, BLOCK_B)
+
+    # Of the queries: the heads of the group. Of the keys: one head, the group's.
+    length, heads = query_length, heads_of_a_group
+    a_ptr = a_query_ptr + batch * a_query_batch + group * heads_of_a_group * a_query_head
+    b_ptr = b_query_ptr + batch * b_query_batch + group * heads_of_a_group * b_query_head
+    a_row, b_row, a_head, b_head = a_query_row, b_query_row, a_query_head, b_query_head
+    if side == 1:
+        length, heads = key_length, 1
+        a_ptr = a_key_ptr + batch * a_key_batch + group // sharing_a * a_key_head
+        b_ptr = b_key_ptr + batch * b_key_batch + group // sharing_b * b_key_head
+        a_row, b_row, a_head, b_head = a_key_row, b_key_row, a_key_head, b_key_head
+
+    ab = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
+    aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
+    bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
+    tiles = tl.cdiv(length, ROWS)  # of a head
+    share = tl.cdiv(tiles * heads, splits)
+    for tile in range(split * share, tl.minimum((split + 1) * share, tiles * heads)):
+        head = tile // tiles
+        rows = (tile % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        exists = rows < length
+        if side == 0:
+            if counted_queries_ptr is not None:
+                exists &= tl.load(counted_queries_ptr + batch * counted_queries_batch + rows, mask=exists, other=0) != 0
+        else:
+            if counted_keys_ptr is not None:
+                exists &= tl.load(counted_keys_ptr + batch * counted_keys_batch + rows, mask=exists, other=0) != 0
+        a = _load_rows(a_ptr + head * a_head, a_row, rows, exists, columns_a, D_A)
+        b = _load_rows(b_ptr + head * b_head, b_row, rows, exists, columns_b, D_B)
+        if a.dtype != b.dtype or tl.float64 == WIDE:
+            a, b = a.to(WIDE), b.to(WIDE)
+        ab = tl.dot(tl.trans(a), b, ab, input_precision="ieee", out_dtype=WIDE)
+        if ALL:
+            aa = tl.dot(tl.trans(a), a, aa, input_precision="ieee", out_dtype=WIDE)
+            bb = tl.dot(tl.trans(b), b, bb, input_precision="ieee", out_dtype=WIDE)
+
+    out_ptr += ((split * 2 + side) * (tl.num_programs(1)) + of) * (WIDTH * WIDTH)
+    inside_a, inside_b = columns_a < D_A, columns_b < D_B
+    tl.store(out_ptr + columns_a[:, None] * WIDTH + columns_b[None, :], ab, mask=inside_a[:, None] & inside_b[None, :])
+    if ALL:  # the block A^T B starts D_A columns into the matrix
+        aa_ptr, bb_ptr = out_ptr - D_A, out_ptr + D_A * WIDTH
+        tl.store(
+            aa_ptr + columns_a[:, None] * WIDTH + columns_a[None, :], aa, mask=inside_a[:, None] & inside_a[None, :]
+        )
+        tl.store(
+            bb_ptr + columns_b[:, None] * WIDTH + columns_b[None, :], bb, mask=inside_b[:, None] & inside_b[None, :]
+        )
+
+
+@triton.jit
+def _contract(
+    partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first; nothing below SS but TT
+    total_ptr,  # (B * groups, row blocks)
+    query_gram_ptr, key_gram_ptr,  # (B * groups, D', D_s), float64
+    splits,
+    student_scale: tl.float64, teacher_scale: tl.float64,
+    D_S: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    of, count = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    student_scale, teacher_scale = tl.full((), student_scale, tl.float64), tl.full((), teacher_scale, tl.float64)
+    v_i = tl.where(i < D_S, student_scale, -teacher_scale)
+    total = tl.zeros((BLOCK, BLOCK), tl.float64)
+    for start in range(0, WIDTH, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        v_j = tl.where(j < D_S, student_scale, -teacher_scale)
+        inside = (i < WIDTH)[:, None] & (j < WIDTH)[None, :]
+        # A Gram matrix is symmetric: the block TS is read from ST.
+        where = tl.minimum(i[:, None], j[None, :]) * WIDTH + tl.maximum(i[:, None], j[None, :])
+        query = tl.zeros((BLOCK, BLOCK), tl.float64)
+        key = tl.zeros((BLOCK, BLOCK), tl.float64)
+        for split in range(splits):
+            at = partial_ptr + (split * 2 * count + of) * (WIDTH * WIDTH) + where
+            query += tl.load(at, mask=inside, other=0).to(tl.float64)
+            key += tl.load(at + count.to(tl.int64) * (WIDTH * WIDTH), mask=inside, other=0).to(tl.float64)
+        total += query * key * (v_i[:, None] * v_j[None, :])
+        columns = (i < WIDTH)[:, None] & (j < D_S)[None, :]
+        at = of * (WIDTH * D_S) + i[:, None] * D_S + j[None, :]
+        tl.store(query_gram_ptr + at, query, mask=columns)
+        tl.store(key_gram_ptr + at, key, mask=columns)
+    tl.store(total_ptr + of * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def _times(x, matrix, acc, PRECISION: tl.constexpr):
+    """acc + x @ matrix, the matrix in float64. In bfloat16 it has two terms: one would lose what the sums cancel to."""
+    if acc.dtype == tl.float64:
+        acc = tl.dot(x.to(tl.float64), matrix, acc, out_dtype=tl.float64)
+    elif x.dtype == tl.bfloat16:
+        matrix = matrix.to(tl.float32)
+        high = matrix.to(tl.bfloat16)
+        acc = tl.dot(x, (matrix - high.to(tl.float32)).to(tl.bfloat16), acc)
+        acc = tl.dot(x, high, acc)
+    else:
+        acc = tl.dot(x.to(tl.float32), matrix.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _gradient(
+    student_ptr, teacher_ptr,  # (B, heads, T, D_s), (B, heads of the teacher, T, D_t)
+    counted_ptr,  # (B, T); None: all
+    gram_ptr,  # (B * groups, D', D_s), float64, of the other side
+    grad_total_ptr,  # ()
+    out_ptr,  # (B, heads, T, D_s), as the student
+    student_batch, student_head, student_row, teacher_batch, teacher_head, teacher_row,  # strides
+    counted_batch, out_batch, out_head, out_row,
+    heads, length, groups,
+    heads_of_a_group,  # queries'
+    sharing, teacher_sharing,  # groups that share a key head
+    student_scale: tl.float64, teacher_scale: tl.float64,
+    QUERIES: tl.constexpr,  # the rows are queries, not keys
+    D_S: tl.constexpr,
+    D_T: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # of the gradient, of this program
+    BLOCK_S: tl.constexpr,  # columns of q_s, k_s at a time
+    BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    COLUMN_BLOCKS: tl.constexpr = (D_S + COLUMNS - 1) // COLUMNS
+    tile, of = tl.program_id(0) // COLUMN_BLOCKS, tl.program_id(1).to(tl.int64)
+    batch, head = of // heads, of % heads
+    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
+    exists = rows < length
+    if counted_ptr is not None:
+        exists &= tl.load(counted_ptr + batch * counted_batch + rows, mask=exists, other=0) != 0
+
+    grad = tl.load(grad_total_ptr).to(tl.float64)
+    student_scale, teacher_scale = tl.full((), student_scale, tl.float64), tl.full((), teacher_scale, tl.float64)
+    student_factor = 2 * student_scale * student_scale * grad
+    teacher_factor = -2 * student_scale * teacher_scale * grad
+    acc = tl.zeros((ROWS, COLUMNS), WIDE)
+    if QUERIES:
+        sharing = 1
+    for part in range(sharing):
+        if QUERIES:
+            group, teacher_head_index = head // heads_of_a_group, head
+        else:
+            group = head * sharing + part
+            teacher_head_index = group // teacher_sharing
+        matrix_ptr = gram_ptr + (batch * groups + group) * ((D_S + D_T) * D_S)
+        x_ptr = student_ptr + batch * student_batch + head * student_head
+        for start in range(0, D_S, BLOCK_S):
+            inner = start + tl.arange(0, BLOCK_S)
+            x = _load_rows(x_ptr, student_row, rows, exists, inner, D_S)
+            matrix = _load_rows(matrix_ptr, D_S, inner, inner < D_S, columns, D_S)
+            acc = _times(x, matrix * student_factor, acc, PRECISION)
+        x_ptr = teacher_ptr + batch * teacher_batch + teacher_head_index * teacher_head
+        for start in range(0, D_T, BLOCK_T):
+            inner = start + tl.arange(0, BLOCK_T)
+            x = _load_rows(x_ptr, teacher_row, rows, exists, inner, D_T)
+            matrix = _load_rows(matrix_ptr + D_S * D_S, D_S, inner, inner < D_T, columns, D_S)
+            acc = _times(x, matrix * teacher_factor, acc, PRECISION)
+    out = out_ptr + batch * out_batch + head * out_head + rows[:, None] * out_row + columns[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rows < length)[:, None] & (columns < D_S)[None, :])
+
+
+# -- launchers -----------------------------------------------------------------------------------------------
+
+
+def _wide(*tensors: Tensor) -> bool:
+    """Whether products are taken in float64; of 16-bit inputs they are exact in float32."""
+    return any(x.itemsize > 2 for x in tensors)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _counted(counted: Tensor | None) -> tuple[Tensor | None, int]:  # (B|1, 1, T) bool
+    """A mask of rows, and its stride from one batch entry to the next."""
+    if counted is None:
+        return None, 0
+    counted = counted[:, 0].contiguous()
+    return counted, 0 if counted.shape[0] == 1 else counted.stride(0)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _block(width: int, widest: int) -> int:
+    return min(max(power_of_2(width), 16), widest)
+
+
+def loss(
+    student_query: Tensor,  # (B, H, L, D_s)
+    student_key: Tensor,  # (B, H_s, S, D_s)
+    teacher_query: Tensor,  # (B, H, L, D_t)
+    teacher_key: Tensor,  # (B, H_t, S, D_t)
+    student_scale: float,
+    teacher_scale: float,
+    counted_queries: Tensor | None,  # (B|1, 1, L) bool; None: all
+    counted_keys: Tensor | None,  # (B|1, 1, S)
+) -> tuple[Tensor, Tensor, Tensor]:  # sum (); the student's columns of Gq and Gk (B, groups, D', D_s); float64
+    batch, heads, query_length, d_s = student_query.shape
+    key_length, d_t, width = student_key.shape[2], teacher_query.shape[3], d_s + teacher_query.shape[3]
+    groups = lcm(student_key.shape[1], teacher_key.shape[1])
+    query_gram = student_query.new_zeros(batch, groups, width, d_s, dtype=torch.float64)
+    key_gram = torch.zeros_like(query_gram)
+    if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
+        return query_gram.new_zeros(()), query_gram, key_gram
+    student_query, student_key, teacher_query, teacher_key = map(
+        _rows, (student_query, student_key, teacher_query, teacher_key)
+    )
+    (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted_queries, counted_keys))
+    wide = _wide(student_query, student_key, teacher_query, teacher_key)
+    arch = _common.arch_of(student_query)
+    rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (64 if arch.startswith("gfx") else 128, 128)
+    block_s, block_t = _block(d_s, widest), _block(d_t, widest)
+    one_program = d_s <= block_s and d_t <= block_t and block_s + block_t <= 128
+    warps = 4 if block_s + block_t <= 64 else 8
+    # Enough programs to fill a card twice, none with less than four tiles of rows.
+    per_card = 8  # where there is no card
+    if student_query.is_cuda:
+        per_card = 4 * torch.cuda.get_device_properties(student_query.device).multi_processor_count
+    tiles = triton.cdiv(max(heads // groups * query_length, key_length), rows)
+    splits = max(min(triton.cdiv(per_card, 2 * batch * groups), tiles // 4), 1)
+    partial = query_gram.new_empty(
+        splits, 2, batch * groups, width, width, dtype=torch.float64 if wide else torch.float32
+    )
+
+    def launch(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], out: Tensor, everything: bool) -> None:
+        (a_query, a_key), (b_query, b_key) = a, b
+        d_a, d_b = a_query.shape[3], b_query.shape[3]
+        block_a, block_b = _block(d_a, widest), _block(d_b, widest)
+        _gram[(splits, batch * groups, 2 * triton.cdiv(d_a, block_a) * triton.cdiv(d_b, block_b))](
+            a_query, b_query, a_key, b_key, counted_queries, counted_keys, out,
+            *_strides(a_query), *_strides(b_query), *_strides(a_key), *_strides(b_key), queries_batch, keys_batch,
+            groups, query_length, key_length, heads // groups, groups // a_key.shape[1], groups // b_key.shape[1],
+            splits,
+            D_A=d_a, D_B=d_b, WIDTH=width, ALL=everything, WIDE=tl.float64 if wide else tl.float32,
+            BLOCK_A=block_a, BLOCK_B=block_b, ROWS=rows, num_warps=warps, num_stages=2,
+        )  # fmt: skip
+
+    student, teacher = (student_query, student_key), (teacher_query, teacher_key)
+    with on_device_of(student_query):
+        if one_program:
+            launch(student, teacher, partial[..., d_s:], True)
+        else:
+            launch(student, student, partial, False)
+            launch(student, teacher, partial[..., d_s:], False)
+            launch(teacher, teacher, partial[..., d_s:, d_s:], False)
+        block = min(_block(width, 64), 32 if arch != "cpu" else 64)
+        totals = query_gram.new_empty(batch * groups, triton.cdiv(width, block))
+        _contract[tuple(totals.shape)](
+            partial, totals, query_gram, key_gram, splits, student_scale, teacher_scale,
+            D_S=d_s, WIDTH=width, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return totals.sum(), query_gram, key_gram
+
+
+def gradients(
+    grad_total: Tensor,  # ()
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    counted_queries: Tensor | None,
+    counted_keys: Tensor | None,
+    query_gram: Tensor,  # (B, groups, D', D_s), float64
+    key_gram: Tensor,
+    d_query: Tensor,  # to be written
+    d_key: Tensor,
+) -> None:
+    batch, heads, _, d_s = student_query.shape
+    d_t, groups = teacher_query.shape[3], query_gram.shape[1]
+    wide = _wide(student_query, student_key, teacher_query, teacher_key)
+    arch = _common.arch_of(student_query)
+    rows, widest, deepest = (
+        (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if arch == "sm_80" else 128, 64, 32)
+    )
+
+    def launch(student: Tensor, teacher: Tensor, counted: Tensor | None, gram: Tensor, out: Tensor) -> None:
+        if out.numel() == 0:
+            return
+        student, teacher = _rows(student), _rows(teacher)
+        own, length = student.shape[1:3]
+        counted, counted_batch = _counted(counted)
+        columns, block_s, block_t = _block(d_s, widest), _block(d_s, deepest), _block(d_t, deepest)
+        _gradient[(triton.cdiv(length, rows) * triton.cdiv(d_s, columns), batch * own)](
+            student, teacher, counted, gram, grad_total, out, *_strides(student), *_strides(teacher), counted_batch,
+            *_strides(out), own, length, groups, heads // groups, groups // own, groups // teacher.shape[1],
+            student_scale, teacher_scale,
+            QUERIES=out is d_query, D_S=d_s, D_T=d_t, WIDE=tl.float64 if wide else tl.float32,
+            PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
+            ROWS=rows, COLUMNS=columns, BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4,
+            num_stages=2,
+        )  # fmt: skip
+
+    with on_device_of(student_query):
+        launch(student_query, teacher_query, counted_queries, key_gram, d_query)
+        launch(student_key, teacher_key, counted_keys, query_gram, d_key)

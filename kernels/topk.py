@@ -1,0 +1,245 @@
+"""Soft cross-entropy against the k most likely classes of a teacher, one program a row: the loss and, where wanted,
+its gradient in the student's logits.
+
+With x = z - max z, e = exp(x / T), Z = sum e, p_j the teacher's probability of the listed class j and p_r that of the
+bucket r of all others, whose sum of exponentials R is taken over them alone,
+
+    loss = sum_j p_j (log Z - x_j / T) + p_r (log Z - log R)
+    gradient = (e / Z (sum_j p_j + p_r) - p_j where listed, p_r e / R elsewhere) / T
+
+The listed classes come sorted, so that a pass over the row in blocks walks them as well: each is compared with the
+columns of the one block that holds it. What they take off the gradient is thus there when the block is written, once.
+
+Rows that fit are held in registers: each logit is read once. Longer ones are read twice, in blocks: for the maxima and
+sums, then for the gradient. The logits of the listed classes are fetched between the two.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastdistill.kernels import _common
+from fastdistill.kernels._common import on_device_of, power_of_2, row_offset, rows_of
+from fastdistill.kernels.logits import BLOCK, RESIDENT, _capped, _exp, _finish, _load
+from torch import Tensor
+
+LIST_BLOCK = 1024  # listed classes fetched at a time
+
+
+@triton.jit
+def _sums(x_max, x_sum, x, temperature):
+    """Maximum and sum of exponentials with those of more numbers. The maximum stays finite: it is subtracted."""
+    top = tl.maximum(x_max, tl.max(x, 0))
+    return top, x_sum * _exp(x_max - top, temperature) + tl.sum(_exp(x - top, temperature), 0)
+
+
+@triton.jit
+def _walk(columns, end, position, class_row, p_row, length, WIDE: tl.constexpr):
+    """Which columns are listed and their p; `position` is that of the first listed class not yet passed."""
+    listed = columns < 0
+    p = tl.zeros(columns.shape, WIDE)
+    upcoming = tl.load(class_row + position, mask=position < length, other=2147483647).to(tl.int32)
+    while upcoming < end:
+        here = columns == upcoming
+        listed = listed | here
+        p += tl.where(here, tl.load(p_row + position), 0)
+        position += 1
+        upcoming = tl.load(class_row + position, mask=position < length, other=2147483647).to(tl.int32)
+    return listed, p, position
+
+
+@triton.jit
+def _slope(
+    student, listed, p, student_max, student_sum, mass, rest_max, rest_share, scale, temperature,
+    HAS_REST: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the soft loss in the student's capped logits; rest_share is p_r / R."""
+    gradient = _exp(student - student_max, temperature) * (mass / student_sum) - p
+    if HAS_REST:
+        gradient -= tl.where(listed, 0, _exp(student - rest_max, temperature) * rest_share)
+    return gradient * scale
+
+
+@triton.jit
+def _rows(
+    student_ptr,  # (N, >= V)
+    bias_ptr,  # (>= V); None: 0
+    p_ptr,  # (N, k), of the listed classes; None: the soft loss has no weight
+    class_ptr,  # (N, k), ascending
+    rest_ptr,  # (N), of all others; None: there is no such class
+    labels_ptr,  # (N)
+    counted_ptr,  # (N)
+    weight_ptr,  # (N), of each row's gradient; None: 1
+    loss_ptr,  # (N)
+    d_student_ptr,  # (N, width), contiguous; None: not wanted
+    inner, outer_stride, inner_stride,
+    length,  # k
+    width,  # of a row of d_student: zero from V on
+    classes,  # V
+    temperature: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64, softcap: tl.float64,
+    HAS_CAP: tl.constexpr,
+    WIDE: tl.constexpr,
+    RESIDENT: tl.constexpr,  # the row is one block
+    BLOCK: tl.constexpr,
+    LIST_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    # Options arrive in float64 and are used in the dtype of the computation.
+    temperature, softcap = tl.full((), temperature, WIDE), tl.full((), softcap, WIDE)
+    soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
+    student_row = student_ptr + row_offset(row, inner, outer_stride, inner_stride)
+    d_row, p_row, class_row = student_row, p_ptr, class_ptr
+    if d_student_ptr is not None:
+        d_row = d_student_ptr + tl.cast(row, tl.int64) * width
+    if p_ptr is not None:
+        p_row = p_ptr + tl.cast(row, tl.int64) * length
+        class_row = class_ptr + tl.cast(row, tl.int64) * length
+    HAS_REST: tl.constexpr = p_ptr is not None and rest_ptr is not None
+    offsets = tl.arange(0, BLOCK)
+
+    weight = tl.full((), 1.0, WIDE)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + row).to(WIDE)
+    if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
+        if tl.load(counted_ptr + row) == 0:
+            tl.store(loss_ptr + row, 0.0)
+            if d_student_ptr is not None:
+                for start in range(0, width, BLOCK):
+                    columns = start + offsets
+                    tl.store(d_row + columns, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=columns < width)
+            return
+
+    # 1. Maxima and sums of exponentials; hard_sum is at temperature 1, rest_sum over the classes that are not listed.
+    lowest: tl.constexpr = -1.7e308 if tl.float64 == WIDE else -3.4e38
+    student_max, student_sum = tl.full((), lowest, WIDE), tl.full((), 0.0, WIDE)
+    rest_max, rest_sum = student_max, student_sum
+    hard_max, hard_sum = student_max, student_sum
+    student = tl.zeros((BLOCK,), WIDE)
+    listed, p, first = offsets < 0, student, tl.full((), 0, tl.int32)
+    position = first
+    if RESIDENT:
+        student = _load(student_row, bias_ptr, offsets, classes, softcap, HAS_CAP, WIDE)
+        if p_ptr is not None:
+            listed, p, position = _walk(offsets, classes, first, class_row, p_row, length, WIDE)
+        student_max, student_sum = _sums(student_max, student_sum, student, temperature)
+        if HAS_REST:
+            rest = tl.where(listed, -float("inf"), student)
+            rest_max, rest_sum = _sums(rest_max, rest_sum, rest, temperature)
+        if labels_ptr is not None:
+            hard_max, hard_sum = _sums(hard_max, hard_sum, student, 1.0)
+    else:
+        for start in range(0, classes, BLOCK):
+            columns = start + offsets
+            student = _load(student_row, bias_ptr, columns, classes, softcap, HAS_CAP, WIDE)
+            student_max, student_sum = _sums(student_max, student_sum, student, temperature)
+            if HAS_REST:
+                listed, p, position = _walk(columns, start + BLOCK, position, class_row, p_row, length, WIDE)
+                rest = tl.where(listed, -float("inf"), student)
+                rest_max, rest_sum = _sums(rest_max, rest_sum, rest, temperature)
+            if labels_ptr is not None:
+                hard_max, hard_sum = _sums(hard_max, hard_sum, student, 1.0)
+
+    # 2. The loss. A label or a listed class that is none makes NaN.
+    loss = tl.full((), 0.0, WIDE)
+    label = 0
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + row)
+        is_class = (label >= 0) & (label < classes)
+        likely = tl.load(student_row + label, mask=is_class, other=float("nan")).to(WIDE)
+        if bias_ptr is not None:
+            likely += tl.load(bias_ptr + label, mask=is_class, other=0).to(WIDE)
+        loss = hard_weight * (tl.log(hard_sum) + (student_max - _capped(likely, softcap, HAS_CAP)))
+    mass, rest_share = tl.full((), 0.0, WIDE), tl.full((), 0.0, WIDE)
+    if p_ptr is not None:
+        log_sum = tl.log(student_sum)
+        soft = tl.full((), 0.0, WIDE)
+        for start in range(0, length, LIST_BLOCK):
+            places = start + tl.arange(0, LIST_BLOCK)
+            listed_p = tl.load(p_row + places, mask=places < length, other=0)
+            listed_class = tl.load(class_row + places, mask=places < length, other=-1)
+            exists = (listed_class >= 0) & (listed_class < classes)
+            z = tl.load(student_row + listed_class, mask=exists, other=float("nan")).to(WIDE)
+            if bias_ptr is not None:
+                z += tl.load(bias_ptr + listed_class, mask=exists, other=0).to(WIDE)
+            x = _capped(z, softcap, HAS_CAP) - student_max
+            soft += tl.sum(tl.where(listed_p == 0, 0, listed_p * (log_sum - x / temperature)), 0)
+            mass += tl.sum(listed_p, 0)
+        if HAS_REST:
+            rest_p = tl.load(rest_ptr + row)
+            rest_x = (rest_max - student_max) / temperature
+            soft += tl.where(rest_p == 0, 0, rest_p * (log_sum - (rest_x + tl.log(rest_sum))))
+            # A class that cannot be has no gradient.
+            rest_p = tl.where(rest_sum > 0, rest_p, 0)
+            rest_share = rest_p / tl.where(rest_sum > 0, rest_sum, 1)
+            mass += rest_p
+        loss += soft_weight * soft
+    tl.store(loss_ptr + row, loss)
+
+    # 3. The gradient. It may take the place of the logits, all of which every thread has fetched by now or reads itself.
+    if d_student_ptr is not None:
+        tl.debug_barrier()
+        scale = soft_weight / temperature
+        if RESIDENT:
+            gradient = _slope(
+                student, listed, p, student_max, student_sum, mass, rest_max, rest_share, scale, temperature, HAS_REST
+            )
+            gradient = _finish(
+                gradient, student, offsets, student_max, hard_sum, label, hard_weight, weight, softcap,
+                labels_ptr is not None, HAS_CAP,
+            )  # fmt: skip
+            tl.store(d_row + offsets, gradient.to(d_row.dtype.element_ty), mask=offsets < classes)
+        else:
+            position = first
+            for start in range(0, classes, BLOCK):
+                columns = start + offsets
+                student = _load(student_row, bias_ptr, columns, classes, softcap, HAS_CAP, WIDE)
+                gradient = tl.zeros((BLOCK,), WIDE)
+                if p_ptr is not None:
+                    listed, p, position = _walk(columns, start + BLOCK, position, class_row, p_row, length, WIDE)
+                    gradient = _slope(
+                        student, listed, p, student_max, student_sum, mass, rest_max, rest_share, scale, temperature,
+                        HAS_REST,
+                    )  # fmt: skip
+                gradient = _finish(
+                    gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, softcap,
+                    labels_ptr is not None, HAS_CAP,
+                )  # fmt: skip
+                tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=columns < classes)
+        for start in range(classes, width, BLOCK):
+            tl.store(d_row + start + offsets, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=start + offsets < width)
+
+
+def rows(
+    student: Tensor,  # (*, >= V)
+    listed: tuple[Tensor, Tensor, Tensor | None] | None,  # p (N, k), classes (N, k) ascending, p_r (N) or None
+    labels: Tensor | None,  # (N)
+    counted: Tensor | None,  # (N)
+    *,
+    classes: int,  # V
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    softcap: float | None,
+    loss: Tensor,  # (N), float32 or float64, the dtype of the computation and of p
+    gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
+    weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
+    bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
+) -> None:
+    """Writes `loss`, and `gradient` where it is given. Without `listed` the soft loss has no weight."""
+    student, *student_rows = rows_of(student)
+    count = student.shape[:-1].numel()
+    if count == 0:
+        return
+    p, listed_classes, rest = listed or (None, None, None)
+    length = 1 if p is None else p.shape[-1]
+    resident = classes <= RESIDENT
+    block = max(power_of_2(classes), 16) if resident else BLOCK
+    with on_device_of(student):
+        _rows[(count,)](
+            student, bias, p, listed_classes, rest, labels, counted, weight, loss, gradient,
+            *student_rows, length, 0 if gradient is None else gradient.shape[-1], classes,
+            temperature, soft_weight, hard_weight, softcap or 1.0,
+            HAS_CAP=softcap is not None, WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
+            RESIDENT=resident, BLOCK=block, LIST_BLOCK=min(power_of_2(length), LIST_BLOCK),
+            # 16 logits a thread.
+            num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),
+        )  # fmt: skip
