@@ -174,7 +174,7 @@ def _rows(
         loss += soft_weight * soft
     tl.store(loss_ptr + row, loss)
 
-    # 3. The gradient. It may take the place of the logits, all of which every thread has fetched by now or reads itself.
+    # 3. The gradient. It may take the place of the logits: those that a thread needs of others are fetched by now.
     if d_student_ptr is not None:
         tl.debug_barrier()
         scale = soft_weight / temperature

@@ -182,6 +182,21 @@ def test_topk_sizes(op: Op, k: int, dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", TOPK_OPS, ids=str)
+def test_topk_long_lists(op: Op, backend: str) -> None:
+    """In runs and scattered, at the first and last class of rows that kernels read in blocks; many blocks hold none."""
+    classes, lists = 9001, []
+    for start in (0, 2040, 8000):
+        few, last = 500 + torch.randperm(1400)[:20], torch.tensor([classes - 1])
+        lists.append(torch.cat([start + torch.arange(380), few, last]))
+    inputs = topk((3,), classes, 401)
+    inputs["topk_indices"] = torch.stack(lists)[:, torch.randperm(401)]
+    inputs["labels"] = torch.tensor([0, 2047, classes - 1])
+    op.assert_accurate(inputs, backend=backend, reduction="none", alpha=0.7)
+    inputs = topk((2,), classes, 1100)
+    op.assert_accurate(inputs, backend=backend, reduction="none")
+
+
+@pytest.mark.parametrize("op", TOPK_OPS, ids=str)
 def test_topk_rows_padded_with_impossible_classes(op: Op, backend: str) -> None:
     """A row with fewer classes: -inf pads it, at any class not listed already."""
     inputs = topk((3, 5), 37, 5)
