@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from fastdistill.kernels import attention_mse, linear_mse, logits, topk
+from fastdistill.kernels import attention_mse, attention_tiles, linear_mse, logits, topk
 
 Call = Callable[[], object]
 
@@ -20,6 +20,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
     yield from topk_cases()
     yield from linear_mse_cases()
     yield from attention_mse_cases()
+    yield from attention_tiles_cases()
 
 
 def logits_cases() -> Iterator[tuple[str, Call]]:
@@ -125,3 +126,35 @@ def _gram(d_s: int, d_t: int, name: str, masked: bool) -> tuple[str, Call]:
         )
 
     return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " unaligned" * (d_s % 8 > 0), call
+
+
+def attention_tiles_cases() -> Iterator[tuple[str, Call]]:
+    for is_kl, d_s, d_t, name, with_all in (
+        (True, 26, 64, "bf16", False),
+        (True, 64, 64, "bf16", False),
+        (True, 64, 64, "fp16", True),
+        (True, 64, 128, "bf16", True),
+        (True, 128, 128, "bf16", False),
+        (True, 64, 64, "fp32", False),
+        (True, 64, 64, "fp64", False),
+        (False, 64, 64, "bf16", True),
+        (False, 256, 256, "bf16", False),
+    ):
+        yield _tiles(is_kl, d_s, d_t, name, with_all)
+
+
+def _tiles(is_kl: bool, d_s: int, d_t: int, name: str, with_all: bool) -> tuple[str, Call]:
+    student, teacher = (torch.empty(2, 4, 512, d, dtype=DTYPES[name]) for d in (d_s, d_t))
+    rows = torch.empty(2, 1, 512, dtype=torch.bool) if with_all else None
+    pairs = torch.empty(2, 1, 512, 512, dtype=torch.bool) if with_all else None
+    dtype = torch.float64 if name == "fp64" else torch.float32
+
+    def call() -> None:
+        attention_tiles.loss(
+            student, student[:, :2], teacher, teacher, 0.125, 0.125, rows, rows, with_all, pairs,
+            is_kl=is_kl, dtype=dtype, d_query=torch.empty_like(student, dtype=dtype),
+            d_key=torch.empty_like(student[:, :2], dtype=dtype),
+        )  # fmt: skip
+
+    options = " all options" * with_all + " unaligned" * (d_s % 8 > 0)
+    return f"attention_{'kl' if is_kl else 'mse'} tiles {d_s} / {d_t} {name}{options}", call

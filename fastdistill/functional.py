@@ -55,7 +55,7 @@ BACKENDS = ("reference", "torch", "triton")
 
 # Those that have a Triton kernel so far.
 TRITON_OPS = frozenset(
-    ["linear_mse", "attention_mse"]
+    ["linear_mse", "attention_mse", "attention_kl"]
     + ["topk_soft_cross_entropy", "linear_topk_soft_cross_entropy"]
     + [prefix + name for prefix in ("", "linear_") for name in ("soft_cross_entropy", "kl_div", "jsd", "tvd")]
 )

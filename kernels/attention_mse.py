@@ -175,7 +175,7 @@ def _gradient(
     grad_total_ptr,  # ()
     out_ptr,  # (B, heads, T, D_s), as the student
     student_batch, student_head, student_row, teacher_batch, teacher_head, teacher_row,  # strides
-    counted_batch, out_batch, out_head, out_row,
+    counted_batch, out_batch, out_head, out_row, out_column,
     heads, length, groups,
     heads_of_a_group,  # queries'
     sharing, teacher_sharing,  # groups that share a key head
@@ -225,7 +225,7 @@ def _gradient(
             x = _load_rows(x_ptr, teacher_row, rows, exists, inner, D_T)
             matrix = _load_rows(matrix_ptr + D_S * D_S, D_S, inner, inner < D_T, columns, D_S)
             acc = _times(x, matrix * teacher_factor, acc, PRECISION)
-    out = out_ptr + batch * out_batch + head * out_head + rows[:, None] * out_row + columns[None, :]
+    out = out_ptr + batch * out_batch + head * out_head + rows[:, None] * out_row + columns[None, :] * out_column
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rows < length)[:, None] & (columns < D_S)[None, :])
 
 
@@ -356,7 +356,7 @@ def gradients(
         columns, block_s, block_t = _block(d_s, widest), _block(d_s, deepest), _block(d_t, deepest)
         _gradient[(triton.cdiv(length, rows) * triton.cdiv(d_s, columns), batch * own)](
             student, teacher, counted, gram, grad_total, out, *_strides(student), *_strides(teacher), counted_batch,
-            *_strides(out), own, length, groups, heads // groups, groups // own, groups // teacher.shape[1],
+            *out.stride(), own, length, groups, heads // groups, groups // own, groups // teacher.shape[1],
             student_scale, teacher_scale,
             QUERIES=out is d_query, D_S=d_s, D_T=d_t, WIDE=tl.float64 if wide else tl.float32,
             PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",

@@ -147,6 +147,15 @@ def _attention_kl(
     some_key = (counted.keys_per_query > 0).expand(student_query.shape[:3])
     offset = key_length - query_length if is_causal else None
     total, d_query, d_key = _attention.tiled_outputs(*inputs, differentiable)
+    if backend == "triton":
+        from fastdistill.kernels import attention_tiles as kernels
+
+        gradients = (d_query, d_key) if differentiable else (None, None)
+        divergence = kernels.loss(
+            *inputs, student_scale, teacher_scale, counted.queries, counted.keys, is_causal, attn_mask,
+            is_kl=True, dtype=total.dtype, d_query=gradients[0], d_key=gradients[1],
+        )  # fmt: skip
+        return divergence.to(total.dtype), some_key.sum(), d_query, d_key
     divergence = total.to(_common.widest_dtype(total), copy=True)
     with _common.no_autocast(student_query):
         for block in _attention.tile_blocks(*inputs, counted, total.dtype):

@@ -54,8 +54,10 @@ def attention_mse(
     # Query rows that meet the same keys, and what a row costs either way, as measured.
     rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
     worth = (5 if is_causal else 2) * (width + teacher_query.shape[3])
-    kernel = backend == "triton" and not is_causal  # bound by memory at any length
-    if attn_mask is None and (kernel or rows * key_length > worth * (rows + key_length)):
+    linear = rows * key_length > worth * (rows + key_length)
+    if backend == "triton":
+        linear = not is_causal  # bound by memory at any length
+    if attn_mask is None and linear:
         return _linear(*inputs, key_mask, query_mask, is_causal, backend)[:2]
     differentiable = _attention.differentiable(student_query, student_key)
     return _tiled(*inputs, key_mask, query_mask, is_causal, attn_mask, backend, differentiable)[:2]
@@ -334,6 +336,15 @@ def _tiled(
     counted = _attention.count_rows(query_length, key_length, device, key_mask, query_mask, is_causal, attn_mask)
     offset = key_length - query_length if is_causal else None
     total, d_query, d_key = _attention.tiled_outputs(*inputs, differentiable)
+    if backend == "triton":
+        from fastdistill.kernels import attention_tiles as kernels
+
+        gradients = (d_query, d_key) if differentiable else (None, None)
+        squares = kernels.loss(
+            *inputs, student_scale, teacher_scale, counted.queries, counted.keys, is_causal, attn_mask,
+            is_kl=False, dtype=total.dtype, d_query=gradients[0], d_key=gradients[1],
+        )  # fmt: skip
+        return squares.to(total.dtype), _count(counted.keys_per_query, student_query), d_query, d_key
     squares = total.to(_common.widest_dtype(total), copy=True)
     with _common.no_autocast(student_query):
         for block in _attention.tile_blocks(*inputs, counted, total.dtype):

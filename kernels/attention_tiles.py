@@ -1,0 +1,364 @@
+"""The attention losses that need every score, tile by tile as flash attention: KL, and MSE under a mask of pairs.
+
+    _statistics  KL only. Of each row both maxima m and sums l of exponentials, and the cross term
+                 sum exp(x_t) (x_t - x_s) with x = score - m, brought up to date whenever a maximum grows:
+                 KL = E_t[x_t - x_s] - log l_t + log l_s
+    _d_query     per tile of queries, over the keys:     dS, dQ = factor * dS K_s; of MSE the loss as well
+    _d_key       per tile of keys, over the queries of all heads that share it:     dK = factor * dS^T Q_s
+
+with dS = p_s - p_t, p = exp(x) / l (KL), or a_s - a_t (MSE), 0 where a pair is not allowed, factor the student's scale
+(KL) or twice that (MSE). Memory is linear in L and S; a key head shared by several heads is read where it lies.
+
+Scales multiply the float32 scores, not the operands, which they would round. Exponentials are powers of 2, and log2(e)
+multiplies what the maximum leaves over: of scores of 1000 it would be rounded by 1e-4. Per pair 2 (D_s + D_t)
+operations and 2 exponentials a pass, 2 D_s more for a gradient: at D = 64 on an H200 the exponentials are what three
+passes take, products half of it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from fastdistill.kernels import _common
+from fastdistill.kernels._common import on_device_of, power_of_2
+from torch import Tensor
+
+
+@triton.jit
+def _load(x_ptr, row_stride, rows, exists, DIM: tl.constexpr, PADDED: tl.constexpr):  # (rows, PADDED)
+    columns = tl.arange(0, PADDED)
+    where = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    return tl.load(x_ptr + where, mask=exists[:, None] & (columns < DIM)[None, :], other=0)
+
+
+@triton.jit
+def _flags(ptr, at, exists):
+    """Which rows count: bool at `at`; None: all that exist."""
+    if ptr is not None:
+        exists &= tl.load(ptr + at, mask=exists, other=0) != 0
+    return exists
+
+
+@triton.jit
+def _product(a, b, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # (M, K), (K, N)
+    """In float32 or wider. 16-bit operands of one dtype are multiplied as they are."""
+    if tl.float64 == WIDE or a.dtype != b.dtype:
+        a, b = a.to(WIDE), b.to(WIDE)
+    return tl.dot(a, b, input_precision=PRECISION, out_dtype=WIDE)
+
+
+@triton.jit
+def _weighted(weights, x, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # (M, K), (K, N), (M, N)
+    """acc + weights x. Weights below 6e-5 would lose digits in float16: there x is widened instead."""
+    if x.dtype == tl.bfloat16:
+        weights = weights.to(tl.bfloat16)
+    else:
+        x = x.to(WIDE)
+    return tl.dot(weights, x, acc, input_precision=PRECISION, out_dtype=WIDE)
+
+
+@triton.jit
+def _exp(x):
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _allowed(
+    rows, columns, rows_count, columns_count, mask_ptr, mask_row, mask_column, offset, IS_CAUSAL: tl.constexpr
+):  # rows and columns of shapes that broadcast against each other  # fmt: skip
+    allowed = rows_count & columns_count
+    if IS_CAUSAL:
+        allowed &= columns <= rows + offset
+    if mask_ptr is not None:
+        where = rows.to(tl.int64) * mask_row + columns.to(tl.int64) * mask_column
+        allowed &= tl.load(mask_ptr + where, mask=allowed, other=0) != 0
+    return allowed
+
+
+@triton.jit
+def _statistics(
+    sq_ptr, sk_ptr, tq_ptr, tk_ptr,  # (B, H, L, D_s), (B, H_s, S, D_s), (B, H, L, D_t), (B, H_t, S, D_t)
+    queries_ptr, keys_ptr,  # (B|1, H|1, L), (B|1, H|1, S) bool, which rows count; None: all
+    mask_ptr,  # (B|1, H|1, L|1, S|1) bool; None: all
+    stats_ptr,  # (5, B * H, L): m_s, m_t, 1 / l_s, 1 / l_t, KL
+    sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
+    queries_batch, queries_head, keys_batch, keys_head, mask_batch, mask_head, mask_row, mask_column,
+    heads, student_sharing, teacher_sharing,  # H, H / H_s, H / H_t
+    query_length, key_length,
+    student_scale: tl.float64, teacher_scale: tl.float64,
+    D_S: tl.constexpr, D_T: tl.constexpr, PADDED_S: tl.constexpr, PADDED_T: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    of = tl.program_id(1).to(tl.int64)
+    batch, head = of // heads, of % heads
+    student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
+    sk_ptr += batch * sk_batch + head // student_sharing * sk_head
+    tk_ptr += batch * tk_batch + head // teacher_sharing * tk_head
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_batch + head * mask_head
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, rows < query_length)
+    sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
+    tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
+    offset = key_length - query_length
+    end = key_length
+    if IS_CAUSAL:
+        end = tl.minimum(key_length, (tl.program_id(0) + 1) * BLOCK_M + offset)
+
+    lowest: tl.constexpr = -1e300 if tl.float64 == WIDE else -1e30  # a maximum of nothing: a number to subtract
+    s_max, t_max = tl.full((BLOCK_M,), lowest, WIDE), tl.full((BLOCK_M,), lowest, WIDE)
+    s_sum, t_sum, cross = tl.zeros((BLOCK_M,), WIDE), tl.zeros((BLOCK_M,), WIDE), tl.zeros((BLOCK_M,), WIDE)
+    for start in range(0, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
+        sk = _load(sk_ptr, sk_row, columns, keys, D_S, PADDED_S)
+        tk = _load(tk_ptr, tk_row, columns, keys, D_T, PADDED_T)
+        allowed = _allowed(
+            rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
+            IS_CAUSAL,
+        )  # fmt: skip
+        s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
+        t = _product(tq, tl.trans(tk), WIDE, PRECISION) * teacher_scale
+        s, t = tl.where(allowed, s, -float("inf")), tl.where(allowed, t, -float("inf"))
+        s_top, t_top = tl.maximum(s_max, tl.max(s, 1)), tl.maximum(t_max, tl.max(t, 1))
+        s, t = s - s_top[:, None], t - t_top[:, None]
+        t_e = _exp(t)
+        shrunk = _exp(t_max - t_top)
+        cross = (cross + t_sum * ((s_top - s_max) - (t_top - t_max))) * shrunk
+        cross += tl.sum(tl.where(allowed, t_e * (t - s), 0), 1)
+        t_sum = t_sum * shrunk + tl.sum(t_e, 1)
+        s_sum = s_sum * _exp(s_max - s_top) + tl.sum(_exp(s), 1)
+        s_max, t_max = s_top, t_top
+    # A row without a key has no loss.
+    some = t_sum != 0
+    s_sum, t_sum = tl.where(some, s_sum, 1), tl.where(some, t_sum, 1)
+    kl = cross / t_sum + (tl.log(s_sum) - tl.log(t_sum))
+    kl = tl.where(kl < 0, 0, kl)  # rounding must not make that of equal rows negative
+    size = tl.num_programs(1).to(tl.int64) * query_length
+    stats_ptr += of * query_length + rows
+    exists = rows < query_length
+    tl.store(stats_ptr, s_max, mask=exists)
+    tl.store(stats_ptr + size, t_max, mask=exists)
+    tl.store(stats_ptr + 2 * size, 1 / s_sum, mask=exists)
+    tl.store(stats_ptr + 3 * size, 1 / t_sum, mask=exists)
+    tl.store(stats_ptr + 4 * size, tl.where(some, kl, 0), mask=exists)
+
+
+@triton.jit
+def _difference(s, t, allowed, s_max, t_max, s_scale, t_scale, IS_KL: tl.constexpr):
+    """dS of a tile from its scores; the last four broadcast against it."""
+    if IS_KL:
+        # Not allowed pairs are put out before the exponential, which might overflow.
+        s = _exp(tl.where(allowed, s - s_max, -float("inf"))) * s_scale
+        t = _exp(tl.where(allowed, t - t_max, -float("inf"))) * t_scale
+    return tl.where(allowed, s - t, 0)
+
+
+@triton.jit
+def _d_query(
+    sq_ptr, sk_ptr, tq_ptr, tk_ptr, queries_ptr, keys_ptr, mask_ptr,
+    stats_ptr,  # of KL as above; of MSE (B * H, L), to be written: the row's sum of squares
+    d_query_ptr,  # (B, H, L, D_s); None: not wanted
+    sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
+    queries_batch, queries_head, keys_batch, keys_head, mask_batch, mask_head, mask_row, mask_column,
+    d_query_batch, d_query_head, d_query_row, d_query_column,
+    heads, student_sharing, teacher_sharing,
+    query_length, key_length,
+    student_scale: tl.float64, teacher_scale: tl.float64, factor: tl.float64,
+    IS_KL: tl.constexpr,
+    D_S: tl.constexpr, D_T: tl.constexpr, PADDED_S: tl.constexpr, PADDED_T: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    of = tl.program_id(1).to(tl.int64)
+    batch, head = of // heads, of % heads
+    student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
+    factor = tl.full((), factor, WIDE)
+    sk_ptr += batch * sk_batch + head // student_sharing * sk_head
+    tk_ptr += batch * tk_batch + head // teacher_sharing * tk_head
+    if mask_ptr is not None:
+        mask_ptr += batch * mask_batch + head * mask_head
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = rows < query_length
+    counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, exists)
+    sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
+    tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
+    offset = key_length - query_length
+    end = key_length
+    if IS_CAUSAL:
+        end = tl.minimum(key_length, (tl.program_id(0) + 1) * BLOCK_M + offset)
+    stats_ptr += of * query_length + rows
+    s_max = tl.zeros((BLOCK_M,), WIDE)
+    t_max, s_inverse, t_inverse = s_max, s_max, s_max
+    if IS_KL:
+        size = tl.num_programs(1).to(tl.int64) * query_length
+        s_max, t_max = tl.load(stats_ptr, mask=exists), tl.load(stats_ptr + size, mask=exists)
+        s_inverse = tl.load(stats_ptr + 2 * size, mask=exists)
+        t_inverse = tl.load(stats_ptr + 3 * size, mask=exists)
+
+    squares = tl.zeros((BLOCK_M,), WIDE)
+    dq = tl.zeros((BLOCK_M, PADDED_S), WIDE)
+    for start in range(0, end, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
+        sk = _load(sk_ptr, sk_row, columns, keys, D_S, PADDED_S)
+        tk = _load(tk_ptr, tk_row, columns, keys, D_T, PADDED_T)
+        allowed = _allowed(
+            rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
+            IS_CAUSAL,
+        )  # fmt: skip
+        s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
+        t = _product(tq, tl.trans(tk), WIDE, PRECISION) * teacher_scale
+        ds = _difference(s, t, allowed, s_max[:, None], t_max[:, None], s_inverse[:, None], t_inverse[:, None], IS_KL)
+        if not IS_KL:
+            squares += tl.sum(ds * ds, 1)
+        if d_query_ptr is not None:
+            dq = _weighted(ds, sk, dq, WIDE, PRECISION)
+    if not IS_KL:
+        tl.store(stats_ptr, squares, mask=exists)
+    if d_query_ptr is not None:
+        columns = tl.arange(0, PADDED_S)
+        d_query_ptr += batch * d_query_batch + head * d_query_head
+        at = rows.to(tl.int64)[:, None] * d_query_row + columns[None, :] * d_query_column
+        tl.store(d_query_ptr + at, dq * factor, mask=exists[:, None] & (columns < D_S)[None, :])
+
+
+@triton.jit
+def _d_key(
+    sq_ptr, sk_ptr, tq_ptr, tk_ptr, queries_ptr, keys_ptr, mask_ptr,
+    stats_ptr,  # of KL as above
+    d_key_ptr,  # (B, H_s, S, D_s)
+    sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
+    queries_batch, queries_head, keys_batch, keys_head, mask_batch, mask_head, mask_row, mask_column,
+    d_key_batch, d_key_head, d_key_row, d_key_column,
+    heads, student_sharing, teacher_sharing,
+    query_length, key_length, stats_size,  # B * H * L
+    student_scale: tl.float64, teacher_scale: tl.float64, factor: tl.float64,
+    IS_KL: tl.constexpr,
+    D_S: tl.constexpr, D_T: tl.constexpr, PADDED_S: tl.constexpr, PADDED_T: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    student_heads = heads // student_sharing
+    of = tl.program_id(1).to(tl.int64)
+    batch, student_head = of // student_heads, of % student_heads
+    student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
+    factor = tl.full((), factor, WIDE)
+    sk_ptr += batch * sk_batch + student_head * sk_head
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # keys
+    offset = key_length - query_length
+    first = 0
+    if IS_CAUSAL:  # the first query that sees one of them
+        first = tl.maximum(tl.program_id(0) * BLOCK_N - offset, 0) // BLOCK_M * BLOCK_M
+
+    dk = tl.zeros((BLOCK_N, PADDED_S), WIDE)
+    for head in range(student_head * student_sharing, (student_head + 1) * student_sharing):
+        keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
+        sk = _load(sk_ptr, sk_row, columns, keys, D_S, PADDED_S)
+        tk = _load(tk_ptr + batch * tk_batch + head // teacher_sharing * tk_head, tk_row, columns, keys, D_T, PADDED_T)
+        of_head = batch * heads + head
+        head_mask_ptr = mask_ptr
+        if mask_ptr is not None:
+            head_mask_ptr = mask_ptr + batch * mask_batch + head * mask_head
+        for start in range(first, query_length, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            exists = rows < query_length
+            counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, exists)
+            sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
+            tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
+            s_max = tl.zeros((BLOCK_M,), WIDE)
+            t_max, s_inverse, t_inverse = s_max, s_max, s_max
+            if IS_KL:
+                at = stats_ptr + of_head * query_length + rows
+                s_max, t_max = tl.load(at, mask=exists), tl.load(at + stats_size, mask=exists)
+                s_inverse = tl.load(at + 2 * stats_size, mask=exists)
+                t_inverse = tl.load(at + 3 * stats_size, mask=exists)
+            allowed = _allowed(
+                rows[:, None], columns[None, :], counted[:, None], keys[None, :], head_mask_ptr, mask_row, mask_column,
+                offset, IS_CAUSAL,
+            )  # fmt: skip
+            # The very products of the statistics: transposed they might be rounded otherwise, and a score of 1000 by
+            # another 1e-4 than its row's maximum was.
+            s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
+            t = _product(tq, tl.trans(tk), WIDE, PRECISION) * teacher_scale
+            ds = _difference(
+                s, t, allowed, s_max[:, None], t_max[:, None], s_inverse[:, None], t_inverse[:, None], IS_KL
+            )
+            dk = _weighted(tl.trans(ds), sq, dk, WIDE, PRECISION)
+    width = tl.arange(0, PADDED_S)
+    d_key_ptr += batch * d_key_batch + student_head * d_key_head
+    at = columns.to(tl.int64)[:, None] * d_key_row + width[None, :] * d_key_column
+    tl.store(d_key_ptr + at, dk * factor, mask=(columns < key_length)[:, None] & (width < D_S)[None, :])
+
+
+def _tiles(arch: str, itemsize: int, width: int) -> dict[str, int]:
+    """Queries and keys of a tile, for heads `width` wide after padding."""
+    if arch == "cpu":
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
+    if itemsize == 8:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    if itemsize == 4 or width > 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1 if arch.startswith("gfx") else 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1 if arch.startswith("gfx") else 2}
+
+
+def loss(
+    student_query: Tensor,  # (B, H, L, D_s)
+    student_key: Tensor,  # (B, H_s, S, D_s)
+    teacher_query: Tensor,  # (B, H, L, D_t)
+    teacher_key: Tensor,  # (B, H_t, S, D_t)
+    student_scale: float,
+    teacher_scale: float,
+    counted_queries: Tensor | None,  # (B|1, H|1, L) bool, those that are allowed a key; None: all
+    counted_keys: Tensor | None,  # (B|1, H|1, S) bool, those that a query is allowed
+    is_causal: bool,
+    attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1) bool
+    *,
+    is_kl: bool,
+    dtype: torch.dtype,  # of the computation
+    d_query: Tensor | None,  # (B, H, L, D_s), to be written in `dtype`; None: not wanted
+    d_key: Tensor | None,  # (B, H_s, S, D_s)
+) -> Tensor:  # (): sum of KL of the rows, or of the squares, float64
+    batch, heads, query_length, d_s = student_query.shape
+    student_heads, key_length, d_t = student_key.shape[1], student_key.shape[2], teacher_query.shape[3]
+    rows = student_query.new_empty((5 if is_kl else 1) * batch * heads * query_length, dtype=dtype)
+    if rows.numel() == 0 or key_length == 0:
+        return rows.new_zeros((), dtype=torch.float64)
+    tensors = [
+        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+        for x in (student_query, student_key, teacher_query, teacher_key)
+    ]
+    flags = [None if x is None else x.contiguous() for x in (counted_queries, counted_keys)]
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    for x, dimensions in ((flags[0], 2), (flags[1], 2), (attn_mask, 4)):  # 0 where a mask is the same for all
+        strides += [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in range(dimensions)]
+    arch = _common.arch_of(student_query)
+    padded_s, padded_t = (max(power_of_2(width), 16) for width in (d_s, d_t))
+    itemsize = max(8 if dtype == torch.float64 else 2, *(x.itemsize for x in tensors))
+    tiles = _tiles(arch, itemsize, max(padded_s, padded_t))
+    options = {
+        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": is_causal,
+        "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
+        # Three products of 10-bit terms on tensor cores are as good as one in float32.
+        "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",
+        **tiles,
+    }  # fmt: skip
+    sizes = (heads, heads // student_heads, heads // teacher_key.shape[1], query_length, key_length)
+    scales = (student_scale, teacher_scale)
+    factor = student_scale if is_kl else 2 * student_scale
+    over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]), batch * heads)
+    with on_device_of(student_query):
+        if is_kl:
+            _statistics[over_queries](*tensors, *flags, attn_mask, rows, *strides, *sizes, *scales, **options)
+        if d_query is not None or not is_kl:
+            _d_query[over_queries](
+                *tensors, *flags, attn_mask, rows, d_query, *strides,
+                *((0,) * 4 if d_query is None else d_query.stride()), *sizes, *scales, factor,
+                IS_KL=is_kl, **options,
+            )  # fmt: skip
+        if d_key is not None:
+            _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]), batch * student_heads)](
+                *tensors, *flags, attn_mask, rows, d_key, *strides, *d_key.stride(), *sizes,
+                batch * heads * query_length, *scales, factor, IS_KL=is_kl, **options,
+            )  # fmt: skip
+    return (rows[-batch * heads * query_length :]).sum(dtype=torch.float64)
