@@ -47,10 +47,12 @@ def _product(a, b, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # (M, K), (K, 
 
 
 @triton.jit
-def _weighted(weights, x, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # (M, K), (K, N), (M, N)
-    """acc + weights x. Weights below 6e-5 would lose digits in float16: there x is widened instead."""
-    if x.dtype == tl.bfloat16:
-        weights = weights.to(tl.bfloat16)
+def _weighted(
+    weights, x, acc, IS_KL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+):  # (M, K), (K, N), (M, N)
+    """acc + weights x. In float16 weights below 6e-5 lose digits: those of MSE, of any size, stay wide and widen x."""
+    if x.dtype == tl.bfloat16 or (x.dtype == tl.float16 and IS_KL):
+        weights = weights.to(x.dtype)
     else:
         x = x.to(WIDE)
     return tl.dot(weights, x, acc, input_precision=PRECISION, out_dtype=WIDE)
@@ -79,7 +81,7 @@ def _statistics(
     sq_ptr, sk_ptr, tq_ptr, tk_ptr,  # (B, H, L, D_s), (B, H_s, S, D_s), (B, H, L, D_t), (B, H_t, S, D_t)
     queries_ptr, keys_ptr,  # (B|1, H|1, L), (B|1, H|1, S) bool, which rows count; None: all
     mask_ptr,  # (B|1, H|1, L|1, S|1) bool; None: all
-    stats_ptr,  # (5, B * H, L): m_s, m_t, 1 / l_s, 1 / l_t, KL
+    stats_ptr,  # (5, B * H, L): m_s, m_t, 1024 / l_s, 1024 / l_t, KL
     sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
     queries_batch, queries_head, keys_batch, keys_head, mask_batch, mask_head, mask_row, mask_column,
     heads, student_sharing, teacher_sharing,  # H, H / H_s, H / H_t
@@ -139,14 +141,15 @@ def _statistics(
     exists = rows < query_length
     tl.store(stats_ptr, s_max, mask=exists)
     tl.store(stats_ptr + size, t_max, mask=exists)
-    tl.store(stats_ptr + 2 * size, 1 / s_sum, mask=exists)
-    tl.store(stats_ptr + 3 * size, 1 / t_sum, mask=exists)
+    # dS is used 1024 times as large: float16 keeps the digits of differences down to 6e-8.
+    tl.store(stats_ptr + 2 * size, 1024 / s_sum, mask=exists)
+    tl.store(stats_ptr + 3 * size, 1024 / t_sum, mask=exists)
     tl.store(stats_ptr + 4 * size, tl.where(some, kl, 0), mask=exists)
 
 
 @triton.jit
 def _difference(s, t, allowed, s_max, t_max, s_scale, t_scale, IS_KL: tl.constexpr):
-    """dS of a tile from its scores; the last four broadcast against it."""
+    """dS of a tile from its scores, of KL 1024 times; the last four broadcast against it."""
     if IS_KL:
         # Not allowed pairs are put out before the exponential, which might overflow.
         s = _exp(tl.where(allowed, s - s_max, -float("inf"))) * s_scale
@@ -213,7 +216,7 @@ def _d_query(
         if not IS_KL:
             squares += tl.sum(ds * ds, 1)
         if d_query_ptr is not None:
-            dq = _weighted(ds, sk, dq, WIDE, PRECISION)
+            dq = _weighted(ds, sk, dq, IS_KL, WIDE, PRECISION)
     if not IS_KL:
         tl.store(stats_ptr, squares, mask=exists)
     if d_query_ptr is not None:
@@ -284,7 +287,7 @@ def _d_key(
             ds = _difference(
                 s, t, allowed, s_max[:, None], t_max[:, None], s_inverse[:, None], t_inverse[:, None], IS_KL
             )
-            dk = _weighted(tl.trans(ds), sq, dk, WIDE, PRECISION)
+            dk = _weighted(tl.trans(ds), sq, dk, IS_KL, WIDE, PRECISION)
     width = tl.arange(0, PADDED_S)
     d_key_ptr += batch * d_key_batch + student_head * d_key_head
     at = columns.to(tl.int64)[:, None] * d_key_row + width[None, :] * d_key_column
@@ -295,11 +298,11 @@ def _tiles(arch: str, itemsize: int, width: int) -> dict[str, int]:
     """Queries and keys of a tile, for heads `width` wide after padding."""
     if arch == "cpu":
         return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
-    if itemsize == 8:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    if itemsize == 4 or width > 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1 if arch.startswith("gfx") else 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1 if arch.startswith("gfx") else 2}
+    stages = 1 if arch.startswith("gfx") else 2
+    if itemsize > 2 or width > 128 or (width > 64 and arch == "sm_80"):
+        warps = 8 if itemsize == 4 else 4
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": warps, "num_stages": 1 if itemsize > 2 else stages}
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if width > 64 else 64, "num_warps": 4, "num_stages": stages}
 
 
 def loss(
@@ -335,6 +338,8 @@ def loss(
     arch = _common.arch_of(student_query)
     padded_s, padded_t = (max(power_of_2(width), 16) for width in (d_s, d_t))
     itemsize = max(8 if dtype == torch.float64 else 2, *(x.itemsize for x in tensors))
+    if not is_kl and student_query.dtype == torch.float16:
+        itemsize = 4  # as its gradient products are
     tiles = _tiles(arch, itemsize, max(padded_s, padded_t))
     options = {
         "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": is_causal,
@@ -343,9 +348,10 @@ def loss(
         "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",
         **tiles,
     }  # fmt: skip
+    gradient_options = options | {"num_warps": 8 if arch.startswith("sm_") else tiles["num_warps"]}
     sizes = (heads, heads // student_heads, heads // teacher_key.shape[1], query_length, key_length)
     scales = (student_scale, teacher_scale)
-    factor = student_scale if is_kl else 2 * student_scale
+    factor = student_scale / 1024 if is_kl else 2 * student_scale
     over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]), batch * heads)
     with on_device_of(student_query):
         if is_kl:
@@ -354,11 +360,11 @@ def loss(
             _d_query[over_queries](
                 *tensors, *flags, attn_mask, rows, d_query, *strides,
                 *((0,) * 4 if d_query is None else d_query.stride()), *sizes, *scales, factor,
-                IS_KL=is_kl, **options,
+                IS_KL=is_kl, **gradient_options,
             )  # fmt: skip
         if d_key is not None:
             _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]), batch * student_heads)](
                 *tensors, *flags, attn_mask, rows, d_key, *strides, *d_key.stride(), *sizes,
-                batch * heads * query_length, *scales, factor, IS_KL=is_kl, **options,
+                batch * heads * query_length, *scales, factor, IS_KL=is_kl, **gradient_options,
             )  # fmt: skip
     return (rows[-batch * heads * query_length :]).sum(dtype=torch.float64)
