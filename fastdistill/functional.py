@@ -474,11 +474,15 @@ def _row_count(
     return logits.shape[:-1].numel() if counted is None else counted.sum()
 
 
-def _row_gradient(logits: Tensor, count: int | Tensor | None) -> Tensor | None:
-    """The gradient of the mean in each row's loss, (), as autograd will compute it; None: not known before."""
-    if count is None or logits.device.type != "cpu" or torch.compiler.is_compiling():
+def _row_gradient(logits: Tensor, reduction: str, count: int | Tensor | None, backend: str) -> Tensor | None:
+    """The gradient of the mean or sum in each row's loss, (), as autograd will compute it; None: not known before."""
+    if reduction == "none" or torch.compiler.is_compiling():
         return None
-    return _mean(torch.ones((), dtype=torch.promote_types(logits.dtype, torch.float32)), count)
+    # Plain torch compares it with what arrives, which would wait for a device, and takes None for 1.
+    if backend == "torch" and (count is None or logits.device.type != "cpu"):
+        return None
+    one = torch.ones((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    return one if count is None else _mean(one, count)
 
 
 def _reduced(per_row: Tensor, reduction: str, count: int | Tensor | None) -> Tensor:
@@ -551,7 +555,7 @@ def _logits_loss(
             vocab_size=vocab_size,
             student_softcap=student_softcap,
             teacher_softcap=teacher_softcap,
-            row_gradient=_row_gradient(student_logits, count),
+            row_gradient=_row_gradient(student_logits, reduction, count, backend),
             backend=backend,
         )
         return _reduced(per_row, reduction, count)
@@ -870,7 +874,7 @@ def topk_soft_cross_entropy(
             hard_weight=0.0 if labels is None else 1 - alpha,
             vocab_size=vocab_size,
             student_softcap=student_softcap,
-            row_gradient=_row_gradient(student_logits, count),
+            row_gradient=_row_gradient(student_logits, reduction, count, backend),
             backend=backend,
         )
         return _reduced(per_row, reduction, count)

@@ -145,6 +145,7 @@ def _rows(
     labels_ptr,  # (N)
     counted_ptr,  # (N)
     weight_ptr,  # (N), of each row's gradient; None: 1
+    expected_ptr,  # (N), the weights that d_student was written with before; None: it was not
     loss_ptr,  # (N)
     d_student_ptr,  # (N, width), contiguous; None: not wanted
     student_inner, student_outer_stride, student_inner_stride,
@@ -175,6 +176,9 @@ def _rows(
     weight = tl.full((), 1.0, WIDE)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row).to(WIDE)
+    if expected_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
+        if tl.load(expected_ptr + row).to(WIDE) == weight:
+            return
     if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
         if tl.load(counted_ptr + row) == 0:
             tl.store(loss_ptr + row, 0.0)
@@ -316,10 +320,11 @@ def rows(
     loss: Tensor,  # (N), float32 or float64, the dtype of the computation
     gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
     weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
+    expected: Tensor | None = None,  # (N), the weights that `gradient` was written with before; None: it was not
     student_bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
     teacher_bias: Tensor | None = None,  # (>= V)
 ) -> None:
-    """Writes `loss`, and `gradient` where it is given."""
+    """Writes `loss`, and `gradient` where it is given; with `expected` only of rows whose weight is another."""
     student, *student_rows = rows_of(student)
     teacher_rows = [1, 0, 0]
     if teacher is not None:
@@ -331,7 +336,7 @@ def rows(
     block = max(power_of_2(classes), 16) if resident else BLOCK
     with on_device_of(student):
         _rows[(count,)](
-            student, teacher, student_bias, teacher_bias, labels, counted, weight, loss, gradient,
+            student, teacher, student_bias, teacher_bias, labels, counted, weight, expected, loss, gradient,
             *student_rows, *teacher_rows,
             0 if gradient is None else gradient.shape[-1], classes,
             temperature, beta, soft_weight, hard_weight, student_softcap or 1.0, teacher_softcap or 1.0,

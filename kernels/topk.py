@@ -69,6 +69,7 @@ def _rows(
     labels_ptr,  # (N)
     counted_ptr,  # (N)
     weight_ptr,  # (N), of each row's gradient; None: 1
+    expected_ptr,  # (N), the weights that d_student was written with before; None: it was not
     loss_ptr,  # (N)
     d_student_ptr,  # (N, width), contiguous; None: not wanted
     inner, outer_stride, inner_stride,
@@ -99,6 +100,9 @@ def _rows(
     weight = tl.full((), 1.0, WIDE)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row).to(WIDE)
+    if expected_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
+        if tl.load(expected_ptr + row).to(WIDE) == weight:
+            return
     if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
         if tl.load(counted_ptr + row) == 0:
             tl.store(loss_ptr + row, 0.0)
@@ -222,9 +226,13 @@ def rows(
     loss: Tensor,  # (N), float32 or float64, the dtype of the computation and of p
     gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
     weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
+    expected: Tensor | None = None,  # (N), the weights that `gradient` was written with before; None: it was not
     bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
 ) -> None:
-    """Writes `loss`, and `gradient` where it is given. Without `listed` the soft loss has no weight."""
+    """Writes `loss`, and `gradient` where it is given; with `expected` only of rows whose weight is another.
+
+    Without `listed` the soft loss has no weight.
+    """
     student, *student_rows = rows_of(student)
     count = student.shape[:-1].numel()
     if count == 0:
@@ -235,7 +243,7 @@ def rows(
     block = max(power_of_2(classes), 16) if resident else BLOCK
     with on_device_of(student):
         _rows[(count,)](
-            student, bias, p, listed_classes, rest, labels, counted, weight, loss, gradient,
+            student, bias, p, listed_classes, rest, labels, counted, weight, expected, loss, gradient,
             *student_rows, length, 0 if gradient is None else gradient.shape[-1], classes,
             temperature, soft_weight, hard_weight, softcap or 1.0,
             HAS_CAP=softcap is not None, WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,

@@ -539,3 +539,57 @@ def test_bad_reverse_or_beta(
 ) -> None:
     with pytest.raises(kind, match=message):
         getattr(fastdistill, name)(**logits(), **wrong, backend=backend)
+
+
+# -- gradients in the forward --------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("reduction,num_items", [("mean", None), ("mean", 7), ("mean", "tensor"), ("sum", None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expected_weights_arrive(
+    op: Op, reduction: str, num_items: Any, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The kernel that the backward starts has nothing to do: each row has the very weight the forward foresaw."""
+    if backend != "triton":
+        pytest.skip("kernels only")
+    from fastdistill.kernels import logits as divergences
+    from fastdistill.kernels import topk as lists
+
+    module, calls = (lists if op in TOPK_OPS else divergences), []
+    rows = module.rows
+    monkeypatch.setattr(module, "rows", lambda *inputs, **keywords: (calls.append(keywords), rows(*inputs, **keywords)))
+    inputs = cast({**op.make(), "mask": torch.rand(3, 5) > 0.3}, dtype)
+    num_items = torch.tensor(7) if num_items == "tensor" else num_items
+    evaluate(op, inputs, op.learned, backend=backend, reduction=reduction, num_items=num_items)
+    forward, backward = calls
+    assert forward["gradient"] is not None
+    assert forward["expected"] is None
+    assert (backward["weight"] == backward["expected"]).all()
+    assert (backward["expected"] == forward["weight"]).all()
+
+
+@every_op
+def test_rows_of_the_expected_weight_are_not_computed_again(
+    op: Op, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend != "triton":
+        pytest.skip("kernels only")
+    from fastdistill.kernels import logits as divergences
+    from fastdistill.kernels import topk as lists
+
+    module = lists if op in TOPK_OPS else divergences
+    rows, inputs = module.rows, op.make()
+    whole = evaluate(op, inputs, op.learned, backend=backend, reduction="sum")["student_logits"]
+
+    def again(*arguments: Any, **keywords: Any) -> None:
+        if keywords["expected"] is not None:
+            keywords["gradient"].fill_(5)
+            keywords["weight"][1] = 0.5
+        rows(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "rows", again)
+    found = evaluate(op, inputs, op.learned, backend=backend, reduction="sum")["student_logits"].reshape(15, -1)
+    assert_same({"row": found[1]}, {"row": whole.reshape(15, -1)[1] / 2}, within=1e-6)
+    assert (found[0] == 5).all()
+    assert (found[2:] == 5).all()

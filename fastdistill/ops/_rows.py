@@ -269,17 +269,24 @@ def weigh_rows_(gradient: Tensor, weight: Tensor, counted: Tensor | None) -> Non
 
 
 def differentiable(
-    name: str, function: Callable[..., tuple[Tensor, Tensor]], fake: Callable[..., Any], tensors: int
+    name: str,
+    function: Callable[..., tuple[Tensor, Tensor]],
+    update: Callable[..., None],
+    fake: Callable[..., Any],
+    tensors: int,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """`function` with its gradient in the first argument, the student's logits.
 
     Its arguments are `tensors` tensors, the last of them `counted`, then the weight of each row's gradient, whether the
-    gradient is wanted, and options; it returns the losses and the gradient.
+    gradient is wanted, and options, the last of them the backend; it returns the losses and the gradient.
 
     Whoever traces sees one registered op, fastdistill::name, and the same op again in the backward. Everybody else is
     spared a registered op's tens of microseconds, and the second run: the forward leaves the gradient of the weights it
-    was given, and the first backward scales it in place to those that arrive. (A second backward of the same graph runs
-    the function again.)
+    was given, and the first backward corrects it in place to those that arrive. (A second backward of the same graph
+    runs the function again.) Plain torch scales it. `update` is Triton's: it is given the gradient, the weights it has,
+    and what `function` takes, and writes the rows whose weight is another once more. One pass over memory is saved
+    against a backward that computes them all where the weights are right, which on a device only a kernel can tell
+    without waiting: of N rows of V 16-bit numbers, forward and backward then read and write 6 N V bytes, not 10.
     """
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -302,6 +309,8 @@ def differentiable(
         if gradient is None:
             run = op if _common.traced() else function
             _, gradient = run(*inputs, grad_loss, True, *ctx.options)
+        elif ctx.options[-1] == "triton":
+            update(gradient, ctx.weight, *inputs, grad_loss, *ctx.options)
         elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
             grad_loss = grad_loss if ctx.weight is None else grad_loss / ctx.weight
             gradient.view(-1, gradient.shape[-1]).mul_(row_weight(grad_loss, inputs[-1], grad_loss.dtype))
@@ -320,13 +329,14 @@ def differentiable(
     return lambda *arguments: (op if _common.traced() else plain.apply)(*arguments)
 
 
-def expected_weight(student: Tensor, row_gradient: Tensor | None) -> Tensor | None:  # (N)
-    """Weights to compute the gradient with in the forward: the pass over it that scales it is seldom needed then."""
-    if row_gradient is None or not gradient_in_forward(student):
-        return None
-    return row_gradient.expand(student.shape[:-1].numel())
+def gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: str) -> tuple[Tensor | None, bool]:
+    """The weights (N) to compute the gradient with in the forward, None: all 1, and whether the forward leaves one.
 
-
-def gradient_in_forward(student: Tensor) -> bool:
-    """Whether the forward leaves the gradient. One of 16 bits would be rounded twice, with and without its scale."""
-    return not _common.traced() and torch.is_grad_enabled() and student.requires_grad and not _common.narrow(student)
+    One of 16 bits that is scaled is rounded twice, so it waits for its weights. Triton's is not scaled but computed
+    again where they were not expected, and waits only if nothing is known of them.
+    """
+    if _common.traced() or not (torch.is_grad_enabled() and student.requires_grad):
+        return None, False
+    if row_gradient is None if backend == "triton" else _common.narrow(student):
+        return None, False
+    return None if row_gradient is None else row_gradient.expand(student.shape[:-1].numel()), True

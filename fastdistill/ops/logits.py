@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from fastdistill.ops._rows import (
     Target,
     checked_labels,
     differentiable,
-    expected_weight,
     exponents_,
     gradient_in_forward,
     power,
@@ -146,8 +145,7 @@ def divergence(
         teacher if teacher.dim() > 1 else teacher.unsqueeze(0),
         labels.reshape(-1) if labels is not None and hard_weight else None,
         None if counted is None else counted.reshape(-1),
-        expected_weight(student, row_gradient),
-        gradient_in_forward(student),
+        *gradient_in_forward(student, row_gradient, backend),
         kind,
         temperature,
         beta,
@@ -179,16 +177,10 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
     if backend == "triton":
-        from fastdistill.kernels import logits as kernels
-
         loss, d_student = _fake(student, teacher, labels, counted, weight, needs_gradient)
-        labels = checked_labels(labels, counted, classes)
-        # A mask like m[:, :1] and the gradient of a sum have strides of their own.
-        labels, counted, weight = (None if x is None else x.contiguous() for x in (labels, counted, weight))
-        kernels.rows(
-            student, teacher if soft_weight else None, labels, counted, kind, classes=classes, temperature=temperature,
-            beta=beta, soft_weight=soft_weight, hard_weight=hard_weight, student_softcap=student_softcap,
-            teacher_softcap=teacher_softcap, loss=loss, gradient=d_student if needs_gradient else None, weight=weight,
+        _launch(
+            loss, d_student if needs_gradient else None, None, student, teacher, labels, counted, weight, kind,
+            temperature, beta, soft_weight, hard_weight, classes, student_softcap, teacher_softcap,
         )  # fmt: skip
         return loss, d_student
     return row_losses(
@@ -198,9 +190,46 @@ def _forward(
     )  # fmt: skip
 
 
+def _update(gradient: Tensor, expected: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> None:
+    loss, _ = _fake(student, teacher, None, None, None, False)
+    _launch(loss, gradient, expected, student, teacher, *rest[:-1])
+
+
+def _launch(
+    loss: Tensor,  # (N)
+    gradient: Tensor | None,  # as student
+    expected: Tensor | None,  # (N), the weights it has
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    counted: Tensor | None,
+    weight: Tensor | None,
+    kind: str,
+    temperature: float,
+    beta: float,
+    soft_weight: float,
+    hard_weight: float,
+    classes: int,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+) -> None:
+    from fastdistill.kernels import logits as kernels
+
+    labels = checked_labels(labels, counted, classes)
+    # A mask like m[:, :1] and the gradient of a sum have strides of their own.
+    labels, counted, weight, expected = (
+        None if x is None else x.contiguous() for x in (labels, counted, weight, expected)
+    )
+    kernels.rows(
+        student, teacher if soft_weight else None, labels, counted, kind, classes=classes, temperature=temperature,
+        beta=beta, soft_weight=soft_weight, hard_weight=hard_weight, student_softcap=student_softcap,
+        teacher_softcap=teacher_softcap, loss=loss, gradient=gradient, weight=weight, expected=expected,
+    )  # fmt: skip
+
+
 def _fake(student, teacher, labels, counted, weight, needs_gradient, *_):  # type: ignore[no-untyped-def]
     loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_common.compute_dtype(student, teacher))
     return loss, student.new_empty(student.shape if needs_gradient else 0)
 
 
-_divergence = differentiable("divergence", _forward, _fake, tensors=4)
+_divergence = differentiable("divergence", _forward, _update, _fake, tensors=4)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from fastdistill.ops._rows import (
     checked_indices,
     checked_labels,
     differentiable,
-    expected_weight,
     exponential,
     exponential_,
     gradient_in_forward,
@@ -109,8 +108,7 @@ def topk_divergence(
         indices.reshape(-1, indices.shape[-1]),
         labels.reshape(-1) if labels is not None and hard_weight else None,
         None if counted is None else counted.reshape(-1),
-        expected_weight(student, row_gradient),
-        gradient_in_forward(student),
+        *gradient_in_forward(student, row_gradient, backend),
         tail,
         temperature,
         soft_weight,
@@ -140,23 +138,53 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
     dtype = _common.compute_dtype(student, logprobs)
     if backend == "triton":
-        from fastdistill.kernels import topk as kernels
-
         loss, d_student = _fake(student, logprobs, indices, labels, counted, weight, needs_gradient)
-        target = sorted_list(logprobs, indices, counted, classes, dtype, tail, temperature) if soft_weight else None
-        labels = checked_labels(labels, counted, classes)
-        # A mask like m[:, :1] and the gradient of a sum have strides of their own.
-        labels, counted, weight = (None if x is None else x.contiguous() for x in (labels, counted, weight))
-        kernels.rows(
-            student, target, labels, counted, classes=classes, temperature=temperature, soft_weight=soft_weight,
-            hard_weight=hard_weight, softcap=student_softcap, loss=loss, gradient=d_student if needs_gradient else None,
-            weight=weight,
+        _launch(
+            loss, d_student if needs_gradient else None, None, student, logprobs, indices, labels, counted, weight,
+            tail, temperature, soft_weight, hard_weight, classes, student_softcap,
         )  # fmt: skip
         return loss, d_student
     return row_losses(
         RowLoss(TopK(tail, temperature), soft_weight, hard_weight, student_softcap),
         student, None, listed(logprobs, indices, counted, classes, dtype) if soft_weight else (), labels, counted,
         weight, needs_gradient, classes, None, dtype,
+    )  # fmt: skip
+
+
+def _update(gradient: Tensor, expected: Tensor, student: Tensor, logprobs: Tensor, *rest: Any) -> None:
+    loss, _ = _fake(student, logprobs, None, None, None, None, False)
+    _launch(loss, gradient, expected, student, logprobs, *rest[:-1])
+
+
+def _launch(
+    loss: Tensor,  # (N)
+    gradient: Tensor | None,  # as student
+    expected: Tensor | None,  # (N), the weights it has
+    student: Tensor,
+    logprobs: Tensor,
+    indices: Tensor,
+    labels: Tensor | None,
+    counted: Tensor | None,
+    weight: Tensor | None,
+    tail: str,
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    classes: int,
+    student_softcap: float | None,
+) -> None:
+    from fastdistill.kernels import topk as kernels
+
+    target = sorted_list(logprobs, indices, counted, classes, loss.dtype, tail, temperature) if soft_weight else None
+    labels = checked_labels(labels, counted, classes)
+    # A mask like m[:, :1] and the gradient of a sum have strides of their own.
+    labels, counted, weight, expected = (
+        None if x is None else x.contiguous() for x in (labels, counted, weight, expected)
+    )
+    kernels.rows(
+        student, target, labels, counted, classes=classes, temperature=temperature, soft_weight=soft_weight,
+        hard_weight=hard_weight, softcap=student_softcap, loss=loss, gradient=gradient, weight=weight,
+        expected=expected,
     )  # fmt: skip
 
 
@@ -192,4 +220,4 @@ def _fake(student, logprobs, indices, labels, counted, weight, needs_gradient, *
     return loss, student.new_empty(student.shape if needs_gradient else 0)
 
 
-_topk_divergence = differentiable("topk_divergence", _forward, _fake, tensors=5)
+_topk_divergence = differentiable("topk_divergence", _forward, _update, _fake, tensors=5)
