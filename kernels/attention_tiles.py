@@ -299,9 +299,10 @@ def _tiles(arch: str, itemsize: int, width: int) -> dict[str, int]:
     if arch == "cpu":
         return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
     stages = 1 if arch.startswith("gfx") else 2
-    if itemsize > 2 or width > 128 or (width > 64 and arch == "sm_80"):
-        warps = 8 if itemsize == 4 else 4
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": warps, "num_stages": 1 if itemsize > 2 else stages}
+    if itemsize > 2:
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": stages}
+    if width > 128 or (width > 64 and arch == "sm_80"):
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
     return {"BLOCK_M": 64, "BLOCK_N": 32 if width > 64 else 64, "num_warps": 4, "num_stages": stages}
 
 
