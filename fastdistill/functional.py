@@ -60,6 +60,8 @@ TRITON_OPS = frozenset(
     + [prefix + name for prefix in ("", "linear_") for name in ("soft_cross_entropy", "kl_div", "jsd", "tvd")]
 )
 
+WIDEST_TILE = 256  # head dimension of the Triton kernels that compute scores
+
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
 _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")  # Triton's own
@@ -285,7 +287,20 @@ def _attention(
                 f"attn_mask has shape {tuple(attn_mask.shape)}; it should broadcast to {full}, (B, H, L, S)"
             )
         attn_mask = attn_mask.reshape(padded)
-    backend = pick_backend(backend, definition.__name__, device)
+    chosen = pick_backend(backend, definition.__name__, device)
+    width = max(student_query.shape[3], teacher_query.shape[3])
+    if (
+        chosen == "triton"
+        and width > WIDEST_TILE
+        and (definition is reference.attention_kl or is_causal or attn_mask is not None)
+    ):
+        if backend == "triton":
+            raise ValueError(
+                f"backend is 'triton', but heads are {width} wide; its tiles of scores hold up to {WIDEST_TILE}: "
+                "use backend='auto' or 'torch'"
+            )
+        chosen = "torch"
+    backend = chosen
 
     with _no_autocast(student_query):
         if backend == "reference":

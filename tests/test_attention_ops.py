@@ -351,3 +351,15 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_bad_arguments(op: Op, wrong: dict[str, Any], kind: type[Exception], message: str, backend: str) -> None:
     with pytest.raises(kind, match=message):
         op(**{**attention(), **wrong}, backend=backend)
+
+
+def test_heads_too_wide_for_tiles_of_scores(backend: str) -> None:
+    """Hidden states as queries and keys: the Gram form takes any width, the kernels that compute scores do not."""
+    inputs = attention(batch=1, heads=1, length=12, keys=12, d_s=260, d_t=300, student_kv=1, teacher_kv=1)
+    ATTENTION_MSE.assert_accurate(inputs, backend=backend)
+    if backend != "triton":
+        return
+    with pytest.raises(ValueError, match=r"^backend is 'triton', but heads are 300 wide.*up to 256.*'auto' or 'torch'"):
+        fastdistill.attention_kl(**inputs, backend="triton")
+    with pytest.raises(ValueError, match=r"^backend is 'triton', but heads are 300 wide"):
+        fastdistill.attention_mse(**inputs, is_causal=True, backend="triton")
