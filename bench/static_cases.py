@@ -44,6 +44,7 @@ def _rows(kind: str, classes: int, name: str, with_all: bool) -> tuple[str, Call
         logits.rows(
             student, teacher, labels, counted, kind, classes=classes, temperature=2.0, beta=0.5, soft_weight=1.0,
             hard_weight=0.5, student_softcap=cap, teacher_softcap=cap, loss=loss, gradient=gradient, weight=loss,
+            expected=loss if with_all else None,
         )  # fmt: skip
 
     return f"logits {kind} V={classes} {name}" + (" all options" if with_all else ""), call
@@ -65,7 +66,7 @@ def _listed(classes: int, tail: str, name: str, with_all: bool) -> tuple[str, Ca
         topk.rows(
             student, (p, p.long(), loss if tail == "bucket" else None), labels, loss > 0 if with_all else None,
             classes=classes, temperature=1.0, soft_weight=1.0, hard_weight=0.5, softcap=30.0 if with_all else None,
-            loss=loss, gradient=torch.empty_like(student), weight=loss,
+            loss=loss, gradient=torch.empty_like(student), weight=loss, expected=loss if with_all else None,
         )  # fmt: skip
 
     return f"topk {tail} V={classes} {name}" + (" all options" if with_all else ""), call
@@ -112,20 +113,23 @@ def attention_mse_cases() -> Iterator[tuple[str, Call]]:
         (384, 768, "bf16", False),  # hidden states for queries and keys
     ):
         yield _gram(d_s, d_t, name, masked)
+    yield _gram(64, 64, "bf16", True, is_causal=True)
 
 
-def _gram(d_s: int, d_t: int, name: str, masked: bool) -> tuple[str, Call]:
+def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False) -> tuple[str, Call]:
     student, teacher = (torch.empty(2, 4, 512, d, dtype=DTYPES[name]) for d in (d_s, d_t))
     rows = torch.empty(2, 1, 512, dtype=torch.bool) if masked else None
 
     def call() -> None:
         inputs = (student, student[:, :2], teacher, teacher, 0.125, 0.125, rows, rows)
-        _, *grams = attention_mse.loss(*inputs)
-        attention_mse.gradients(
-            torch.empty(()), *inputs, *grams, torch.empty_like(student), torch.empty_like(student[:, :2])
-        )
+        _, *grams = attention_mse.loss(*inputs, is_causal)
+        near = (student.float(), student[:, :2].float()) if is_causal else (None, None)
+        gradients = torch.empty_like(student), torch.empty_like(student[:, :2])
+        attention_mse.gradients(torch.empty(()), *inputs, is_causal, *grams, near, *gradients)
 
-    return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " unaligned" * (d_s % 8 > 0), call
+    return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " causal" * is_causal + " unaligned" * (
+        d_s % 8 > 0
+    ), call
 
 
 def attention_tiles_cases() -> Iterator[tuple[str, Call]]:

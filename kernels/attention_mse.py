@@ -10,8 +10,12 @@ With q' = [q_s, q_t], k' = [k_s, k_t] (D' = D_s + D_t), v = [s_s ..., -s_t ...] 
                student's columns of both matrices
     _gradient  (tiles of rows, batch x heads): a row times the other side's matrix
 
-Products of 16-bit inputs are exact in float32 accumulators, and a split adds up at most a few thousand of them; beyond
-it sums are float64, since the terms of the loss cancel as the student nears its teacher. For the same reason the matrix
+A causal mask is a scan over chunks of rows: a chunk of queries meets the Gram matrix of all keys that lie before it, a
+chunk of keys that of all queries that come after it, and `_contract` adds these up chunk by chunk, forth and back. The
+pairs of a chunk of queries with the keys beside it, a triangle, are left to the tiles of attention_tiles.py.
+
+Products of 16-bit inputs are exact in float32 accumulators, and a split adds up at most SUMMED of them; beyond it sums
+are float64, since the terms of the loss cancel as the student nears its teacher. For the same reason the matrix
 that multiplies 16-bit rows has two 16-bit terms, and float32 inputs are multiplied in float64, which tensor cores do.
 
 Per row and head of queries or keys (D_s + D_t) numbers are read forward, and backward, and D_s written; operations are
@@ -29,6 +33,10 @@ from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
 
+# Most rows whose products are added up in float32: half as many would double the traffic of partial sums, which at
+# 26 / 64 in bfloat16 is 9% of the rows' own (2 * 32 KiB a split, written and read, beside 720 KiB).
+SUMMED = 4096
+
 
 @triton.jit
 def _load_rows(
@@ -37,6 +45,20 @@ def _load_rows(
     return tl.load(
         x_ptr + rows[:, None] * row_stride + columns[None, :], mask=exists[:, None] & (columns < DIM)[None, :], other=0
     )
+
+
+@triton.jit
+def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
+    """From which row to which: of the queries a chunk, of the keys those that the chunk before it sees in part.
+
+    Key chunk 0 are the keys that every query sees; the queries of a chunk see the key chunks up to its own number.
+    """
+    offset = key_length - query_length
+    first, end = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, query_length)
+    if side == 1:
+        first = tl.where(chunk == 0, 0, tl.maximum((chunk - 1) * CHUNK + offset, 0))
+        end = tl.minimum(tl.maximum(chunk * CHUNK + offset, 0), key_length)
+    return first, end
 
 
 @triton.jit
@@ -51,6 +73,7 @@ def _gram(
     groups, query_length, key_length, heads_of_a_group,
     sharing_a, sharing_b,  # groups that share a key head
     splits,
+    CHUNK: tl.constexpr,  # a split is a chunk of the causal scan, of so many rows; 0: any share of the rows
     D_A: tl.constexpr,
     D_B: tl.constexpr,
     WIDTH: tl.constexpr,  # D'
@@ -82,11 +105,17 @@ def _gram(
     ab = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
     aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
     bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
-    tiles = tl.cdiv(length, ROWS)  # of a head
-    share = tl.cdiv(tiles * heads, splits)
-    for tile in range(split * share, tl.minimum((split + 1) * share, tiles * heads)):
-        head = tile // tiles
-        rows = (tile % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    first = 0
+    if CHUNK:
+        first, length = _chunk(split, side, query_length, key_length, CHUNK)
+    tiles = tl.maximum(tl.cdiv(length - first, ROWS), 0)  # of a head
+    share = tiles * heads
+    if not CHUNK:
+        share = tl.cdiv(share, splits)
+    from_tile = 0 if CHUNK else split * share
+    for tile in range(from_tile, tl.minimum(from_tile + share, tiles * heads)):
+        head = (tile // tiles).to(tl.int64)
+        rows = (first + tile % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         exists = rows < length
         if side == 0:
             if counted_queries_ptr is not None:
@@ -120,11 +149,14 @@ def _gram(
 def _contract(
     partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first; nothing below SS but TT
     total_ptr,  # (B * groups, row blocks)
-    query_gram_ptr, key_gram_ptr,  # (B * groups, D', D_s), float64
+    # (B * groups, D', D_s), float64; of the scan (splits, ...): of a chunk's queries and all later, of its keys and all
+    # earlier.
+    query_gram_ptr, key_gram_ptr,
     splits,
     student_scale: tl.float64, teacher_scale: tl.float64,
     D_S: tl.constexpr,
     WIDTH: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     of, count = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -140,15 +172,28 @@ def _contract(
         where = tl.minimum(i[:, None], j[None, :]) * WIDTH + tl.maximum(i[:, None], j[None, :])
         query = tl.zeros((BLOCK, BLOCK), tl.float64)
         key = tl.zeros((BLOCK, BLOCK), tl.float64)
+        columns = (i < WIDTH)[:, None] & (j < D_S)[None, :]
+        out = of * (WIDTH * D_S) + i[:, None] * D_S + j[None, :]
+        size = count.to(tl.int64) * (WIDTH * D_S)
         for split in range(splits):
             at = partial_ptr + (split * 2 * count + of) * (WIDTH * WIDTH) + where
-            query += tl.load(at, mask=inside, other=0).to(tl.float64)
+            part = tl.load(at, mask=inside, other=0).to(tl.float64)
             key += tl.load(at + count.to(tl.int64) * (WIDTH * WIDTH), mask=inside, other=0).to(tl.float64)
-        total += query * key * (v_i[:, None] * v_j[None, :])
-        columns = (i < WIDTH)[:, None] & (j < D_S)[None, :]
-        at = of * (WIDTH * D_S) + i[:, None] * D_S + j[None, :]
-        tl.store(query_gram_ptr + at, query, mask=columns)
-        tl.store(key_gram_ptr + at, key, mask=columns)
+            if IS_CAUSAL:
+                total += part * key * (v_i[:, None] * v_j[None, :])
+                tl.store(key_gram_ptr + split * size + out, key, mask=columns)
+            else:
+                query += part
+        if IS_CAUSAL:
+            for back in range(splits):
+                split = splits - 1 - back
+                at = partial_ptr + (split * 2 * count + of) * (WIDTH * WIDTH) + where
+                query += tl.load(at, mask=inside, other=0).to(tl.float64)
+                tl.store(query_gram_ptr + split * size + out, query, mask=columns)
+        else:
+            total += query * key * (v_i[:, None] * v_j[None, :])
+            tl.store(query_gram_ptr + out, query, mask=columns)
+            tl.store(key_gram_ptr + out, key, mask=columns)
     tl.store(total_ptr + of * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(total, 1), 0))
 
 
@@ -173,6 +218,7 @@ def _gradient(
     counted_ptr,  # (B, T); None: all
     gram_ptr,  # (B * groups, D', D_s), float64, of the other side
     grad_total_ptr,  # ()
+    near_ptr,  # as out, contiguous: what the pairs beside the chunks add before it is scaled; None: not causal
     out_ptr,  # (B, heads, T, D_s), as the student
     student_batch, student_head, student_row, teacher_batch, teacher_head, teacher_row,  # strides
     counted_batch, out_batch, out_head, out_row, out_column,
@@ -180,7 +226,9 @@ def _gradient(
     heads_of_a_group,  # queries'
     sharing, teacher_sharing,  # groups that share a key head
     student_scale: tl.float64, teacher_scale: tl.float64,
+    offset,  # S - L
     QUERIES: tl.constexpr,  # the rows are queries, not keys
+    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan: gram_ptr has a matrix for each; 0: one for all
     D_S: tl.constexpr,
     D_T: tl.constexpr,
     WIDE: tl.constexpr,
@@ -193,9 +241,21 @@ def _gradient(
     COLUMN_BLOCKS: tl.constexpr = (D_S + COLUMNS - 1) // COLUMNS
     tile, of = tl.program_id(0) // COLUMN_BLOCKS, tl.program_id(1).to(tl.int64)
     batch, head = of // heads, of % heads
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    start, end = tile * ROWS, length
+    if CHUNK:
+        chunk = start // CHUNK
+        if not QUERIES:
+            # Tiles of the keys that all queries see, then of the others, chunk by chunk.
+            seen_by_all = tl.maximum(offset, 0)
+            tiles = tl.cdiv(seen_by_all, ROWS)
+            chunk = tl.where(tile < tiles, 0, (tile - tiles) * ROWS // CHUNK + 1)
+            end = tl.where(tile < tiles, seen_by_all, length)
+            start = tl.where(tile < tiles, start, offset + (tile - tiles) * ROWS)
+        gram_ptr += chunk.to(tl.int64) * (tl.num_programs(1) // heads * groups) * ((D_S + D_T) * D_S)
+    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
-    exists = rows < length
+    inside = (rows >= 0) & (rows < end)
+    exists = inside
     if counted_ptr is not None:
         exists &= tl.load(counted_ptr + batch * counted_batch + rows, mask=exists, other=0) != 0
 
@@ -226,10 +286,24 @@ def _gradient(
             matrix = _load_rows(matrix_ptr + D_S * D_S, D_S, inner, inner < D_T, columns, D_S)
             acc = _times(x, matrix * teacher_factor, acc, PRECISION)
     out = out_ptr + batch * out_batch + head * out_head + rows[:, None] * out_row + columns[None, :] * out_column
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(rows < length)[:, None] & (columns < D_S)[None, :])
+    inside = inside[:, None] & (columns < D_S)[None, :]
+    if near_ptr is not None:
+        near = near_ptr + (of * length + rows[:, None]) * D_S + columns[None, :]
+        acc += tl.load(near, mask=inside, other=0).to(WIDE) * grad.to(WIDE)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 # -- launchers -----------------------------------------------------------------------------------------------
+
+
+# Rows of a chunk of the causal scan. A chunk has two matrices of D' D_s float64 numbers, and each of its rows meets 128
+# keys one by one.
+CHUNK = 256
+
+
+def grams_of_a_scan(query_length: int) -> int:
+    """One more than there are chunks of queries: the last keys have only queries beside them."""
+    return (query_length + CHUNK - 1) // CHUNK + 1
 
 
 def _wide(*tensors: Tensor) -> bool:
@@ -266,11 +340,15 @@ def loss(
     teacher_scale: float,
     counted_queries: Tensor | None,  # (B|1, 1, L) bool; None: all
     counted_keys: Tensor | None,  # (B|1, 1, S)
+    is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # sum (); the student's columns of Gq and Gk (B, groups, D', D_s); float64
+    """Under a causal mask the sum is that of the pairs that lie in different chunks, and each chunk has matrices of its
+    own, `grams_of_a_scan`: of the queries after it, of the keys before it."""
     batch, heads, query_length, d_s = student_query.shape
     key_length, d_t, width = student_key.shape[2], teacher_query.shape[3], d_s + teacher_query.shape[3]
     groups = lcm(student_key.shape[1], teacher_key.shape[1])
-    query_gram = student_query.new_zeros(batch, groups, width, d_s, dtype=torch.float64)
+    chunks = [grams_of_a_scan(query_length)] if is_causal else []
+    query_gram = student_query.new_zeros(*chunks, batch, groups, width, d_s, dtype=torch.float64)
     key_gram = torch.zeros_like(query_gram)
     if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
         return query_gram.new_zeros(()), query_gram, key_gram
@@ -284,12 +362,16 @@ def loss(
     block_s, block_t = _block(d_s, widest), _block(d_t, widest)
     one_program = d_s <= block_s and d_t <= block_t and block_s + block_t <= 128
     warps = 4 if block_s + block_t <= 64 else 8
-    # Enough programs to fill a card twice, none with less than four tiles of rows.
+    # Enough programs to fill a card twice, none with less than four tiles of rows, or with too many for float32.
     per_card = 8  # where there is no card
     if student_query.is_cuda:
         per_card = 4 * torch.cuda.get_device_properties(student_query.device).multi_processor_count
     tiles = triton.cdiv(max(heads // groups * query_length, key_length), rows)
     splits = max(min(triton.cdiv(per_card, 2 * batch * groups), tiles // 4), 1)
+    if not wide:
+        splits = max(splits, triton.cdiv(tiles, SUMMED // rows))
+    if is_causal:
+        splits = grams_of_a_scan(query_length)
     partial = query_gram.new_empty(
         splits, 2, batch * groups, width, width, dtype=torch.float64 if wide else torch.float32
     )
@@ -303,8 +385,9 @@ def loss(
             *_strides(a_query), *_strides(b_query), *_strides(a_key), *_strides(b_key), queries_batch, keys_batch,
             groups, query_length, key_length, heads // groups, groups // a_key.shape[1], groups // b_key.shape[1],
             splits,
-            D_A=d_a, D_B=d_b, WIDTH=width, ALL=everything, WIDE=tl.float64 if wide else tl.float32,
-            BLOCK_A=block_a, BLOCK_B=block_b, ROWS=rows, num_warps=warps, num_stages=2,
+            CHUNK=CHUNK if is_causal else 0, D_A=d_a, D_B=d_b, WIDTH=width, ALL=everything,
+            WIDE=tl.float64 if wide else tl.float32, BLOCK_A=block_a, BLOCK_B=block_b, ROWS=rows, num_warps=warps,
+            num_stages=2,
         )  # fmt: skip
 
     student, teacher = (student_query, student_key), (teacher_query, teacher_key)
@@ -319,7 +402,7 @@ def loss(
         totals = query_gram.new_empty(batch * groups, triton.cdiv(width, block))
         _contract[tuple(totals.shape)](
             partial, totals, query_gram, key_gram, splits, student_scale, teacher_scale,
-            D_S=d_s, WIDTH=width, BLOCK=block, num_warps=4,
+            D_S=d_s, WIDTH=width, IS_CAUSAL=is_causal, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return totals.sum(), query_gram, key_gram
 
@@ -334,36 +417,43 @@ def gradients(
     teacher_scale: float,
     counted_queries: Tensor | None,
     counted_keys: Tensor | None,
-    query_gram: Tensor,  # (B, groups, D', D_s), float64
+    is_causal: bool,
+    query_gram: Tensor,  # as `loss` returns them
     key_gram: Tensor,
+    near: tuple[Tensor | None, Tensor | None],  # gradients (B, heads, T, D_s) of the pairs within chunks, if causal
     d_query: Tensor,  # to be written
     d_key: Tensor,
 ) -> None:
-    batch, heads, _, d_s = student_query.shape
-    d_t, groups = teacher_query.shape[3], query_gram.shape[1]
+    batch, heads, query_length, d_s = student_query.shape
+    d_t, groups, offset = teacher_query.shape[3], query_gram.shape[-3], student_key.shape[2] - query_length
     wide = _wide(student_query, student_key, teacher_query, teacher_key)
     arch = _common.arch_of(student_query)
     rows, widest, deepest = (
         (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if arch == "sm_80" else 128, 64, 32)
     )
 
-    def launch(student: Tensor, teacher: Tensor, counted: Tensor | None, gram: Tensor, out: Tensor) -> None:
+    def launch(
+        student: Tensor, teacher: Tensor, counted: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
+    ) -> None:
         if out.numel() == 0:
             return
         student, teacher = _rows(student), _rows(teacher)
         own, length = student.shape[1:3]
         counted, counted_batch = _counted(counted)
         columns, block_s, block_t = _block(d_s, widest), _block(d_s, deepest), _block(d_t, deepest)
-        _gradient[(triton.cdiv(length, rows) * triton.cdiv(d_s, columns), batch * own)](
-            student, teacher, counted, gram, grad_total, out, *_strides(student), *_strides(teacher), counted_batch,
-            *out.stride(), own, length, groups, heads // groups, groups // own, groups // teacher.shape[1],
-            student_scale, teacher_scale,
-            QUERIES=out is d_query, D_S=d_s, D_T=d_t, WIDE=tl.float64 if wide else tl.float32,
-            PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
+        tiles = triton.cdiv(length, rows)
+        if is_causal and out is d_key:
+            tiles = triton.cdiv(max(offset, 0), rows) + triton.cdiv(query_length, rows)
+        _gradient[(tiles * triton.cdiv(d_s, columns), batch * own)](
+            student, teacher, counted, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
+            counted_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
+            groups // teacher.shape[1], student_scale, teacher_scale, offset,
+            QUERIES=out is d_query, CHUNK=CHUNK if is_causal else 0, D_S=d_s, D_T=d_t,
+            WIDE=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
             ROWS=rows, COLUMNS=columns, BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4,
             num_stages=2,
         )  # fmt: skip
 
     with on_device_of(student_query):
-        launch(student_query, teacher_query, counted_queries, key_gram, d_query)
-        launch(student_key, teacher_key, counted_keys, query_gram, d_key)
+        launch(student_query, teacher_query, counted_queries, key_gram, near[0], d_query)
+        launch(student_key, teacher_key, counted_keys, query_gram, near[1], d_key)

@@ -65,11 +65,14 @@ def _exp(x):
 
 @triton.jit
 def _allowed(
-    rows, columns, rows_count, columns_count, mask_ptr, mask_row, mask_column, offset, IS_CAUSAL: tl.constexpr
+    rows, columns, rows_count, columns_count, mask_ptr, mask_row, mask_column, offset,
+    IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
 ):  # rows and columns of shapes that broadcast against each other  # fmt: skip
     allowed = rows_count & columns_count
     if IS_CAUSAL:
         allowed &= columns <= rows + offset
+    if CHUNK:
+        allowed &= columns >= rows // CHUNK * CHUNK + offset
     if mask_ptr is not None:
         where = rows.to(tl.int64) * mask_row + columns.to(tl.int64) * mask_column
         allowed &= tl.load(mask_ptr + where, mask=allowed, other=0) != 0
@@ -88,7 +91,7 @@ def _statistics(
     query_length, key_length,
     student_scale: tl.float64, teacher_scale: tl.float64,
     D_S: tl.constexpr, D_T: tl.constexpr, PADDED_S: tl.constexpr, PADDED_T: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     of = tl.program_id(1).to(tl.int64)
@@ -117,7 +120,7 @@ def _statistics(
         tk = _load(tk_ptr, tk_row, columns, keys, D_T, PADDED_T)
         allowed = _allowed(
             rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
-            IS_CAUSAL,
+            IS_CAUSAL, CHUNK,
         )  # fmt: skip
         s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
         t = _product(tq, tl.trans(tk), WIDE, PRECISION) * teacher_scale
@@ -170,7 +173,7 @@ def _d_query(
     student_scale: tl.float64, teacher_scale: tl.float64, factor: tl.float64,
     IS_KL: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, PADDED_S: tl.constexpr, PADDED_T: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     of = tl.program_id(1).to(tl.int64)
@@ -187,9 +190,11 @@ def _d_query(
     sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
     tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
     offset = key_length - query_length
-    end = key_length
+    begin, end = 0, key_length
     if IS_CAUSAL:
         end = tl.minimum(key_length, (tl.program_id(0) + 1) * BLOCK_M + offset)
+    if CHUNK:
+        begin = tl.maximum(tl.program_id(0) * BLOCK_M // CHUNK * CHUNK + offset, 0)
     stats_ptr += of * query_length + rows
     s_max = tl.zeros((BLOCK_M,), WIDE)
     t_max, s_inverse, t_inverse = s_max, s_max, s_max
@@ -201,14 +206,14 @@ def _d_query(
 
     squares = tl.zeros((BLOCK_M,), WIDE)
     dq = tl.zeros((BLOCK_M, PADDED_S), WIDE)
-    for start in range(0, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
         sk = _load(sk_ptr, sk_row, columns, keys, D_S, PADDED_S)
         tk = _load(tk_ptr, tk_row, columns, keys, D_T, PADDED_T)
         allowed = _allowed(
             rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
-            IS_CAUSAL,
+            IS_CAUSAL, CHUNK,
         )  # fmt: skip
         s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
         t = _product(tq, tl.trans(tk), WIDE, PRECISION) * teacher_scale
@@ -239,7 +244,7 @@ def _d_key(
     student_scale: tl.float64, teacher_scale: tl.float64, factor: tl.float64,
     IS_KL: tl.constexpr,
     D_S: tl.constexpr, D_T: tl.constexpr, PADDED_S: tl.constexpr, PADDED_T: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     student_heads = heads // student_sharing
@@ -253,6 +258,10 @@ def _d_key(
     first = 0
     if IS_CAUSAL:  # the first query that sees one of them
         first = tl.maximum(tl.program_id(0) * BLOCK_N - offset, 0) // BLOCK_M * BLOCK_M
+    end = query_length
+    if CHUNK:  # the last query of the last key's chunk; none, where all queries see the keys
+        last = (tl.program_id(0) + 1) * BLOCK_N - 1 - offset
+        end = tl.where(last < 0, 0, tl.minimum(query_length, (tl.maximum(last, 0) // CHUNK + 1) * CHUNK))
 
     dk = tl.zeros((BLOCK_N, PADDED_S), WIDE)
     for head in range(student_head * student_sharing, (student_head + 1) * student_sharing):
@@ -263,7 +272,7 @@ def _d_key(
         head_mask_ptr = mask_ptr
         if mask_ptr is not None:
             head_mask_ptr = mask_ptr + batch * mask_batch + head * mask_head
-        for start in range(first, query_length, BLOCK_M):
+        for start in range(first, end, BLOCK_M):
             rows = start + tl.arange(0, BLOCK_M)
             exists = rows < query_length
             counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, exists)
@@ -278,7 +287,7 @@ def _d_key(
                 t_inverse = tl.load(at + 3 * stats_size, mask=exists)
             allowed = _allowed(
                 rows[:, None], columns[None, :], counted[:, None], keys[None, :], head_mask_ptr, mask_row, mask_column,
-                offset, IS_CAUSAL,
+                offset, IS_CAUSAL, CHUNK,
             )  # fmt: skip
             # The very products of the statistics: transposed they might be rounded otherwise, and a score of 1000 by
             # another 1e-4 than its row's maximum was.
@@ -318,6 +327,7 @@ def loss(
     is_causal: bool,
     attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1) bool
     *,
+    chunk: int = 0,  # of a causal mask, queries of a chunk: only pairs within chunks count; 0: all
     is_kl: bool,
     dtype: torch.dtype,  # of the computation
     d_query: Tensor | None,  # (B, H, L, D_s), to be written in `dtype`; None: not wanted
@@ -343,7 +353,7 @@ def loss(
         itemsize = 4  # as its gradient products are
     tiles = _tiles(arch, itemsize, max(padded_s, padded_t))
     options = {
-        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": is_causal,
+        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": is_causal, "CHUNK": chunk,
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         # Three products of 10-bit terms on tensor cores are as good as one in float32.
         "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",

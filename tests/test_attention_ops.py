@@ -353,6 +353,14 @@ def test_bad_arguments(op: Op, wrong: dict[str, Any], kind: type[Exception], mes
         op(**{**attention(), **wrong}, backend=backend)
 
 
+@pytest.mark.parametrize("length,keys", [(600, 600), (600, 510), (520, 700)])
+def test_a_scan_over_several_chunks(length: int, keys: int, backend: str) -> None:
+    """Of queries and keys, where one begins before the other."""
+    inputs = attention(batch=1, heads=2, length=length, keys=keys, d_s=5, d_t=9, student_kv=1, teacher_kv=2)
+    inputs |= ATTENTION_MSE.some_masked(inputs)
+    ATTENTION_MSE.assert_accurate(inputs, backend=backend, is_causal=True)
+
+
 def test_heads_too_wide_for_tiles_of_scores(backend: str) -> None:
     """Hidden states as queries and keys: the Gram form takes any width, the kernels that compute scores do not."""
     inputs = attention(batch=1, heads=1, length=12, keys=12, d_s=260, d_t=300, student_kv=1, teacher_kv=1)

@@ -55,9 +55,7 @@ def attention_mse(
     rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
     worth = (5 if is_causal else 2) * (width + teacher_query.shape[3])
     linear = rows * key_length > worth * (rows + key_length)
-    if backend == "triton":
-        linear = not is_causal  # bound by memory at any length
-    if attn_mask is None and linear:
+    if attn_mask is None and (linear or backend == "triton"):  # kernels are bound by memory at any length
         return _linear(*inputs, key_mask, query_mask, is_causal, backend)[:2]
     differentiable = _attention.differentiable(student_query, student_key)
     return _tiled(*inputs, key_mask, query_mask, is_causal, attn_mask, backend, differentiable)[:2]
@@ -173,10 +171,13 @@ def _linear(
     counted = _attention.count_rows(
         query_length, key_length, student_query.device, key_mask, query_mask, is_causal, None
     )
-    if backend == "triton" and not is_causal:
+    if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
 
-        total, *grams = kernels.loss(*inputs, student_scale, teacher_scale, counted.queries, counted.keys)
+        masked = (*inputs, student_scale, teacher_scale, counted.queries, counted.keys, is_causal)
+        total, *grams = kernels.loss(*masked)
+        if is_causal:
+            total += _within_chunks(*masked, kernels.CHUNK, None, None)
         total = total.clamp_(min=0).to(_common.compute_dtype(*inputs))
         return total, _count(counted.keys_per_query, student_query), *grams
     v = _scales(student_query, teacher_query, student_scale, teacher_scale)
@@ -212,10 +213,43 @@ def _linear(
     return total, _count(counted.keys_per_query, student_query), query_gram, key_gram
 
 
+def _within_chunks(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    student_scale: float,
+    teacher_scale: float,
+    counted_queries: Tensor | None,
+    counted_keys: Tensor | None,
+    is_causal: bool,
+    chunk: int,
+    d_query: Tensor | None,  # to be written
+    d_key: Tensor | None,
+) -> Tensor:  # (), float64
+    """The kernels' part of a causal sum that has no Gram matrices."""
+    from fastdistill.kernels import attention_tiles as kernels
+
+    inputs = (student_query, student_key, teacher_query, teacher_key)
+    return kernels.loss(
+        *inputs, student_scale, teacher_scale, counted_queries, counted_keys, is_causal, None, chunk=chunk,
+        is_kl=False, dtype=_common.compute_dtype(*inputs), d_query=d_query, d_key=d_key,
+    )  # fmt: skip
+
+
 @_linear.register_fake
 def _(student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale, *masks):  # type: ignore[no-untyped-def]
     inputs = (student_query, student_key, teacher_query, teacher_key)
-    is_causal = masks[2]
+    _, _, is_causal, backend = masks
+    if backend == "triton":
+        from fastdistill.kernels import attention_mse as kernels
+
+        shape = _gram_shapes(*inputs)
+        if is_causal:
+            shape = [kernels.grams_of_a_scan(student_query.shape[2]), *shape]
+        total = student_query.new_empty((), dtype=_common.compute_dtype(*inputs))
+        grams = (student_query.new_empty(shape, dtype=torch.float64) for _ in range(2))
+        return total, total.new_empty((), dtype=torch.int64), *grams
     total = student_query.new_empty((), dtype=_common.compute_dtype(*inputs))
     query_gram = student_query.new_empty(_gram_shapes(*inputs), dtype=_common.widest_dtype(student_query))
     key_gram = query_gram.new_empty(0 if is_causal else query_gram.shape)
@@ -247,13 +281,17 @@ def _linear_backward(
     sharing = query_gram.shape[1] // student_key.shape[1]
     w = 2 * student_scale * grad_total.to(v.dtype) * v
     d_query, d_key = torch.empty_like(student_query), torch.empty_like(student_key)
-    if backend == "triton" and not is_causal:
+    if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
 
-        kernels.gradients(
-            grad_total, *inputs, student_scale, teacher_scale, counted.queries, counted.keys, query_gram, key_gram,
-            d_query, d_key,
-        )  # fmt: skip
+        masked = (*inputs, student_scale, teacher_scale, counted.queries, counted.keys, is_causal)
+        within: tuple[Tensor | None, ...] = None, None
+        if is_causal:
+            within = tuple(
+                torch.zeros(x.shape, dtype=_common.compute_dtype(*inputs), device=x.device) for x in inputs[:2]
+            )
+            _within_chunks(*masked, kernels.CHUNK, *within)
+        kernels.gradients(grad_total, *masked, query_gram, key_gram, within, d_query, d_key)
         return d_query, d_key
     with _common.no_autocast(student_query):
         for block in _blocks(*inputs, counted, is_causal):
