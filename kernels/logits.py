@@ -137,6 +137,26 @@ def _finish(
 
 
 @triton.jit
+def _rescale(d_row, width, ratio, BLOCK: tl.constexpr):
+    """Multiplies a row of gradients in place if that rounds as computing it again would; whether it did.
+
+    bfloat16 takes a power of 2 without rounding; float16 does not where numbers below 6e-5 have lost digits already.
+    """
+    exact = tl.abs(ratio) < 3e38
+    if d_row.dtype.element_ty == tl.float16:
+        exact = exact & (ratio == 1)
+    elif d_row.dtype.element_ty == tl.bfloat16:
+        single = ratio.to(tl.float32)
+        exact = exact & (single.to(ratio.dtype) == ratio) & (single.to(tl.int32, bitcast=True) & 0x7FFFFF == 0)
+    if exact:
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            scaled = tl.load(d_row + columns, mask=columns < width).to(ratio.dtype) * ratio
+            tl.store(d_row + columns, scaled.to(d_row.dtype.element_ty), mask=columns < width)
+    return exact
+
+
+@triton.jit
 def _rows(
     student_ptr,  # (N, >= V)
     teacher_ptr,  # (N, >= V); None: the soft loss has no weight
@@ -176,9 +196,6 @@ def _rows(
     weight = tl.full((), 1.0, WIDE)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row).to(WIDE)
-    if expected_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
-        if tl.load(expected_ptr + row).to(WIDE) == weight:
-            return
     if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
         if tl.load(counted_ptr + row) == 0:
             tl.store(loss_ptr + row, 0.0)
@@ -186,6 +203,12 @@ def _rows(
                 for start in range(0, width, BLOCK):
                     columns = start + offsets
                     tl.store(d_row + columns, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=columns < width)
+            return
+    if expected_ptr is not None:
+        expected = tl.load(expected_ptr + row).to(WIDE)
+        if expected == weight:
+            return
+        if _rescale(d_row, width, weight / expected, BLOCK):
             return
 
     # Read before d_student, which may be the student's own memory, is written. A label that is no class makes NaN.

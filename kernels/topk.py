@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2, row_offset, rows_of
-from fastdistill.kernels.logits import BLOCK, RESIDENT, _capped, _exp, _finish, _load
+from fastdistill.kernels.logits import BLOCK, RESIDENT, _capped, _exp, _finish, _load, _rescale
 from torch import Tensor
 
 LIST_BLOCK = 1024  # listed classes fetched at a time
@@ -100,9 +100,6 @@ def _rows(
     weight = tl.full((), 1.0, WIDE)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row).to(WIDE)
-    if expected_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
-        if tl.load(expected_ptr + row).to(WIDE) == weight:
-            return
     if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
         if tl.load(counted_ptr + row) == 0:
             tl.store(loss_ptr + row, 0.0)
@@ -110,6 +107,12 @@ def _rows(
                 for start in range(0, width, BLOCK):
                     columns = start + offsets
                     tl.store(d_row + columns, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=columns < width)
+            return
+    if expected_ptr is not None:
+        expected = tl.load(expected_ptr + row).to(WIDE)
+        if expected == weight:
+            return
+        if _rescale(d_row, width, weight / expected, BLOCK):
             return
 
     # 1. Maxima and sums of exponentials; hard_sum is at temperature 1, rest_sum over the classes that are not listed.

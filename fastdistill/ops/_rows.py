@@ -284,9 +284,9 @@ def differentiable(
     spared a registered op's tens of microseconds, and the second run: the forward leaves the gradient of the weights it
     was given, and the first backward corrects it in place to those that arrive. (A second backward of the same graph
     runs the function again.) Plain torch scales it. `update` is Triton's: it is given the gradient, the weights it has,
-    and what `function` takes, and writes the rows whose weight is another once more. One pass over memory is saved
-    against a backward that computes them all where the weights are right, which on a device only a kernel can tell
-    without waiting: of N rows of V 16-bit numbers, forward and backward then read and write 6 N V bytes, not 10.
+    and what `function` takes, and scales or computes again the rows whose weight is another, which on a device only a
+    kernel can tell without waiting. Of N rows of V 16-bit numbers, forward and backward read and write 6 N V bytes if
+    the weights are right, 10 if they are a power of 2 times as large, else 12; computed in the backward alone, 10.
     """
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
