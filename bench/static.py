@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,11 @@ class Launch:
     @property
     def name(self) -> str:
         return f"{self.function.__module__.rsplit('.', 1)[-1]}.{self.function.__name__.strip('_')}"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Equal for launches that take the same compiled kernel."""
+        return (self.name, *map(repr, (self.signature, self.constants, self.attributes, self.options)))
 
 
 @dataclass(frozen=True)
@@ -181,10 +186,20 @@ def cases(arch: str, only: str = "") -> Iterator[tuple[str, Launch]]:
         with recorded(arch) as launches:
             call()
         for launch in launches:
-            key = (launch.name, *map(repr, (launch.signature, launch.constants, launch.attributes, launch.options)))
-            if key not in seen:
-                seen.add(key)
+            if launch.key not in seen:
+                seen.add(launch.key)
                 yield name, launch
+
+
+def compilations(sizes: Iterable[int], arch: str = "sm_90") -> dict[str, set[tuple[str, ...]]]:
+    """Of each op, what has to be compiled for calls of these sizes: tokens, rows, or lengths."""
+    compiled: dict[str, set[tuple[str, ...]]] = {}
+    for size in sizes:
+        for name, call in static_cases.growing(size):
+            with recorded(arch) as launches:
+                call()
+            compiled.setdefault(name, set()).update(launch.key for launch in launches)
+    return compiled
 
 
 def table(rows: list[Compiled]) -> str:

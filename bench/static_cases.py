@@ -23,6 +23,16 @@ def all_cases() -> Iterator[tuple[str, Call]]:
     yield from attention_tiles_cases()
 
 
+def growing(size: int) -> Iterator[tuple[str, Call]]:
+    """One call of each op, `size` its tokens, rows, or lengths: what changes from step to step of a training."""
+    yield "logits", _rows("jsd", 4096, "bf16", with_all=True, rows=size)[1]
+    yield "topk", _listed(4096, "bucket", "bf16", with_all=True, rows=size)[1]
+    yield "linear_mse", _residual(320, 768, "bf16", with_all=True, tokens=size)[1]
+    for is_causal in (False, True):
+        yield f"attention_mse, {is_causal=}", _gram(64, 64, "bf16", True, is_causal, size)[1]
+    yield "attention_kl", _tiles(True, 64, 64, "bf16", True, size)[1]
+
+
 def logits_cases() -> Iterator[tuple[str, Call]]:
     kinds = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
     for kind in kinds:
@@ -33,11 +43,11 @@ def logits_cases() -> Iterator[tuple[str, Call]]:
         yield _rows("jsd", 32000, name, with_all=True)
 
 
-def _rows(kind: str, classes: int, name: str, with_all: bool) -> tuple[str, Call]:
-    student, teacher = (torch.empty(64, classes, dtype=DTYPES[name]) for _ in range(2))
-    loss, gradient = torch.empty(64), torch.empty_like(student)
-    labels = torch.empty(64, dtype=torch.int64) if with_all else None
-    counted = torch.empty(64, dtype=torch.bool) if with_all else None
+def _rows(kind: str, classes: int, name: str, with_all: bool, rows: int = 64) -> tuple[str, Call]:
+    student, teacher = (torch.empty(rows, classes, dtype=DTYPES[name]) for _ in range(2))
+    loss, gradient = torch.empty(rows), torch.empty_like(student)
+    labels = torch.empty(rows, dtype=torch.int64) if with_all else None
+    counted = torch.empty(rows, dtype=torch.bool) if with_all else None
     cap = 30.0 if with_all else None
 
     def call() -> None:
@@ -58,9 +68,9 @@ def topk_cases() -> Iterator[tuple[str, Call]]:
         yield _listed(32000, "bucket", name, with_all=True)
 
 
-def _listed(classes: int, tail: str, name: str, with_all: bool) -> tuple[str, Call]:
-    student, loss, p = torch.empty(64, classes, dtype=DTYPES[name]), torch.empty(64), torch.empty(64, 64)
-    labels = torch.empty(64, dtype=torch.int64) if with_all else None
+def _listed(classes: int, tail: str, name: str, with_all: bool, rows: int = 64) -> tuple[str, Call]:
+    student, loss, p = torch.empty(rows, classes, dtype=DTYPES[name]), torch.empty(rows), torch.empty(rows, 64)
+    labels = torch.empty(rows, dtype=torch.int64) if with_all else None
 
     def call() -> None:
         topk.rows(
@@ -85,11 +95,13 @@ def linear_mse_cases() -> Iterator[tuple[str, Call]]:
     yield _residual(768, 768, "bf16", True, project=False)
 
 
-def _residual(d_s: int, d_t: int, name: str, with_all: bool, project: bool = True) -> tuple[str, Call]:
+def _residual(
+    d_s: int, d_t: int, name: str, with_all: bool, project: bool = True, tokens: int = 4096
+) -> tuple[str, Call]:
     dtype = DTYPES[name]
-    x, t = torch.empty(4096, d_s, dtype=dtype), torch.empty(4096, d_t, dtype=dtype)
+    x, t = torch.empty(tokens, d_s, dtype=dtype), torch.empty(tokens, d_t, dtype=dtype)
     weight = torch.empty(d_t, d_s, dtype=dtype) if project else None
-    loss = torch.empty(4096, dtype=torch.float64 if name == "fp64" else torch.float32)
+    loss = torch.empty(tokens, dtype=torch.float64 if name == "fp64" else torch.float32)
 
     def call() -> None:
         linear_mse.residual(
@@ -116,9 +128,9 @@ def attention_mse_cases() -> Iterator[tuple[str, Call]]:
     yield _gram(64, 64, "bf16", True, is_causal=True)
 
 
-def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False) -> tuple[str, Call]:
-    student, teacher = (torch.empty(2, 4, 512, d, dtype=DTYPES[name]) for d in (d_s, d_t))
-    rows = torch.empty(2, 1, 512, dtype=torch.bool) if masked else None
+def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False, length: int = 512) -> tuple[str, Call]:
+    student, teacher = (torch.empty(2, 4, length, d, dtype=DTYPES[name]) for d in (d_s, d_t))
+    rows = torch.empty(2, 1, length, dtype=torch.bool) if masked else None
 
     def call() -> None:
         inputs = (student, student[:, :2], teacher, teacher, 0.125, 0.125, rows, rows)
@@ -147,10 +159,10 @@ def attention_tiles_cases() -> Iterator[tuple[str, Call]]:
         yield _tiles(is_kl, d_s, d_t, name, with_all)
 
 
-def _tiles(is_kl: bool, d_s: int, d_t: int, name: str, with_all: bool) -> tuple[str, Call]:
-    student, teacher = (torch.empty(2, 4, 512, d, dtype=DTYPES[name]) for d in (d_s, d_t))
-    rows = torch.empty(2, 1, 512, dtype=torch.bool) if with_all else None
-    pairs = torch.empty(2, 1, 512, 512, dtype=torch.bool) if with_all else None
+def _tiles(is_kl: bool, d_s: int, d_t: int, name: str, with_all: bool, length: int = 512) -> tuple[str, Call]:
+    student, teacher = (torch.empty(2, 4, length, d, dtype=DTYPES[name]) for d in (d_s, d_t))
+    rows = torch.empty(2, 1, length, dtype=torch.bool) if with_all else None
+    pairs = torch.empty(2, 1, length, length, dtype=torch.bool) if with_all else None
     dtype = torch.float64 if name == "fp64" else torch.float32
 
     def call() -> None:
