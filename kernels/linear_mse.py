@@ -9,6 +9,9 @@ One program computes a tile of R as a matrix product accumulates it, in float32 
 so X, W and T are read and R is written, nothing else. The gradient products R W and R^T X are the library's. Per token
 2 d_s d_t operations here, 4 d_s d_t there; (d_s + d_t) numbers from memory here, and R, which a chunk of tokens keeps
 in the L2 cache: at 312 -> 768 in bfloat16 1.44 MFLOP, 1.8 ns at 790 TFLOP/s, against 2.8 KB, 0.65 ns at 4.3 TB/s.
+Between L2 and the multiprocessors more passes: tiles of 128 x 128 read X d_t / 128 times and W once for 128 tokens, 3.7
+KB a token each, T and R are 1.5 KB each: 10.5 KB. The products read R once or twice more from there.
+A chunk takes 4 launches - residual, sum of its loss partials, dW, dX - and two more for db; 16384 tokens of 768.
 
 dX could come from the same program, as in attention: R W needs a whole row of R, 768 numbers a token, whose float32
 sums of 128 tokens (312 columns) and their tile of R leave no registers for the pipeline. Three products it is.
@@ -38,9 +41,8 @@ def _residual(
     r_ptr,  # (C, d_t), contiguous; None: not wanted
     clean_ptr,  # (C, d_s), contiguous, X with zeros where a token does not count; None: not wanted
     tokens,  # C
-    x_stride, w_stride, t_stride,  # of rows, in units of ALIGN numbers
+    d_s, x_stride, w_stride, t_stride,  # width and strides of rows, in units of ALIGN numbers
     ALIGN: tl.constexpr,
-    D_S: tl.constexpr,
     D_T: tl.constexpr,
     WIDE: tl.constexpr,
     OPERAND: tl.constexpr,  # what is multiplied
@@ -63,6 +65,8 @@ def _residual(
     rows = tl.arange(0, BLOCK_M)
     exists = rows < tokens - row_tile * BLOCK_M
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Not a constant: the loops over it would be unrolled, and take the registers of a second program.
+    d_s *= ALIGN
     x_stride *= ALIGN
     x_ptr += first * x_stride
     counted = exists
@@ -70,26 +74,37 @@ def _residual(
         counted &= tl.load(mask_ptr + first + rows, mask=exists, other=0) != 0
     inside = counted[:, None] & (columns < D_T)[None, :]
 
+    # First: nothing else holds registers yet.
+    if clean_ptr is not None and column_tile == 0:
+        for start in range(0, d_s, BLOCK_K):
+            deep = start + tl.arange(0, BLOCK_K)
+            source = x_ptr + rows[:, None] * x_stride + deep[None, :]
+            copy = tl.load(source, mask=counted[:, None] & (deep < d_s)[None, :], other=0)
+            copy_tile = clean_ptr + first * d_s + rows[:, None] * d_s + deep[None, :]
+            tl.store(copy_tile, copy, mask=exists[:, None] & (deep < d_s)[None, :])
+
     if w_ptr is None:
         x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
         r = x.to(WIDE)
     else:
         r = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
         depth = tl.arange(0, BLOCK_K)
-        x_tile = x_ptr + rows[:, None] * x_stride + depth[None, :]
-        w_tile = w_ptr + columns[None, :] * (w_stride * ALIGN) + depth[:, None]
-        for start in range(0, D_S, BLOCK_K):
-            x = tl.load(x_tile, mask=counted[:, None] & (depth < D_S - start)[None, :], other=0)
-            w = tl.load(w_tile, mask=(columns < D_T)[None, :] & (depth < D_S - start)[:, None], other=0)
+        # Offsets of 32 bits within the tile; of W from its first column on.
+        w_stride *= ALIGN
+        w_ptr += (column_tile * BLOCK_N).to(tl.int64) * w_stride
+        x_tile = rows[:, None] * x_stride + depth[None, :]
+        w_tile = tl.arange(0, BLOCK_N)[None, :] * w_stride + depth[:, None]
+        for start in range(0, d_s, BLOCK_K):
+            x = tl.load(x_ptr + start + x_tile, mask=counted[:, None] & (depth < d_s - start)[None, :], other=0)
+            w = tl.load(w_ptr + start + w_tile, mask=(columns < D_T)[None, :] & (depth < d_s - start)[:, None], other=0)
             r = tl.dot(x.to(OPERAND), w.to(OPERAND), r, input_precision=PRECISION, out_dtype=WIDE)
-            x_tile += BLOCK_K
-            w_tile += BLOCK_K
     if bias_ptr is not None:
         r += tl.load(bias_ptr + columns, mask=columns < D_T, other=0).to(WIDE)[None, :]
     t_stride *= ALIGN
     t_tile = t_ptr + first * t_stride + rows[:, None] * t_stride + columns[None, :]
     r -= tl.load(t_tile, mask=inside, other=0).to(WIDE)
-    r = tl.where(inside, r, 0)
+    # Zeros too times what is not finite; past the last column only where the tiles do not divide d_t.
+    r = tl.where(inside if D_T % BLOCK_N else counted[:, None], r, 0)
 
     tl.store(loss_ptr + column_tile.to(tl.int64) * tokens + first + rows, tl.sum(r * r, 1), mask=exists)
     if token_weight_ptr is not None:
@@ -99,18 +114,11 @@ def _residual(
     if r_ptr is not None:
         r_tile = r_ptr + first * D_T + rows[:, None] * D_T + columns[None, :]
         tl.store(r_tile, r.to(r_ptr.dtype.element_ty), mask=exists[:, None] & (columns < D_T)[None, :])
-    if clean_ptr is not None and column_tile == 0:
-        for start in range(0, D_S, BLOCK_K):
-            deep = start + tl.arange(0, BLOCK_K)
-            x_tile = x_ptr + rows[:, None] * x_stride + deep[None, :]
-            copy = tl.load(x_tile, mask=counted[:, None] & (deep < D_S)[None, :], other=0)
-            copy_tile = clean_ptr + first * D_S + rows[:, None] * D_S + deep[None, :]
-            tl.store(copy_tile, copy, mask=exists[:, None] & (deep < D_S)[None, :])
 
 
 def _tiles(arch: str, operand: torch.dtype, product: bool) -> dict[str, int]:
     if not product:
-        return {"BLOCK_M": 16, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
     if arch == "cpu":
         return {"BLOCK_M": 256, "BLOCK_N": 256, "BLOCK_K": 512, "num_warps": 4, "num_stages": 1}
     stages = 2 if arch.startswith("gfx") else 3
@@ -118,9 +126,11 @@ def _tiles(arch: str, operand: torch.dtype, product: bool) -> dict[str, int]:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": stages}
     if operand == torch.float32:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": stages}
-    # One program a multiprocessor: as many tiles ahead as the shared memory holds.
-    stages += arch in ("sm_90", "sm_100")
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
+    # On sm_90 two programs a multiprocessor: the products of one run while the other loads T and stores R, which take
+    # longer than the 5 steps of 312 columns. 128 x 256 would read 1.2 times fewer bytes from L2, one program at a time.
+    # Elsewhere that spills: one program, on sm_100 with one more tile ahead.
+    warps, stages = (4, stages) if arch == "sm_90" else (8, stages + (arch == "sm_100"))
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
 
 
 def residual(
@@ -145,7 +155,7 @@ def residual(
         None if y is None else y if y.stride(1) == 1 else y.contiguous() for y in (x, weight, teacher)
     )
     strides = [0 if y is None else y.stride(0) for y in (x, weight, teacher)]
-    align = next(n for n in (16, 8, 4, 2, 1) if not any(stride % n for stride in strides))
+    align = next(n for n in (16, 8, 4, 2, 1) if not any(stride % n for stride in (d_s, *strides)))
     operand = loss.dtype if loss.dtype == torch.float64 else x.dtype
     arch = _common.arch_of(x)
     tiles = _tiles(arch, operand, weight is not None)
@@ -155,8 +165,8 @@ def residual(
     with on_device_of(x):
         _residual[(row_tiles * column_tiles,)](
             x, weight, teacher, bias, mask, token_weight, partial, d_bias_partial, out, clean, tokens,
-            *(stride // align for stride in strides),
-            ALIGN=align, D_S=d_s, D_T=d_t,
+            d_s // align, *(stride // align for stride in strides),
+            ALIGN=align, D_T=d_t,
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
             OPERAND={torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}.get(
                 operand, tl.bfloat16

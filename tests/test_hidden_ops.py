@@ -23,6 +23,16 @@ def test_any_number_of_tokens(tokens: int, backend: str) -> None:
     OP.assert_accurate(inputs, backend=backend, reduction="none", upstream=torch.randn(tokens))
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_chunks_and_tiles_of_tokens(reduction: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of the kernel hold thousands of tokens; here as few as it takes at least, and rows past the last tile."""
+    if backend == "triton":
+        monkeypatch.setattr("fastdistill.kernels.linear_mse.CHUNK_BYTES", 1)
+    inputs = hidden((CHUNK + 300,), 6, 10)
+    inputs["mask"] = torch.rand(CHUNK + 300) > 0.3
+    OP.assert_accurate(inputs, backend=backend, reduction=reduction)
+
+
 @pytest.mark.parametrize("d_s,d_t", [(1, 1), (1, 7), (7, 1), (26, 64), (312, 768), (768, 312), (33, 33)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_width(d_s: int, d_t: int, dtype: torch.dtype, backend: str) -> None:
