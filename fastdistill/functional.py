@@ -53,13 +53,6 @@ __all__ = [
 
 BACKENDS = ("reference", "torch", "triton")
 
-# Those that have a Triton kernel so far.
-TRITON_OPS = frozenset(
-    ["linear_mse", "attention_mse", "attention_kl"]
-    + ["topk_soft_cross_entropy", "linear_topk_soft_cross_entropy"]
-    + [prefix + name for prefix in ("", "linear_") for name in ("soft_cross_entropy", "kl_div", "jsd", "tvd")]
-)
-
 WIDEST_TILE = 256  # head dimension of the Triton kernels that compute scores
 
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
@@ -67,25 +60,23 @@ _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")  # Triton's own
 
 
-def pick_backend(backend: str, op: str, device: torch.device) -> str:
-    """The backend a call of `op` takes: `backend` itself, or for "auto" the best that can run on `device`."""
+def pick_backend(backend: str, device: torch.device) -> str:
+    """The backend a call takes: `backend` itself, or for "auto" the best that can run on `device`."""
     if backend == "auto":
-        return "triton" if device.type == "cuda" and _no_triton(op, device) is None else "torch"
+        return "triton" if device.type == "cuda" and _no_triton(device) is None else "torch"
     if backend not in BACKENDS:
         raise ValueError(
             f"backend is {backend!r}; on {device.type} it should be 'auto', 'reference', 'torch' or 'triton'"
         )
     if backend == "triton":
-        reason = _no_triton(op, device)
+        reason = _no_triton(device)
         if reason is not None:
             raise ValueError(f"backend is 'triton', but {reason}; use backend='auto' or 'torch'")
     return backend
 
 
-def _no_triton(op: str, device: torch.device) -> str | None:
-    """Why `op` cannot run as a Triton kernel on `device`; None: it can."""
-    if op not in TRITON_OPS:
-        return f"{op} has no Triton kernel yet"
+def _no_triton(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on `device`; None: they can."""
     if not _TRITON_INSTALLED:
         return "triton is not installed (pip install 'fastdistill[triton]')"
     if device.type == "cpu":
@@ -103,8 +94,8 @@ def explain_backends(device: torch.device) -> list[tuple[str, str, str]]:
     """(op, the backend "auto" takes on `device`, why) for every public function; `fastdistill info` prints it."""
     rows = []
     for op in __all__:
-        backend = pick_backend("auto", op, device)
-        reason = _no_triton(op, device)
+        backend = pick_backend("auto", device)
+        reason = _no_triton(device)
         rows.append((op, backend, "the fused kernel" if reason is None else f"the portable implementation: {reason}"))
     return rows
 
@@ -185,7 +176,7 @@ def linear_mse(
     if bias is not None:
         check.shape("bias", bias, (width,), "(d_t)")
     check.mask("mask", mask, tokens, "the student's leading dimensions", student.device)
-    backend = pick_backend(backend, "linear_mse", student.device)
+    backend = pick_backend(backend, student.device)
 
     student, weight, bias = _autocast(student, weight, bias)
     check.same_dtype(student=student, weight=weight, bias=bias)
@@ -287,7 +278,7 @@ def _attention(
                 f"attn_mask has shape {tuple(attn_mask.shape)}; it should broadcast to {full}, (B, H, L, S)"
             )
         attn_mask = attn_mask.reshape(padded)
-    chosen = pick_backend(backend, definition.__name__, device)
+    chosen = pick_backend(backend, device)
     width = max(student_query.shape[3], teacher_query.shape[3])
     if (
         chosen == "triton"
@@ -546,7 +537,7 @@ def _logits_loss(
         labels, alpha, ignore_index, mask, vocab_size, reduction, num_items,
     )  # fmt: skip
     _check_softcaps(student_softcap=student_softcap, teacher_softcap=teacher_softcap)
-    backend = pick_backend(backend, definition.__name__, student_logits.device)
+    backend = pick_backend(backend, student_logits.device)
 
     with _no_autocast(student_logits):
         if backend == "reference":
@@ -867,7 +858,7 @@ def topk_soft_cross_entropy(
     )  # fmt: skip
     _check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
     _check_softcaps(student_softcap=student_softcap)
-    backend = pick_backend(backend, "topk_soft_cross_entropy", student_logits.device)
+    backend = pick_backend(backend, student_logits.device)
 
     with _no_autocast(student_logits):
         if backend == "reference":
@@ -952,7 +943,7 @@ def _linear_logits_loss(
         alpha, ignore_index, mask, vocab_size, reduction, num_items,
     )  # fmt: skip
     _check_softcaps(student_softcap=student_softcap, teacher_softcap=teacher_softcap)
-    backend = pick_backend(backend, definition.__name__, student.device)
+    backend = pick_backend(backend, student.device)
 
     student, student_weight, student_bias = _autocast(student, student_weight, student_bias)
     teacher, teacher_weight, teacher_bias = _autocast(teacher, teacher_weight, teacher_bias)
@@ -1255,7 +1246,7 @@ def linear_topk_soft_cross_entropy(
     )  # fmt: skip
     _check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
     _check_softcaps(student_softcap=student_softcap)
-    backend = pick_backend(backend, "linear_topk_soft_cross_entropy", student.device)
+    backend = pick_backend(backend, student.device)
 
     student, student_weight, student_bias = _autocast(student, student_weight, student_bias)
     check.same_dtype(student=student, student_weight=student_weight, student_bias=student_bias)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastdistill
-from fastdistill.functional import TRITON_OPS
 
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -37,8 +36,7 @@ def calls(draw: Callable[[Any], Any], op: Op) -> tuple[dict[str, Any], dict[str,
     inputs = cast(inputs, draw(dtypes))
     if draw(st.booleans()):
         inputs |= op.some_masked(inputs)
-    backends = [name for name in BACKENDS if name != "triton" or op.name in TRITON_OPS]
-    return inputs, {"backend": draw(st.sampled_from(backends))}
+    return inputs, {"backend": draw(st.sampled_from(BACKENDS))}
 
 
 every_op = pytest.mark.parametrize("op", OPS, ids=str)

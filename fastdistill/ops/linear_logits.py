@@ -36,7 +36,7 @@ from fastdistill.ops.topk import TopK, listed, sorted_list
 
 # Tokens of a chunk: enough that the products run at full speed, within a bound on the bytes of each side's logits.
 CHUNK = 1024
-CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 26, 1 << 29
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 26, 3 << 27
 
 # Elements of a block of vocabulary rows that the CPU, which has no product of 16-bit operands, casts at a time.
 CAST_BLOCK = 1 << 22
