@@ -18,6 +18,8 @@ from math import lcm
 
 import torch
 
+from fastdistill.ops.linear_logits import CHUNK, GPU_CHUNK_BYTES
+
 
 @dataclass(frozen=True)
 class Card:
@@ -183,12 +185,10 @@ def topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> Cost:
     )
 
 
-def linear_logits(
-    kind: str, tokens: int, student_dim: int, teacher_dim: int, classes: int, dtype: torch.dtype, *, chunk: int = 1024
-) -> Cost:
+def linear_logits(kind: str, tokens: int, student_dim: int, teacher_dim: int, classes: int, dtype: torch.dtype) -> Cost:
     """Chunks of logits do not stay in the cache: float32 logits of both sides are written and read."""
     size, precision = dtype.itemsize, _precision(dtype)
-    chunks = -(-tokens // chunk)
+    chunks = -(-tokens // max(min(CHUNK, GPU_CHUNK_BYTES // (classes * 4)), 1))
     student_weight, teacher_weight = (classes * dim * size for dim in (student_dim, teacher_dim))
     x, t = tokens * student_dim * size, tokens * teacher_dim * size
     scores = tokens * classes * 4  # bytes of one side's logits

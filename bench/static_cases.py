@@ -126,6 +126,7 @@ def attention_mse_cases() -> Iterator[tuple[str, Call]]:
     ):
         yield _gram(d_s, d_t, name, masked)
     yield _gram(64, 64, "bf16", True, is_causal=True)
+    yield _gram(32, 64, "bf16", True, length=8192)  # in several splits
 
 
 def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False, length: int = 512) -> tuple[str, Call]:
@@ -139,9 +140,9 @@ def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False, 
         gradients = torch.empty_like(student), torch.empty_like(student[:, :2])
         attention_mse.gradients(torch.empty(()), *inputs, is_causal, *grams, near, *gradients)
 
-    return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " causal" * is_causal + " unaligned" * (
-        d_s % 8 > 0
-    ), call
+    return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " causal" * is_causal + " long" * (
+        length > 4096
+    ) + " unaligned" * (d_s % 8 > 0), call
 
 
 def attention_tiles_cases() -> Iterator[tuple[str, Call]]:

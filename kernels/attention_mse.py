@@ -14,9 +14,10 @@ A causal mask is a scan over chunks of rows: a chunk of queries meets the Gram m
 chunk of keys that of all queries that come after it, and `_contract` adds these up chunk by chunk, forth and back. The
 pairs of a chunk of queries with the keys beside it, a triangle, are left to the tiles of attention_tiles.py.
 
-Products of 16-bit inputs are exact in float32 accumulators, and a split adds up at most SUMMED of them; beyond it sums
-are float64, since the terms of the loss cancel as the student nears its teacher. For the same reason the matrix
-that multiplies 16-bit rows has two 16-bit terms, and float32 inputs are multiplied in float64, which tensor cores do.
+Products of 16-bit inputs are exact in float32, and a split adds up at most SUMMED of them (of the scan a chunk of each
+head, and all keys that every query sees); beyond it sums are float64, since the terms of the loss cancel as the student
+nears its teacher. For the same reason the matrix that multiplies bfloat16 rows has two terms, and float32 inputs are
+multiplied in float64, which tensor cores do.
 
 Per row and head of queries or keys (D_s + D_t) numbers are read forward, and backward, and D_s written; operations are
 2 (D_s^2 + D_s D_t + D_t^2) forward and 2 D' D_s backward (twice that in two terms): 14 and 4.7 kFLOP at 26 / 64, which
@@ -65,7 +66,7 @@ def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
 def _gram(
     a_query_ptr, b_query_ptr,  # (B, H, L, D_a), (B, H, L, D_b)
     a_key_ptr, b_key_ptr,  # (B, H_a, S, D_a), (B, H_b, S, D_b)
-    counted_queries_ptr, counted_keys_ptr,  # (B, L), (B, S); None: all
+    counted_queries_ptr, counted_keys_ptr,  # (B, L), (B, S); None: all count
     out_ptr,  # (splits, 2, B * groups, D', D'), where the block A^T B starts
     a_query_batch, a_query_head, a_query_row, b_query_batch, b_query_head, b_query_row,  # strides
     a_key_batch, a_key_head, a_key_row, b_key_batch, b_key_head, b_key_row,
@@ -149,7 +150,7 @@ def _gram(
 def _contract(
     partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first; nothing below SS but TT
     total_ptr,  # (B * groups, row blocks)
-    # (B * groups, D', D_s), float64; of the scan (splits, ...): of a chunk's queries and all later, of its keys and all
+    # (B * groups, D', D_s); of the scan (splits, ...): of a chunk's queries and all later, of its keys and all
     # earlier.
     query_gram_ptr, key_gram_ptr,
     splits,
@@ -199,16 +200,15 @@ def _contract(
 
 @triton.jit
 def _times(x, matrix, acc, PRECISION: tl.constexpr):
-    """acc + x @ matrix, the matrix in float64. In bfloat16 it has two terms: one would lose what the sums cancel to."""
+    """acc + x @ matrix. In bfloat16 the matrix has two terms: one would lose what the sums cancel to."""
     if acc.dtype == tl.float64:
         acc = tl.dot(x.to(tl.float64), matrix, acc, out_dtype=tl.float64)
     elif x.dtype == tl.bfloat16:
-        matrix = matrix.to(tl.float32)
         high = matrix.to(tl.bfloat16)
         acc = tl.dot(x, (matrix - high.to(tl.float32)).to(tl.bfloat16), acc)
         acc = tl.dot(x, high, acc)
     else:
-        acc = tl.dot(x.to(tl.float32), matrix.to(tl.float32), acc, input_precision=PRECISION)
+        acc = tl.dot(x.to(tl.float32), matrix, acc, input_precision=PRECISION)
     return acc
 
 
@@ -216,7 +216,7 @@ def _times(x, matrix, acc, PRECISION: tl.constexpr):
 def _gradient(
     student_ptr, teacher_ptr,  # (B, heads, T, D_s), (B, heads of the teacher, T, D_t)
     counted_ptr,  # (B, T); None: all
-    gram_ptr,  # (B * groups, D', D_s), float64, of the other side
+    gram_ptr,  # (B * groups, D', D_s), of the other side
     grad_total_ptr,  # ()
     near_ptr,  # as out, contiguous: what the pairs beside the chunks add before it is scaled; None: not causal
     out_ptr,  # (B, heads, T, D_s), as the student
@@ -261,8 +261,8 @@ def _gradient(
 
     grad = tl.load(grad_total_ptr).to(tl.float64)
     student_scale, teacher_scale = tl.full((), student_scale, tl.float64), tl.full((), teacher_scale, tl.float64)
-    student_factor = 2 * student_scale * student_scale * grad
-    teacher_factor = -2 * student_scale * teacher_scale * grad
+    student_factor = (2 * student_scale * student_scale * grad).to(WIDE)
+    teacher_factor = (-2 * student_scale * teacher_scale * grad).to(WIDE)
     acc = tl.zeros((ROWS, COLUMNS), WIDE)
     if QUERIES:
         sharing = 1
@@ -296,7 +296,7 @@ def _gradient(
 # -- launchers -----------------------------------------------------------------------------------------------
 
 
-# Rows of a chunk of the causal scan. A chunk has two matrices of D' D_s float64 numbers, and each of its rows meets 128
+# Rows of a chunk of the causal scan. A chunk has two matrices of D' D_s numbers, and each of its rows meets 128
 # keys one by one.
 CHUNK = 256
 
@@ -306,9 +306,9 @@ def grams_of_a_scan(query_length: int) -> int:
     return (query_length + CHUNK - 1) // CHUNK + 1
 
 
-def _wide(*tensors: Tensor) -> bool:
-    """Whether products are taken in float64; of 16-bit inputs they are exact in float32."""
-    return any(x.itemsize > 2 for x in tensors)
+def gram_dtype(*inputs: Tensor) -> torch.dtype:
+    """Of products and Gram matrices: float64, but for 16-bit inputs, whose products are exact in float32."""
+    return torch.float64 if any(x.itemsize > 2 for x in inputs) else torch.float32
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -341,22 +341,22 @@ def loss(
     counted_queries: Tensor | None,  # (B|1, 1, L) bool; None: all
     counted_keys: Tensor | None,  # (B|1, 1, S)
     is_causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # sum (); the student's columns of Gq and Gk (B, groups, D', D_s); float64
+) -> tuple[Tensor, Tensor, Tensor]:  # sum () float64; the student's columns of Gq and Gk (B, groups, D', D_s)
     """Under a causal mask the sum is that of the pairs that lie in different chunks, and each chunk has matrices of its
     own, `grams_of_a_scan`: of the queries after it, of the keys before it."""
     batch, heads, query_length, d_s = student_query.shape
     key_length, d_t, width = student_key.shape[2], teacher_query.shape[3], d_s + teacher_query.shape[3]
     groups = lcm(student_key.shape[1], teacher_key.shape[1])
     chunks = [grams_of_a_scan(query_length)] if is_causal else []
-    query_gram = student_query.new_zeros(*chunks, batch, groups, width, d_s, dtype=torch.float64)
-    key_gram = torch.zeros_like(query_gram)
+    dtype = gram_dtype(student_query, student_key, teacher_query, teacher_key)
+    wide = dtype == torch.float64
+    query_gram, key_gram = (student_query.new_empty(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
     if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
-        return query_gram.new_zeros(()), query_gram, key_gram
+        return query_gram.new_zeros((), dtype=torch.float64), query_gram.zero_(), key_gram.zero_()
     student_query, student_key, teacher_query, teacher_key = map(
         _rows, (student_query, student_key, teacher_query, teacher_key)
     )
     (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted_queries, counted_keys))
-    wide = _wide(student_query, student_key, teacher_query, teacher_key)
     arch = _common.arch_of(student_query)
     rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (64 if arch.startswith("gfx") else 128, 128)
     block_s, block_t = _block(d_s, widest), _block(d_t, widest)
@@ -372,9 +372,7 @@ def loss(
         splits = max(splits, triton.cdiv(tiles, SUMMED // rows))
     if is_causal:
         splits = grams_of_a_scan(query_length)
-    partial = query_gram.new_empty(
-        splits, 2, batch * groups, width, width, dtype=torch.float64 if wide else torch.float32
-    )
+    partial = query_gram.new_empty(splits, 2, batch * groups, width, width)
 
     def launch(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], out: Tensor, everything: bool) -> None:
         (a_query, a_key), (b_query, b_key) = a, b
@@ -399,7 +397,7 @@ def loss(
             launch(student, teacher, partial[..., d_s:], False)
             launch(teacher, teacher, partial[..., d_s:, d_s:], False)
         block = min(_block(width, 64), 32 if arch != "cpu" else 64)
-        totals = query_gram.new_empty(batch * groups, triton.cdiv(width, block))
+        totals = query_gram.new_empty(batch * groups, triton.cdiv(width, block), dtype=torch.float64)
         _contract[tuple(totals.shape)](
             partial, totals, query_gram, key_gram, splits, student_scale, teacher_scale,
             D_S=d_s, WIDTH=width, IS_CAUSAL=is_causal, BLOCK=block, num_warps=4,
@@ -426,11 +424,10 @@ def gradients(
 ) -> None:
     batch, heads, query_length, d_s = student_query.shape
     d_t, groups, offset = teacher_query.shape[3], query_gram.shape[-3], student_key.shape[2] - query_length
-    wide = _wide(student_query, student_key, teacher_query, teacher_key)
+    wide = gram_dtype(student_query, student_key, teacher_query, teacher_key) == torch.float64
     arch = _common.arch_of(student_query)
-    rows, widest, deepest = (
-        (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if arch == "sm_80" else 128, 64, 32)
-    )
+    few = arch == "sm_80" or student_query.dtype == torch.float16  # rows, for lack of registers
+    rows, widest, deepest = (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if few else 128, 64, 32)
 
     def launch(
         student: Tensor, teacher: Tensor, counted: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor

@@ -63,6 +63,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", _oracle.BACKENDS)
 
 
+# Ops whose kernels others run as well: in the interpreter the contract's quick tests are of one op for each kernel, and
+# for each way through it.
+SAME_KERNEL = {
+    "soft_cross_entropy", "kl_div", "kl_div-reverse", "jsd", "linear_soft_cross_entropy", "linear_kl_div", "linear_jsd",
+    "linear_tvd", "linear_kl_div-reverse", "linear_kl_div-all-options", "linear_topk_soft_cross_entropy-renormalize",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the interpreter not everything is worth its time."""
     if torch.cuda.is_available():
@@ -74,8 +82,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if interpreted and item.module.__name__ == "test_memory":
             dropped.append(item)
             continue
-        if interpreted and any(name in item.name for name in SLOW_INTERPRETED):
-            item.add_marker(pytest.mark.slow)
+        if interpreted:
+            contract = item.module.__name__ in ("test_contract", "test_properties")
+            same = contract and str(item.callspec.params.get("op")) in SAME_KERNEL
+            if same or any(name in item.name for name in SLOW_INTERPRETED):
+                item.add_marker(pytest.mark.slow)
         kept.append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)

@@ -32,6 +32,13 @@ def test_no_algorithm_beats_its_op(cost_of_op: cost.Cost, card: cost.Card) -> No
     assert 0 < cost_of_op.least.seconds(card) <= cost_of_op.floor(card) * (1 + 1e-9)
 
 
+def test_rows_are_resident_where_the_kernel_holds_them() -> None:
+    pytest.importorskip("triton")
+    from fastdistill.kernels import logits
+
+    assert logits.RESIDENT == cost.RESIDENT
+
+
 def test_products_are_those_of_the_formula() -> None:
     """As PyTorch counts them, forward and backward of the eager formulas; none of them can be left out."""
     x, w, t = torch.randn(64, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True), torch.randn(64, 40)

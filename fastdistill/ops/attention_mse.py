@@ -248,7 +248,7 @@ def _(student_query, student_key, teacher_query, teacher_key, student_scale, tea
         if is_causal:
             shape = [kernels.grams_of_a_scan(student_query.shape[2]), *shape]
         total = student_query.new_empty((), dtype=_common.compute_dtype(*inputs))
-        grams = (student_query.new_empty(shape, dtype=torch.float64) for _ in range(2))
+        grams = (student_query.new_empty(shape, dtype=kernels.gram_dtype(*inputs)) for _ in range(2))
         return total, total.new_empty((), dtype=torch.int64), *grams
     total = student_query.new_empty((), dtype=_common.compute_dtype(*inputs))
     query_gram = student_query.new_empty(_gram_shapes(*inputs), dtype=_common.widest_dtype(student_query))
