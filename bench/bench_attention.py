@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import fastdistill
-from bench import eager, measure
+from bench import cost, eager, measure
 
 HEADS, STUDENT_DIM, TEACHER_DIM = 12, 26, 64  # TinyBERT-4 from BERT-base
 EAGER_LIMIT = 4096  # beyond it the score matrices alone take tens of GiB
@@ -33,6 +33,7 @@ def _record(benchmark, op, batch, length, implementation, **options):
         implementation,
         lambda: function(*inputs, **options),
         inputs[:2],
+        getattr(cost, op)(batch, HEADS, length, STUDENT_DIM, TEACHER_DIM, inputs[0].dtype),
     )
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import fastdistill
-from bench import eager, measure
+from bench import cost, eager, measure
 
 SHAPES = [(16384, 312, 768), (4096, 768, 768), (65536, 312, 768)]
 
@@ -22,4 +22,5 @@ def bench_linear_mse(benchmark, tokens, student_dim, teacher_dim, implementation
         implementation,
         lambda: function(student, weight, teacher, bias),
         [student, weight, bias],
+        cost.linear_mse(tokens, student_dim, teacher_dim, student.dtype),
     )

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 import fastdistill
-from bench import eager, measure
+from bench import cost, eager, measure
 
 SHAPES = [(2048, 312, 768, 30522), (512, 1024, 1024, 128256)]
 
@@ -30,4 +30,5 @@ def bench_linear_logits_loss(benchmark, op, tokens, student_dim, teacher_dim, vo
         implementation,
         ours if implementation == "fastdistill" else usual,
         [student, student_weight],
+        cost.linear_logits(op, tokens, student_dim, teacher_dim, vocabulary, student.dtype),
     )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench.cost import Cost
+
 IMPLEMENTATIONS = ("fastdistill", "eager", "torch.compile")
 
 
@@ -37,6 +39,7 @@ def record(
     implementation: str,
     loss: Callable[..., Tensor],
     student: list[Tensor],
+    cost: Cost,
 ) -> None:
     """Times the call with pytest-benchmark and leaves in its JSON what the table needs."""
     if implementation == "torch.compile":
@@ -46,6 +49,7 @@ def record(
     run()
     gradients = sum(x.numel() * x.element_size() for x in student)
     benchmark.extra_info.update(
-        op=op, shape=shape, implementation=implementation, extra_bytes=max(0, peak_bytes(run) - gradients)
-    )
+        op=op, shape=shape, implementation=implementation, extra_bytes=max(0, peak_bytes(run) - gradients),
+        least_bytes=cost.least.memory, least_flops=cost.least.flops,
+    )  # fmt: skip
     benchmark.pedantic(run, rounds=7, warmup_rounds=1)

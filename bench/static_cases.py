@@ -116,6 +116,8 @@ def _residual(
 
 def attention_mse_cases() -> Iterator[tuple[str, Call]]:
     for d_s, d_t, name, masked in (
+        (32, 32, "bf16", False),  # several heads a program
+        (18, 32, "fp16", True),
         (32, 64, "bf16", False),
         (26, 64, "bf16", True),
         (64, 64, "fp16", True),

@@ -1,7 +1,8 @@
 """`python -m bench.table [pytest arguments]`: runs the benchmarks and prints the table of docs/performance.md.
 
 Every row is one op at one shape, forward and backward, all implementations in the same run: median seconds, the peak of
-what was allocated beyond inputs and gradients, and how many times slower than ours the others are.
+what was allocated beyond inputs and gradients, and how many times slower than ours the others are. The last columns are
+our speed at what the op cannot do without (`bench.cost`, `least`).
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def main(arguments: list[str]) -> int:
 
 def render(benchmarks: list[dict]) -> str:
     rows: dict[tuple[str, str], dict[str, tuple[float, int]]] = {}
+    least: dict[tuple[str, str], tuple[float, float]] = {}
     for entry in benchmarks:
         info = entry["extra_info"]
+        least[info["op"], info["shape"]] = info["least_bytes"], info["least_flops"]
         cell = (entry["stats"]["median"], info["extra_bytes"])
         rows.setdefault((info["op"], info["shape"]), {})[info["implementation"]] = cell
     lines = [
@@ -54,8 +57,8 @@ def render(benchmarks: list[dict]) -> str:
         "",
         "| op | shape | "
         + " | ".join(f"{name} | extra" for name in measure.IMPLEMENTATIONS)
-        + " | eager / ours | compile / ours | extra, of eager's |",
-        "| --- | --- |" + " ---: |" * (2 * len(measure.IMPLEMENTATIONS) + 3),
+        + " | eager / ours | compile / ours | extra, of eager's | GB/s | GFLOP/s |",
+        "| --- | --- |" + " ---: |" * (2 * len(measure.IMPLEMENTATIONS) + 5),
     ]
     for (op, shape), cells in rows.items():
         ours_seconds, ours_bytes = cells["fastdistill"]
@@ -65,6 +68,7 @@ def render(benchmarks: list[dict]) -> str:
         for name in ("eager", "torch.compile"):
             line.append(f"{cells[name][0] / ours_seconds:.2f}x" if name in cells else "")
         line.append(f"{ours_bytes / cells['eager'][1]:.1%}" if cells.get("eager", (0, 0))[1] else "")
+        line += [f"{amount / ours_seconds / 1e9:.3g}" for amount in least[op, shape]]
         lines.append("| " + " | ".join(line) + " |")
     return "\n".join(lines)
 

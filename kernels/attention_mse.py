@@ -5,7 +5,7 @@ With q' = [q_s, q_t], k' = [k_s, k_t] (D' = D_s + D_t), v = [s_s ..., -s_t ...] 
     sum_ij (a_s - a_t)^2 = < V Gq, Gk V >        Gq = q'^T q', Gk = k'^T k', D' x D'
     dq_s = 2 s_s q' V Gk[:, :D_s]                dk_s = 2 s_s k' V Gq[:, :D_s]
 
-    _gram      (splits of the rows, batch x groups, queries | keys): the blocks SS, ST, TT of a Gram matrix
+    _gram      (splits of the rows, some batch x groups, queries | keys): the blocks SS, ST, TT of a Gram matrix
     _contract  (batch x groups, rows of the matrix): adds the splits up in order, in float64, to the loss and to the
                student's columns of both matrices
     _gradient  (tiles of rows, batch x heads): a row times the other side's matrix
@@ -74,6 +74,8 @@ def _gram(
     groups, query_length, key_length, heads_of_a_group,
     sharing_a, sharing_b,  # groups that share a key head
     splits,
+    count, groups_of_a_program,  # B * groups, and how many of them a program goes through
+    SEVERAL: tl.constexpr,
     CHUNK: tl.constexpr,  # a split is a chunk of the causal scan, of so many rows; 0: any share of the rows
     D_A: tl.constexpr,
     D_B: tl.constexpr,
@@ -84,66 +86,73 @@ def _gram(
     BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    split, of, side = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    batch, group = of // groups, of % groups
+    split, side = tl.program_id(0), tl.program_id(2)
     COLUMN_BLOCKS: tl.constexpr = (D_B + BLOCK_B - 1) // BLOCK_B
     block = side // 2
     side = side % 2
     first_a, first_b = block // COLUMN_BLOCKS * BLOCK_A, block % COLUMN_BLOCKS * BLOCK_B
     columns_a, columns_b = first_a + tl.arange(0, BLOCK_A), first_b + tl.arange(0, BLOCK_B)
-
-    # Of the queries: the heads of the group. Of the keys: one head, the group's.
-    length, heads = query_length, heads_of_a_group
-    a_ptr = a_query_ptr + batch * a_query_batch + group * heads_of_a_group * a_query_head
-    b_ptr = b_query_ptr + batch * b_query_batch + group * heads_of_a_group * b_query_head
-    a_row, b_row, a_head, b_head = a_query_row, b_query_row, a_query_head, b_query_head
-    if side == 1:
-        length, heads = key_length, 1
-        a_ptr = a_key_ptr + batch * a_key_batch + group // sharing_a * a_key_head
-        b_ptr = b_key_ptr + batch * b_key_batch + group // sharing_b * b_key_head
-        a_row, b_row, a_head, b_head = a_key_row, b_key_row, a_key_head, b_key_head
-
-    ab = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
-    aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
-    bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
-    first = 0
-    if CHUNK:
-        first, length = _chunk(split, side, query_length, key_length, CHUNK)
-    tiles = tl.maximum(tl.cdiv(length - first, ROWS), 0)  # of a head
-    share = tiles * heads
-    if not CHUNK:
-        share = tl.cdiv(share, splits)
-    from_tile = 0 if CHUNK else split * share
-    for tile in range(from_tile, tl.minimum(from_tile + share, tiles * heads)):
-        head = (tile // tiles).to(tl.int64)
-        rows = (first + tile % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        exists = rows < length
-        if side == 0:
-            if counted_queries_ptr is not None:
-                exists &= tl.load(counted_queries_ptr + batch * counted_queries_batch + rows, mask=exists, other=0) != 0
-        else:
-            if counted_keys_ptr is not None:
-                exists &= tl.load(counted_keys_ptr + batch * counted_keys_batch + rows, mask=exists, other=0) != 0
-        a = _load_rows(a_ptr + head * a_head, a_row, rows, exists, columns_a, D_A)
-        b = _load_rows(b_ptr + head * b_head, b_row, rows, exists, columns_b, D_B)
-        if a.dtype != b.dtype or tl.float64 == WIDE:
-            a, b = a.to(WIDE), b.to(WIDE)
-        ab = tl.dot(tl.trans(a), b, ab, input_precision="ieee", out_dtype=WIDE)
-        if ALL:
-            aa = tl.dot(tl.trans(a), a, aa, input_precision="ieee", out_dtype=WIDE)
-            bb = tl.dot(tl.trans(b), b, bb, input_precision="ieee", out_dtype=WIDE)
-
-    out_ptr += ((split * 2 + side) * (tl.num_programs(1)) + of) * (WIDTH * WIDTH)
     inside_a, inside_b = columns_a < D_A, columns_b < D_B
-    tl.store(out_ptr + columns_a[:, None] * WIDTH + columns_b[None, :], ab, mask=inside_a[:, None] & inside_b[None, :])
-    if ALL:  # the block A^T B starts D_A columns into the matrix
-        aa_ptr, bb_ptr = out_ptr - D_A, out_ptr + D_A * WIDTH
+    first_of = tl.program_id(1) * groups_of_a_program
+    for nth in range(tl.minimum(groups_of_a_program, count - first_of) if SEVERAL else 1):
+        of = first_of + nth
+        batch, group = (of // groups).to(tl.int64), (of % groups).to(tl.int64)
+
+        # Of the queries: the heads of the group. Of the keys: one head, the group's.
+        length, heads = query_length, heads_of_a_group
+        a_ptr = a_query_ptr + batch * a_query_batch + group * heads_of_a_group * a_query_head
+        b_ptr = b_query_ptr + batch * b_query_batch + group * heads_of_a_group * b_query_head
+        a_row, b_row, a_head, b_head = a_query_row, b_query_row, a_query_head, b_query_head
+        if side == 1:
+            length, heads = key_length, 1
+            a_ptr = a_key_ptr + batch * a_key_batch + group // sharing_a * a_key_head
+            b_ptr = b_key_ptr + batch * b_key_batch + group // sharing_b * b_key_head
+            a_row, b_row, a_head, b_head = a_key_row, b_key_row, a_key_head, b_key_head
+
+        ab = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
+        aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
+        bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
+        first = 0
+        if CHUNK:
+            first, length = _chunk(split, side, query_length, key_length, CHUNK)
+        tiles = tl.maximum(tl.cdiv(length - first, ROWS), 0)  # of a head
+        share = tiles * heads
+        if not CHUNK:
+            share = tl.cdiv(share, splits)
+        from_tile = 0 if CHUNK else split * share
+        for tile in range(from_tile, tl.minimum(from_tile + share, tiles * heads)):
+            head = (tile // tiles).to(tl.int64)
+            rows = (first + tile % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+            exists = rows < length
+            if side == 0:
+                if counted_queries_ptr is not None:
+                    exists &= (
+                        tl.load(counted_queries_ptr + batch * counted_queries_batch + rows, mask=exists, other=0) != 0
+                    )
+            else:
+                if counted_keys_ptr is not None:
+                    exists &= tl.load(counted_keys_ptr + batch * counted_keys_batch + rows, mask=exists, other=0) != 0
+            a = _load_rows(a_ptr + head * a_head, a_row, rows, exists, columns_a, D_A)
+            b = _load_rows(b_ptr + head * b_head, b_row, rows, exists, columns_b, D_B)
+            if a.dtype != b.dtype or tl.float64 == WIDE:
+                a, b = a.to(WIDE), b.to(WIDE)
+            ab = tl.dot(tl.trans(a), b, ab, input_precision="ieee", out_dtype=WIDE)
+            if ALL:
+                aa = tl.dot(tl.trans(a), a, aa, input_precision="ieee", out_dtype=WIDE)
+                bb = tl.dot(tl.trans(b), b, bb, input_precision="ieee", out_dtype=WIDE)
+
+        matrix_ptr = out_ptr + ((split * 2 + side).to(tl.int64) * count + of) * (WIDTH * WIDTH)
         tl.store(
-            aa_ptr + columns_a[:, None] * WIDTH + columns_a[None, :], aa, mask=inside_a[:, None] & inside_a[None, :]
+            matrix_ptr + columns_a[:, None] * WIDTH + columns_b[None, :], ab, mask=inside_a[:, None] & inside_b[None, :]
         )
-        tl.store(
-            bb_ptr + columns_b[:, None] * WIDTH + columns_b[None, :], bb, mask=inside_b[:, None] & inside_b[None, :]
-        )
+        if ALL:  # the block A^T B starts D_A columns into the matrix
+            aa_ptr, bb_ptr = matrix_ptr - D_A, matrix_ptr + D_A * WIDTH
+            tl.store(
+                aa_ptr + columns_a[:, None] * WIDTH + columns_a[None, :], aa, mask=inside_a[:, None] & inside_a[None, :]
+            )
+            tl.store(
+                bb_ptr + columns_b[:, None] * WIDTH + columns_b[None, :], bb, mask=inside_b[:, None] & inside_b[None, :]
+            )
 
 
 @triton.jit
@@ -239,8 +248,8 @@ def _gradient(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     COLUMN_BLOCKS: tl.constexpr = (D_S + COLUMNS - 1) // COLUMNS
-    tile, of = tl.program_id(0) // COLUMN_BLOCKS, tl.program_id(1).to(tl.int64)
-    batch, head = of // heads, of % heads
+    tile = tl.program_id(0) // COLUMN_BLOCKS
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     start, end = tile * ROWS, length
     if CHUNK:
         chunk = start // CHUNK
@@ -251,7 +260,7 @@ def _gradient(
             chunk = tl.where(tile < tiles, 0, (tile - tiles) * ROWS // CHUNK + 1)
             end = tl.where(tile < tiles, seen_by_all, length)
             start = tl.where(tile < tiles, start, offset + (tile - tiles) * ROWS)
-        gram_ptr += chunk.to(tl.int64) * (tl.num_programs(1) // heads * groups) * ((D_S + D_T) * D_S)
+        gram_ptr += chunk.to(tl.int64) * (tl.num_programs(2) * groups) * ((D_S + D_T) * D_S)
     rows = (start + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows >= 0) & (rows < end)
@@ -288,7 +297,7 @@ def _gradient(
     out = out_ptr + batch * out_batch + head * out_head + rows[:, None] * out_row + columns[None, :] * out_column
     inside = inside[:, None] & (columns < D_S)[None, :]
     if near_ptr is not None:
-        near = near_ptr + (of * length + rows[:, None]) * D_S + columns[None, :]
+        near = near_ptr + ((batch * heads + head) * length + rows[:, None]) * D_S + columns[None, :]
         acc += tl.load(near, mask=inside, other=0).to(WIDE) * grad.to(WIDE)
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -372,18 +381,22 @@ def loss(
         splits = max(splits, triton.cdiv(tiles, SUMMED // rows))
     if is_causal:
         splits = grams_of_a_scan(query_length)
+    # Of small heads, as many programs as fill the card go through several each. Of larger ones the loop would spill.
+    several = one_program and block_s + block_t <= 64
+    together = max(2 * splits * batch * groups // per_card, 1) if several else 1
     partial = query_gram.new_empty(splits, 2, batch * groups, width, width)
 
     def launch(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], out: Tensor, everything: bool) -> None:
         (a_query, a_key), (b_query, b_key) = a, b
         d_a, d_b = a_query.shape[3], b_query.shape[3]
         block_a, block_b = _block(d_a, widest), _block(d_b, widest)
-        _gram[(splits, batch * groups, 2 * triton.cdiv(d_a, block_a) * triton.cdiv(d_b, block_b))](
+        blocks = triton.cdiv(d_a, block_a) * triton.cdiv(d_b, block_b)
+        _gram[(splits, triton.cdiv(batch * groups, together), 2 * blocks)](
             a_query, b_query, a_key, b_key, counted_queries, counted_keys, out,
             *_strides(a_query), *_strides(b_query), *_strides(a_key), *_strides(b_key), queries_batch, keys_batch,
             groups, query_length, key_length, heads // groups, groups // a_key.shape[1], groups // b_key.shape[1],
-            splits,
-            CHUNK=CHUNK if is_causal else 0, D_A=d_a, D_B=d_b, WIDTH=width, ALL=everything,
+            splits, batch * groups, together,
+            SEVERAL=several, CHUNK=CHUNK if is_causal else 0, D_A=d_a, D_B=d_b, WIDTH=width, ALL=everything,
             WIDE=tl.float64 if wide else tl.float32, BLOCK_A=block_a, BLOCK_B=block_b, ROWS=rows, num_warps=warps,
             num_stages=2,
         )  # fmt: skip
@@ -441,7 +454,7 @@ def gradients(
         tiles = triton.cdiv(length, rows)
         if is_causal and out is d_key:
             tiles = triton.cdiv(max(offset, 0), rows) + triton.cdiv(query_length, rows)
-        _gradient[(tiles * triton.cdiv(d_s, columns), batch * own)](
+        _gradient[(tiles * triton.cdiv(d_s, columns), own, batch)](
             student, teacher, counted, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
             counted_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
             groups // teacher.shape[1], student_scale, teacher_scale, offset,

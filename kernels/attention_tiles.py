@@ -94,8 +94,8 @@ def _statistics(
     IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    of = tl.program_id(1).to(tl.int64)
-    batch, head = of // heads, of % heads
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    of = batch * heads + head
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     sk_ptr += batch * sk_batch + head // student_sharing * sk_head
     tk_ptr += batch * tk_batch + head // teacher_sharing * tk_head
@@ -139,7 +139,7 @@ def _statistics(
     s_sum, t_sum = tl.where(some, s_sum, 1), tl.where(some, t_sum, 1)
     kl = cross / t_sum + (tl.log(s_sum) - tl.log(t_sum))
     kl = tl.where(kl < 0, 0, kl)  # rounding must not make that of equal rows negative
-    size = tl.num_programs(1).to(tl.int64) * query_length
+    size = tl.num_programs(2).to(tl.int64) * heads * query_length
     stats_ptr += of * query_length + rows
     exists = rows < query_length
     tl.store(stats_ptr, s_max, mask=exists)
@@ -176,8 +176,8 @@ def _d_query(
     IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    of = tl.program_id(1).to(tl.int64)
-    batch, head = of // heads, of % heads
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    of = batch * heads + head
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     factor = tl.full((), factor, WIDE)
     sk_ptr += batch * sk_batch + head // student_sharing * sk_head
@@ -199,7 +199,7 @@ def _d_query(
     s_max = tl.zeros((BLOCK_M,), WIDE)
     t_max, s_inverse, t_inverse = s_max, s_max, s_max
     if IS_KL:
-        size = tl.num_programs(1).to(tl.int64) * query_length
+        size = tl.num_programs(2).to(tl.int64) * heads * query_length
         s_max, t_max = tl.load(stats_ptr, mask=exists), tl.load(stats_ptr + size, mask=exists)
         s_inverse = tl.load(stats_ptr + 2 * size, mask=exists)
         t_inverse = tl.load(stats_ptr + 3 * size, mask=exists)
@@ -247,9 +247,7 @@ def _d_key(
     IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    student_heads = heads // student_sharing
-    of = tl.program_id(1).to(tl.int64)
-    batch, student_head = of // student_heads, of % student_heads
+    student_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     factor = tl.full((), factor, WIDE)
     sk_ptr += batch * sk_batch + student_head * sk_head
@@ -363,7 +361,7 @@ def loss(
     sizes = (heads, heads // student_heads, heads // teacher_key.shape[1], query_length, key_length)
     scales = (student_scale, teacher_scale)
     factor = student_scale / 1024 if is_kl else 2 * student_scale
-    over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]), batch * heads)
+    over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]), heads, batch)
     with on_device_of(student_query):
         if is_kl:
             _statistics[over_queries](*tensors, *flags, attn_mask, rows, *strides, *sizes, *scales, **options)
@@ -374,7 +372,7 @@ def loss(
                 IS_KL=is_kl, **gradient_options,
             )  # fmt: skip
         if d_key is not None:
-            _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]), batch * student_heads)](
+            _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]), student_heads, batch)](
                 *tensors, *flags, attn_mask, rows, d_key, *strides, *d_key.stride(), *sizes,
                 batch * heads * query_length, *scales, factor, IS_KL=is_kl, **gradient_options,
             )  # fmt: skip
