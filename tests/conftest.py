@@ -19,13 +19,14 @@ import _oracle
 
 torch.set_num_threads(1)  # pytest-xdist runs one worker a core
 
-hypothesis.settings.register_profile("fastdistill", max_examples=20, deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("fastdistill")
+hypothesis.settings.register_profile("quick", max_examples=8, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("all", parent=hypothesis.settings.get_profile("quick"), max_examples=30)
 
 
 # Names of tests, and their sizes, that take more than a few seconds in the interpreter: thousands of programs.
 SLOW_INTERPRETED = (
     "30522", "50257", "128256", "31_elements", "1030-33", "257-1000", "any_number_of_tokens", "accumulate_in_float32",
+    "the_same_curve", "opcheck[triton-whole",
 )  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("quick" if "not slow" in config.option.markexpr else "all")
     if config.getoption("--backend"):
         _oracle.BACKENDS = tuple(config.getoption("--backend"))
     if "triton" in _oracle.BACKENDS and not torch.cuda.is_available():
