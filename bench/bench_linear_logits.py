@@ -1,34 +1,55 @@
 import pytest
-import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import fastdistill
-from bench import cost, eager, measure
+from bench import cost, eager, measure, peers
 
-SHAPES = [(2048, 312, 768, 30522), (512, 1024, 1024, 128256)]
+TOKENS = 8192 if measure.DEVICE.type == "cuda" else 512
+OPS = ["linear_kl_div", "linear_jsd", "linear_soft_cross_entropy", pytest.param("linear_tvd", marks=pytest.mark.full)]
+SHAPES = [  # tokens, student_dim, teacher_dim, vocabulary
+    (1024, 312, 768, 30522),  # TinyBERT-4 from BERT-base
+    pytest.param(4 * TOKENS, 312, 768, 30522, marks=pytest.mark.full),
+    pytest.param(TOKENS, 2048, 4096, 32000, marks=pytest.mark.full),
+    pytest.param(TOKENS, 1024, 1024, 128256, marks=pytest.mark.full),
+    pytest.param(TOKENS, 2048, 4096, 128256, marks=pytest.mark.full),  # Llama 3: 1B from 8B
+    pytest.param(TOKENS, 4096, 4096, 128256, marks=pytest.mark.full),
+    pytest.param(TOKENS, 2048, 4096, 151936, marks=pytest.mark.full),
+    pytest.param(TOKENS, 2048, 4096, 262144, marks=pytest.mark.full),
+]
+MATRICES = {"soft_cross_entropy": 5, "kl_div": 6, "jsd": 13, "tvd": 5}  # of float32 logits that eager allocates
 
 
-@pytest.mark.parametrize("implementation", measure.IMPLEMENTATIONS)
+@pytest.mark.parametrize("direction", measure.DIRECTIONS)
 @pytest.mark.parametrize("tokens,student_dim,teacher_dim,vocabulary", SHAPES)
-@pytest.mark.parametrize("op", eager.LOGITS_LOSSES)
-def bench_linear_logits_loss(benchmark, op, tokens, student_dim, teacher_dim, vocabulary, implementation):
-    student = torch.randn(tokens, student_dim, requires_grad=True)
-    student_weight = torch.randn(vocabulary, student_dim).mul_(student_dim**-0.5).requires_grad_()
-    teacher = torch.randn(tokens, teacher_dim)
-    teacher_weight = torch.randn(vocabulary, teacher_dim).mul_(teacher_dim**-0.5)
+@pytest.mark.parametrize("op", OPS)
+def bench_linear_logits_loss(measured, op, tokens, student_dim, teacher_dim, vocabulary, direction):
+    loss = eager.LOGITS_LOSSES[op.removeprefix("linear_")]
 
-    def ours() -> torch.Tensor:
-        return getattr(fastdistill, f"linear_{op}")(student, student_weight, teacher, teacher_weight)
+    def inputs() -> list[Tensor]:
+        return [  # logits of standard deviation 2
+            measure.randn(tokens, student_dim, needs_grad=True),
+            measure.randn(vocabulary, student_dim, scale=2 * student_dim**-0.5, needs_grad=True),
+            measure.randn(tokens, teacher_dim),
+            measure.randn(vocabulary, teacher_dim, scale=2 * teacher_dim**-0.5),
+        ]
 
-    def usual() -> torch.Tensor:
-        return eager.LOGITS_LOSSES[op](F.linear(student, student_weight), F.linear(teacher, teacher_weight))
+    def usual(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+        return loss(F.linear(student, weight), F.linear(teacher, teacher_weight))
 
-    measure.record(
-        benchmark,
-        f"linear_{op}",
-        f"{tokens} tokens, {student_dim} / {teacher_dim}, V {vocabulary}",
-        implementation,
-        ours if implementation == "fastdistill" else usual,
-        [student, student_weight],
-        cost.linear_logits(op, tokens, student_dim, teacher_dim, vocabulary, student.dtype),
+    def exact(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> list[Tensor]:
+        value, [d_student], [d_weight] = measure.in_blocks(
+            lambda s, t, w, w_t: usual(s, w, t, w_t) * (len(s) / tokens),
+            [student, teacher], [weight, teacher_weight], max(1 << 26, vocabulary) // vocabulary,
+        )  # fmt: skip
+        return [value, d_student, d_weight]
+
+    sizes = {"tokens": tokens, "student_dim": student_dim, "teacher_dim": teacher_dim, "vocabulary": vocabulary}
+    model = cost.linear_logits(op.removeprefix("linear_"), *sizes.values(), measure.DTYPE)
+    case = measure.Case(op, sizes, model.shape, inputs, exact, model)
+    memory = MATRICES[op.removeprefix("linear_")] * tokens * vocabulary * 4
+    measured(
+        case,
+        [*measure.ours(getattr(fastdistill, op)), *measure.usual(usual, memory), *peers.PEERS.get(op, [])],
+        direction,
     )

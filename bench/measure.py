@@ -1,55 +1,281 @@
-"""What every benchmark measures of one call, forward and backward: seconds, and peak bytes beyond its inputs."""
+"""How one case is measured: every implementation in the same run, turn by turn, against float64.
+
+Times are medians of rounds, and in a round each implementation has one turn. On a GPU they are those of CUDA events,
+the L2 cache flushed before each turn and the inputs taken from several sets in turn; on a CPU those of the wall clock.
+Memory is the peak of what was allocated during a call, less what it returns (its gradients). The error is the largest,
+over the loss and the gradients, of ||out - exact|| / ||exact||. It is red beyond twice that of the eager formula at the
+same dtype (or `ERROR`, if that is more): then `bench.report` prints no time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
+import psutil
+import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cost import Cost
+from bench.cost import CARDS, Cost
 
-IMPLEMENTATIONS = ("fastdistill", "eager", "torch.compile")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+FORWARD, BOTH, STEP = "forward", "forward + backward", "training step"
+DIRECTIONS = [BOTH, pytest.param(FORWARD, marks=pytest.mark.full)]
+ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+USUAL = "eager", "usual"  # implementations
+ROUNDS = {"quick": (3, 30), "full": (5, 50)}  # at least, at most
+SECONDS = {"quick": 4.0, "full": 15.0}  # of one case, all implementations, between these bounds
+SLOWEST = {"quick": 10.0, "full": 60.0}  # of one call: what takes longer is reported as not run again
 
 
-def step(loss: Callable[..., Tensor], student: list[Tensor]) -> Callable[[], None]:
-    """One forward and backward; the gradients go to `student`."""
+@dataclass
+class Implementation:
+    name: str
+    loss: Callable[..., Tensor]  # called with the case's inputs
+    package: str | None = None  # that it is imported from when it is called
+    needs_gpu: bool = False
+    memory: float = 0  # bytes it takes beyond inputs and gradients, where that may be more than the device has
 
-    def run() -> None:
-        torch.autograd.grad(loss(), student)
 
-    return run
+@dataclass
+class Case:
+    op: str
+    sizes: dict[str, int]
+    shape: str
+    inputs: Callable[[], list[Tensor]]  # new ones; those that require gradients first
+    exact: Callable[..., list[Tensor | None]]  # of the inputs: loss and gradients in float64; None: not compared
+    cost: Cost | None = None  # of forward and backward
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that was allocated at once during the call, gradients included, what it found excluded."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+def randn(*shape: int, scale: float = 1.0, needs_grad: bool = False) -> Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).to(DTYPE).requires_grad_(needs_grad)
+
+
+def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Forgets what was compiled for other cases, which would make of sizes variables."""
+    torch.compiler.reset()
+    return torch.compile(loss, fullgraph=True)
+
+
+def ours(loss: Callable[..., Tensor], **options) -> list[Implementation]:
+    """A public function on every backend that runs here, the one that `auto` takes first."""
+    from fastdistill.functional import pick_backend
+
+    first = pick_backend("auto", DEVICE)
+    backends = [first, *({"torch", "triton"} - {first} if DEVICE.type == "cuda" else ())]
+    return [
+        Implementation(
+            f"fastdistill {backend}", lambda *inputs, backend=backend: loss(*inputs, backend=backend, **options)
+        )
+        for backend in backends
+    ]
+
+
+def usual(loss: Callable[..., Tensor], memory: float = 0) -> list[Implementation]:
+    """The formula in PyTorch, eager and compiled."""
+    return [
+        Implementation("eager", loss, memory=memory),
+        Implementation("torch.compile", compiled(loss), memory=memory / 2),
+    ]
+
+
+def call(loss: Callable[..., Tensor], inputs: list[Tensor], direction: str) -> list[Tensor]:
+    """The loss, and in the direction `BOTH` the gradients. A whole training step returns them itself."""
+    if direction == STEP:
+        return loss(*inputs)
+    if direction == FORWARD:
+        with torch.no_grad():
+            return [loss(*inputs)]
+    value = loss(*inputs)
+    return [value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad])]
+
+
+def peak_bytes(run: Callable[[], list[Tensor]]) -> tuple[int, float]:
+    """The most that was allocated at once during the call, less what it returns; and its seconds."""
+    start = time.perf_counter()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = run()
+        torch.cuda.synchronize()
+        took = time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            start = time.perf_counter()
+            out = run()
+            took = time.perf_counter() - start
+        events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        peak = max(accumulate((nbytes for _, nbytes in changes), initial=0))
+    return max(0, peak - sum(x.nbytes for x in out)), took
+
+
+def error(out: Sequence[Tensor], exact: Sequence[Tensor | None]) -> float | None:
+    """The largest relative error; a NaN is one. Of gradients, exact ones may be of the first heads alone."""
+    if all(b is None for b in exact):
+        return None
+    errors = [
+        ((_first(a, b).double() - b).norm() / b.norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
+        for a, b in zip(out, exact, strict=True)
+        if b is not None
+    ]
+    return float("nan") if any(e != e for e in errors) else max(errors)
+
+
+def _first(a: Tensor, b: Tensor) -> Tensor:
+    return a if a.dim() == b.dim() else a.flatten(0, 1)[: len(b)]  # (B, H, L, D) and (heads, L, D)
+
+
+def in_blocks(
+    loss: Callable[..., Tensor], rows: list[Tensor], whole: Sequence[Tensor], count: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """A sum over rows and its gradients in float64, `count` rows at a time.
+
+    `loss(*rows, *whole)`: of which `rows` are cut along dimension -2 and `whole` are not. Tensors that require no
+    gradient have none.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=DEVICE)
+    whole64 = [x.detach().double().requires_grad_(x.requires_grad) for x in whole]
+    gradients: list[list[Tensor]] = [[] for x in rows if x.requires_grad]
+    for block in zip(*(x.detach().split(count, -2) for x in rows), strict=True):
+        block64 = [part.double().requires_grad_(x.requires_grad) for part, x in zip(block, rows, strict=True)]
+        part = loss(*block64, *whole64)
+        part.backward()
+        total += part.detach()
+        for gradient, x in zip(gradients, (x for x in block64 if x.requires_grad), strict=True):
+            gradient.append(x.grad)
+    return total, [torch.cat(x, -2) for x in gradients], [x.grad for x in whole64 if x.requires_grad]
+
+
+def measure(
+    benchmark, case: Case, implementations: Sequence[Implementation], direction: str, preset: str
+) -> list[dict]:
+    """A record an implementation, as `bench.report` reads them. The first implementation is what `benchmark` times."""
+    torch.manual_seed(0)
+    inputs = case.inputs()
+    sets = [inputs]
+    if DEVICE.type == "cuda":
+        cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+        of_a_set = max(sum(x.nbytes for x in inputs), 1)
+        sets += [case.inputs() for _ in range(min(2 * cache // of_a_set, 15))]
+    exact = case.exact(*inputs)
+    card = CARDS.get(card_name() or "")
+    model = case.cost if direction == BOTH else None
+    records, running = [], []
+    limit = ERROR[DTYPE]
+    # What is usual first: its error is the measure of the others'.
+    for each in sorted(implementations, key=lambda each: each.name not in USUAL):
+        record = {
+            "op": case.op, "shape": case.shape, "sizes": case.sizes, "dtype": str(DTYPE).removeprefix("torch."),
+            "direction": direction, "implementation": each.name,
+            "least_bytes": model.least.memory if model else None, "least_flops": model.least.flops if model else None,
+            "floor_seconds": model.floor(card) if model and card else None,
+        }  # fmt: skip
+        records.append(record)
+
+        def run(each: Implementation = each, inputs: list[Tensor] = inputs) -> list[Tensor]:
+            return call(each.loss, inputs, direction)
+
+        try:
+            record["status"] = cannot(each) or "ok"
+            if record["status"] == "ok":
+                of = error(run(), exact[:1] if direction == FORWARD else exact)
+                if each.name in USUAL and of is not None:
+                    limit = max(limit, 2 * of)
+                extra, once = peak_bytes(run)
+                record |= {"error": of, "extra_bytes": extra}
+                running.append((each, record, once))
+        except ImportError as problem:
+            record["status"] = f"missing: pip install {each.package or problem.name}"
+        except (RuntimeError, torch.OutOfMemoryError) as problem:
+            memory = isinstance(problem, torch.OutOfMemoryError) or "allocate memory" in str(problem)
+            record["status"] = "out of memory" if memory else _failure(problem)
+        except Exception as problem:  # a peer's own, whatever it is, must not end the run
+            record["status"] = _failure(problem)
+    del exact
+    records.sort(key=lambda record: [each.name for each in implementations].index(record["implementation"]))
+    for each, record, once in list(running):
+        record["error_limit"] = limit
+        if once > SLOWEST[preset]:  # what was seen of it stays: one call
+            record |= {"seconds": once, "low": once, "high": once, "rounds": 1}
+            running.remove((each, record, once))
+    running.sort(key=lambda entry: entry[0] is not implementations[0])
+    if running:
+        _take_turns(benchmark, running, sets, direction, preset)
+    benchmark.extra_info["records"] = records
+    mine = [record for record in records if record["implementation"].startswith("fastdistill")]
+    broken = [record["status"] for record in mine if record["status"].startswith("failed")]
+    assert not broken, broken
+    return records
+
+
+def _take_turns(benchmark, running: list, sets: list[list[Tensor]], direction: str, preset: str) -> None:
+    least, most = ROUNDS[preset]
+    rounds = min(max(int(SECONDS[preset] / sum(once for *_, once in running)), least), most)
+    times: dict[str, list[float]] = {each.name: [] for each, *_ in running}
+
+    def turn(each: Implementation) -> None:
+        inputs = sets[len(times[each.name]) % len(sets)]
+        times[each.name].append(seconds(lambda: call(each.loss, inputs, direction)))
+
+    def others() -> None:
+        for each, *_ in running[1:]:
+            turn(each)
+
+    benchmark.pedantic(turn, args=(running[0][0],), setup=others, rounds=rounds)
+    for each, record, _ in running:
+        low, median, high = statistics.quantiles(times[each.name], n=4)
+        record |= {"seconds": median, "low": low, "high": high, "rounds": rounds}
+
+
+_flush: Tensor | None = None
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of one call, the cache cold on a GPU."""
+    if DEVICE.type != "cuda":
+        start = time.perf_counter()
         run()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate((nbytes for _, nbytes in changes), initial=0))
-
-
-def record(
-    benchmark,
-    op: str,
-    shape: str,
-    implementation: str,
-    loss: Callable[..., Tensor],
-    student: list[Tensor],
-    cost: Cost,
-) -> None:
-    """Times the call with pytest-benchmark and leaves in its JSON what the table needs."""
-    if implementation == "torch.compile":
-        torch.compiler.reset()
-        loss = torch.compile(loss, fullgraph=True)
-    run = step(loss, student)
+        return time.perf_counter() - start
+    global _flush
+    if _flush is None:
+        _flush = torch.empty(
+            4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size, dtype=torch.int8, device=DEVICE
+        )
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _flush.zero_()
+    start.record()
     run()
-    gradients = sum(x.numel() * x.element_size() for x in student)
-    benchmark.extra_info.update(
-        op=op, shape=shape, implementation=implementation, extra_bytes=max(0, peak_bytes(run) - gradients),
-        least_bytes=cost.least.memory, least_flops=cost.least.flops,
-    )  # fmt: skip
-    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def cannot(each: Implementation) -> str | None:
+    """Why it is not run here."""
+    if each.needs_gpu and DEVICE.type != "cuda":
+        return "needs a GPU"
+    free = torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else psutil.virtual_memory().available
+    if each.memory > 0.8 * free:
+        return f"not run: would take about {each.memory / 2**30:.0f} GiB, of which {free / 2**30:.0f} are free"
+    return None
+
+
+def _failure(problem: Exception) -> str:
+    return f"failed: {type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"
+
+
+def card_name() -> str | None:
+    """The card of the cost model that this device is."""
+    if DEVICE.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((card for card in CARDS if card in name), None)

@@ -1,0 +1,50 @@
+"""What the benchmarks of the two attention losses share: inputs, and the loss in float64 a few heads at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench import measure
+from bench.cost import Cost
+
+HEADS = 12
+QUERIES = 1024  # of a block
+PAIRS = {"cpu": 1 << 28, "cuda": 1 << 34}  # of queries and keys that the float64 loss is computed of: 3 seconds
+
+
+def score_bytes(batch: int, heads: int, length: int, *dims: int) -> float:
+    """Of one matrix of scores of all heads."""
+    return batch * heads * length * length * measure.DTYPE.itemsize
+
+
+def case(op: str, sizes: tuple[int, ...], cost: Cost, loss: Callable[..., Tensor], items: float) -> measure.Case:
+    """`loss(first, q_s, k_s, q_t, k_t)`: the sum over a block of one head's queries, from number `first` on.
+
+    The mean of the whole is over `items`.
+    """
+    batch, heads, length, student_dim, teacher_dim = sizes
+
+    def inputs() -> list[Tensor]:
+        student = [measure.randn(batch, heads, length, student_dim, needs_grad=True) for _ in range(2)]
+        return [*student, *(measure.randn(batch, heads, length, teacher_dim) for _ in range(2))]
+
+    def exact(*inputs: Tensor) -> list[Tensor | None]:
+        """Of the first heads; of all where they are few enough, and then of the loss too."""
+        some = min(max(PAIRS[measure.DEVICE.type] // length**2, 1), batch * heads)
+        total, d_query, d_key = 0.0, [], []
+        for head in range(some):
+            q_s, k_s, q_t, k_t = (x.flatten(0, 1)[head].detach() for x in inputs)
+            q_s.requires_grad_(), k_s.requires_grad_()
+            first = iter(range(0, length, QUERIES))
+            part, [dq], [dk] = measure.in_blocks(
+                lambda q_s, q_t, k_s, k_t, first=first: loss(next(first), q_s, k_s, q_t, k_t) / items,
+                [q_s, q_t], [k_s, k_t], QUERIES,
+            )  # fmt: skip
+            total, d_query, d_key = total + part, [*d_query, dq], [*d_key, dk]
+        return [total if some == batch * heads else None, torch.stack(d_query), torch.stack(d_key)]
+
+    names = ("batch", "heads", "length", "student_dim", "teacher_dim")
+    return measure.Case(op, dict(zip(names, sizes, strict=True)), cost.shape, inputs, exact, cost)
