@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench clean
+MINUTES ?= 60
+
+.PHONY: demo test test-all lint bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill demo --output demo-output --overwrite
@@ -20,12 +22,20 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/ready
-	$(BIN)/python -m bench.table
+bench: $(VENV)/ready-for-bench
+	$(BIN)/python -m pytest bench --benchmark-only --results bench/results
+
+# On a machine with a GPU, in an environment that has the library: nothing is installed.
+gpu:
+	$(PYTHON) -m bench.gpu --out gpu-results --minutes $(MINUTES)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,triton,dev]"
+	touch $@
+
+$(VENV)/ready-for-bench: $(VENV)/ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	touch $@
 
 clean:

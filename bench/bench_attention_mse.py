@@ -7,12 +7,12 @@ import fastdistill
 from bench import attention, cost, eager, measure
 
 SHAPES = [  # batch, length, student_dim, teacher_dim
-    (32, 128, 26, 64),  # TinyBERT-4 from BERT-base
+    pytest.param(32, 128, 26, 64, marks=pytest.mark.goal),  # TinyBERT-4 from BERT-base
     (8, 512, 26, 64),
     (1, 2048, 26, 64),
     (1, 4096, 26, 64),
-    pytest.param(32, 512, 26, 64, marks=pytest.mark.full),
-    pytest.param(4, 4096, 26, 64, marks=pytest.mark.full),
+    pytest.param(32, 512, 26, 64, marks=[pytest.mark.full, pytest.mark.goal]),
+    pytest.param(4, 4096, 26, 64, marks=[pytest.mark.full, pytest.mark.goal]),
     pytest.param(1, 16384, 26, 64, marks=pytest.mark.full),
     pytest.param(1, 65536, 26, 64, marks=pytest.mark.full),
     pytest.param(32, 128, 64, 64, marks=pytest.mark.full),  # TinyBERT-6

@@ -9,6 +9,7 @@ SHAPES = [  # tokens, student_dim, teacher_dim
     (16384, 312, 768),  # TinyBERT-4 from BERT-base
     (4096, 768, 768),  # TinyBERT-6
     pytest.param(4096, 312, 768, marks=pytest.mark.full),
+    pytest.param(32768, 312, 768, marks=[pytest.mark.full, pytest.mark.goal]),
     pytest.param(65536, 312, 768, marks=pytest.mark.full),
     pytest.param(16384, 768, 1024, marks=pytest.mark.full),
     pytest.param(8192, 2048, 4096, marks=pytest.mark.full),

@@ -14,7 +14,8 @@ SHAPES = [  # rows, vocabulary
     pytest.param(512, 262144, marks=pytest.mark.full),  # Gemma 3
 ]
 GPU = [  # what goals are given for
-    pytest.param(8192, vocabulary, marks=pytest.mark.full) for vocabulary in (8192, 16384, 32000, 131072)
+    pytest.param(8192, vocabulary, marks=[pytest.mark.full, pytest.mark.goal])
+    for vocabulary in (8192, 16384, 32000, 131072)
 ]
 LISTED = [(1024, 30522, 64), *(pytest.param(512, v, 64, marks=pytest.mark.full) for v in (128256, 262144))]
 MATRICES = {"soft_cross_entropy": 5, "kl_div": 6, "jsd": 13, "tvd": 5}  # of float32 logits that eager allocates

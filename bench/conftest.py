@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,39 +25,58 @@ ARGUMENTS = list(sys.argv[1:])
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastdistill")
     group.addoption(
-        "--preset",
-        choices=("quick", "full"),
-        default="quick",
-        help="quick: 10 minutes on 2 cores; full: all shapes",
+        "--preset", choices=("quick", "full"), default="quick", help="quick: 10 minutes on 2 cores; full: all shapes"
     )
-    group.addoption("--results", type=Path, help="folder for the results, one JSON file a run, in a folder a device")
+    group.addoption(
+        "--results", type=Path, metavar="PATH",
+        help="where the results go, after every case: a folder (a new file, in a folder named after the device), or a "
+        ".json file; the cases that it holds already are not measured again",
+    )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: a case of `--preset full` alone")
     config.option.benchmark_quiet = True  # its table knows ours alone; the records have everything
-    config.stash[RECORDS] = []
+    run = config.stash[RUN] = description() | {"preset": config.getoption("--preset"), "cases": [], "records": []}
+    path: Path | None = config.getoption("--results")
+    if path is None:
+        return
+    if path.suffix != ".json":
+        path = path / report.slug(run["device"]) / f"{run['date'][:10]}-{run['commit']}-{run['preset']}.json"
+    elif path.exists():
+        before = report.read(path)
+        for field in ("device", "commit", "versions"):
+            if before[field] != run[field]:
+                raise pytest.UsageError(
+                    f"--results {path} is of {field} {before[field]}, this run of {run[field]}; give a new file"
+                )
+        run |= {"cases": before["cases"], "records": before["records"]}
+    config.stash[PATH] = path
 
 
-RECORDS = pytest.StashKey[list[dict]]()
+RUN = pytest.StashKey[dict]()  # what the result file holds
+PATH = pytest.StashKey[Path]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--preset") == "full":
-        return
-    left_out = [item for item in items if item.get_closest_marker("full")]
-    items[:] = [item for item in items if not item.get_closest_marker("full")]
+    full = config.getoption("--preset") == "full"
+    done = set(config.stash[RUN]["cases"])
+    left_out = [item for item in items if item.nodeid in done or (item.get_closest_marker("full") and not full)]
+    items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture
 def measured(benchmark, request: pytest.FixtureRequest):
-    """Measures a case and keeps its records for the end of the run."""
+    """Measures a case; its records are in the result file before the next case begins."""
 
     def of(case: measure.Case, implementations: list[measure.Implementation], direction: str) -> None:
-        preset = request.config.getoption("--preset")
-        records = request.config.stash[RECORDS]
-        records += measure.measure(benchmark, case, implementations, direction, preset)
+        run = request.config.stash[RUN]
+        run["records"] += measure.measure(benchmark, case, implementations, direction, run["preset"])
+        run["cases"].append(request.node.nodeid)
+        path = request.config.stash.get(PATH, None)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report.whole(path, lambda file: file.write_text(json.dumps(run, indent=1) + "\n"))
 
     return of
 
@@ -70,20 +89,13 @@ def _give_memory_back() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    records = config.stash[RECORDS]
+    records = config.stash[RUN]["records"]
     if not records:
         return
     terminalreporter.section("results")
     terminalreporter.write_line(report.summary(records))
-    folder: Path | None = config.getoption("--results")
-    if folder is not None:
-        result = description() | {"preset": config.getoption("--preset"), "records": records}
-        path = folder / slug(result["device"]) / f"{result['date'][:10]}-{result['commit']}-{result['preset']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".tmp")
-        whole.write_text(json.dumps(result, indent=1) + "\n")
-        whole.replace(path)
-        terminalreporter.write_line(f"\nwritten to {path}")
+    if PATH in config.stash:
+        terminalreporter.write_line(f"\nwritten to {config.stash[PATH]}")
 
 
 def description() -> dict:
@@ -101,13 +113,11 @@ def description() -> dict:
         "modified": bool(_output(*git, "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "threads": torch.get_num_threads(),
-        "command": " ".join(["python -m pytest", *ARGUMENTS]),
+        "command": shlex.join(
+            ["python", "-m", "pytest", *(Path(x).name if Path(x).is_absolute() else x for x in ARGUMENTS)]
+        ),
         "peers": {name: _version(name) or f"missing: pip install {name}" for name in peers.PACKAGES},
     }
-
-
-def slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _version(package: str) -> str | None:

@@ -138,7 +138,7 @@ def _red(record: Record) -> bool:
     return not record["error"] <= record["error_limit"]  # an error of NaN is red
 
 
-def _good(record: Record) -> bool:
+def good(record: Record) -> bool:
     return record["status"] == "ok" and not _red(record)
 
 
@@ -152,7 +152,7 @@ def _rows(records: Iterable[Record]) -> dict[Row, list[Record]]:
 
 def _best(group: Iterable[Record]) -> Record | None:
     """Our fastest backend among the records of a row."""
-    return min((r for r in group if _ours(r) and _good(r)), key=lambda r: r["seconds"], default=None)
+    return min((r for r in group if _ours(r) and good(r)), key=lambda r: r["seconds"], default=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def _time(record: Record) -> str:
 
 def _times_ours(record: Record, group: list[Record]) -> str:
     best = _best(group)
-    return f"{_figure(record['seconds'] / best['seconds'])}x" if best and _good(record) else ""
+    return f"{_figure(record['seconds'] / best['seconds'])}x" if best and good(record) else ""
 
 
 def _extra(record: Record) -> str:
@@ -244,22 +244,22 @@ def render(paths: Iterable[str | Path], out: str | Path) -> list[Path]:
     runs: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for path in paths:
         result = read(path)
-        runs.setdefault(_slug(result["device"]), []).append((Path(path).name, result))
+        runs.setdefault(slug(result["device"]), []).append((Path(path).name, result))
     folder = Path(out) / "benchmarks"
     pages = []
     for device, results in runs.items():
         (folder / device).mkdir(parents=True, exist_ok=True)
         page = "\n".join(_page(results, folder / device)) + "\n"
         pages.append(folder / f"{device}.md")
-        _whole(pages[-1], partial(Path.write_text, data=page, encoding="utf-8"))
+        whole(pages[-1], partial(Path.write_text, data=page, encoding="utf-8"))
     return pages
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
+def whole(path: Path, write: Callable[[Path], object]) -> None:
     """The file appears with all of its content, or stays as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -335,7 +335,7 @@ def _tables(section: list[Record]) -> list[str]:
         shape = group[0]["shape"]  # stands once, beside the first of the row
         for record in group:
             cells = [shape, record["implementation"], _time(record), _times_ours(record, group), _extra(record)]
-            rate = _figure(record["sizes"]["tokens"] / record["seconds"]) if steps and _good(record) else ""
+            rate = _figure(record["sizes"]["tokens"] / record["seconds"]) if steps and good(record) else ""
             compared.append(cells + [rate] * steps)
             shape = ""
             if record["status"] != "ok":
@@ -362,8 +362,8 @@ def _tables(section: list[Record]) -> list[str]:
 def _reached(record: Record) -> list[str]:
     """Rates and share of the floor of one of ours, and its error; of a red one the error alone."""
     rates = [record["least_bytes"], record["least_flops"]]
-    cells = [_figure(amount / record["seconds"] / 1e9) if amount and _good(record) else "" for amount in rates]
-    floor = f"{record['floor_seconds'] / record['seconds']:.0%}" if record["floor_seconds"] and _good(record) else ""
+    cells = [_figure(amount / record["seconds"] / 1e9) if amount and good(record) else "" for amount in rates]
+    floor = f"{record['floor_seconds'] / record['seconds']:.0%}" if record["floor_seconds"] and good(record) else ""
     return [*cells, floor, _error(record["error"])]
 
 
@@ -397,20 +397,20 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
     first = section[0]
     steps = first["direction"] == "training step"
     along = "vocabulary" if "vocabulary" in first["sizes"] and not steps else "length"
-    good = [record for record in section if _good(record) and along in record["sizes"]]
-    ticks = sorted({record["sizes"][along] for record in good})
+    shown = [record for record in section if good(record) and along in record["sizes"]]
+    ticks = sorted({record["sizes"][along] for record in shown})
     if len(ticks) < 2:
         return None
 
     # Sizes that differ between shapes, beside the one on the axis: a marker each. Tokens of a step follow from others.
     names = [name for name in first["sizes"] if name != along and not (name == "tokens" and along == "length")]
-    varying = [name for name in names if len({record["sizes"].get(name) for record in good}) > 1]
+    varying = [name for name in names if len({record["sizes"].get(name) for record in shown}) > 1]
 
     def others(record: Record) -> str:
         return "\n".join(f"{name.replace('_', ' ')} {record['sizes'].get(name)}" for name in varying)
 
-    markers = dict(zip(dict.fromkeys(map(others, good)), cycle(MARKERS), strict=False))
-    implementations = [name for name in colours if any(record["implementation"] == name for record in good)]
+    markers = dict(zip(dict.fromkeys(map(others, shown)), cycle(MARKERS), strict=False))
+    implementations = [name for name in colours if any(record["implementation"] == name for record in shown)]
     panels: list[tuple[str, str, Callable[[Record], float]]] = [
         ("tokens a second", "linear", lambda r: r["sizes"]["tokens"] / r["seconds"])
         if steps
@@ -424,7 +424,7 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
         for implementation in reversed(implementations):  # ours are drawn over the others
             colour = colours[implementation]
             width = 2.2 if implementation.startswith("fastdistill") else 1.4
-            points = [(r["sizes"][along], value(r), others(r)) for r in good if r["implementation"] == implementation]
+            points = [(r["sizes"][along], value(r), others(r)) for r in shown if r["implementation"] == implementation]
             points.sort()
             # One line, or where a length has several points a line for each of the other sizes.
             single = len({x for x, _, _ in points}) == len(points)
@@ -438,7 +438,7 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
         if scale == "linear":
             axes.set_ylim(bottom=0)
         else:
-            _tick_figures(axes, [value(r) for r in good])
+            _tick_figures(axes, [value(r) for r in shown])
         axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=colours[name], linewidth=2, label=name) for name in implementations]
     if varying:
@@ -446,8 +446,8 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
             Line2D([], [], color="grey", marker=marker, linestyle="", label=other) for other, marker in markers.items()
         ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
-    file = _slug(f"{first['op']} {first['dtype']} {first['direction']}") + ".png"
-    _whole(folder / file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    file = slug(f"{first['op']} {first['dtype']} {first['direction']}") + ".png"
+    whole(folder / file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return file
 
 
@@ -520,7 +520,7 @@ def _roofline(records: list[Record], card_name: str | None, folder: Path) -> lis
             Line2D([], [], color="grey", marker="o", markerfacecolor="none", linestyle="", label="forward alone")
         )
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
-    _whole(folder / "roofline.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    whole(folder / "roofline.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     roof = "" if card_name else " What this device could reach is not known: no roof is drawn."
     return [
         "## Roofline",
@@ -541,7 +541,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 0.05) -
     """What changed from one result to another, and the regressions of ours, a line each."""
     before = {key(record): record for record in old["records"]}
     after = {key(record): record for record in new["records"]}
-    both = {k: (r, after[k]) for k, r in before.items() if k in after and _good(r) and _good(after[k])}
+    both = {k: (r, after[k]) for k, r in before.items() if k in after and good(r) and good(after[k])}
     ratios = {k: b["seconds"] / a["seconds"] for k, (a, b) in both.items()}
     blocks: dict[str, list[list[str]]] = {}
     regressions = []
@@ -584,12 +584,12 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 0.05) -
 def _changes(old: Record, new: Record | None, threshold: float) -> tuple[list[str], list[str]]:
     """What got worse from one record to another, and what else is worth a word."""
     if new is None:
-        return (["VANISHED"], []) if _good(old) else ([], [])
+        return (["VANISHED"], []) if good(old) else ([], [])
     if _red(new):
         return ([], ["still red"]) if _red(old) else (["NEWLY RED"], [])
-    if not _good(new):
+    if not good(new):
         return (["NEWLY FAILING"], []) if old["status"] == "ok" else ([], [])
-    if not _good(old):
+    if not good(old):
         return [], ["mended"]
     worse, noted = [], []
     time = new["seconds"] / old["seconds"]

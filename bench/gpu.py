@@ -1,0 +1,165 @@
+"""`python -m bench.gpu --out DIR [--minutes 60]`: everything that a card is needed for, in one command.
+
+Tests first, then the benchmarks that goals are given for, then the others, the most important op first, as far as the
+minutes reach. Nothing is installed and no network is used. What is finished stays in DIR: interrupted, or out of time,
+the same command goes on where it stopped. DIR then holds
+
+    summary.md         the page to read first: what passed, and the goals met and missed
+    results.json       every measurement (`bench.report`)
+    NN-stage.txt       the output of each stage
+    state.json         what is finished
+
+Exit codes: 0 all done, 1 a test or a benchmark failed, 2 wrong arguments or missing packages, 3 no GPU, 4 out of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+WITH_GOALS = ("attention_mse", "linear_logits", "logits", "linear_mse")
+NEEDED = ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "psutil", "fastdistill.kernels")
+LEAST = 20  # seconds worth beginning something for
+
+
+def stages(results: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and pytest arguments, in order."""
+    # The tests spend most of their time compiling kernels: several at once, where pytest-xdist is there.
+    tests = ["-q", "-rfE", *(["-n", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else [])]
+    measured = ["--benchmark-only", "-q", "--preset", "full", "--results", str(results)]
+    yield "tests for a GPU", ["tests/test_gpu.py", *tests]
+    for bench in WITH_GOALS:
+        yield f"goals: {bench}", [f"bench/bench_{bench}.py", "-m", "goal", *measured]
+    yield "contract on the GPU", ["tests", "--ignore", "tests/test_gpu.py", "-m", "not data and not slow", *tests]
+    for bench in (*WITH_GOALS, "attention_kl", "step"):
+        yield f"benchmarks: {bench}", [f"bench/bench_{bench}.py", *measured]
+
+
+def missing() -> list[str]:
+    absent = []
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except ImportError as problem:
+            absent.append(f"{name} ({problem})")
+    return absent
+
+
+def run(arguments: list[str], seconds: float, log: Path) -> int | None:
+    """pytest's exit code, or None where the time was up: it is asked to stop, so that it writes what it has."""
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+        )
+        try:
+            return process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(timeout=10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1].strip("= ") if lines else ""
+
+
+def summary(out: Path, state: dict, device: str) -> str:
+    from bench import goals, report
+
+    lines = [f"# fastdistill on {device}", ""]
+    for name, _ in stages(out / "results.json"):
+        lines.append(f"- {name}: {state.get(name, {}).get('outcome', 'not begun')}")
+    results = out / "results.json"
+    if results.exists():
+        result = report.read(results)
+        lines += ["", "## Goals", "", goals.table(result), "", "## All measurements", ""]
+        lines += ["```", report.summary(result["records"]), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for what it writes; taken up again if it exists"
+    )
+    parser.add_argument("--minutes", type=float, default=60, help="to be finished in (default 60)")
+    options = parser.parse_args()
+    if options.minutes <= 0:
+        parser.error(f"--minutes is {options.minutes:g}; it should be above 0")
+    end = time.monotonic() + 60 * options.minutes
+    absent = missing()
+    if absent:
+        print("not importable: " + "; ".join(absent), file=sys.stderr)
+        print("install the library from its checkout: pip install --no-deps --no-build-isolation -e .", file=sys.stderr)
+        return 2
+    import torch
+
+    if not torch.cuda.is_available():
+        print("There is no GPU here (torch.cuda.is_available() is False), so this cannot be done:", file=sys.stderr)
+        for name, arguments in stages(options.out / "results.json"):
+            print(f"  {name}: pytest {shlex.join(arguments)}", file=sys.stderr)
+        print(
+            "What needs none: `python -m bench.static --check` compiles every kernel for four architectures, "
+            "`make test` runs them in Triton's interpreter, `make bench` measures the CPU.",
+            file=sys.stderr,
+        )
+        return 3
+
+    from bench import report
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()
+    state_path = out / "state.json"
+    state = json.loads(state_path.read_text()) if state_path.exists() else {}
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    if state.setdefault("device", device) != device:
+        parser.error(f"{options.out} holds results of {state['device']}, this is {device}; give another --out")
+    late = False
+    for number, (name, arguments) in enumerate(stages(out / "results.json")):
+        if "code" in state.get(name, {}):
+            continue
+        left = end - time.monotonic()
+        if left < LEAST:
+            late = True
+            break
+        print(f"[{60 * options.minutes - left:5.0f} s] {name}", flush=True)
+        log = out / f"{number:02d}-{report.slug(name)}.txt"
+        code = run(arguments, left, log)
+        # 5: nothing was collected, as when every case of it is measured already.
+        state[name] = {"outcome": "out of time: " + last_line(log) if code is None else last_line(log)}
+        if code is None:
+            late = True
+        else:
+            state[name]["code"] = 0 if code == 5 else code
+        report.whole(state_path, lambda file: file.write_text(json.dumps(state, indent=1) + "\n"))
+        report.whole(out / "summary.md", lambda file: file.write_text(summary(out, state, device)))
+        if late:
+            break
+    page = summary(out, state, device)
+    report.whole(out / "summary.md", lambda file: file.write_text(page))
+    print(page)
+    if any(stage.get("code") for stage in state.values() if isinstance(stage, dict)):
+        return 1
+    return 4 if late else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
