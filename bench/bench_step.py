@@ -172,11 +172,12 @@ def _step(losses, student: PreTrainedModel, teacher: PreTrainedModel, objective,
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)  # the step between two measurements changes next to nothing
 
     def step() -> list[Tensor]:
-        optimizer.zero_grad()
         loss = losses(student, teacher, objective, batch)
         loss.backward()
         optimizer.step()
-        return [loss.detach(), *(x.grad for x in parameters if x.grad is not None)]
+        gradients = [x.grad for x in parameters if x.grad is not None]
+        optimizer.zero_grad()
+        return [loss.detach(), *gradients]
 
     return step
 
