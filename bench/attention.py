@@ -32,19 +32,25 @@ def case(op: str, sizes: tuple[int, ...], cost: Cost, loss: Callable[..., Tensor
         return [*student, *(measure.randn(batch, heads, length, teacher_dim) for _ in range(2))]
 
     def exact(*inputs: Tensor) -> list[Tensor | None]:
-        """Of the first heads; of all where they are few enough, and then of the loss too."""
-        some = min(max(PAIRS[measure.DEVICE.type] // length**2, 1), batch * heads)
-        total, d_query, d_key = 0.0, [], []
+        """Of as many heads as `PAIRS` allows, of all with the loss; of one too long, d query of its first rows."""
+        pairs = PAIRS[measure.DEVICE.type]
+        some = min(max(pairs // length**2, 1), batch * heads)
+        rows = min(max(pairs // length, QUERIES), length)
+        total, d_query, d_key = torch.zeros((), dtype=torch.float64, device=measure.DEVICE), [], []
         for head in range(some):
-            q_s, k_s, q_t, k_t = (x.flatten(0, 1)[head].detach() for x in inputs)
-            q_s.requires_grad_(), k_s.requires_grad_()
-            first = iter(range(0, length, QUERIES))
+            q_s, k_s, q_t, k_t = (x.detach().flatten(0, 1)[head] for x in inputs)
+            q_s, k_s = q_s[:rows].requires_grad_(), k_s.requires_grad_()
+            first = iter(range(0, rows, QUERIES))
             part, [dq], [dk] = measure.in_blocks(
                 lambda q_s, q_t, k_s, k_t, first=first: loss(next(first), q_s, k_s, q_t, k_t) / items,
-                [q_s, q_t], [k_s, k_t], QUERIES,
+                [q_s, q_t[:rows]], [k_s, k_t], QUERIES,
             )  # fmt: skip
             total, d_query, d_key = total + part, [*d_query, dq], [*d_key, dk]
-        return [total if some == batch * heads else None, torch.stack(d_query), torch.stack(d_key)]
+        return [
+            total if some == batch * heads else None,
+            torch.stack(d_query),
+            torch.stack(d_key) if rows == length else None,
+        ]
 
     names = ("batch", "heads", "length", "student_dim", "teacher_dim")
     return measure.Case(op, dict(zip(names, sizes, strict=True)), cost.shape, inputs, exact, cost)

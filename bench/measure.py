@@ -120,7 +120,7 @@ def peak_bytes(run: Callable[[], list[Tensor]]) -> tuple[int, float]:
 
 
 def error(out: Sequence[Tensor], exact: Sequence[Tensor | None]) -> float | None:
-    """The largest relative error; a NaN is one. Of gradients, exact ones may be of the first heads alone."""
+    """The largest relative error; a NaN is one. Of gradients, exact ones may be of first heads and rows."""
     if all(b is None for b in exact):
         return None
     errors = [
@@ -132,7 +132,7 @@ def error(out: Sequence[Tensor], exact: Sequence[Tensor | None]) -> float | None
 
 
 def _first(a: Tensor, b: Tensor) -> Tensor:
-    return a if a.dim() == b.dim() else a.flatten(0, 1)[: len(b)]  # (B, H, L, D) and (heads, L, D)
+    return a if a.dim() == b.dim() else a.flatten(0, 1)[: b.shape[0], : b.shape[1]]  # (B, H, L, D) and (heads, rows, D)
 
 
 def in_blocks(

@@ -1,0 +1,93 @@
+"""`python -m bench.mlm_teacher --model BERT --corpus FILE... --out DIR`: a masked-LM head for a BERT without one.
+
+Augmentation needs a masked language model. Where there is only a BERT whose head is gone (all-MiniLM-L6-v2, say), a few
+minutes on two cores of wikitext-2 train a new one: the head learns quickly from random weights, and the encoder follows
+slowly, since a sentence encoder no longer holds at each token what the token is. docs/augmentation.md shows the words
+that come of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoTokenizer, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer
+
+from fastdistill.outputs import whole_output
+from fastdistill.stages import pack_corpus, training_arguments
+
+LENGTH, BATCH = 64, 32
+HEAD_RATE, ENCODER_RATE = 1e-3, 2e-4
+HELD_OUT = 256  # blocks
+
+
+class MaskedTrainer(Trainer):
+    """The head works on the masked tokens alone: the product with the vocabulary costs as much as the encoder."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")
+        masked = labels != -100
+        hidden = model.bert(**inputs).last_hidden_state[masked]
+        loss = F.cross_entropy(model.cls(hidden).float(), labels[masked])
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+
+def read_wikitext(paths: list[Path], unknown: str) -> Dataset:
+    """Paragraphs without headings, with hyphens and numbers as they are usually written."""
+    lines = [line.strip() for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line and not line.startswith("=")]
+    for mark in "-,.":
+        lines = [line.replace(f" @{mark}@ ", mark) for line in lines]
+    return Dataset.from_dict({"text": [line.replace("<unk>", unknown) for line in lines]})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.mlm_teacher", description="Train the head anew.")
+    parser.add_argument("--model", required=True, help="a BERT: folder or hub name")
+    parser.add_argument(
+        "--corpus", type=Path, nargs="+", required=True, metavar="FILE", help="wikitext's training file"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in that folder")
+    parser.add_argument("--steps", type=int, default=400, help=f"of {LENGTH * BATCH} tokens (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)  # the new head's
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = BertForMaskedLM.from_pretrained(arguments.model, dtype=torch.float32)
+    blocks = pack_corpus(read_wikitext(arguments.corpus, tokenizer.unk_token), tokenizer, LENGTH)
+    blocks = blocks.train_test_split(HELD_OUT, seed=0)
+    head = [*model.cls.predictions.transform.parameters(), model.cls.predictions.bias]
+    groups = [
+        {"params": head, "lr": HEAD_RATE},
+        {"params": list(model.bert.parameters()), "lr": ENCODER_RATE},  # and the decoder, which is its embeddings
+    ]
+    with whole_output(arguments.out, overwrite=arguments.overwrite) as work:
+        options = {"max_steps": arguments.steps, "bf16": True, "save_strategy": "no", "report_to": "none"}
+        schedule = {"warmup": 0.1, "scheduler": "linear", "weight_decay": 0.01}
+        trainer = MaskedTrainer(
+            model,
+            training_arguments(
+                work, epochs=1, batch_size=BATCH, learning_rate=HEAD_RATE, seed=0, arguments=options, **schedule
+            ),
+            data_collator=DataCollatorForLanguageModeling(tokenizer),
+            train_dataset=blocks["train"],
+            eval_dataset=blocks["test"],
+            optimizers=(torch.optim.AdamW(groups, weight_decay=0.01), None),
+        )
+        trainer.train()
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        torch.manual_seed(0)  # the same tokens masked whatever was trained
+        loss = trainer.evaluate()["eval_loss"]
+    print(f"held-out text: loss {loss:.2f} a masked token, perplexity {math.exp(loss):.1f}; wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
