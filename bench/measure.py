@@ -1,7 +1,9 @@
 """How one case is measured: every implementation in the same run, turn by turn, against float64.
 
-Times are medians of rounds, and in a round each implementation has one turn. On a GPU they are those of CUDA events,
-the L2 cache flushed before each turn and the inputs taken from several sets in turn; on a CPU those of the wall clock.
+Times are medians of rounds, and in a round each implementation has a turn, slow ones in fewer rounds. On a GPU they are
+those of CUDA events, the L2 cache flushed before each turn and the inputs taken from several sets in turn; on a CPU those
+of the wall clock.
+
 Memory is the peak of what was allocated during a call, less what it returns (its gradients). The error is the largest,
 over the loss and the gradients, of ||out - exact|| / ||exact||. It is red beyond twice that of the eager formula at the
 same dtype (or `ERROR`, if that is more): then `bench.report` prints no time.
@@ -30,7 +32,7 @@ DIRECTIONS = [BOTH, pytest.param(FORWARD, marks=pytest.mark.full)]
 ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 USUAL = "eager", "usual"  # implementations
 ROUNDS = {"quick": (3, 30), "full": (3, 50)}  # at least, at most
-SECONDS = {"quick": 4.0, "full": 10.0}  # of one case, all implementations, between these bounds
+SECONDS = {"quick": 1.5, "full": 3.0}  # of one implementation of a case, between these bounds
 SLOWEST = {"quick": 10.0, "full": 20.0}  # of one call: what takes longer is measured once
 
 
@@ -225,8 +227,9 @@ def measure(
 
 
 def _take_turns(benchmark, running: list, sets: list[list[Tensor]], direction: str, preset: str) -> None:
+    """In a round each has a turn, until it has had as many as fit its time; the first one's end the measurement."""
     least, most = ROUNDS[preset]
-    rounds = min(max(int(SECONDS[preset] / sum(once for *_, once in running)), least), most)
+    rounds = {each.name: min(max(int(SECONDS[preset] / once), least), most) for each, _, once in running}
     times: dict[str, list[float]] = {each.name: [] for each, *_ in running}
 
     def turn(each: Implementation) -> None:
@@ -235,12 +238,14 @@ def _take_turns(benchmark, running: list, sets: list[list[Tensor]], direction: s
 
     def others() -> None:
         for each, *_ in running[1:]:
-            turn(each)
+            if len(times[each.name]) < rounds[each.name]:
+                turn(each)
 
-    benchmark.pedantic(turn, args=(running[0][0],), setup=others, rounds=rounds)
+    first = running[0][0]
+    benchmark.pedantic(turn, args=(first,), setup=others, rounds=rounds[first.name])
     for each, record, _ in running:
         low, median, high = statistics.quantiles(times[each.name], n=4)
-        record |= {"seconds": median, "low": low, "high": high, "rounds": rounds}
+        record |= {"seconds": median, "low": low, "high": high, "rounds": len(times[each.name])}
 
 
 _flush: Tensor | None = None
