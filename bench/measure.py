@@ -1,8 +1,8 @@
 """How one case is measured: every implementation in the same run, turn by turn, against float64.
 
 Times are medians of rounds, and in a round each implementation has a turn, slow ones in fewer rounds. On a GPU they are
-those of CUDA events, the L2 cache flushed before each turn and the inputs taken from several sets in turn; on a CPU those
-of the wall clock.
+those of CUDA events, the L2 cache flushed before each turn and the inputs taken from several sets in turn; on a CPU
+those of the wall clock.
 
 Memory is the peak of what was allocated during a call, less what it returns (its gradients). The error is the largest,
 over the loss and the gradients, of ||out - exact|| / ||exact||. It is red beyond twice that of the eager formula at the

@@ -591,7 +591,7 @@ def forward_peak(loss: Callable[[], Tensor]) -> int:
 
 
 def measured_peak(loss: Callable[[], Tensor]) -> int:
-    return measure.peak_bytes(lambda: [loss()])
+    return measure.peak_bytes(lambda: [loss()])[0]
 
 
 def gradients(loss: Callable[[], Tensor], inputs: Sequence[Tensor]) -> None:

@@ -125,3 +125,11 @@ def test_more_tokens_fit_without_logits() -> None:
     assert 0 < usual < ours < most(lambda n: 0)
     assert most(lambda n: scaling.our_head_memory(LLAMA_1B, n), True) > 5 * ours
     assert most(lambda n: 1e18) == 0
+
+
+def test_the_kernels_hold_what_the_model_says() -> None:
+    pytest.importorskip("triton", reason="the kernels need it")
+    from fastdistill.kernels import attention_mse, linear_mse
+
+    assert scaling.SUMMED == attention_mse.SUMMED
+    assert scaling.RESIDUAL == linear_mse.CHUNK_BYTES
