@@ -61,11 +61,41 @@ def _parser() -> argparse.ArgumentParser:
     _outputs(general)
     general.set_defaults(run=_general)
 
+    augment = commands.add_parser("augment", help="make copies of a task's training rows with some words replaced")
+    augment.add_argument("--teacher", required=True, help="masked language model: folder or hub name")
+    _data(augment)
+    augment.add_argument(
+        "--glove", type=Path, required=True, metavar="FILE", help="word vectors in GloVe's text format"
+    )
+    augment.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="NAME.tsv, as the task's own train.tsv, or NAME.arrow",
+    )
+    augment.add_argument("--copies", type=int, help="of each sentence (default: the published code's for the task)")
+    augment.add_argument("--candidates", type=int, default=15, help="words for each word (default: %(default)s)")
+    augment.add_argument(
+        "--probability", type=float, default=0.4, help="of a word to be replaced (default: %(default)s)"
+    )
+    augment.add_argument("--legacy", action="store_true", help="sentence pairs as the published code makes them")
+    augment.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    augment.add_argument("--batch-size", type=int, default=64, help="masked sentences at a time (default: %(default)s)")
+    augment.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    augment.add_argument("--overwrite", action="store_true", help="replace the output")
+    augment.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    augment.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
+    augment.set_defaults(run=_augment)
+
     task = commands.add_parser("task", help="stage 2: intermediate, prediction, evaluation on a GLUE task")
     _models(task)
     _data(task)
     task.add_argument(
-        "--augmented", type=Path, metavar="FILE", help="train on these rows (a tsv like the task's own train.tsv)"
+        "--augmented",
+        type=Path,
+        metavar="FILE",
+        help="train on these rows: what augment wrote, or a tsv like the task's own",
     )
     _objective(task)
     task.add_argument("--temperature", type=float, default=1.0, help="of the prediction stage (default: %(default)s)")
@@ -234,8 +264,34 @@ def _general(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}")
 
 
+def _augment(arguments: argparse.Namespace) -> None:
+    from fastdistill.augment import COPIES, Augmenter, augment, check_output, processes, read_glove
+    from fastdistill.tasks import get_task
+
+    task = get_task(arguments.task)
+    check_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    train = _split(task, "train", arguments)
+    processes()  # before the next line asks for this one's device
+    model, tokenizer = _load(arguments.teacher, "AutoModelForMaskedLM", arguments.trust_remote_code)
+    augmenter = Augmenter(
+        model,
+        tokenizer,
+        read_glove(arguments.glove, device=model.device),
+        copies=COPIES[task.name] if arguments.copies is None else arguments.copies,
+        candidates=arguments.candidates,
+        probability=arguments.probability,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        bf16=arguments.bf16,
+    )
+    options = {"legacy": arguments.legacy, "resume": arguments.resume, "overwrite": arguments.overwrite}
+    augment(task, train, augmenter, arguments.output, **options)
+    print(f"wrote {arguments.output}")
+
+
 def _task(arguments: argparse.Namespace) -> None:
     from fastdistill import tasks
+    from fastdistill.augment import read_augmented
     from fastdistill.outputs import check
     from fastdistill.stages import IntermediateStage, PredictionStage, add_teacher_logits
 
@@ -243,7 +299,7 @@ def _task(arguments: argparse.Namespace) -> None:
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModelForSequenceClassification", arguments.trust_remote_code)
     tasks.check_labels(task, teacher.config)
-    train = tasks.read_tsv(task, arguments.augmented) if arguments.augmented else _split(task, "train", arguments)
+    train = read_augmented(task, arguments.augmented) if arguments.augmented else _split(task, "train", arguments)
     train = tasks.tokenize(task, train, tokenizer)
     batch_size = arguments.batch_size or task.batch_size
 
@@ -427,12 +483,15 @@ def _load(name: str, auto_class: str, trust_remote_code: bool, **options: Any) -
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such folder")
     try:
-        model = getattr(transformers, auto_class).from_pretrained(
-            name, dtype="float32", trust_remote_code=trust_remote_code, **options
+        model, loaded = getattr(transformers, auto_class).from_pretrained(
+            name, dtype="float32", trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
+    if auto_class == "AutoModelForMaskedLM" and loaded["missing_keys"]:
+        missing = ", ".join(sorted(loaded["missing_keys"]))
+        raise ValueError(f"{name}: not a masked language model with its head (there is no {missing})")
     return model.eval().to(PartialState().device), tokenizer
 
 

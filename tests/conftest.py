@@ -26,7 +26,8 @@ hypothesis.settings.register_profile("all", parent=hypothesis.settings.get_profi
 # Names of tests, and their sizes, that take more than a few seconds in the interpreter: thousands of programs.
 SLOW_INTERPRETED = (
     "30522", "50257", "128256", "31_elements", "1030-33", "257-1000", "any_number_of_tokens", "accumulate_in_float32",
-    "the_same_curve", "opcheck[triton-whole",
+    "the_same_curve", "opcheck[triton-whole", "compiled_once_for_every_length", "several_threads",
+    "triton-400-", "triton-160-",
 )  # fmt: skip
 
 
