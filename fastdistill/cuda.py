@@ -1,0 +1,194 @@
+"""`python -m fastdistill.cuda`: builds csrc/ ahead of time, beside its sources. Else it is built on first use.
+
+What is built on first use is kept in the user's cache, under a name made of the sources, the compiler and its flags, so
+nothing is built twice and nothing stale is loaded. Importing this module compiles and loads nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Installed inside the package; in a checkout beside it.
+SOURCES = next(
+    folder for folder in (Path(__file__).parent / "csrc", Path(__file__).parent.parent / "csrc") if folder.is_dir()
+)
+UNITS = ("rows.cu", "binding.cpp")
+HEADERS = ("plan.h", "launch.h", "rows.h")
+
+KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# What is built ahead of time. Cards after Hopper compile what is left as PTX when they load it.
+ARCHITECTURES = ("sm_80", "sm_90a", "compute_90")
+
+# The stable ABI of torch 2.10: one binary for it and all later versions. Numbers below 1e-38 are 0.
+FLAGS = (
+    "-std=c++17", "-O3", "-ftz=true", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)  # fmt: skip
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels of csrc/ cannot run on `device`; None: they can, after a first build perhaps."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"its kernels run on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    if not prebuilt().exists() and nvcc() is None:
+        return "it was not built ahead of time, and nvcc, which would build it, is neither in CUDA_HOME nor on the PATH"
+    return None
+
+
+def rows(
+    student: Tensor,  # (*, >= V)
+    teacher: Tensor | None,  # (*, >= V); None: the soft loss has no weight
+    labels: Tensor | None,  # (N)
+    counted: Tensor | None,  # (N)
+    kind: str,
+    *,
+    classes: int,  # V
+    temperature: float,
+    beta: float,
+    soft_weight: float,
+    hard_weight: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    loss: Tensor,  # (N), float32
+    gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
+    weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
+    expected: Tensor | None = None,  # (N), the weights that `gradient` was written with before; None: it was not
+) -> None:
+    """Writes `loss`, and `gradient` where it is given; with `expected` only of rows whose weight is another.
+
+    What `fastdistill.kernels.logits.rows` does, but for the biases. Student and teacher have one dtype of `DTYPES`.
+    """
+    if teacher is None:  # KL of the student from itself: 0, and so is its gradient
+        teacher, kind, soft_weight = student, "kl_div", 0.0
+    library(student.device).rows(
+        student, teacher, None if labels is None else labels.long(), counted,
+        None if weight is None else weight.float(), None if expected is None else expected.float(), loss, gradient,
+        KINDS.index(kind), classes, temperature, beta, soft_weight, hard_weight, student_softcap or 0.0,
+        teacher_softcap or 0.0,
+    )  # fmt: skip
+
+
+# -- Building ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library(device: torch.device) -> torch._ops._OpNamespace:
+    """The ops of csrc/, built if need be for the card at `device`."""
+    path = prebuilt()
+    if not path.exists():
+        major, minor = torch.cuda.get_device_capability(device)
+        architecture = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+        path = cached((architecture,))
+    _load(path)
+    return torch.ops.fastdistill_cuda
+
+
+@functools.cache
+def _load(path: Path) -> None:
+    torch.ops.load_library(path)
+
+
+@functools.cache
+def prebuilt() -> Path:
+    """Where a binary built ahead of time lies. Its name tells the sources, so one of other sources is not taken."""
+    return SOURCES / f"fastdistill_cuda-{_digest(_texts())}.so"
+
+
+def cached(architectures: Sequence[str]) -> Path:
+    """The binary for `architectures` in the user's cache; built, once, where it is missing."""
+    import fcntl  # not on Windows, which nothing else here minds
+
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistill"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"fastdistill_cuda-{_digest([*_texts(), version, *FLAGS, *architectures])}.so"
+    if not path.exists():
+        # Whoever comes second waits, and finds it built.
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                build(path, architectures)
+    return path
+
+
+def build(path: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Sequence[str] = ()) -> None:
+    """Compiles csrc/ into `path`, which appears complete or not at all."""
+    torch_folder = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+        built = Path(folder) / path.name
+        command = [
+            _compiler(), *FLAGS, *flags, *(flag for name in architectures for flag in _generates(name)),
+            "--threads", "0", f"-I{SOURCES}", "-isystem", str(torch_folder / "include"),
+            *(str(SOURCES / unit) for unit in UNITS), "-shared", "-o", str(built), f"-L{torch_folder / 'lib'}",
+            "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
+        ]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError(f"csrc could not be built: {' '.join(command)}\n{run.stdout}{run.stderr}")
+        os.replace(built, path)
+
+
+def nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for home in (*homes, "/usr/local/cuda"):
+        found = shutil.which(os.path.join(home, "bin", "nvcc"))
+        if found:
+            return found
+    return shutil.which("nvcc")
+
+
+def _compiler() -> str:
+    found = nvcc()
+    if found is None:
+        raise RuntimeError(
+            "csrc cannot be built: nvcc is neither in CUDA_HOME nor on the PATH. Install the CUDA toolkit, or run "
+            "`python -m fastdistill.cuda` where there is one, or use backend='triton'"
+        )
+    return found
+
+
+def _generates(architecture: str) -> list[str]:
+    """`sm_90a` is machine code; `compute_90` is PTX, for cards that come later."""
+    return ["-gencode", f"arch=compute_{architecture.split('_')[1]},code={architecture}"]
+
+
+def _texts() -> list[str]:
+    return [(SOURCES / name).read_text() for name in (*UNITS, *HEADERS)]
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastdistill.cuda", description=__doc__)
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="sm_80, sm_90a, ...; compute_90 for PTX")
+    arguments = parser.parse_args()
+    try:
+        build(prebuilt(), arguments.arch)
+    except (RuntimeError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(prebuilt())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
