@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 # Installed inside the package; in a checkout beside it.
-SOURCES = next(
-    folder for folder in (Path(__file__).parent / "csrc", Path(__file__).parent.parent / "csrc") if folder.is_dir()
-)
+_INSIDE = Path(__file__).parent / "csrc"
+SOURCES = _INSIDE if _INSIDE.is_dir() else Path(__file__).parent.parent / "csrc"
 UNITS = ("rows.cu", "binding.cpp")
 HEADERS = ("plan.h", "launch.h", "rows.h")
 
