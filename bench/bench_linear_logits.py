@@ -18,7 +18,6 @@ SHAPES = [  # tokens, student_dim, teacher_dim, vocabulary
     pytest.param(TOKENS, 2048, 4096, 262144, marks=pytest.mark.full),  # Gemma 3
 ][: None if GPU else 5]
 OPS = ["linear_kl_div", "linear_jsd", "linear_soft_cross_entropy", pytest.param("linear_tvd", marks=pytest.mark.full)]
-MATRICES = {"soft_cross_entropy": 5, "kl_div": 6, "jsd": 13, "tvd": 5}  # of float32 logits that eager allocates
 
 
 @pytest.mark.parametrize("direction", measure.DIRECTIONS)
@@ -50,7 +49,7 @@ def bench_linear_logits_loss(measured, op, tokens, student_dim, teacher_dim, voc
     weights = [vocabulary * dim for dim in (student_dim, student_dim, teacher_dim)]  # and the student's gradient
     held = (8 + measure.DTYPE.itemsize) * sum(weights)
     case = measure.Case(op, sizes, model.shape, inputs, exact, model, held)
-    memory = MATRICES[op.removeprefix("linear_")] * tokens * vocabulary * 4
+    memory = eager.MATRICES[op.removeprefix("linear_")] * tokens * vocabulary * 4
     measured(
         case,
         [*measure.ours(getattr(fastdistill, op)), *measure.usual(usual, memory), *peers.PEERS.get(op, [])],

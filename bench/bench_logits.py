@@ -18,7 +18,6 @@ GPU = [  # what goals are given for
     for vocabulary in (8192, 16384, 32000, 131072)
 ]
 LISTED = [(1024, 30522, 64), *(pytest.param(512, v, 64, marks=pytest.mark.full) for v in (128256, 262144))]
-MATRICES = {"soft_cross_entropy": 5, "kl_div": 6, "jsd": 13, "tvd": 5}  # of float32 logits that eager allocates
 
 
 @pytest.mark.parametrize("direction", measure.DIRECTIONS)
@@ -38,7 +37,7 @@ def bench_logits_loss(measured, op, rows, vocabulary, direction):
 
     model = cost.logits(op, rows, vocabulary, measure.DTYPE)
     case = measure.Case(op, {"rows": rows, "vocabulary": vocabulary}, model.shape, inputs, exact, model)
-    usual = measure.usual(loss, MATRICES[op] * rows * vocabulary * 4)
+    usual = measure.usual(loss, eager.MATRICES[op] * rows * vocabulary * 4)
     measured(case, [*measure.ours(getattr(fastdistill, op)), *usual, *peers.PEERS.get(op, [])], direction)
 
 
