@@ -11,6 +11,7 @@ from _oracle import assert_accurate, assert_same, cast, evaluate, in_float64
 from torch import Tensor
 
 import fastdistill
+from fastdistill.ops import _attention
 
 every_op = pytest.mark.parametrize("op", ATTENTION_OPS, ids=str)
 both_ops = pytest.mark.parametrize("op", [ATTENTION_MSE, ATTENTION_KL], ids=str)
@@ -48,6 +49,19 @@ def test_lengths_around_tile_borders(op: Op, length: int, keys: int, backend: st
         return
     op.assert_accurate(inputs, backend=backend)
     op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend=backend)
+
+
+@every_op
+@pytest.mark.parametrize("length,keys", [(64, 65), (129, 127), (100, 300)])
+def test_rows_of_several_tiles(op: Op, length: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of sequences of many thousand tokens are, whose rows no tile holds."""
+    monkeypatch.setattr(_attention, "tile_side", lambda device: 32)
+    monkeypatch.setattr(_attention, "tile_area", lambda device: 2**10)
+    inputs = attention(batch=2, heads=2, length=length, keys=keys, student_kv=1, teacher_kv=2)
+    op.assert_accurate(inputs, backend="torch")
+    inputs |= op.some_masked(inputs)
+    op.assert_accurate({**inputs, "student_scale": 2.0, "teacher_scale": 2.0}, backend="torch")
+    op.assert_accurate({**inputs, "attn_mask": torch.rand(2, 2, length, keys) > 0.5}, backend="torch")
 
 
 @pytest.mark.slow

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 
 from fastdistill.ops import _common
 
+LEAST_ROWS = 32  # queries of a tile, where it could be wider than high: fewer make its products slow
+
 
 def tile_side(device: torch.device) -> int:
-    """Most queries, and most keys, of a tile of scores."""
+    """Most queries of a tile of scores."""
     return 256 if device.type == "cpu" else 1024
 
 
@@ -185,25 +187,35 @@ class TileBlock(NamedTuple):
     student: Side
     teacher: Side
     rows: int  # queries of a tile
+    columns: int  # its keys
 
     def tiles(self, causal_offset: int | None) -> Iterator[tuple[slice, list[slice]]]:
         """The rows of queries, and for each the rows of keys that it meets."""
-        key_length, columns = self.student.key.shape[2], tile_side(self.student.key.device)
+        key_length = self.student.key.shape[2]
         for rows in slices(0, self.student.query.shape[2], self.rows):
             end = key_length if causal_offset is None else min(key_length, rows.stop + causal_offset)
-            yield rows, list(slices(0, end, columns))
+            yield rows, list(slices(0, end, self.columns))
 
     def masks(
         self, causal_offset: int | None, attn_mask: Tensor | None, key_mask: Tensor | None
-    ) -> Callable[[slice, slice], Tensor | None]:
-        """allowed_pairs of this block: of a tile's rows of queries and of keys."""
-        return partial(
+    ) -> Callable[[slice, slice], tuple[slice, Tensor | None]]:
+        """Of a tile's rows of queries and of keys: the tile's columns where a pair may not be allowed, and
+        `allowed_pairs` of these."""
+        allowed = partial(
             allowed_pairs,
             causal_offset=causal_offset,
             attn_mask=None if attn_mask is None else self.take(attn_mask),
             key_mask=None if key_mask is None else self.take(key_mask[:, None])[:, 0],
             device=self.student.key.device,
         )
+
+        def of_tile(queries: slice, keys: slice) -> tuple[slice, Tensor | None]:
+            first = keys.start
+            if causal_offset is not None and attn_mask is None and key_mask is None:  # up to there all are allowed
+                first = min(max(first, queries.start + causal_offset), keys.stop)
+            return slice(first - keys.start, None), allowed(queries, slice(first, keys.stop))
+
+        return of_tile
 
 
 def tile_blocks(
@@ -214,14 +226,15 @@ def tile_blocks(
     counted: Counted,
     dtype: torch.dtype,  # to compute in
 ) -> Iterator[TileBlock]:
-    """The call in blocks of batch entries and heads."""
+    """The call in blocks of batch entries and heads. A tile holds whole rows of scores where it can."""
     batch, heads, query_length, _ = student_query.shape
     side, area = tile_side(student_query.device), tile_area(student_query.device)
     units = gcd(student_key.shape[1], teacher_key.shape[1])  # the least heads that share no key with others
-    columns = heads // units * max(1, min(side, student_key.shape[2]))
-    rows = max(1, min(side, query_length, max(16, area // columns)))
+    columns = max(1, min(student_key.shape[2], max(side, area // (heads // units * LEAST_ROWS))))
+    across = heads // units * columns
+    rows = max(1, min(side, query_length, max(16, area // across)))
     student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (student_key, teacher_key))
-    for take in blocks(batch, units, area // (rows * columns)):
+    for take in blocks(batch, units, area // (rows * across)):
 
         def part(x: Tensor | None, take: Callable[[Tensor], Tensor] = take) -> Tensor | None:
             return None if x is None else take(x)
@@ -232,6 +245,7 @@ def tile_blocks(
             Side(take(student_query), take(student_key), queries, part(student_keys), dtype),
             Side(take(teacher_query), take(teacher_key), queries, part(teacher_keys), dtype),
             rows,
+            columns,
         )
 
 

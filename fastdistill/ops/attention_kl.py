@@ -119,10 +119,10 @@ def _scores(
     return torch.bmm(query, key.mT).view(*shape[:3], key.shape[1])
 
 
-def _forbid(scores: Tensor, allowed: Tensor | None) -> Tensor:
+def _forbid(scores: Tensor, columns: slice, allowed: Tensor | None) -> Tensor:
     """Adds the least number where a pair is not allowed, in place: several times faster than a masked fill."""
     if allowed is not None:
-        scores += (allowed.to(scores.dtype) - 1) * torch.finfo(scores.dtype).max
+        scores[..., columns] += (allowed.to(scores.dtype) - 1) * torch.finfo(scores.dtype).max
     return scores
 
 
@@ -169,8 +169,8 @@ def _attention_kl(
                     allowed = masks(rows, keys)
                     sk, tk = block.student.keys(keys), block.teacher.keys(keys)
                     student_p, teacher_p = sums.add(
-                        _forbid(_scores(scaled_sq, sk, shape), allowed),
-                        _forbid(_scores(scaled_tq, tk, shape), allowed),
+                        _forbid(_scores(scaled_sq, sk, shape), *allowed),
+                        _forbid(_scores(scaled_tq, tk, shape), *allowed),
                         first=keys.start == 0,
                     )
                 if not tiles:
@@ -184,11 +184,12 @@ def _attention_kl(
                     sk, tk = block.student.keys(keys), block.teacher.keys(keys)
                     allowed = masks(rows, keys)
                     if keys != tiles[-1]:
-                        student_p = _exp(_forbid(_scores(scaled_sq, sk, shape), allowed).sub_(sums.student.top))
-                        teacher_p = _exp(_forbid(_scores(scaled_tq, tk, shape), allowed).sub_(sums.teacher.top))
+                        student_p = _exp(_forbid(_scores(scaled_sq, sk, shape), *allowed).sub_(sums.student.top))
+                        teacher_p = _exp(_forbid(_scores(scaled_tq, tk, shape), *allowed).sub_(sums.teacher.top))
                     d_scores = sums.student.normalise(student_p).sub_(sums.teacher.normalise(teacher_p))
-                    if allowed is not None:
-                        d_scores *= allowed
+                    columns, pairs = allowed
+                    if pairs is not None:
+                        d_scores[..., columns] *= pairs
                     d_scores = d_scores.view(len(sq), -1, sk.shape[1])
                     _attention.add_gradients(d_scores, sq, sk, dq, block.take(d_key)[:, :, keys], student_scale)
                 out = block.take(d_query)[:, :, rows]

@@ -396,9 +396,9 @@ def _tiled(
                     # Scales apply to scores: folded into the products they would round a whole row of keys alike.
                     scores = torch.bmm(sq, sk.mT).mul_(student_scale)  # (B * H_s, H / H_s * rows, keys)
                     scores.sub_(torch.bmm(tq, tk.mT).mul_(teacher_scale).view(scores.shape))
-                    allowed = masks(rows, keys)
+                    columns, allowed = masks(rows, keys)
                     if allowed is not None:
-                        scores.view(*block.student.query.shape[:2], -1, sk.shape[1]).mul_(allowed)
+                        scores.view(*block.student.query.shape[:2], -1, sk.shape[1])[..., columns] *= allowed
                     squares += torch.linalg.vector_norm(scores, dim=2).to(squares.dtype).square_().sum()
                     if differentiable:
                         dk = block.take(d_key)[:, :, keys]
