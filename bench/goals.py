@@ -35,10 +35,14 @@ def _of_floor(ours: Record, row: dict[str, Record]) -> float | None:
     return ours["floor_seconds"] / ours["seconds"] if ours["floor_seconds"] else None
 
 
-def _of_bandwidth(card: str | None) -> Callable[[Record, dict[str, Record]], float | None]:
-    if card is None:
-        return lambda ours, row: None
-    return lambda ours, row: ours["least_bytes"] / ours["seconds"] / CARDS[card].memory
+def _of_bandwidth(card: str | None, name: str | None = None) -> Callable[[Record, dict[str, Record]], float | None]:
+    """Of our fastest implementation, or of the one of that name."""
+
+    def figure(ours: Record, row: dict[str, Record]) -> float | None:
+        record = row.get(name) if name else ours
+        return record["least_bytes"] / record["seconds"] / CARDS[card].memory if card and record else None
+
+    return figure
 
 
 def _of_products(card: str | None) -> Callable[[Record, dict[str, Record]], float | None]:
@@ -69,6 +73,11 @@ def goals(card: str | None) -> Iterator[Goal]:
             yield Goal(op, shape, "of the card's bandwidth at 3 passes", True, 0.55, _of_bandwidth(card))
             yield Goal(op, shape, "times as fast as torch.compile", True, 2, _faster_than("torch.compile"))
             yield Goal(op, shape, "times as fast as liger-kernel", True, 2, _faster_than(f"liger-kernel {op}"))
+    for op in ("soft_cross_entropy", "kl_div", "jsd", "tvd"):
+        for vocabulary in (8192, 16384, 32000, 131072, 262144):
+            shape = f"8192 rows, V {vocabulary}"
+            text = "of the card's bandwidth at 3 passes, csrc"
+            yield Goal(op, shape, text, True, 0.85, _of_bandwidth(card, "fastdistill cuda"))
     for op in ("linear_kl_div", "linear_jsd"):
         shape = "8192 tokens, 2048 / 4096, V 128256"
         yield Goal(op, shape, "of the products' speed", True, 0.75, _of_products(card))

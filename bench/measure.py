@@ -67,11 +67,11 @@ def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(loss, fullgraph=True)
 
 
-def ours(loss: Callable[..., Tensor], **options) -> list[Implementation]:
+def ours(loss: Callable[..., Tensor], on_logits: bool = False, **options) -> list[Implementation]:
     """A public function on every backend that runs here, the one that `auto` takes first."""
     from fastdistill.functional import pick_backend
 
-    first = pick_backend("auto", DEVICE)
+    first = pick_backend("auto", DEVICE, (DTYPE, DTYPE) if on_logits else ())
     backends = [first, *({"torch", "triton"} - {first} if DEVICE.type == "cuda" else ())]
     return [
         Implementation(

@@ -39,6 +39,7 @@ FLAGS = (
 )  # fmt: skip
 
 
+@functools.cache  # every call of a loss asks
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels of csrc/ cannot run on `device`; None: they can, after a first build perhaps."""
     if device.type != "cuda" or torch.version.hip is not None:

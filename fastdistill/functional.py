@@ -13,7 +13,8 @@ Common to all of them:
 - Bad arguments raise ValueError or TypeError before any work. Differentiating twice raises RuntimeError
   (`backend="reference"` can be).
 - `backend`: "auto" takes the best one that can run here; "reference" (eager definitions), "torch" (portable,
-  memory-lean) and "triton" (fused kernels, on NVIDIA and AMD GPUs) can be forced. A name that cannot run raises.
+  memory-lean), "triton" (fused kernels, on NVIDIA and AMD GPUs) and, for the losses on logits, "cuda" (csrc/, on NVIDIA
+  GPUs; what "auto" takes from sm_90 on) can be forced. A name that cannot run raises.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import _checks as check
-from fastdistill import reference
+from fastdistill import cuda, reference
 from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
 from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
 from fastdistill.ops.linear_logits import linear_divergence, linear_topk_divergence
@@ -51,7 +52,7 @@ __all__ = [
     "tvd",
 ]
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "triton", "cuda")
 
 WIDEST_TILE = 256  # head dimension of the Triton kernels that compute scores
 
@@ -60,19 +61,46 @@ _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")  # Triton's own
 
 
-def pick_backend(backend: str, device: torch.device) -> str:
-    """The backend a call takes: `backend` itself, or for "auto" the best that can run on `device`."""
+def pick_backend(backend: str, device: torch.device, logits: tuple[torch.dtype, ...] = ()) -> str:
+    """The backend a call takes: `backend` itself, or for "auto" the best that can run on `device`.
+
+    `logits`: the dtypes of a loss on logits, which csrc/ has kernels for.
+    """
     if backend == "auto":
+        if logits and device.type == "cuda" and _no_cuda(device, logits, automatic=True) is None:
+            return "cuda"
         return "triton" if device.type == "cuda" and _no_triton(device) is None else "torch"
     if backend not in BACKENDS:
         raise ValueError(
-            f"backend is {backend!r}; on {device.type} it should be 'auto', 'reference', 'torch' or 'triton'"
+            f"backend is {backend!r}; on {device.type} it should be 'auto', 'reference', 'torch', 'triton' or 'cuda'"
         )
     if backend == "triton":
         reason = _no_triton(device)
         if reason is not None:
             raise ValueError(f"backend is 'triton', but {reason}; use backend='auto' or 'torch'")
+    if backend == "cuda":
+        reason = _no_cuda(device, logits)
+        if reason is not None:
+            raise ValueError(f"backend is 'cuda', but {reason}; use backend='auto' or 'torch'")
     return backend
+
+
+def _no_cuda(device: torch.device, logits: tuple[torch.dtype, ...], automatic: bool = False) -> str | None:
+    """Why the kernels of csrc/ cannot run on logits of these dtypes on `device`, or "auto" does not take them; None:
+    they can."""
+    if not logits:
+        return "csrc has kernels for the losses on logits only"
+    if len(set(logits)) > 1 or logits[0] not in cuda.DTYPES:
+        return f"its logits are float32, float16 or bfloat16, both alike, and not {' and '.join(map(str, logits))}"
+    reason = cuda.unavailable(device)
+    if reason is None and automatic and torch.cuda.get_device_capability(device) < (9, 0):
+        reason = "it beats Triton's kernels from compute capability 9.0 on only"  # where blocks form clusters
+    return reason
+
+
+# Files are looked for, which cannot be traced. What torch.compiler.assume_constant_result does, but for importing the
+# compiler.
+_no_cuda._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _no_triton(device: torch.device) -> str | None:
@@ -94,9 +122,15 @@ def explain_backends(device: torch.device) -> list[tuple[str, str, str]]:
     """(op, the backend "auto" takes on `device`, why) for every public function; `fastdistill info` prints it."""
     rows = []
     for op in __all__:
-        backend = pick_backend("auto", device)
+        logits = (torch.bfloat16, torch.bfloat16) if op in ("soft_cross_entropy", "kl_div", "jsd", "tvd") else ()
+        backend = pick_backend("auto", device, logits)
         reason = _no_triton(device)
-        rows.append((op, backend, "the fused kernel" if reason is None else f"the portable implementation: {reason}"))
+        why = "the fused kernel" if reason is None else f"the portable implementation: {reason}"
+        if backend == "cuda":
+            why = "the fused kernel on a cluster of blocks, for logits of one 16- or 32-bit dtype"
+        elif logits and device.type == "cuda":
+            why += f"; not cuda: {_no_cuda(device, logits, automatic=True)}"
+        rows.append((op, backend, why))
     return rows
 
 
@@ -537,7 +571,7 @@ def _logits_loss(
         labels, alpha, ignore_index, mask, vocab_size, reduction, num_items,
     )  # fmt: skip
     _check_softcaps(student_softcap=student_softcap, teacher_softcap=teacher_softcap)
-    backend = pick_backend(backend, student_logits.device)
+    backend = pick_backend(backend, student_logits.device, (student_logits.dtype, teacher_logits.dtype))
 
     with _no_autocast(student_logits):
         if backend == "reference":
@@ -604,7 +638,7 @@ def soft_cross_entropy(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with teacher mass and student probability 0 gives inf, as the formula does.
@@ -659,7 +693,7 @@ def kl_div(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
@@ -716,7 +750,7 @@ def jsd(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
@@ -769,7 +803,7 @@ def tvd(
         teacher_softcap: the same on the teacher's.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of rows to divide by in place of the number counted.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cuda".
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 

@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill import cuda
+
 # Every backend that must honour the contract. A new one joins the whole suite here. Triton's kernels run on CPU tensors
-# in its interpreter, where it is installed.
+# in its interpreter, where it is installed; csrc's are simulated in the long run of all tests (_simulated.py).
 BACKENDS = ("torch", "triton") if find_spec("triton") else ("torch",)
+if torch.cuda.is_available() and cuda.unavailable(torch.device("cuda")) is None:
+    BACKENDS += ("cuda",)
 
 # Beyond this the textbook formula is itself so far off that a comparison with it would show nothing.
 LOOSEST_BOUND = 0.02

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 import _interpreter
 import _oracle
+import _simulated
 
 torch.set_num_threads(1)  # pytest-xdist runs one worker a core
 
@@ -41,6 +42,17 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """csrc has kernels for some ops and dtypes, and says so of the others."""
+    try:
+        return (yield)
+    except ValueError as refused:
+        if str(refused).startswith("backend is 'cuda', but"):
+            pytest.skip(str(refused))
+        raise
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)
@@ -53,12 +65,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.load_profile("quick" if "not slow" in config.option.markexpr else "all")
+    quick = "not slow" in config.option.markexpr
+    hypothesis.settings.load_profile("quick" if quick else "all")
     if config.getoption("--backend"):
         _oracle.BACKENDS = tuple(config.getoption("--backend"))
+    elif not quick and not torch.cuda.is_available() and _simulated.POSSIBLE:
+        _oracle.BACKENDS += ("cuda",)
     if "triton" in _oracle.BACKENDS and not torch.cuda.is_available():
         _interpreter.mend_bfloat16()
         _interpreter.prepare_once()
+    if "cuda" in _oracle.BACKENDS and not torch.cuda.is_available():
+        _simulated.install()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -74,15 +91,25 @@ SAME_KERNEL = {
 }  # fmt: skip
 
 
+ON_LOGITS = {"soft_cross_entropy", "kl_div", "jsd", "tvd"}  # what csrc has kernels for
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the interpreter not everything is worth its time."""
     if torch.cuda.is_available():
         return
     kept, dropped = [], []
     for item in items:
-        interpreted = hasattr(item, "callspec") and item.callspec.params.get("backend") == "triton"
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        interpreted = backend == "triton"
+        if backend == "cuda":
+            item.add_marker(pytest.mark.slow)
+            other = getattr(item.callspec.params.get("op"), "name", "kl_div") not in ON_LOGITS
+            if other or any(name in item.name for name in SLOW_INTERPRETED):
+                dropped.append(item)
+                continue
         # What is allocated is a question for a GPU: the interpreter's arrays are not PyTorch's.
-        if interpreted and item.module.__name__ == "test_memory":
+        if backend in ("triton", "cuda") and item.module.__name__ == "test_memory":
             dropped.append(item)
             continue
         if interpreted:

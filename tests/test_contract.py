@@ -789,8 +789,8 @@ BAD_REDUCTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_items": 2.5}, TypeError, r"^num_items is float; it should be an int or a 0-d tensor"),
     ({"num_items": True}, TypeError, r"^num_items is bool; it should be an int or a 0-d tensor"),
     ({"num_items": torch.ones(2)}, ValueError, r"^num_items has shape \(2,\); it should be a 0-d tensor or an int"),
-    ({"backend": "gpu"}, ValueError, r"^backend is 'gpu'.*it should be 'auto', 'reference', 'torch' or 'triton'"),
-    ({"backend": None}, ValueError, r"^backend is None.*it should be 'auto', 'reference', 'torch' or 'triton'"),
+    ({"backend": "gpu"}, ValueError, r"^backend is 'gpu'.*should be 'auto', 'reference', 'torch', 'triton' or 'cuda'"),
+    ({"backend": None}, ValueError, r"^backend is None.*should be 'auto', 'reference', 'torch', 'triton' or 'cuda'"),
 ]
 
 

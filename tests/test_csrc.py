@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _simulated
 import pytest
 import torch
-from _oracle import Outcome, assert_accurate, assert_same, errors, evaluate, in_float64
+from _cases import LOGITS_OPS, Op
+from _oracle import Outcome, assert_accurate, assert_same, cast, errors, evaluate, in_float64
+from _simulated import DTYPES, Call, compile_simulation, once, plan, strides_of
 from torch import Tensor
 
+import fastdistill
 from fastdistill import cuda, reference
+from fastdistill.functional import explain_backends, pick_backend
 
-pytestmark = pytest.mark.skipif(
-    cuda.nvcc() is None or shutil.which("g++") is None, reason="csrc is built with nvcc and g++, and one is missing"
-)
+pytestmark = pytest.mark.skipif(not _simulated.POSSIBLE, reason="csrc is built with nvcc and g++, and one is missing")
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "--warn-on-spills,-v")
 KINDS = {
     "soft_cross_entropy": (reference.soft_cross_entropy, {}),
@@ -33,15 +33,6 @@ KINDS = {
     "jsd": (reference.jsd, {"beta": 0.3}),
     "tvd": (reference.tvd, {}),
 }
-
-
-def once(path: Path, make: Callable[[Path], Any]) -> Path:
-    """What the workers of a test run share is made by the first that needs it."""
-    with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            make(path)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -53,51 +44,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- The simulated cluster -------------------------------------------------------------------------------------
 
 
-class Rows(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("inner", "outer_stride", "inner_stride")]
-
-
-class Call(ctypes.Structure):  # launch.h
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "student", "teacher", "labels", "counted", "weight", "expected", "loss", "gradient",
-        )),
-        ("student_rows", Rows), ("teacher_rows", Rows),
-        *((name, ctypes.c_int64) for name in ("count", "width", "classes")),
-        *((name, ctypes.c_float) for name in (
-            "temperature", "beta", "soft_weight", "hard_weight", "student_softcap", "teacher_softcap",
-        )),
-    ]  # fmt: skip
-
-
-def compile_simulation(path: Path, sources: Path = cuda.SOURCES) -> None:
-    include = Path(str(cuda.nvcc())).resolve().parent.parent / "include"
-    if not (include / "cuda_bf16.h").exists():
-        include = next(Path("/usr/local").glob("cuda*/include"))
-    flags = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-    command = ["g++", *flags, "-fPIC", "-shared", "-isystem", include, sources / "simulate.cpp", "-o", path]
-    subprocess.run(command, check=True)
-
-
 @pytest.fixture(scope="session")
-def simulator(shared: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(once(shared / "simulate.so", compile_simulation)))
-
-
-def strides_of(simulator: ctypes.CDLL, x: Tensor) -> Rows | None:
-    def array(values: tuple[int, ...]) -> Any:
-        return (ctypes.c_int64 * len(values))(*values)
-
-    out = array((0, 0, 0))
-    return Rows(*out) if simulator.two_strides(array(x.shape), array(x.stride()), x.dim(), out) else None
-
-
-def plan(
-    simulator: ctypes.CDLL, classes: int, size: int, aligned: bool = True, cluster: int = 16, shared: int = 232448
-) -> tuple[bool, int, int, int]:
-    out = (ctypes.c_int * 4)()
-    simulator.plan_of(ctypes.c_int64(classes), size, int(aligned), cluster, shared, out)
-    return bool(out[0]), out[1], out[2], out[3]
+def simulator() -> ctypes.CDLL:
+    return _simulated.simulator()
 
 
 def simulate(
@@ -566,6 +515,71 @@ def test_the_binary_registers_its_op(shared: Path, kernels: Any, tmp_path: Path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert "Tensor(a!) loss" in run.stdout
     assert run.stdout.rstrip().endswith("True")
+
+
+# -- As a backend ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unavailable", cuda.unavailable)  # as they are, again at the end
+    monkeypatch.setattr(cuda, "library", cuda.library)
+    _simulated.install()
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("op", LOGITS_OPS, ids=str)
+def test_public_functions(op: Op) -> None:
+    """The contract's own tests run with it in `make test-all`."""
+    for dtype in DTYPES:
+        inputs = cast(op.make(), dtype)
+        op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend="cuda")
+        rows = inputs["student_logits"].shape[:-1]
+        upstream = torch.linspace(0.5, 2, rows.numel()).reshape(rows)
+        op.assert_accurate(inputs, backend="cuda", reduction="none", upstream=upstream)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which backend is there is found out, files looked for, while the compiler looks on."""
+    monkeypatch.setattr(cuda, "unavailable", lambda device: str(tmp_path) if (tmp_path / "x").exists() else None)
+    inputs = logits(5, 100, torch.float32)
+
+    def loss(**x: Tensor) -> Tensor:
+        return fastdistill.jsd(**x, backend="cuda")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_same(*(evaluate(f, inputs, ["student_logits"]) for f in (compiled, loss)), within=1e-6)
+
+
+def test_what_it_cannot_run_is_refused(simulated: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, wide = logits(2, 5, torch.bfloat16), logits(2, 5, torch.float64)
+    with pytest.raises(ValueError, match=r"^backend is 'cuda', but its logits are float32, .* not torch.float64 and"):
+        fastdistill.kl_div(**wide, backend="cuda")
+    with pytest.raises(ValueError, match=r"not torch.bfloat16 and torch.float64; use backend='auto' or 'torch'$"):
+        fastdistill.kl_div(narrow["student_logits"], wide["teacher_logits"], backend="cuda")
+    with pytest.raises(ValueError, match=r"^backend is 'cuda', but csrc has kernels for the losses on logits only"):
+        fastdistill.linear_mse(*torch.randn(2, 3, 3), torch.randn(3, 3), backend="cuda")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"^backend is 'cuda', but its kernels run on NVIDIA GPUs, not on cpu"):
+        fastdistill.kl_div(**narrow, backend="cuda")
+
+
+def test_where_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, alike, mixed = torch.device("cuda:0"), (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    picked = [pick_backend("auto", card, logits) for logits in (alike, mixed, ())]
+    assert picked == ["cuda", "triton", "triton"]
+    assert {row[1] for row in explain_backends(card) if row[0] in ("soft_cross_entropy", "kl_div", "jsd", "tvd")} == {
+        "cuda"
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert pick_backend("auto", card, alike) == "triton"
+    assert pick_backend("cuda", card, alike) == "cuda"
+    monkeypatch.setattr(cuda, "unavailable", lambda device: "there is no nvcc")
+    assert pick_backend("auto", card, alike) == "triton"
+    assert "not cuda: there is no nvcc" in {op: why for op, _, why in explain_backends(card)}["kl_div"]
 
 
 # -- On a card -------------------------------------------------------------------------------------------------

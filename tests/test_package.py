@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastdistill
+from fastdistill import cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +111,7 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "fastdistill").rglob("*.py")}
     expected |= {f"fastdistill/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
     assert {"fastdistill/py.typed", "fastdistill/kernels/__init__.py"} <= set(names)
+    expected |= {f"fastdistill/csrc/{name}" for name in (*cuda.UNITS, *cuda.HEADERS)}
     assert expected <= set(names)
     # It imports where the repository is not.
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastdistill.kernels as k; print(k.__file__)"

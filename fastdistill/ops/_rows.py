@@ -309,7 +309,7 @@ def differentiable(
         if gradient is None:
             run = op if _common.traced() else function
             _, gradient = run(*inputs, grad_loss, True, *ctx.options)
-        elif ctx.options[-1] == "triton":
+        elif ctx.options[-1] in ("triton", "cuda"):
             update(gradient, ctx.weight, *inputs, grad_loss, *ctx.options)
         elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
             grad_loss = grad_loss if ctx.weight is None else grad_loss / ctx.weight
@@ -337,6 +337,6 @@ def gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: s
     """
     if _common.traced() or not (torch.is_grad_enabled() and student.requires_grad):
         return None, False
-    if row_gradient is None if backend == "triton" else _common.narrow(student):
+    if row_gradient is None if backend in ("triton", "cuda") else _common.narrow(student):
         return None, False
     return None if row_gradient is None else row_gradient.expand(student.shape[:-1].numel()), True

@@ -176,11 +176,11 @@ def _forward(
     teacher_softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
-    if backend == "triton":
+    if backend in ("triton", "cuda"):
         loss, d_student = _fake(student, teacher, labels, counted, weight, needs_gradient)
         _launch(
             loss, d_student if needs_gradient else None, None, student, teacher, labels, counted, weight, kind,
-            temperature, beta, soft_weight, hard_weight, classes, student_softcap, teacher_softcap,
+            temperature, beta, soft_weight, hard_weight, classes, student_softcap, teacher_softcap, backend,
         )  # fmt: skip
         return loss, d_student
     return row_losses(
@@ -192,7 +192,7 @@ def _forward(
 
 def _update(gradient: Tensor, expected: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> None:
     loss, _ = _fake(student, teacher, None, None, None, False)
-    _launch(loss, gradient, expected, student, teacher, *rest[:-1])
+    _launch(loss, gradient, expected, student, teacher, *rest)
 
 
 def _launch(
@@ -212,8 +212,13 @@ def _launch(
     classes: int,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    backend: str,
 ) -> None:
-    from fastdistill.kernels import logits as kernels
+    kernels: Any
+    if backend == "cuda":
+        from fastdistill import cuda as kernels
+    else:
+        from fastdistill.kernels import logits as kernels  # type: ignore[no-redef]
 
     labels = checked_labels(labels, counted, classes)
     # A mask like m[:, :1] and the gradient of a sum have strides of their own.
