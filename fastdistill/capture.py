@@ -2,7 +2,7 @@
 
 transformers dispatches attention by name, and keyword arguments of `model.forward` reach the function behind the
 name. The one registered here as "fastdistill" calls the ordinary SDPA path, with its bits, and hands the query and
-the key it was called with to a sink that `capture` puts into the forward call.
+the key it was called with, and the value if it is asked for, to a sink that `capture` puts into the forward call.
 
     with capturable(model):
         states = capture(model, batch, hidden=[0, 2, 4], attention=[2, 4])
@@ -44,6 +44,7 @@ class LayerAttention:
     key_mask: Tensor | None  # (B, S) bool, True = may be attended
     attn_mask: Tensor | None  # (B, 1 or H, L, S) bool, True = may be attended
     is_causal: bool
+    value: Tensor | None = None  # (B, H_kv, S, D_v), where it was asked for
 
 
 @dataclass
@@ -61,12 +62,15 @@ class _Sink:
     Recomputation under activation checkpointing calls again, in backward, and counts on past the last layer.
     """
 
-    def __init__(self, wanted: Collection[int]) -> None:
+    def __init__(self, wanted: Collection[int], values: bool) -> None:
         self.wanted = wanted
+        self.values = values
         self.calls = 0
         self.layers: dict[int, LayerAttention] = {}
 
-    def add(self, query: Tensor, key: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> None:
+    def add(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, is_causal: bool
+    ) -> None:
         self.calls += 1
         if self.calls in self.wanted:
             is_padding = mask is not None and _is_padding(mask)
@@ -77,6 +81,7 @@ class _Sink:
                 key_mask=mask[:, 0, 0] if mask is not None and is_padding else None,
                 attn_mask=None if is_padding else mask,
                 is_causal=is_causal,
+                value=value if self.values else None,
             )
 
 
@@ -107,7 +112,7 @@ def _capturing_attention(
     causal = bool(causal and query.shape[2] > 1 and (attention_mask is None or is_padding))
     if fastdistill_sink is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        fastdistill_sink.add(query, key, scale, attention_mask, causal)
+        fastdistill_sink.add(query, key, value, scale, attention_mask, causal)
     if causal and attention_mask is not None:  # SDPA takes is_causal or a mask, not both
         shape = (query.shape[2], key.shape[2])
         attention_mask = attention_mask & torch.ones(shape, dtype=torch.bool, device=query.device).tril()
@@ -197,6 +202,7 @@ def capture(
     *,
     hidden: Collection[int] = (),
     attention: Collection[int] = (),
+    values: bool = False,
 ) -> States:
     """Run `model` once and return the hidden states and attention layers asked for. Only those are kept.
 
@@ -209,6 +215,7 @@ def capture(
         hidden: indices from 0, the embedding output, to the number of layers. The last one comes after the final
             norm on models that have one.
         attention: layers, from 1. Needs `with capturable(model):` around.
+        values: keep the values of those layers as well.
 
     Raises:
         ValueError: an index out of range, `attention` outside `capturable`, reentrant activation checkpointing, or
@@ -227,7 +234,7 @@ def capture(
             raise ValueError(f"capture of attention needs `with capturable(model):` around it ({type(model).__name__})")
         if model.training and torch.is_grad_enabled():
             refuse_reentrant_checkpointing(model)
-        sink = arguments["fastdistill_sink"] = _Sink(frozenset(attention))
+        sink = arguments["fastdistill_sink"] = _Sink(frozenset(attention), values)
     if hidden:
         arguments["output_hidden_states"] = sorted(hidden)
     if getattr(model.config, "use_cache", False):

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except (ValueError, OSError) as error:  # what the library raises for bad input; anything else is a bug
         message = " ".join(str(error).split())
-        for python, flag in (("overwrite=True", "--overwrite"), ("resume=True", "--resume")):
+        flags = {"overwrite=True": "--overwrite", "resume=True": "--resume", 'method="minilmv2"': "--method minilmv2"}
+        for python, flag in flags.items():
             message = message.replace(f"pass {python}", f"use {flag}").replace(python, flag)
         print(f"fastdistill {arguments.command}: error: {message}", file=sys.stderr)
         return 2
@@ -97,12 +98,22 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="train on these rows: what augment wrote, or a tsv like the task's own",
     )
-    _objective(task)
-    task.add_argument("--temperature", type=float, default=1.0, help="of the prediction stage (default: %(default)s)")
+    _objective(task, prediction=True)
+    task.add_argument("--temperature", type=float, default=1.0, help="of predictions (default: %(default)s)")
     task.add_argument("--intermediate-epochs", type=float, help="default: the published recipe's for the task; 0: skip")
     task.add_argument("--intermediate-learning-rate", type=float, help="default: the published recipe's")
-    task.add_argument("--prediction-epochs", type=float, help="default: the published recipe's")
+    task.add_argument(
+        "--prediction-epochs",
+        type=float,
+        help="default: the published recipe's; 0: skip, with prediction among --terms",
+    )
     task.add_argument("--prediction-learning-rate", type=float, help="default: the published recipe's")
+    task.add_argument(
+        "--labels",
+        choices=("teacher", "gold"),
+        default="teacher",
+        help="of the prediction stage: the teacher's predictions, or the gold labels alone (default: %(default)s)",
+    )
     task.add_argument("--batch-size", type=int, help="of each process; default: the published recipe's")
     _seeds(task)
     _common(task)
@@ -163,7 +174,13 @@ def _layer_map_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _objective(parser: argparse.ArgumentParser) -> None:
+def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> None:
+    parser.add_argument(
+        "--method",
+        choices=("tinybert", "minilm", "minilmv2"),
+        default="tinybert",
+        help="what inner losses compare (default: %(default)s)",
+    )
     _layer_map_option(parser)
     parser.add_argument(
         "--projection",
@@ -174,13 +191,18 @@ def _objective(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parity", choices=("masked", "official"), default="masked", help="padding never counts, or as published"
     )
+    terms = ["embedding", "hidden", "attention", "query_relation", "key_relation", "value_relation"]
     parser.add_argument(
         "--terms",
         nargs="+",
-        choices=("embedding", "hidden", "attention"),
-        default=("embedding", "hidden", "attention"),
-        help="inner losses (default: all three)",
+        choices=[*terms, "prediction"] if prediction else terms,
+        metavar="TERM",
+        help="inner losses: embedding, hidden, attention of tinybert; attention, value_relation of minilm; "
+        "query_relation, key_relation, value_relation of minilmv2 (default: all)"
+        + ("; and prediction, in the same stage" if prediction else ""),
     )
+    parser.add_argument("--teacher-layer", type=int, help="of minilm and minilmv2, from 1 (default: the last)")
+    parser.add_argument("--relation-heads", type=int, help="of minilmv2 (default: 48)")
 
 
 def _schedule(
@@ -225,6 +247,18 @@ def _layer_map(text: str) -> str | list[int | None]:
         raise ValueError(f"--layer-map is {text!r}; a list looks like 0,3,6,-,12 with - for none") from None
 
 
+def _objective_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `Objective` takes for the inner losses, and what the method does not have is refused at once."""
+    from fastdistill.objective import check_method_options, resolve_terms
+
+    own = {name: getattr(arguments, name) for name in ("parity", "teacher_layer", "relation_heads")}
+    check_method_options(arguments.method, **own)
+    if arguments.method == "tinybert":  # else --layer-map only says which layers a new student starts from
+        own["layer_map"] = _layer_map(arguments.layer_map)
+    terms = resolve_terms(arguments.method, arguments.terms)
+    return {"method": arguments.method, "terms": terms, "projection": arguments.projection, **own}
+
+
 def _training_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {"bf16": arguments.bf16, "max_steps": arguments.max_steps, "report_to": "none"}
     return options
@@ -243,6 +277,7 @@ def _general(arguments: argparse.Namespace) -> None:
     from fastdistill.outputs import check
     from fastdistill.stages import GeneralStage, pack_corpus
 
+    objective = _objective_options(arguments)
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModel", arguments.trust_remote_code)
     corpus = pack_corpus(arguments.corpus, tokenizer, arguments.max_length)
@@ -253,10 +288,7 @@ def _general(arguments: argparse.Namespace) -> None:
             epochs=arguments.epochs,
             batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
-            terms=arguments.terms,
-            layer_map=_layer_map(arguments.layer_map),
-            projection=arguments.projection,
-            parity=arguments.parity,
+            **objective,
             projections=_projections(arguments.student, work),
             seed=arguments.seed,
             arguments=_training_arguments(arguments),
@@ -292,10 +324,13 @@ def _augment(arguments: argparse.Namespace) -> None:
 def _task(arguments: argparse.Namespace) -> None:
     from fastdistill import tasks
     from fastdistill.augment import read_augmented
+    from fastdistill.finetune import finetune
     from fastdistill.outputs import check
     from fastdistill.stages import IntermediateStage, PredictionStage, add_teacher_logits
 
     task = _named_task(arguments, "train")
+    objective = _objective_options(arguments)
+    _check_stages(arguments, task, objective["terms"])
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModelForSequenceClassification", arguments.trust_remote_code)
     tasks.check_labels(task, teacher.config)
@@ -308,42 +343,50 @@ def _task(arguments: argparse.Namespace) -> None:
         student = _student(arguments, arguments.student, teacher, tokenizer, train, seed, Path(scratch))
         epochs = arguments.intermediate_epochs
         epochs = task.intermediate_epochs if epochs is None else epochs
-        if epochs > 0:
-            student = IntermediateStage(
+
+        def distil(seed: int, folder: Path) -> Any:
+            stage = IntermediateStage(
                 dataset=train,
                 epochs=epochs,
                 batch_size=batch_size,
                 learning_rate=arguments.intermediate_learning_rate or task.intermediate_learning_rate,
-                terms=arguments.terms,
-                layer_map=_layer_map(arguments.layer_map),
-                projection=arguments.projection,
-                parity=arguments.parity,
-                projections=_projections(arguments.student, scratch),
-                seed=seed,
-                arguments=_training_arguments(arguments),
-            ).run(student, teacher, tokenizer, work / "intermediate", resume=True)
-        start = {name: x.clone() for name, x in student.state_dict().items()}
-        if not task.is_regression:
-            train = add_teacher_logits(train, teacher, tokenizer)
-        elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
-            train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
-        epochs = arguments.prediction_epochs
-
-        def predict(seed: int, folder: Path) -> Any:
-            student.load_state_dict(start)
-            stage = PredictionStage(
-                dataset=train,
-                epochs=task.prediction_epochs if epochs is None else epochs,
-                batch_size=batch_size,
-                learning_rate=arguments.prediction_learning_rate or task.prediction_learning_rate,
-                parity=arguments.parity,
+                **objective,
                 temperature=arguments.temperature,
+                projections=_projections(arguments.student, scratch),
                 seed=seed,
                 arguments=_training_arguments(arguments),
             )
             return stage.run(student, teacher, tokenizer, folder, resume=True)
 
-        _over_seeds(task, arguments, tokenizer, work, predict)
+        has_prediction_stage = arguments.prediction_epochs != 0
+        if epochs > 0 and has_prediction_stage:
+            distil(seed, work / "intermediate")
+        start = {name: x.clone() for name, x in student.state_dict().items()}
+        if not task.is_regression:
+            if has_prediction_stage and arguments.labels == "teacher":
+                train = add_teacher_logits(train, teacher, tokenizer)
+        elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
+            train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
+
+        def train_last(seed: int, folder: Path) -> Any:
+            student.load_state_dict(start)
+            if not has_prediction_stage:
+                return distil(seed, folder)
+            schedule: dict[str, Any] = {
+                "epochs": arguments.prediction_epochs or task.prediction_epochs,
+                "batch_size": batch_size,
+                "learning_rate": arguments.prediction_learning_rate or task.prediction_learning_rate,
+                "seed": seed,
+                "arguments": _training_arguments(arguments),
+            }
+            if arguments.labels == "gold":
+                return finetune(student, train, tokenizer, folder, **schedule, resume=True)
+            stage = PredictionStage(
+                dataset=train, **schedule, parity=arguments.parity, temperature=arguments.temperature
+            )
+            return stage.run(student, teacher, tokenizer, folder, resume=True)
+
+        _over_seeds(task, arguments, tokenizer, work, train_last)
     print(f"wrote {arguments.output}")
 
 
@@ -452,6 +495,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _check_stages(arguments: argparse.Namespace, task: Any, terms: Sequence[str]) -> None:
+    """ValueError where no stage of `task` would train the head, or one on labels that are not there."""
+    if arguments.prediction_epochs == 0:
+        if "prediction" not in terms or arguments.intermediate_epochs == 0:
+            raise ValueError(
+                "--prediction-epochs is 0, and nothing else trains the head of the student; add prediction to --terms, "
+                "and leave --intermediate-epochs above 0"
+            )
+        if arguments.labels == "gold":
+            raise ValueError("--labels gold is for the prediction stage, which --prediction-epochs 0 leaves out")
+    if "prediction" in terms and task.is_regression and arguments.augmented:
+        raise ValueError(
+            f"--terms prediction learns the gold scores of {task.name}, which changed words change; leave out "
+            "--augmented, or prediction"
+        )
+
+
 def _whole_output(arguments: argparse.Namespace) -> AbstractContextManager[Path]:
     from fastdistill.outputs import whole_output
 
@@ -526,8 +586,7 @@ def _student(
     layer_map = _layer_map(arguments.layer_map)
     weight = init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
     if work is not None:
-        options = {"terms": arguments.terms, "layer_map": layer_map, "projection": arguments.projection}
-        save_projections(student, teacher, weight, work, **options)
+        save_projections(student, teacher, weight, work, **_objective_options(arguments))
     return student
 
 

@@ -425,8 +425,8 @@ def attention_kl(
 
     The item is a query row (b, h, i) with at least one allowed key; its loss is
     `KL(softmax(teacher scores) || softmax(student scores))` over the allowed keys. This is MiniLM's attention
-    transfer (arXiv 2002.10957, equation 1); with values in place of queries and keys it is MiniLM's value relation
-    (equation 3), and heads re-split by reshaping first make it MiniLMv2's (arXiv 2012.15828). Time is L x S, memory
+    transfer (arXiv 2002.10957, equation 6); with values in place of queries and keys it is MiniLM's value relation
+    (equation 9), and heads re-split by reshaping first make it MiniLMv2's (arXiv 2012.15828). Time is L x S, memory
     linear in L and S.
 
     Args:

@@ -1,12 +1,14 @@
 """The losses between a student and its teacher: a layer map, the projections it needs, and one dict of losses.
 
-TinyBERT's terms (arXiv 1909.10351, equations 7 to 11), all with weight 1:
+`method` says which; all terms have weight 1. "tinybert" (arXiv 1909.10351, equations 7 to 11):
 
 - `embedding`: MSE between the projected student embedding output and the teacher's;
 - `hidden`: the same for the outputs of the mapped layers, summed over layers;
 - `attention`: MSE between attention scores before the softmax, summed over layers;
 - `prediction`: cross-entropy against the teacher's softened prediction, or for a regression the MSE against the
   gold score.
+
+"minilm" and "minilmv2" have the terms of `fastdistill.minilm` in place of the first three.
 """
 
 from __future__ import annotations
@@ -22,13 +24,43 @@ from torch import Tensor, nn
 
 from fastdistill.capture import LayerAttention, States
 from fastdistill.functional import attention_mse, linear_mse, soft_cross_entropy
+from fastdistill.minilm import RELATIONS, check_relation_heads, relation_losses
 
-__all__ = ["PROJECTIONS_NAME", "SETTINGS_NAME", "TERMS", "Objective", "resolve_layer_map"]
+__all__ = [
+    "METHODS",
+    "PROJECTIONS_NAME",
+    "SETTINGS_NAME",
+    "TERMS",
+    "Objective",
+    "check_method_options",
+    "resolve_layer_map",
+    "resolve_terms",
+]
 
 TERMS = ("embedding", "hidden", "attention", "prediction")
 INNER_TERMS = TERMS[:3]
+METHODS: dict[str, tuple[str, ...]] = {  # and its inner terms
+    "tinybert": INNER_TERMS,
+    "minilm": ("attention", "value_relation"),
+    "minilmv2": ("query_relation", "key_relation", "value_relation"),
+}
 PROJECTIONS_NAME = "projections.safetensors"
 SETTINGS_NAME = "objective.json"
+
+
+def resolve_terms(method: str, terms: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The terms, in the order they are computed; None: all inner terms of the method.
+
+    Raises ValueError for an unknown method, and for terms that it does not have.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; it should be one of {tuple(METHODS)}")
+    known = (*METHODS[method], "prediction")
+    if terms is None:
+        return METHODS[method]
+    if not terms or isinstance(terms, str) or any(term not in known for term in terms):
+        raise ValueError(f"terms is {terms!r}; it should be a sequence out of {known}, those of method {method!r}")
+    return tuple(term for term in known if term in terms)
 
 
 def resolve_layer_map(
@@ -86,15 +118,21 @@ class Objective(nn.Module):
     Args:
         student_config, teacher_config: transformers configs, for depths, widths and head counts. The teacher's may
             be None when `terms` is ("prediction",).
-        terms: which of "embedding", "hidden", "attention", "prediction" to compute.
-        layer_map: see `resolve_layer_map`. Attention layer i learns from the same teacher layer as hidden state i.
+        method: what the inner terms compare: "tinybert", "minilm" or "minilmv2".
+        terms: which to compute: of the method's inner terms (`METHODS`; None: all of them) and "prediction".
+        layer_map: of "tinybert", whose default is "uniform"; see `resolve_layer_map`. Attention layer i learns from
+            the same teacher layer as hidden state i.
         projection: "shared", one Linear with bias for all hidden states as published, or "per_layer".
-        parity: "masked": padding never counts. "official": as the published code computes it, padding counted in
-            the denominators of the inner terms, the prediction's mean taken over rows and classes.
+        parity: "masked": padding never counts. "official": as TinyBERT's published code computes it, padding counted
+            in the denominators of the inner terms, the prediction's mean taken over rows and classes.
         temperature: of the prediction term; no factor temperature^2.
+        teacher_layer: of "minilm" and "minilmv2": the layer, from 1, that the student's last one learns from; None:
+            the last.
+        relation_heads: of "minilmv2"; None: `fastdistill.minilm.RELATION_HEADS`.
 
     Raises:
-        ValueError: an unknown option, a layer map that does not fit, another number of heads (attention).
+        ValueError: an unknown option, one that the method does not have, a layer map or a number of relation heads
+            that does not fit, another number of heads (attention).
     """
 
     def __init__(
@@ -102,38 +140,54 @@ class Objective(nn.Module):
         student_config: Any,
         teacher_config: Any = None,
         *,
-        terms: Sequence[str] = INNER_TERMS,
-        layer_map: str | Sequence[int | None] = "uniform",
+        method: str = "tinybert",
+        terms: Sequence[str] | None = None,
+        layer_map: str | Sequence[int | None] | None = None,
         projection: str = "shared",
         parity: str = "masked",
         temperature: float = 1.0,
+        teacher_layer: int | None = None,
+        relation_heads: int | None = None,
     ) -> None:
         super().__init__()
-        unknown = [term for term in terms if term not in TERMS]
-        if unknown or not terms or isinstance(terms, str):
-            raise ValueError(f"terms is {terms!r}; it should be a sequence out of {TERMS}")
+        self.terms = resolve_terms(method, terms)
         if projection not in ("shared", "per_layer"):
             raise ValueError(f"projection is {projection!r}; it should be 'shared' or 'per_layer'")
         if parity not in ("masked", "official"):
             raise ValueError(f"parity is {parity!r}; it should be 'masked' or 'official'")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it should be above 0")
-        self.terms = tuple(term for term in TERMS if term in terms)
+        check_method_options(
+            method, layer_map=layer_map, parity=parity, teacher_layer=teacher_layer, relation_heads=relation_heads
+        )
+        self.method = method
         self.projection = projection
         self.parity = parity
         self.temperature = float(temperature)
-        self.is_regression = "prediction" in terms and _is_regression(student_config)
+        self.teacher_layer = teacher_layer
+        self.relation_heads = relation_heads
+        self.is_regression = "prediction" in self.terms and _is_regression(student_config)
         self.layer_map: tuple[int | None, ...] = ()
         self.projections = nn.ModuleDict()
-        inner = [term for term in self.terms if term in INNER_TERMS]
+        inner = [term for term in self.terms if term != "prediction"]
         if not inner:
             return
         if teacher_config is None:
             raise ValueError(f"teacher_config is None; the terms {inner} need a teacher")
 
-        self.layer_map = resolve_layer_map(
-            layer_map, student_config.num_hidden_layers, teacher_config.num_hidden_layers
-        )
+        layers = student_config.num_hidden_layers, teacher_config.num_hidden_layers
+        if method != "tinybert":
+            target = layers[1] if teacher_layer is None else teacher_layer
+            if not 1 <= target <= layers[1]:
+                raise ValueError(f"teacher_layer is {teacher_layer}; it should be 1..{layers[1]}, the teacher's layers")
+            if method == "minilmv2":
+                self.relation_heads = check_relation_heads(student_config, teacher_config, relation_heads)
+            else:
+                _check_heads(student_config, teacher_config, "method 'minilm'")
+            self.teacher_layer = target
+            self.layer_map = (*[None] * layers[0], target)
+            return
+        self.layer_map = resolve_layer_map("uniform" if layer_map is None else layer_map, *layers)
         if "embedding" in inner and self.layer_map[0] is None:
             raise ValueError("layer_map[0] is None, so the embedding term has no target; leave it out of terms")
         if "attention" in inner:
@@ -144,14 +198,7 @@ class Objective(nn.Module):
                 self.projections[name] = nn.Linear(student_config.hidden_size, teacher_config.hidden_size)
 
     def _check_attention(self, student_config: Any, teacher_config: Any) -> None:
-        heads = (student_config.num_attention_heads, teacher_config.num_attention_heads)
-        if heads[0] != heads[1]:
-            raise ValueError(
-                f"the student has {heads[0]} attention heads, the teacher {heads[1]}; the attention term compares "
-                "them one to one. Give the student as many heads, leave 'attention' out of terms, or use relation "
-                "losses with re-split heads (fastdistill.attention_kl on queries and keys reshaped to a common "
-                "number of heads, as MiniLMv2 does)"
-            )
+        _check_heads(student_config, teacher_config, "the attention term", "leave 'attention' out of terms, ")
         if not self.attention:
             raise ValueError("layer_map maps no layer, so the attention term has no target; leave it out of terms")
         if 0 in self.attention.values():
@@ -173,10 +220,15 @@ class Objective(nn.Module):
 
     @property
     def attention(self) -> dict[int, int]:
-        """Student layer -> teacher layer, from 1, for the attention term."""
-        if "attention" not in self.terms:
+        """Student layer -> teacher layer, from 1, for the terms that compare attention layers."""
+        if not any(term in RELATIONS for term in self.terms):
             return {}
         return {i: target for i, target in enumerate(self.layer_map) if i > 0 and target is not None}
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the values of those layers are compared too."""
+        return "value_relation" in self.terms
 
     def _projection(self, index: int) -> nn.Linear:
         projection = self.projections["shared" if self.projection == "shared" else str(index)]
@@ -248,7 +300,10 @@ class Objective(nn.Module):
                 _add(losses, "embedding" if i == 0 else "hidden", loss)
             for i, target in self.attention.items():
                 layers = (student.attention[i], teacher.attention[target])
-                _add(losses, "attention", self._attention_loss(*layers, mask, tokens, pairs, causal_pairs))
+                if self.method == "tinybert":
+                    _add(losses, "attention", self._attention_loss(*layers, mask, tokens, pairs, causal_pairs))
+                else:
+                    losses.update(self._relation_losses(*layers, mask, tokens))
         if "prediction" in self.terms:
             if teacher_logits is None and teacher is not None:
                 teacher_logits = teacher.logits
@@ -265,10 +320,7 @@ class Objective(nn.Module):
         causal_pairs: Tensor | None,
     ) -> Tensor:
         batch, heads, length, _ = student.query.shape
-        is_causal = student.is_causal or teacher.is_causal
-        attn_mask = student.attn_mask
-        if teacher.attn_mask is not None:
-            attn_mask = teacher.attn_mask if attn_mask is None else attn_mask & teacher.attn_mask
+        is_causal, attn_mask = _shared_masks(student, teacher)
         num_items: int | Tensor | None
         share: float | Tensor = 1.0
         if self.parity == "official":
@@ -293,6 +345,21 @@ class Objective(nn.Module):
             is_causal=is_causal,
             attn_mask=attn_mask,
             num_items=num_items,
+        )
+
+    def _relation_losses(
+        self, student: LayerAttention, teacher: LayerAttention, mask: Tensor | None, tokens: Tensor | None
+    ) -> dict[str, Tensor]:
+        is_causal, attn_mask = _shared_masks(student, teacher)
+        return relation_losses(
+            [term for term in self.terms if term in RELATIONS],
+            student,
+            teacher,
+            relation_heads=self.relation_heads,
+            mask=mask,
+            is_causal=is_causal,
+            attn_mask=attn_mask,
+            tokens=tokens,
         )
 
     def _prediction_loss(
@@ -322,13 +389,16 @@ class Objective(nn.Module):
     # -- files ---------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the projections' weights, as plain values."""
+        """Everything but the projections' weights, as plain values: the arguments of an equal objective."""
         return {
+            "method": self.method,
             "terms": list(self.terms),
-            "layer_map": list(self.layer_map),
+            "layer_map": list(self.layer_map) if self.method == "tinybert" else None,
             "projection": self.projection,
             "parity": self.parity,
             "temperature": self.temperature,
+            "teacher_layer": self.teacher_layer,
+            "relation_heads": self.relation_heads,
         }
 
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -342,7 +412,8 @@ class Objective(nn.Module):
     def load_projections(self, folder: str | Path) -> None:
         """Read `projections.safetensors` written by an objective with the same layer map and projection.
 
-        Raises FileNotFoundError, and ValueError where the projections there are not those of this objective.
+        What this objective's terms do not use stays unread. Raises FileNotFoundError, and ValueError where a
+        projection of this objective is missing there or has another shape.
         """
         path = Path(folder) / PROJECTIONS_NAME
         if not path.is_file():
@@ -350,15 +421,56 @@ class Objective(nn.Module):
         saved = load_file(path)
         expected = {name: tuple(x.shape) for name, x in self.state_dict().items()}
         found = {name: tuple(x.shape) for name, x in saved.items()}
-        if found != expected:
+        if any(found.get(name) != shape for name, shape in expected.items()):
             raise ValueError(
-                f"{path} holds {found}; this objective has {expected}. Use the same layer map, projection and models"
+                f"{path} holds {found}; this objective has {expected}. Use the same layer map, projection and models, "
+                "and no terms that the earlier stage left out"
             )
-        self.load_state_dict(saved)
+        self.load_state_dict({name: saved[name] for name in expected})
 
 
 def _add(losses: dict[str, Tensor], term: str, loss: Tensor) -> None:
     losses[term] = losses[term] + loss if term in losses else loss
+
+
+def _shared_masks(student: LayerAttention, teacher: LayerAttention) -> tuple[bool, Tensor | None]:
+    """`is_causal` and `attn_mask` of the pairs that may attend each other on both sides."""
+    attn_mask = student.attn_mask
+    if teacher.attn_mask is not None:
+        attn_mask = teacher.attn_mask if attn_mask is None else attn_mask & teacher.attn_mask
+    return student.is_causal or teacher.is_causal, attn_mask
+
+
+def _check_heads(student_config: Any, teacher_config: Any, what: str, way_out: str = "") -> None:
+    heads = (student_config.num_attention_heads, teacher_config.num_attention_heads)
+    if heads[0] != heads[1]:
+        raise ValueError(
+            f"the student has {heads[0]} attention heads, the teacher {heads[1]}; {what} compares them one to one. "
+            f"Give the student as many heads, {way_out}or use "
+            'method="minilmv2", relation losses with re-split heads'
+        )
+
+
+def check_method_options(
+    method: str,
+    *,
+    layer_map: str | Sequence[int | None] | None = None,
+    parity: str = "masked",
+    teacher_layer: int | None = None,
+    relation_heads: int | None = None,
+) -> None:
+    """ValueError for an option of `Objective` that the method does not have."""
+    if method == "tinybert" and teacher_layer is not None:
+        raise ValueError(f"teacher_layer is {teacher_layer}; method 'tinybert' compares the layers that layer_map says")
+    if method != "minilmv2" and relation_heads is not None:
+        raise ValueError(f"relation_heads is {relation_heads}; method {method!r} has none, 'minilmv2' has")
+    if method != "tinybert" and layer_map is not None:
+        raise ValueError(
+            f"layer_map is {layer_map!r}; method {method!r} compares the student's last layer with one of the "
+            "teacher's: leave it out, and choose that layer with teacher_layer"
+        )
+    if method != "tinybert" and parity == "official":
+        raise ValueError(f"parity is 'official', which is TinyBERT's published code; method {method!r} has 'masked'")
 
 
 def _is_regression(config: Any) -> bool:

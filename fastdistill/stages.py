@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
 from fastdistill.capture import capture
-from fastdistill.objective import INNER_TERMS, Objective
+from fastdistill.objective import Objective
 from fastdistill.outputs import claim, last_checkpoint, replace, working_folder
 from fastdistill.trainer import DistillationTrainer, PaddingCollator, load_student
 
@@ -40,8 +40,10 @@ class _Stage(ABC):
     Attributes:
         epochs, batch_size (per process), learning_rate, warmup (share of the steps), scheduler, weight_decay (not
             on biases and norms): the schedule.
-        terms, layer_map, projection, parity, temperature: see `fastdistill.objective.Objective`.
-        projections: a folder written by an earlier stage, whose projections this one continues from.
+        method, terms, layer_map, projection, parity, temperature, teacher_layer, relation_heads: see
+            `fastdistill.objective.Objective`.
+        projections: a folder written by an earlier stage, whose projections this one continues from, as far as its
+            terms have any.
         seed: of shuffling, dropout and new projections.
         arguments: anything else transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"}, ...);
             it wins over the attributes here.
@@ -53,11 +55,14 @@ class _Stage(ABC):
     warmup: float = 0.0
     scheduler: str = "linear"
     weight_decay: float = 0.01
-    terms: Sequence[str]
-    layer_map: str | Sequence[int | None] = "uniform"
+    method: str = "tinybert"
+    terms: Sequence[str] | None
+    layer_map: str | Sequence[int | None] | None = None
     projection: str = "shared"
     parity: str = "masked"
     temperature: float = 1.0
+    teacher_layer: int | None = None
+    relation_heads: int | None = None
     projections: str | Path | None = None
     seed: int = 42
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -102,13 +107,16 @@ class _Stage(ABC):
         objective = Objective(
             student.config,
             None if teacher is None else teacher.config,
+            method=self.method,
             terms=self.terms,
             layer_map=self.layer_map,
             projection=self.projection,
             parity=self.parity,
             temperature=self.temperature,
+            teacher_layer=self.teacher_layer,
+            relation_heads=self.relation_heads,
         )
-        if self.projections is not None:
+        if self.projections is not None and len(objective.projections):
             objective.load_projections(self.projections)
         with args.main_process_first(desc="preparing the data"):
             dataset = self.prepare(tokenizer)
@@ -167,7 +175,7 @@ class GeneralStage(_Stage):
     batch_size: int = 256
     learning_rate: float = 5e-5
     warmup: float = 0.1
-    terms: Sequence[str] = INNER_TERMS
+    terms: Sequence[str] | None = None
 
     def prepare(self, tokenizer: Any) -> Dataset:
         return pack_corpus(self.corpus, tokenizer, self.max_length)
@@ -176,7 +184,7 @@ class GeneralStage(_Stage):
 @dataclass(kw_only=True)
 class IntermediateStage(_Stage):
     """Stage 2, first half: the same losses on the task's (augmented) text. Defaults: 20 epochs, batches of 32,
-    learning rate 5e-5, constant.
+    learning rate 5e-5, constant. With "prediction" among the terms it trains the head as well.
 
     Attributes:
         dataset: tokenised rows, as `fastdistill.tasks.tokenize` makes them.
@@ -187,7 +195,7 @@ class IntermediateStage(_Stage):
     batch_size: int = 32
     learning_rate: float = 5e-5
     scheduler: str = "constant"
-    terms: Sequence[str] = INNER_TERMS
+    terms: Sequence[str] | None = None
 
     def prepare(self, tokenizer: Any) -> Dataset:
         return add_length(self.dataset)
@@ -207,7 +215,7 @@ class PredictionStage(_Stage):
     batch_size: int = 32
     learning_rate: float = 3e-5
     warmup: float = 0.1
-    terms: Sequence[str] = field(default=("prediction",), init=False)
+    terms: Sequence[str] | None = field(default=("prediction",), init=False)
 
     def prepare(self, tokenizer: Any) -> Dataset:
         return add_length(self.dataset)

@@ -254,7 +254,7 @@ def save_projections(
 ) -> None:
     """Write what `init_from_teacher` returned, for a stage whose argument `projections` is this folder.
 
-    `options` are the stage's `terms`, `layer_map` and `projection`.
+    `options` are the stage's options of `Objective`: `method`, `terms`, `layer_map`, `projection` and so on.
     """
     objective = Objective(student.config, teacher.config, **options)
     for linear in objective.projections.values():

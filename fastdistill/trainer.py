@@ -102,6 +102,7 @@ class DistillationModel(nn.Module):
             batch,
             hidden=tuple(objective.hidden) if with_loss else (),
             attention=tuple(objective.attention) if with_loss else (),
+            values=objective.needs_values,
         )
         if not with_loss:
             return {"logits": states.logits}
@@ -207,6 +208,7 @@ class DistillationTrainer(ResumableTrainer):
                 inputs,
                 hidden=set(objective.hidden.values()),
                 attention=set(objective.attention.values()),
+                values=objective.needs_values,
             )
 
     def compute_loss(

@@ -167,6 +167,80 @@ class TestTask:
         assert not (tmp_path / "out").exists()
 
 
+class TestMethodsAndAblations:
+    @pytest.mark.parametrize(
+        ("method", "options"), [("minilm", ["--teacher-layer", 1]), ("minilmv2", ["--relation-heads", 4])]
+    )
+    def test_both_stages_take_the_method(self, files, tmp_path, method, options):
+        options = ("--method", method, "--batch-size", 16, *options)
+        assert cli.main(arguments(files, "general", tmp_path / "general", "--epochs", 1, *options)) == 0
+        stages = ("--intermediate-epochs", 1, "--prediction-epochs", 1)
+        argv = arguments(files, "task", tmp_path / "out", *stages, *options)
+        argv[argv.index("--student") + 1] = str(tmp_path / "general")
+        assert cli.main(argv) == 0
+        for folder in (tmp_path / "general", tmp_path / "out" / "intermediate"):
+            settings = json.loads((folder / "objective.json").read_text())
+            assert settings["method"] == method
+            assert settings[options[-2].strip("-").replace("-", "_")] == options[-1]
+            assert not (folder / "projections.safetensors").exists()
+
+    def test_attention_alone_goes_on_to_all_terms_and_back(self, files, tmp_path):
+        options = ("--max-steps", 2, "--batch-size", 8)
+        assert cli.main(arguments(files, "general", tmp_path / "attention", "--terms", "attention", *options)) == 0
+        for name, student, terms in (("all", "attention", []), ("again", "all", ["--terms", "attention"])):
+            argv = arguments(files, "general", tmp_path / name, *terms, *options)
+            argv[argv.index("--student") + 1] = str(tmp_path / student)
+            assert cli.main(argv) == 0
+            assert (tmp_path / name / "projections.safetensors").exists() == (name == "all")
+
+    def test_all_terms_in_one_stage(self, files, tmp_path):
+        terms = ("embedding", "hidden", "attention", "prediction")
+        options = ("--terms", *terms, "--intermediate-epochs", 4, "--prediction-epochs", 0, "--batch-size", 8)
+        options += ("--intermediate-learning-rate", 3e-3, "--seeds", 1, 2)
+        assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
+        results = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert list(results["seeds"]) == ["1", "2"]
+        assert not (tmp_path / "out" / "intermediate").exists()
+        assert json.loads((tmp_path / "out" / "objective.json").read_text())["terms"] == list(terms)
+        one, other = (
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "seeds" / seed) for seed in ("1", "2")
+        )
+        assert not torch.equal(one.classifier.weight, other.classifier.weight)  # it is trained
+
+    def test_gold_labels_train_as_finetune_does(self, files, tmp_path):
+        options = ("--init", "random", "--batch-size", 16)
+        task = ("--labels", "gold", "--intermediate-epochs", 0, "--prediction-epochs", 2)
+        task += ("--prediction-learning-rate", 1e-3)
+        assert cli.main(arguments(files, "task", tmp_path / "gold", *task, *options)) == 0
+        argv = arguments(files, "finetune", tmp_path / "plain", "--teacher", files / "teacher", *options)
+        argv[argv.index("--model") + 1] = str(files / "student.json")
+        assert cli.main([*argv, "--epochs", "2", "--learning-rate", "1e-3"]) == 0
+        one, other = (
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict()
+            for name in ("gold", "plain")
+        )
+        assert all(torch.equal(x, other[name]) for name, x in one.items())
+
+    def test_bad_combinations(self, files, tmp_path, capsys):
+        def line(*options, command="task"):
+            found = fails(capsys, arguments(files, command, tmp_path / "out", *options))
+            assert list(tmp_path.iterdir()) == []
+            return found
+
+        assert "add prediction to --terms" in line("--prediction-epochs", 0)
+        joint = ("--prediction-epochs", 0, "--terms", "attention", "prediction")
+        assert "leave --intermediate-epochs above 0" in line(*joint, "--intermediate-epochs", 0)
+        assert "--labels gold is for the prediction stage" in line(*joint, "--labels", "gold")
+        assert "those of method 'minilm'" in line("--method", "minilm", "--terms", "hidden")
+        assert "relation_heads is 4" in line("--relation-heads", 4, command="general")
+        assert "parity is 'official'" in line("--method", "minilm", "--parity", "official")
+        assert "invalid choice: 'prediction'" in line("--terms", "prediction", command="general")
+        (files / "wide.json").write_text(json.dumps({**STUDENT, "num_attention_heads": 2}))
+        argv = arguments(files, "general", tmp_path / "out", "--init", "random")
+        argv[argv.index("--student") + 1] = str(files / "wide.json")
+        assert "use --method minilmv2" in fails(capsys, argv)
+
+
 class TestFinetune:
     def test_teacher_and_student_without_distillation(self, files, tmp_path):
         options = ("--epochs", 8, "--learning-rate", 3e-3, "--batch-size", 16)

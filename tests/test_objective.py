@@ -402,11 +402,14 @@ def test_files_hold_settings_and_projections(tmp_path: Path) -> None:
     objective = Objective(*configs, projection="per_layer", layer_map=[0, 1, 4], terms=TERMS, temperature=2)
     objective.save(tmp_path)
     assert json.loads((tmp_path / "objective.json").read_text()) == {
+        "method": "tinybert",
         "terms": list(TERMS),
         "layer_map": [0, 1, 4],
         "projection": "per_layer",
         "parity": "masked",
         "temperature": 2.0,
+        "teacher_layer": None,
+        "relation_heads": None,
     }
     again = Objective(*configs, projection="per_layer", layer_map=[0, 1, 4])
     assert not torch.equal(again._projection(1).weight, objective._projection(1).weight)

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from fastdistill.objective import INNER_TERMS, Objective
+from fastdistill.objective import Objective
 from fastdistill.stages import (
     GeneralStage,
     IntermediateStage,
@@ -133,7 +133,7 @@ def test_defaults_are_the_published_recipe() -> None:
         (20, 32, 5e-5, 0.0, "constant", 0.01),
         (3, 32, 3e-5, 0.1, "linear", 0.01),
     ]
-    assert [tuple(s.terms) for s in stages] == [INNER_TERMS, INNER_TERMS, ("prediction",)]
+    assert [s.terms for s in stages] == [None, None, ("prediction",)]  # None: all inner terms
     assert stages[0].max_length == 128
 
 
