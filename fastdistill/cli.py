@@ -43,8 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- arguments ---------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Without abbreviations, which would take --batch-size, of one stage, for --batch-sizes, of another."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastdistill", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="fastdistill", description=__doc__.splitlines()[0])
     parser.description = "Distil Transformers: TinyBERT's stages on your data, and losses that stay low on memory."
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -102,20 +109,19 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--temperature", type=float, default=1.0, help="of predictions (default: %(default)s)")
     task.add_argument("--intermediate-epochs", type=float, help="default: the published recipe's for the task; 0: skip")
     task.add_argument("--intermediate-learning-rate", type=float, help="default: the published recipe's")
+    task.add_argument("--intermediate-batch-size", type=int, help="of each process; default: the published recipe's")
     task.add_argument(
         "--prediction-epochs",
         type=float,
         help="default: the published recipe's; 0: skip, with prediction among --terms",
     )
-    task.add_argument("--prediction-learning-rate", type=float, help="default: the published recipe's")
     task.add_argument(
         "--labels",
         choices=("teacher", "gold"),
         default="teacher",
         help="of the prediction stage: the teacher's predictions, or the gold labels alone (default: %(default)s)",
     )
-    task.add_argument("--batch-size", type=int, help="of each process; default: the published recipe's")
-    _seeds(task)
+    _grid(task)
     _common(task)
     _outputs(task)
     task.set_defaults(run=_task)
@@ -128,8 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--init", choices=("random", "teacher"), help="of a preset or config (default: teacher)")
     _layer_map_option(finetune)
     _data(finetune)
-    _schedule(finetune, epochs=3, batch_size=32, learning_rate=3e-5, seed=False)
-    _seeds(finetune)
+    finetune.add_argument("--epochs", type=float, default=3, help="default: %(default)s")
+    _grid(finetune, learning_rate=3e-5, batch_size=32)
+    _common(finetune)
     _outputs(finetune)
     finetune.set_defaults(run=_finetune)
 
@@ -148,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _TRUST = "run model code that a checkpoint brings along"
+_RECIPE = "the published recipe's"
 
 
 def _models(parser: argparse.ArgumentParser) -> None:
@@ -205,14 +213,11 @@ def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> 
     parser.add_argument("--relation-heads", type=int, help="of minilmv2 (default: 48)")
 
 
-def _schedule(
-    parser: argparse.ArgumentParser, epochs: float, batch_size: int, learning_rate: float, seed: bool = True
-) -> None:
+def _schedule(parser: argparse.ArgumentParser, epochs: float, batch_size: int, learning_rate: float) -> None:
     parser.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=batch_size, help="of each process (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
-    if seed:
-        parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
     _common(parser)
 
 
@@ -222,13 +227,31 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
 
 
-def _seeds(parser: argparse.ArgumentParser) -> None:
+def _grid(parser: argparse.ArgumentParser, learning_rate: float | None = None, batch_size: int | None = None) -> None:
+    """What the last training is searched over; None: the task knows."""
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=learning_rate and [learning_rate],
+        metavar="RATE",
+        help=f"of the last training (default: {learning_rate or _RECIPE}); of several the best on the dev sets is kept",
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=batch_size and [batch_size],
+        metavar="SIZE",
+        help=f"of the last training, in each process (default: {batch_size or _RECIPE})",
+    )
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         default=[42],
-        help="of the last training; with several, the output is the best on the dev set and all stay in seeds/",
+        metavar="SEED",
+        help="for each learning rate and batch size (default: 42); of several runs all stay in runs/",
     )
 
 
@@ -293,7 +316,7 @@ def _general(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             arguments=_training_arguments(arguments),
         ).run(student, teacher, tokenizer, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
-    print(f"wrote {arguments.output}")
+    _wrote(arguments)
 
 
 def _augment(arguments: argparse.Namespace) -> None:
@@ -326,17 +349,30 @@ def _task(arguments: argparse.Namespace) -> None:
     from fastdistill.augment import read_augmented
     from fastdistill.finetune import finetune
     from fastdistill.outputs import check
+    from fastdistill.search import check_grid
     from fastdistill.stages import IntermediateStage, PredictionStage, add_teacher_logits
 
     task = _named_task(arguments, "train")
     objective = _objective_options(arguments)
     _check_stages(arguments, task, objective["terms"])
+    has_prediction_stage = arguments.prediction_epochs != 0
+    intermediate = {
+        "learning_rate": arguments.intermediate_learning_rate or task.intermediate_learning_rate,
+        "batch_size": arguments.intermediate_batch_size or task.batch_size,
+    }
+    prediction = {"learning_rate": task.prediction_learning_rate, "batch_size": task.batch_size}
+    last = prediction if has_prediction_stage else intermediate
+    grid = {
+        "learning_rates": arguments.learning_rates or [last["learning_rate"]],
+        "batch_sizes": arguments.batch_sizes or [last["batch_size"]],
+        "seeds": arguments.seeds,
+    }
+    check_grid(**grid)
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModelForSequenceClassification", arguments.trust_remote_code)
     tasks.check_labels(task, teacher.config)
     train = read_augmented(task, arguments.augmented) if arguments.augmented else _split(task, "train", arguments)
     train = tasks.tokenize(task, train, tokenizer)
-    batch_size = arguments.batch_size or task.batch_size
 
     with _whole_output(arguments) as work, tempfile.TemporaryDirectory() as scratch:
         seed = arguments.seeds[0]
@@ -344,12 +380,12 @@ def _task(arguments: argparse.Namespace) -> None:
         epochs = arguments.intermediate_epochs
         epochs = task.intermediate_epochs if epochs is None else epochs
 
-        def distil(seed: int, folder: Path) -> Any:
+        def distil(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
             stage = IntermediateStage(
                 dataset=train,
                 epochs=epochs,
                 batch_size=batch_size,
-                learning_rate=arguments.intermediate_learning_rate or task.intermediate_learning_rate,
+                learning_rate=learning_rate,
                 **objective,
                 temperature=arguments.temperature,
                 projections=_projections(arguments.student, scratch),
@@ -358,9 +394,8 @@ def _task(arguments: argparse.Namespace) -> None:
             )
             return stage.run(student, teacher, tokenizer, folder, resume=True)
 
-        has_prediction_stage = arguments.prediction_epochs != 0
         if epochs > 0 and has_prediction_stage:
-            distil(seed, work / "intermediate")
+            distil(**intermediate, seed=seed, folder=work / "intermediate")
         start = {name: x.clone() for name, x in student.state_dict().items()}
         if not task.is_regression:
             if has_prediction_stage and arguments.labels == "teacher":
@@ -368,14 +403,14 @@ def _task(arguments: argparse.Namespace) -> None:
         elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
             train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
 
-        def train_last(seed: int, folder: Path) -> Any:
+        def train_last(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
             student.load_state_dict(start)
             if not has_prediction_stage:
-                return distil(seed, folder)
+                return distil(learning_rate, batch_size, seed, folder)
             schedule: dict[str, Any] = {
                 "epochs": arguments.prediction_epochs or task.prediction_epochs,
                 "batch_size": batch_size,
-                "learning_rate": arguments.prediction_learning_rate or task.prediction_learning_rate,
+                "learning_rate": learning_rate,
                 "seed": seed,
                 "arguments": _training_arguments(arguments),
             }
@@ -386,17 +421,22 @@ def _task(arguments: argparse.Namespace) -> None:
             )
             return stage.run(student, teacher, tokenizer, folder, resume=True)
 
-        _over_seeds(task, arguments, tokenizer, work, train_last)
-    print(f"wrote {arguments.output}")
+        _search(task, arguments, tokenizer, work, train_last, grid)
+    _wrote(arguments)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
+    import torch
+
     from fastdistill import tasks
     from fastdistill.finetune import finetune
     from fastdistill.outputs import check
+    from fastdistill.search import check_grid
     from fastdistill.students import build_student
 
     task = _named_task(arguments, "train")
+    grid = {name: getattr(arguments, name) for name in ("learning_rates", "batch_sizes", "seeds")}
+    check_grid(**grid)
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     if arguments.teacher is None and arguments.init is not None:
         raise ValueError("--init needs --teacher, whose weights it takes")
@@ -408,7 +448,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
     )
     train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
 
-    def fit(seed: int, folder: Path) -> Any:
+    def fit(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+        torch.manual_seed(seed)  # of the weights that no checkpoint brings
         if arguments.teacher:
             model = _student(arguments, arguments.model, source, tokenizer, train, seed)
         else:
@@ -419,16 +460,16 @@ def _finetune(arguments: argparse.Namespace) -> None:
             tokenizer,
             folder,
             epochs=arguments.epochs,
-            batch_size=arguments.batch_size,
-            learning_rate=arguments.learning_rate,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
             seed=seed,
             arguments=_training_arguments(arguments),
             resume=True,
         )
 
     with _whole_output(arguments) as work:
-        _over_seeds(task, arguments, tokenizer, work, fit)
-    print(f"wrote {arguments.output}")
+        _search(task, arguments, tokenizer, work, fit, grid)
+    _wrote(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -447,7 +488,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.against:
         (student, tokenizer), (teacher, _) = models
         figures[arguments.model]["speed_up"] = _speed_up(task, arguments, student, teacher, tokenizer)
-        figures[arguments.model]["kept"] = _score(figures[arguments.model]) / _score(figures[arguments.against])
+        scores = [tasks.mean_score(figures[name]["metrics"]) for name in names]
+        figures[arguments.model]["kept"] = scores[0] / scores[1]
     _print_figures(task, figures)
     if arguments.json:
         from fastdistill.outputs import write_whole
@@ -518,6 +560,13 @@ def _whole_output(arguments: argparse.Namespace) -> AbstractContextManager[Path]
     return whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
 
 
+def _wrote(arguments: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(f"wrote {arguments.output}")
+
+
 def _named_task(arguments: argparse.Namespace, *splits: str) -> Any:
     """The task, once its files are known to be there: those of its evaluations, and `splits`."""
     from fastdistill.tasks import get_task
@@ -537,11 +586,16 @@ def _load(name: str, auto_class: str, trust_remote_code: bool, **options: Any) -
     import transformers
     from accelerate import PartialState
 
+    from fastdistill.published import is_published, load_published, load_published_tokenizer
+
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no config.json; it is not a transformers checkpoint")
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such folder")
+    if is_published(name):
+        model = load_published(name, auto_class, **options)
+        return model.to(PartialState().device), load_published_tokenizer(name)
     try:
         model, loaded = getattr(transformers, auto_class).from_pretrained(
             name, dtype="float32", trust_remote_code=trust_remote_code, output_loading_info=True, **options
@@ -595,9 +649,9 @@ CALIBRATION_TOKENS = 20_000
 
 def _projections(*folders: str | Path) -> Path | None:
     """The first folder that brings projections: an earlier stage's student, or where a folded one left them."""
-    from fastdistill.objective import PROJECTIONS_NAME
+    from fastdistill.objective import read_projections
 
-    return next((Path(folder) for folder in folders if (Path(folder) / PROJECTIONS_NAME).is_file()), None)
+    return next((Path(folder) for folder in folders if read_projections(folder)), None)
 
 
 def _split(task: Any, split: str, arguments: argparse.Namespace) -> Any:
@@ -621,37 +675,17 @@ def _metrics(task: Any, arguments: argparse.Namespace, model: Any, tokenizer: An
     return found
 
 
-def _score(figures: dict[str, Any]) -> float:
-    scores = [metrics["score"] for metrics in figures["metrics"].values()]
-    return sum(scores) / len(scores)
-
-
-def _over_seeds(task: Any, arguments: argparse.Namespace, tokenizer: Any, work: Path, train: Any) -> None:
-    """The last training once a seed, its metrics in results.json; the best student becomes the output itself."""
-    import shutil
-    import statistics
-
+def _search(
+    task: Any, arguments: argparse.Namespace, tokenizer: Any, work: Path, train: Any, grid: dict[str, Any]
+) -> None:
+    """The last training over the grid, of which the best becomes the output itself."""
     from accelerate import PartialState
 
-    results: dict[str, Any] = {"task": task.name, "seeds": {}}
-    for seed in arguments.seeds:
-        model = train(seed, work / "seeds" / str(seed))
-        results["seeds"][seed] = {"metrics": _metrics(task, arguments, model, tokenizer)}
-    scores = {seed: _score(figures) for seed, figures in results["seeds"].items()}
-    best = max(scores, key=scores.__getitem__)
-    results["mean"] = statistics.mean(scores.values())
-    results["spread"] = statistics.stdev(scores.values()) if len(scores) > 1 else 0.0
-    results["best_seed"] = best
-    if not PartialState().is_main_process:
-        return
-    shutil.copytree(work / "seeds" / str(best), work, dirs_exist_ok=True)
-    if len(scores) == 1:
-        shutil.rmtree(work / "seeds")
-    (work / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for seed, score in scores.items():
-        print(f"seed {seed}: {task.name} {100 * score:.2f}")
-    if len(scores) > 1:
-        print(f"mean {100 * results['mean']:.2f}, standard deviation {100 * results['spread']:.2f}, best seed {best}")
+    from fastdistill.search import print_results, search
+
+    results = search(train, lambda model: _metrics(task, arguments, model, tokenizer), work, name=task.name, **grid)
+    if PartialState().is_main_process:
+        print_results(results)
 
 
 def _speed_up(task: Any, arguments: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -> float:

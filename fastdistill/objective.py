@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fastdistill.capture import LayerAttention, States
 from fastdistill.functional import attention_mse, linear_mse, soft_cross_entropy
 from fastdistill.minilm import RELATIONS, check_relation_heads, relation_losses
+from fastdistill.published import load_published_projections
 
 __all__ = [
     "METHODS",
@@ -410,23 +411,30 @@ class Objective(nn.Module):
             save_file({name: x.contiguous() for name, x in state_dict.items()}, folder / PROJECTIONS_NAME)
 
     def load_projections(self, folder: str | Path) -> None:
-        """Read `projections.safetensors` written by an objective with the same layer map and projection.
+        """Read the projections of an objective with the same layer map and projection, see `read_projections`.
 
         What this objective's terms do not use stays unread. Raises FileNotFoundError, and ValueError where a
         projection of this objective is missing there or has another shape.
         """
-        path = Path(folder) / PROJECTIONS_NAME
-        if not path.is_file():
+        saved = read_projections(folder)
+        if not saved:
+            path = Path(folder) / PROJECTIONS_NAME
             raise FileNotFoundError(f"{path}: no such file; a stage with projections writes it")
-        saved = load_file(path)
         expected = {name: tuple(x.shape) for name, x in self.state_dict().items()}
         found = {name: tuple(x.shape) for name, x in saved.items()}
         if any(found.get(name) != shape for name, shape in expected.items()):
+            kind = "shared" if "projections.shared.weight" in found else "per_layer"
             raise ValueError(
-                f"{path} holds {found}; this objective has {expected}. Use the same layer map, projection and models, "
-                "and no terms that the earlier stage left out"
+                f"{folder} holds {kind!r} projections, {found}; this objective has {expected}. Use the same layer map, "
+                "projection and models, and no terms that the earlier stage left out"
             )
         self.load_state_dict({name: saved[name] for name in expected})
+
+
+def read_projections(folder: str | Path) -> dict[str, Tensor]:
+    """What a stage wrote to `projections.safetensors`, or a published TinyBERT's `fit_dense`; empty without either."""
+    path = Path(folder) / PROJECTIONS_NAME
+    return load_file(path) if path.is_file() else load_published_projections(folder)
 
 
 def _add(losses: dict[str, Tensor], term: str, loss: Tensor) -> None:

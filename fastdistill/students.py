@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 
 from fastdistill.capture import forward_arguments
 from fastdistill.objective import Objective, resolve_layer_map
+from fastdistill.published import is_published, load_published
 
 __all__ = [
     "PRESETS",
@@ -66,7 +67,8 @@ def build_student(
     Args:
         spec: a preset (`tinybert-4l-312`, `tinybert-6l-768`); a JSON file, either a whole transformers config (with
             `model_type`) or only what differs from the teacher's config ({"num_hidden_layers": 4, ...}); or a
-            checkpoint, as a folder or a name on the Hugging Face hub.
+            checkpoint, as a folder (a published TinyBERT's too: `fastdistill.published`) or a name on the Hugging
+            Face hub.
         init: "random", or "teacher" (`init_from_teacher`, with `layer_map` and `calibration`), the default for a
             preset or a config. A checkpoint brings its own weights: None only.
         trust_remote_code: run the model code that a checkpoint brings along.
@@ -95,9 +97,12 @@ def build_student(
     path = Path(spec)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json; it is not a transformers checkpoint")
-    student = auto_class(teacher).from_pretrained(
-        str(spec), dtype=torch.float32, trust_remote_code=trust_remote_code, **options
-    )
+    if is_published(path):
+        student = load_published(path, auto_name(teacher), relu=False, **options)
+    else:
+        student = auto_class(teacher).from_pretrained(
+            str(spec), dtype=torch.float32, trust_remote_code=trust_remote_code, **options
+        )
     check_vocabulary(student.config, teacher)
     return student.eval()
 

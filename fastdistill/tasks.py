@@ -7,7 +7,7 @@ texts, and `label` (class index, or a float score for STS-B).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -247,8 +247,9 @@ def tokenize(task: Task, dataset: Dataset, tokenizer: Any, max_length: int | Non
 def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """GLUE's metrics of `logits` (N, classes), or of scores (N,) or (N, 1), against `labels` (N,).
 
-    Values are fractions, not percentages. A correlation with constant predictions is 0. `score` is the mean
-    of the task's metrics, which is how GLUE ranks a task that has two (arXiv 1804.07461, section 3).
+    Values are fractions, not percentages. A correlation with constant predictions, or with NaN (a training that
+    diverged), is 0. `score` is the mean of the task's metrics, which is how GLUE ranks a task that has two (arXiv
+    1804.07461, section 3).
     """
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -264,8 +265,8 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
         raise ValueError(f"labels have shape {labels.shape}; predictions have {predictions.shape}")
 
     def correlation(function: Callable[..., Any]) -> Callable[..., float]:
-        constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
-        return lambda truth, guess: 0.0 if constant else function(truth, guess).statistic
+        varies = 0 < np.ptp(predictions) < np.inf and np.ptp(labels) > 0
+        return lambda truth, guess: function(truth, guess).statistic if varies else 0.0
 
     functions: dict[str, Callable[..., float]] = {
         "accuracy": accuracy_score,
@@ -276,6 +277,11 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
     }
     values = {name: float(functions[name](labels, predictions)) for name in task.metrics}
     return {**values, "score": float(np.mean(list(values.values())))}
+
+
+def mean_score(metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """The mean of `score` over a task's evaluation sets, of which MNLI has two."""
+    return float(np.mean([values["score"] for values in metrics.values()]))
 
 
 def check_labels(task: Task, config: Any, argument: str = "teacher") -> None:

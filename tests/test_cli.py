@@ -12,6 +12,7 @@ pytest.importorskip("datasets")
 
 import torch
 from _tiny import classifier, texts, tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fastdistill import cli
@@ -133,10 +134,12 @@ class TestTask:
         options = ("--intermediate-epochs", 1, "--prediction-epochs", 2, "--seeds", 1, 2)
         assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())
-        assert list(results["seeds"]) == ["1", "2"]
-        scores = [figures["metrics"]["dev"]["accuracy"] for figures in results["seeds"].values()]
-        assert results["mean"] == pytest.approx(sum(scores) / 2)
-        best = tmp_path / "out" / "seeds" / str(results["best_seed"])
+        (combination,) = results["combinations"]
+        assert (combination["learning_rate"], combination["batch_size"]) == (3e-5, 32)  # as published
+        assert list(combination["seeds"]) == ["1", "2"]
+        scores = [run["metrics"]["dev"]["accuracy"] for run in combination["seeds"].values()]
+        assert combination["mean"] == pytest.approx(sum(scores) / 2)
+        best = tmp_path / "out" / "runs" / f"rate3e-05-batch32-seed{results['best']['seed']}"
         for folder in (tmp_path / "out", best):
             code = cli.main(
                 ["evaluate", "--model", str(folder), "--task", "SST-2", "--data", str(files / "SST-2")]
@@ -153,11 +156,54 @@ class TestTask:
     def test_augmented_rows_replace_the_training_set(self, files, tmp_path):
         rows = (files / "SST-2" / "train.tsv").read_text().splitlines()
         (tmp_path / "augmented.tsv").write_text("\n".join(rows[:17]) + "\n")
-        options = ("--augmented", tmp_path / "augmented.tsv", "--batch-size", 16)
+        options = ("--augmented", tmp_path / "augmented.tsv", "--batch-sizes", 16)
         options += ("--intermediate-epochs", 0, "--prediction-epochs", 3)
         assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
         state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
         assert state["global_step"] == 3
+
+    def test_a_killed_search_goes_on_to_the_same_results(self, files, tmp_path, monkeypatch):
+        from fastdistill.stages import IntermediateStage, PredictionStage
+        from fastdistill.trainer import DistillationTrainer
+
+        options = ("--learning-rates", 1e-3, 1e-2, "--batch-sizes", 16, 32, "--seeds", 1, "--prediction-epochs", 1)
+        options += ("--intermediate-epochs", 1, "--intermediate-batch-size", 48)
+        stages, step, steps = [], DistillationTrainer.training_step, []
+        run = PredictionStage.run
+
+        def noted(stage, *args, **kwargs):
+            stages.append((type(stage), stage.learning_rate, stage.batch_size, stage.seed))
+            return run(stage, *args, **kwargs)
+
+        def counted(self, *args, **kwargs):
+            steps.append(self.args.per_device_train_batch_size)
+            if len(steps) == limit:
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(IntermediateStage, "run", noted)
+        monkeypatch.setattr(PredictionStage, "run", noted)
+        monkeypatch.setattr(DistillationTrainer, "training_step", counted)
+        limit = None
+        assert cli.main(arguments(files, "task", tmp_path / "whole", *options)) == 0
+        assert stages[0] == (IntermediateStage, 5e-5, 48, 1)
+        grid = [(1e-3, 16), (1e-3, 32), (1e-2, 16), (1e-2, 32)]
+        assert stages[1:] == [(PredictionStage, *pair, 1) for pair in grid]
+        # 96 rows: 2 steps of 48 in the intermediate stage, 6 of 16, 3 of 32
+        expected = [48] * 2 + ([16] * 6 + [32] * 3) * 2
+        assert steps == expected
+
+        steps, limit = [], 2 + 6 + 3 + 2  # in the third run
+        argv = arguments(files, "task", tmp_path / "out", *options)
+        assert cli.main(argv) == 130
+        assert not (tmp_path / "out").exists()
+        steps, limit = [], None
+        assert cli.main([*argv, "--resume"]) == 0
+        assert steps == expected[2 + 6 + 3 :]
+        one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "out"))
+        assert one == other
+        one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+        assert all(torch.equal(x, other[name]) for name, x in one.items())
 
     def test_label_order_is_compared(self, files, tmp_path, capsys):
         save(tmp_path / "teacher", num_labels=2, id2label={0: "positive", 1: "negative"})
@@ -172,8 +218,9 @@ class TestMethodsAndAblations:
         ("method", "options"), [("minilm", ["--teacher-layer", 1]), ("minilmv2", ["--relation-heads", 4])]
     )
     def test_both_stages_take_the_method(self, files, tmp_path, method, options):
-        options = ("--method", method, "--batch-size", 16, *options)
-        assert cli.main(arguments(files, "general", tmp_path / "general", "--epochs", 1, *options)) == 0
+        options = ("--method", method, *options)
+        general = ("--epochs", 1, "--batch-size", 16)
+        assert cli.main(arguments(files, "general", tmp_path / "general", *general, *options)) == 0
         stages = ("--intermediate-epochs", 1, "--prediction-epochs", 1)
         argv = arguments(files, "task", tmp_path / "out", *stages, *options)
         argv[argv.index("--student") + 1] = str(tmp_path / "general")
@@ -195,26 +242,25 @@ class TestMethodsAndAblations:
 
     def test_all_terms_in_one_stage(self, files, tmp_path):
         terms = ("embedding", "hidden", "attention", "prediction")
-        options = ("--terms", *terms, "--intermediate-epochs", 4, "--prediction-epochs", 0, "--batch-size", 8)
+        options = ("--terms", *terms, "--intermediate-epochs", 4, "--prediction-epochs", 0, "--batch-sizes", 8)
         options += ("--intermediate-learning-rate", 3e-3, "--seeds", 1, 2)
         assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())
-        assert list(results["seeds"]) == ["1", "2"]
+        (combination,) = results["combinations"]
+        assert (combination["learning_rate"], list(combination["seeds"])) == (3e-3, ["1", "2"])
         assert not (tmp_path / "out" / "intermediate").exists()
         assert json.loads((tmp_path / "out" / "objective.json").read_text())["terms"] == list(terms)
-        one, other = (
-            AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "seeds" / seed) for seed in ("1", "2")
-        )
+        runs = sorted((tmp_path / "out" / "runs").iterdir())
+        one, other = (AutoModelForSequenceClassification.from_pretrained(run) for run in runs)
         assert not torch.equal(one.classifier.weight, other.classifier.weight)  # it is trained
 
     def test_gold_labels_train_as_finetune_does(self, files, tmp_path):
-        options = ("--init", "random", "--batch-size", 16)
+        options = ("--init", "random", "--batch-sizes", 16, "--learning-rates", 1e-3)
         task = ("--labels", "gold", "--intermediate-epochs", 0, "--prediction-epochs", 2)
-        task += ("--prediction-learning-rate", 1e-3)
         assert cli.main(arguments(files, "task", tmp_path / "gold", *task, *options)) == 0
         argv = arguments(files, "finetune", tmp_path / "plain", "--teacher", files / "teacher", *options)
         argv[argv.index("--model") + 1] = str(files / "student.json")
-        assert cli.main([*argv, "--epochs", "2", "--learning-rate", "1e-3"]) == 0
+        assert cli.main([*argv, "--epochs", "2"]) == 0
         one, other = (
             AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict()
             for name in ("gold", "plain")
@@ -243,10 +289,10 @@ class TestMethodsAndAblations:
 
 class TestFinetune:
     def test_teacher_and_student_without_distillation(self, files, tmp_path):
-        options = ("--epochs", 8, "--learning-rate", 3e-3, "--batch-size", 16)
+        options = ("--epochs", 8, "--learning-rates", 3e-3, "--batch-sizes", 16)
         assert cli.main(arguments(files, "finetune", tmp_path / "teacher", *options)) == 0
         results = json.loads((tmp_path / "teacher" / "results.json").read_text())
-        assert results["mean"] > 0.6  # the word counts can be learnt
+        assert results["best"]["score"] > 0.6  # the word counts can be learnt
 
         argv = arguments(files, "finetune", tmp_path / "student", "--teacher", tmp_path / "teacher", "--init", "random")
         argv[argv.index("--model") + 1] = str(files / "student.json")
@@ -254,6 +300,17 @@ class TestFinetune:
         student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
         assert student.config.hidden_size == 8
         assert student.config.id2label == {0: "negative", 1: "positive"}
+
+    def test_a_seed_repeats_the_new_head_too(self, files, tmp_path):
+        classifier().bert.save_pretrained(tmp_path / "bert")
+        tokenizer().save_pretrained(tmp_path / "bert")
+        heads = []
+        for output in (tmp_path / "first", tmp_path / "second"):
+            argv = arguments(files, "finetune", output, "--max-steps", 1, "--seeds", 1)
+            argv[argv.index("--model") + 1] = str(tmp_path / "bert")
+            assert cli.main(argv) == 0
+            heads.append(load_file(output / "model.safetensors")["classifier.weight"])
+        assert torch.equal(*heads)
 
     def test_bf16(self, files, tmp_path):
         assert cli.main(arguments(files, "finetune", tmp_path / "out", "--max-steps", 2, "--bf16")) == 0
@@ -311,6 +368,13 @@ class TestBadInput:
         assert "required: --teacher" in fails(capsys, ["general"])
         assert "invalid choice: 'distil'" in fails(capsys, ["distil"])
 
+    def test_grids(self, files, tmp_path, capsys):
+        line = fails(capsys, arguments(files, "task", tmp_path / "out", "--learning-rates", "1e-5", "0"))
+        assert "learning_rates is [1e-05, 0.0]; its values should be above 0" in line
+        line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--seeds", "1", "1"))
+        assert "seeds is [1, 1]" in line
+        assert list(tmp_path.iterdir()) == []
+
     def test_init_without_teacher(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--init", "random"))
         assert "--init needs --teacher" in line
@@ -355,3 +419,4 @@ def test_two_processes_write_one_output(files, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.hidden_size == 8
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert Path(tmp_path / "out" / "results.json").is_file()
+    assert done.stdout.count("best: learning rate 3e-05") == done.stdout.count("wrote ") == 1

@@ -68,6 +68,13 @@ class TestSpecs:
         assert four.config.num_attention_heads == 12
         six = build_student("tinybert-6l-768", teacher, init="random")
         assert count_parameters(six) == {"total": 66_955_008, "encoder": 6 * 7_087_872}
+        # Table 1 of arXiv 1909.10351 in millions. Its 14.5 lies between 14.35 and 14.59, with the projection to 768.
+        with torch.device("meta"):
+            base = count_parameters(BertModel(BertConfig()))["total"]
+        found = [count_parameters(four)["total"], count_parameters(six)["total"], base]
+        assert [n / 1e6 for n in found] == pytest.approx([14.5, 67, 109], rel=0.011)
+        assert four.config.hidden_size * 768 + 768 + found[0] == 14_590_632
+        assert base / found[0] == pytest.approx(7.5, rel=0.02)  # "7.5x smaller"
 
     def test_partial_config_takes_the_rest_from_the_teacher(self, tmp_path):
         teacher = BertForSequenceClassification(BertConfig(**SMALL, **LABELS, hidden_dropout_prob=0.25))

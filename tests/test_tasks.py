@@ -257,6 +257,11 @@ class TestMetrics:
         values = compute_metrics(get_task("STS-B"), np.full(4, 2.0), np.arange(4.0))
         assert values == {"pearson": 0.0, "spearman": 0.0, "score": 0.0}
 
+    def test_predictions_of_a_diverged_training_score_nothing(self):
+        for wrong in (np.nan, np.inf):
+            values = compute_metrics(get_task("STS-B"), np.array([1.0, 2.0, wrong, 3.0]), np.arange(4.0))
+            assert values == {"pearson": 0.0, "spearman": 0.0, "score": 0.0}
+
     def test_lengths_must_match(self):
         with pytest.raises(ValueError, match=r"labels have shape \(3,\); predictions"):
             compute_metrics(get_task("RTE"), np.eye(2), np.zeros(3))

@@ -1,0 +1,163 @@
+"""The checkpoints of TinyBERT's authors, read as transformers models.
+
+Such a folder holds a `config.json` without `model_type`, `pytorch_model.bin` and `vocab.txt`. The weights are BERT's
+under `bert.`, heads under `cls.` or `classifier.`, and the projections of the hidden states: `fit_dense`, one for all,
+or `fit_denses.0` to `fit_denses.M`, one for each. Nothing in such a folder is executed: weights are read by
+`torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["is_published", "load_published", "load_published_projections", "load_published_tokenizer"]
+
+CONFIG, WEIGHTS, VOCABULARY = "config.json", "pytorch_model.bin", "vocab.txt"
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+FIT = re.compile(r"fit_dense(?:s\.(\d+))?\.(weight|bias)")
+# What a checkpoint may hold and the model to make has no place for.
+SPARE = ("cls.", "classifier.", "bert.pooler.", "bert.embeddings.position_ids")
+
+
+def is_published(folder: str | Path) -> bool:
+    """Whether `folder` is one whose config.json names no `model_type`, so that transformers cannot read it."""
+    return (Path(folder) / CONFIG).is_file() and "model_type" not in _read_config(folder)
+
+
+def load_published(
+    folder: str | Path, auto_class: str = "AutoModel", *, relu: bool = True, **options: Any
+) -> PreTrainedModel:
+    """A published checkpoint as a transformers BERT: float32, in eval mode, on the CPU.
+
+    A classifier that the checkpoint does not have gets random weights, with a warning.
+
+    Args:
+        auto_class: the transformers Auto class of the model to make, such as "AutoModelForSequenceClassification".
+        relu: put a ReLU between the pooler and a classifier that comes with projections. The published code has it
+            there; a transformers BERT has not, and `save_pretrained` does not keep it. False for a model to train on.
+        options: settings that win over config.json, such as `num_labels` and `id2label`. Without any there are as many
+            labels as the checkpoint's classifier has rows.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: config.json is not a BERT's; the weights are not plain tensors; some are missing, unexpected or of
+            another shape, all of which the message names.
+    """
+    weights = _read_weights(folder)
+    path = Path(folder) / WEIGHTS
+    values = _read_config(folder)
+    missing = [name for name in SIZES if not isinstance(values.get(name), int)]
+    if missing:
+        raise ValueError(
+            f"{Path(folder) / CONFIG}: no model_type, and no {', '.join(missing)}; it is neither transformers' nor "
+            "that of a published TinyBERT"
+        )
+    known = BertConfig()  # drops what the published code added: pre_trained, training, cell, structure, emb_size
+    values = {name: value for name, value in values.items() if hasattr(known, name)}
+    if "classifier.weight" in weights and not {"num_labels", "id2label"} & {*values, *options}:
+        values["num_labels"] = len(weights["classifier.weight"])
+    config = BertConfig(**{**values, **options})
+    model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+
+    _fill(model, weights, path)
+    has_projections = any(FIT.fullmatch(name) for name in weights)
+    if hasattr(model, "classifier") and "classifier.weight" not in weights:
+        logger.warning("%s has no classifier; the model's is random until it is trained", path)
+    elif relu and has_projections and isinstance(model, BertForSequenceClassification):
+        model.bert.pooler.activation = nn.Sequential(nn.Tanh(), nn.ReLU())
+    return model.eval()
+
+
+def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenizer:
+    """BERT's tokenizer over the folder's vocab.txt; `options` are its own, such as `do_lower_case` (default True).
+
+    Raises FileNotFoundError without vocab.txt.
+    """
+    path = Path(folder) / VOCABULARY
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it is a published TinyBERT's tokenizer")
+    options = {"model_max_length": _read_config(folder).get("max_position_embeddings", 512), **options}
+    return BertTokenizer.from_pretrained(str(folder), **options)
+
+
+def load_published_projections(folder: str | Path) -> dict[str, Tensor]:
+    """The projections of a checkpoint under the names in an `Objective`'s state: empty where there are none.
+
+    `projections.shared.weight` (d_teacher, d_student) and `.bias` (d_teacher), or `projections.0.weight` and so on for
+    each hidden state.
+    """
+    if not (Path(folder) / WEIGHTS).is_file():
+        return {}
+    found = ((FIT.fullmatch(name), x) for name, x in _read_weights(folder).items())
+    return {f"projections.{name[1] or 'shared'}.{name[2]}": x.float() for name, x in found if name}
+
+
+def _fill(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) -> None:
+    """Copy the weights into the model's parameters. ValueError naming every one that does not fit."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if model.base_model is model:
+        parameters = {f"bert.{name}": parameter for name, parameter in parameters.items()}
+    found = {name: x for name, x in weights.items() if name in parameters}
+    filled = {id(parameters[name]) for name in found}  # with those that are tied to others
+    has_classifier = any(name.startswith("classifier.") for name in weights)
+    wrong = {
+        "missing": [
+            name
+            for name, parameter in parameters.items()
+            if id(parameter) not in filled and (has_classifier or not name.startswith("classifier."))
+        ],
+        "unexpected": [
+            name
+            for name in weights
+            if name not in parameters and not name.startswith(SPARE) and not FIT.fullmatch(name)
+        ],
+        "of another shape": [
+            f"{name} {tuple(x.shape)} instead of {tuple(parameters[name].shape)}"
+            for name, x in found.items()
+            if x.shape != parameters[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        parts = (f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names)
+        raise ValueError(f"{path} does not fit a {type(model).__name__} of the sizes in {CONFIG}; {'; '.join(parts)}")
+    with torch.no_grad():
+        for name, x in found.items():
+            parameters[name].copy_(x)
+
+
+def _read_config(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return values
+
+
+def _read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors by name; LayerNorm's `gamma` and `beta`, as early BERTs have them, as `weight` and `bias`."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a published TinyBERT has its weights there")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # damage shows in many ways
+        raise ValueError(f"{path}: damaged, or holds more than tensors, which is not read") from error
+    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise ValueError(f"{path}: not a dictionary of tensors")
+    return {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): x for name, x in weights.items()}
