@@ -24,10 +24,12 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_outputs import TokenClassifierOutput
 
 __all__ = ["LayerAttention", "States", "capturable", "capture", "forward_arguments"]
 
 NAME = "fastdistill"
+LABELS = ("labels", "start_positions", "end_positions")
 
 
 @dataclass
@@ -53,7 +55,8 @@ class States:
 
     hidden: dict[int, Tensor]  # (B, L, d) each
     attention: dict[int, LayerAttention]
-    logits: Tensor | None  # (B, C), or (B, L, V); None for a model without a head
+    logits: Tensor | None  # (B, C), (B, L, V), or of spans (B, 2, L): start and end; None for a model without a head
+    head: str = ""  # "spans": a question answering model; "tags": a token classifier; else ""
 
 
 class _Sink:
@@ -191,9 +194,10 @@ def _switched(model: PreTrainedModel) -> Iterator[None]:
 def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of `batch` that `model.forward` names, without labels: a loss of the model's own costs time."""
     names = inspect.signature(model.forward).parameters
+    batch = {name: value for name, value in batch.items() if name not in LABELS}
     if "input_ids" not in names:  # a wrapper that passes everything on
-        return {name: value for name, value in batch.items() if name != "labels"}
-    return {name: value for name, value in batch.items() if name in names and name != "labels"}
+        return batch
+    return {name: value for name, value in batch.items() if name in names}
 
 
 def capture(
@@ -248,10 +252,16 @@ def capture(
             '(terms=("embedding", "hidden"))'
         )
     states = outputs.hidden_states if hidden else ()
+    logits, head = outputs.get("logits"), ""
+    if "start_logits" in outputs:
+        logits, head = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1), "spans"
+    elif isinstance(outputs, TokenClassifierOutput):
+        head = "tags"
     return States(
         hidden={index: states[index] for index in hidden},
         attention=sink.layers if sink is not None else {},
-        logits=outputs.get("logits"),
+        logits=logits,
+        head=head,
     )
 
 

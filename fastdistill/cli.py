@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     augment.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
     augment.set_defaults(run=_augment)
 
-    task = commands.add_parser("task", help="stage 2: intermediate, prediction, evaluation on a GLUE task")
+    task = commands.add_parser("task", help="stage 2: intermediate, prediction, evaluation on a task")
     _models(task)
     _data(task)
     task.add_argument(
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     _outputs(finetune)
     finetune.set_defaults(run=_finetune)
 
-    evaluate = commands.add_parser("evaluate", help="a model's metrics on a GLUE task")
+    evaluate = commands.add_parser("evaluate", help="a model's metrics on a task")
     evaluate.add_argument("--model", required=True, help="checkpoint: folder or hub name")
     evaluate.add_argument("--against", metavar="TEACHER", help="compare with this model: size, speed, share kept")
     _data(evaluate)
@@ -169,8 +169,9 @@ def _models(parser: argparse.ArgumentParser) -> None:
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", required=True, help="GLUE task: CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="GLUE's tsv files (default: from the hub)")
+    tasks = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI of GLUE, SQuAD, SQuAD2, or tagging of words"
+    parser.add_argument("--task", required=True, help=tasks)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the task's own files (default: from the hub)")
 
 
 def _layer_map_option(parser: argparse.ArgumentParser) -> None:
@@ -321,9 +322,11 @@ def _general(arguments: argparse.Namespace) -> None:
 
 def _augment(arguments: argparse.Namespace) -> None:
     from fastdistill.augment import COPIES, Augmenter, augment, check_output, processes, read_glove
-    from fastdistill.tasks import get_task
+    from fastdistill.tasks import Task, get_task
 
     task = get_task(arguments.task)
+    if not isinstance(task, Task):
+        raise ValueError(f"--task is {task.name}; augment makes rows of the GLUE tasks: {', '.join(COPIES)}")
     check_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     train = _split(task, "train", arguments)
     processes()  # before the next line asks for this one's device
@@ -345,12 +348,12 @@ def _augment(arguments: argparse.Namespace) -> None:
 
 
 def _task(arguments: argparse.Namespace) -> None:
-    from fastdistill import tasks
     from fastdistill.augment import read_augmented
     from fastdistill.finetune import finetune
     from fastdistill.outputs import check
     from fastdistill.search import check_grid
     from fastdistill.stages import IntermediateStage, PredictionStage, add_teacher_logits
+    from fastdistill.tasks import Task
 
     task = _named_task(arguments, "train")
     objective = _objective_options(arguments)
@@ -368,11 +371,15 @@ def _task(arguments: argparse.Namespace) -> None:
         "seeds": arguments.seeds,
     }
     check_grid(**grid)
+    if arguments.augmented and not isinstance(task, Task):
+        raise ValueError(f"--task is {task.name}; --augmented holds rows of a GLUE task")
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
-    teacher, tokenizer = _load(arguments.teacher, "AutoModelForSequenceClassification", arguments.trust_remote_code)
-    tasks.check_labels(task, teacher.config)
+    teacher, tokenizer = _load(arguments.teacher, task.auto_class, arguments.trust_remote_code, needs_head=True)
+    task = task.for_model(teacher.config)
     train = read_augmented(task, arguments.augmented) if arguments.augmented else _split(task, "train", arguments)
-    train = tasks.tokenize(task, train, tokenizer)
+    train = task.tokenize(train, tokenizer)
+    for split in task.evaluations:
+        _split(task, split, arguments)  # a malformed line shows before the training, not after it
 
     with _whole_output(arguments) as work, tempfile.TemporaryDirectory() as scratch:
         seed = arguments.seeds[0]
@@ -397,11 +404,11 @@ def _task(arguments: argparse.Namespace) -> None:
         if epochs > 0 and has_prediction_stage:
             distil(**intermediate, seed=seed, folder=work / "intermediate")
         start = {name: x.clone() for name, x in student.state_dict().items()}
-        if not task.is_regression:
+        if task.caches_logits:
             if has_prediction_stage and arguments.labels == "teacher":
                 train = add_teacher_logits(train, teacher, tokenizer)
         elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
-            train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
+            train = task.tokenize(_split(task, "train", arguments), tokenizer)
 
         def train_last(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
             student.load_state_dict(start)
@@ -428,7 +435,6 @@ def _task(arguments: argparse.Namespace) -> None:
 def _finetune(arguments: argparse.Namespace) -> None:
     import torch
 
-    from fastdistill import tasks
     from fastdistill.finetune import finetune
     from fastdistill.outputs import check
     from fastdistill.search import check_grid
@@ -440,13 +446,17 @@ def _finetune(arguments: argparse.Namespace) -> None:
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     if arguments.teacher is None and arguments.init is not None:
         raise ValueError("--init needs --teacher, whose weights it takes")
+    train = _split(task, "train", arguments)
     source, tokenizer = _load(
         arguments.teacher or arguments.model,
-        "AutoModelForSequenceClassification",
+        task.auto_class,
         arguments.trust_remote_code,
-        **({} if arguments.teacher else task.model_options()),
+        **({} if arguments.teacher else task.model_options(train)),
     )
-    train = tasks.tokenize(task, _split(task, "train", arguments), tokenizer)
+    task = task.for_model(source.config, "teacher" if arguments.teacher else "model")
+    train = task.tokenize(train, tokenizer)
+    for split in task.evaluations:
+        _split(task, split, arguments)  # a malformed line shows before the training, not after it
 
     def fit(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
         torch.manual_seed(seed)  # of the weights that no checkpoint brings
@@ -473,24 +483,25 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fastdistill import tasks
     from fastdistill.students import count_parameters
+    from fastdistill.tasks import mean_score
 
     task = _named_task(arguments)
     if arguments.json and arguments.json.exists() and not arguments.overwrite:
         raise FileExistsError(f"{arguments.json} exists; pass overwrite=True to replace it")
     names = [arguments.model] + ([arguments.against] if arguments.against else [])
-    models = [_load(name, "AutoModelForSequenceClassification", arguments.trust_remote_code) for name in names]
+    trust = arguments.trust_remote_code
+    models = [_load(name, task.auto_class, trust, needs_head=True) for name in names]
     figures: dict[str, dict[str, Any]] = {}
     for name, (model, tokenizer) in zip(names, models, strict=True):
-        tasks.check_labels(task, model.config, argument=name)
+        task = task.for_model(model.config, argument=name)
         figures[name] = {"parameters": count_parameters(model), "metrics": _metrics(task, arguments, model, tokenizer)}
     if arguments.against:
         (student, tokenizer), (teacher, _) = models
         figures[arguments.model]["speed_up"] = _speed_up(task, arguments, student, teacher, tokenizer)
-        scores = [tasks.mean_score(figures[name]["metrics"]) for name in names]
-        figures[arguments.model]["kept"] = scores[0] / scores[1]
-    _print_figures(task, figures)
+        scores = [mean_score(figures[name]["metrics"]) for name in names]
+        figures[arguments.model]["kept"] = scores[0] / scores[1] if scores[1] else None
+    _print_figures(figures)
     if arguments.json:
         from fastdistill.outputs import write_whole
 
@@ -574,14 +585,15 @@ def _named_task(arguments: argparse.Namespace, *splits: str) -> Any:
     task = get_task(arguments.task)
     if arguments.data is not None:
         for split in (*splits, *task.evaluations):
-            if not (arguments.data / f"{split}.tsv").is_file():
-                raise FileNotFoundError(
-                    f"{arguments.data / split}.tsv: no such file; --data holds {task.name}'s tsv files"
-                )
+            file = arguments.data / task.file(split)
+            if not file.is_file():
+                raise FileNotFoundError(f"{file}: no such file; --data holds {task.name}'s own files")
     return task
 
 
-def _load(name: str, auto_class: str, trust_remote_code: bool, **options: Any) -> tuple[Any, Any]:
+def _load(
+    name: str, auto_class: str, trust_remote_code: bool, needs_head: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """A checkpoint's model, in float32 and eval mode, on the device to run on, and its tokenizer."""
     import transformers
     from accelerate import PartialState
@@ -606,6 +618,12 @@ def _load(name: str, auto_class: str, trust_remote_code: bool, **options: Any) -
     if auto_class == "AutoModelForMaskedLM" and loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
         raise ValueError(f"{name}: not a masked language model with its head (there is no {missing})")
+    if needs_head and loaded["missing_keys"]:  # else they would be random
+        missing = ", ".join(sorted(loaded["missing_keys"]))
+        raise ValueError(
+            f"{name}: not a trained {type(model).__name__} (there is no {missing}); `fastdistill finetune` makes a "
+            "model of the task"
+        )
     return model.eval().to(PartialState().device), tokenizer
 
 
@@ -655,24 +673,12 @@ def _projections(*folders: str | Path) -> Path | None:
 
 
 def _split(task: Any, split: str, arguments: argparse.Namespace) -> Any:
-    from fastdistill import tasks
-
-    return tasks.load_split(task, split, arguments.data)
+    return task.load_split(split, arguments.data)
 
 
 def _metrics(task: Any, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
     """Of each evaluation set on its own (MNLI has two)."""
-    import numpy as np
-
-    from fastdistill import tasks
-    from fastdistill.stages import add_teacher_logits
-
-    found = {}
-    for split in task.evaluations:
-        dataset = tasks.tokenize(task, _split(task, split, arguments), tokenizer)
-        logits = add_teacher_logits(dataset, model, tokenizer)["teacher_logits"]
-        found[split] = tasks.compute_metrics(task, np.array(logits), np.array(dataset["labels"]))
-    return found
+    return {split: task.evaluate(_split(task, split, arguments), model, tokenizer) for split in task.evaluations}
 
 
 def _search(
@@ -690,27 +696,28 @@ def _search(
 
 def _speed_up(task: Any, arguments: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -> float:
     """Teacher seconds / student seconds on the same batch of the dev set, interleaved runs."""
-    from fastdistill import tasks
     from fastdistill.students import measure_seconds
     from fastdistill.trainer import PaddingCollator
 
     rows = _split(task, task.evaluations[0], arguments)
-    rows = tasks.tokenize(task, rows.select(range(min(len(rows), 32))), tokenizer)
+    rows = task.encode(rows.select(range(min(len(rows), 32))), tokenizer)
     names = [name for name in tokenizer.model_input_names if name in rows.column_names]
     batch = PaddingCollator(tokenizer)(list(rows.select_columns(names)))
     seconds = measure_seconds({"student": student, "teacher": teacher}, batch)
     return seconds["teacher"] / seconds["student"]
 
 
-def _print_figures(task: Any, figures: dict[str, dict[str, Any]]) -> None:
+def _print_figures(figures: dict[str, dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "parameters", *(f"{split} {m}" for split in task.evaluations for m in task.metrics))
+    metrics = next(iter(figures.values()))["metrics"]
+    shown = [(split, metric) for split, found in metrics.items() for metric in found if metric != "score"]
+    table = Table("model", "parameters", *(f"{split} {metric}" for split, metric in shown))
     table.add_column("speed-up")
     table.add_column("kept")
     for name, row in figures.items():
-        cells = [f"{100 * row['metrics'][split][m]:.2f}" for split in task.evaluations for m in task.metrics]
+        cells = [f"{100 * row['metrics'][split][metric]:.2f}" for split, metric in shown]
         speed_up, kept = row.get("speed_up"), row.get("kept")
         table.add_row(
             name,

@@ -6,7 +6,8 @@
 - `hidden`: the same for the outputs of the mapped layers, summed over layers;
 - `attention`: MSE between attention scores before the softmax, summed over layers;
 - `prediction`: cross-entropy against the teacher's softened prediction, or for a regression the MSE against the
-  gold score.
+  gold score. Of a question answering model the predictions are two, over the row's tokens: where the answer starts
+  and where it ends, of which the mean is taken; of a token classifier there is one for each labelled token.
 
 "minilm" and "minilmv2" have the terms of `fastdistill.minilm` in place of the first three.
 """
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,8 @@ class Objective(nn.Module):
             the same teacher layer as hidden state i.
         projection: "shared", one Linear with bias for all hidden states as published, or "per_layer".
         parity: "masked": padding never counts. "official": as TinyBERT's published code computes it, padding counted
-            in the denominators of the inner terms, the prediction's mean taken over rows and classes.
+            in the denominators of the inner terms, the prediction's mean taken over rows and classes. Nothing is
+            published for spans and tags: their prediction term is the same in both.
         temperature: of the prediction term; no factor temperature^2.
         teacher_layer: of "minilm" and "minilmv2": the layer, from 1, that the student's last one learns from; None:
             the last.
@@ -248,20 +251,25 @@ class Objective(nn.Module):
     # -- losses --------------------------------------------------------------------------------------------
 
     def count(self, batch: Mapping[str, Any]) -> Tensor:
-        """Items in a batch: (rows, tokens, pairs, causal pairs), int64, on the batch's device, not synchronised.
+        """Items in a batch: (rows, tokens, pairs, causal pairs, labelled tokens), int64, on the batch's device, not
+        synchronised.
 
         They add up over micro-batches and processes; `forward` takes the sum as `num_items`. A pair is a query
         and a key that may attend each other, counted once for all heads. In "official" parity padding counts.
+        Labelled tokens are those a tagger learns from: where `labels` (B, L) is not -100.
         """
         rows, length = batch["input_ids"].shape[:2]
         mask = None if self.parity == "official" else batch.get("attention_mask")
         if mask is None:
             counts = (rows, rows * length, rows * length**2, rows * length * (length + 1) // 2)
-            return torch.tensor(counts, device=batch["input_ids"].device)
-        mask = mask.long()
-        tokens = mask.sum(1)  # (B)
-        causal = (mask * mask.cumsum(1)).sum()
-        return torch.stack([torch.full_like(causal, rows), tokens.sum(), (tokens**2).sum(), causal])
+            count = torch.tensor(counts, device=batch["input_ids"].device)
+        else:
+            mask = mask.long()
+            tokens = mask.sum(1)  # (B)
+            causal = (mask * mask.cumsum(1)).sum()
+            count = torch.stack([torch.full_like(causal, rows), tokens.sum(), (tokens**2).sum(), causal])
+        labelled = _labelled(batch["input_ids"].shape, batch.get("attention_mask"), batch.get("labels"))
+        return torch.cat([count, (count[1] if labelled is None else labelled.sum()).view(1)])
 
     def forward(
         self,
@@ -278,12 +286,13 @@ class Objective(nn.Module):
         Args:
             student, teacher: captured states; a regression needs no teacher.
             mask: `(B, L)`, 1 or True = a token, 0 or False = padding; None: no padding.
-            labels: `(B)` gold scores of a regression.
+            labels: `(B)` gold scores of a regression, or `(B, L)` of a tagger, -100 where a token does not count.
+                Else they are not looked at.
             teacher_logits: `(B, C)`, in place of `teacher.logits`.
             num_items: the sum of `count` over everything that makes one optimiser step; this batch's without.
         """
         mask = None if mask is None else mask.bool()
-        rows, tokens, pairs, causal_pairs = (None,) * 4 if num_items is None else num_items.unbind()
+        rows, tokens, pairs, causal_pairs, labelled = (None,) * 5 if num_items is None else num_items.unbind()
         losses: dict[str, Tensor] = {}
         if self.hidden or self.attention:
             if teacher is None:
@@ -308,7 +317,8 @@ class Objective(nn.Module):
         if "prediction" in self.terms:
             if teacher_logits is None and teacher is not None:
                 teacher_logits = teacher.logits
-            losses["prediction"] = self._prediction_loss(student.logits, teacher_logits, mask, labels, rows, tokens)
+            items = (rows, tokens, labelled)
+            losses["prediction"] = self._prediction_loss(student, teacher_logits, mask, labels, *items)
         return losses
 
     def _attention_loss(
@@ -365,13 +375,15 @@ class Objective(nn.Module):
 
     def _prediction_loss(
         self,
-        logits: Tensor | None,
+        student: States,
         teacher_logits: Tensor | None,
         mask: Tensor | None,
         labels: Tensor | None,
         rows: Tensor | None,
         tokens: Tensor | None,
+        labelled: Tensor | None,
     ) -> Tensor:
+        logits = student.logits
         if logits is None:
             raise ValueError("the student returned no logits; the prediction term needs a model with a head")
         if self.is_regression:
@@ -380,11 +392,22 @@ class Objective(nn.Module):
             return linear_mse(logits, None, labels.to(logits.dtype).view(logits.shape), num_items=rows)
         if teacher_logits is None:
             raise ValueError("there are no teacher logits; give a teacher with a head, or teacher_logits")
-        per_token = logits.dim() == 3  # (B, L, C): token classification, language models
-        mask = mask if per_token and self.parity == "masked" else None
-        num_items: int | Tensor | None = tokens if per_token else rows
-        if self.parity == "official":
-            num_items = logits.shape[-1] * (logits.shape[:-1].numel() if num_items is None else num_items)
+        num_items: int | Tensor | None
+        if student.head == "spans":  # (B, 2, L): the row's tokens are the classes, and padding is none of them
+            if mask is not None:
+                padding = ~mask[:, None]
+                logits = logits.masked_fill(padding, -math.inf)
+                teacher_logits = teacher_logits.masked_fill(padding, -math.inf)
+            num_items = None if rows is None else 2 * rows
+            return soft_cross_entropy(logits, teacher_logits, temperature=self.temperature, num_items=num_items)
+        per_token = logits.dim() == 3  # (B, L, V): language models
+        if student.head == "tags":
+            mask, num_items = _labelled(logits.shape[:2], mask, labels), labelled
+        else:
+            mask = mask if per_token and self.parity == "masked" else None
+            num_items = tokens if per_token else rows
+            if self.parity == "official":
+                num_items = logits.shape[-1] * (logits.shape[:-1].numel() if num_items is None else num_items)
         return soft_cross_entropy(logits, teacher_logits, temperature=self.temperature, mask=mask, num_items=num_items)
 
     # -- files ---------------------------------------------------------------------------------------------
@@ -439,6 +462,13 @@ def read_projections(folder: str | Path) -> dict[str, Tensor]:
 
 def _add(losses: dict[str, Tensor], term: str, loss: Tensor) -> None:
     losses[term] = losses[term] + loss if term in losses else loss
+
+
+def _labelled(shape: torch.Size, mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    """(B, L), the tokens that a tagger learns from: neither padding nor labelled -100. None: all."""
+    if labels is None or labels.shape != shape:
+        return mask
+    return labels != -100 if mask is None else (labels != -100) & mask.bool()
 
 
 def _shared_masks(student: LayerAttention, teacher: LayerAttention) -> tuple[bool, Tensor | None]:

@@ -51,6 +51,7 @@ PRESETS: dict[str, dict[str, int]] = {
     },
 }
 LABEL_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
+LABELLED = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
 
 
 def build_student(
@@ -80,7 +81,7 @@ def build_student(
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
     options = {}
-    if auto_name(teacher) in ("AutoModelForSequenceClassification", "AutoModelForTokenClassification"):
+    if auto_name(teacher) in LABELLED:
         options = {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
     if is_config(spec):
         config = read_config(spec, teacher, options, trust_remote_code)
@@ -139,6 +140,7 @@ def auto_name(model: PreTrainedModel) -> str:
     kinds = {
         "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
         "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,

@@ -10,9 +10,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
+from fastdistill.token_tasks import TOKEN_TASKS, SpanTask, TaggingTask
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +42,7 @@ class Task:
     batch_size: int = 32
     intermediate_learning_rate: float = 5e-5
     prediction_learning_rate: float = 3e-5
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
     @property
     def is_regression(self) -> bool:
@@ -50,8 +53,11 @@ class Task:
         """Tokens a row is cut to: 64 for a single sentence, 128 for a pair."""
         return 64 * len(self.texts)
 
-    def model_options(self) -> dict[str, Any]:
-        """Keyword arguments of a transformers config that make a sequence classifier one for this task."""
+    def model_options(self, train: Dataset | None = None) -> dict[str, Any]:
+        """Keyword arguments of a transformers config that make a sequence classifier one for this task.
+
+        The training rows are not looked at; the tags of a tagging task come from them.
+        """
         if self.is_regression:
             return {"num_labels": 1, "problem_type": "regression"}
         return {
@@ -60,6 +66,38 @@ class Task:
             "label2id": {label: index for index, label in enumerate(self.labels)},
             "problem_type": "single_label_classification",
         }
+
+    # What the command line asks of every task, of those in `fastdistill.token_tasks` too.
+
+    @property
+    def caches_logits(self) -> bool:
+        """Whether the prediction stage learns from one row of teacher logits for each text, which can be kept."""
+        return not self.is_regression
+
+    def file(self, split: str) -> str:
+        return f"{split}.tsv"
+
+    def load_split(self, split: str, data_dir: str | Path | None = None) -> Dataset:
+        return load_split(self, split, data_dir)
+
+    def for_model(self, config: Any, argument: str = "teacher") -> Task:
+        """This task, after `check_labels`."""
+        check_labels(self, config, argument)
+        return self
+
+    def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
+        return tokenize(self, rows, tokenizer)
+
+    def encode(self, rows: Dataset, tokenizer: Any) -> Dataset:
+        return tokenize(self, rows, tokenizer)
+
+    def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
+        """`compute_metrics` of a model on rows as `load_split` returns them."""
+        from fastdistill.stages import add_teacher_logits
+
+        rows = tokenize(self, rows, tokenizer)
+        logits = add_teacher_logits(rows, model, tokenizer)["teacher_logits"]
+        return compute_metrics(self, np.array(logits), np.array(rows["labels"]))
 
 
 BINARY = ("0", "1")
@@ -130,13 +168,15 @@ TASKS: tuple[Task, ...] = (
 )
 
 
-def get_task(name: str) -> Task:
-    """The task of that name, in any case, with or without hyphen (`SST-2`, `sst2`). Unknown: ValueError."""
+def get_task(name: str) -> Task | SpanTask | TaggingTask:
+    """The task of that name, in any case, with or without hyphen (`SST-2`, `sst2`): one of GLUE's, or one of
+    `fastdistill.token_tasks`. Unknown: ValueError.
+    """
     wanted = name.replace("-", "").lower()
-    for task in TASKS:
-        if wanted == task.hub_name:
+    for task in (*TASKS, *TOKEN_TASKS):
+        if wanted == task.name.replace("-", "").lower():
             return task
-    known = ", ".join(task.name for task in TASKS)
+    known = ", ".join(task.name for task in (*TASKS, *TOKEN_TASKS))
     raise ValueError(f"task is {name!r}; it should be one of {known}")
 
 

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from fastdistill.capture import (
     States,
@@ -31,13 +37,16 @@ __all__ = ["DistillationModel", "DistillationTrainer", "PaddingCollator"]
 
 
 class PaddingCollator(DataCollatorWithPadding):
-    """Pads a batch to its longest row, and leaves out an `attention_mask` that masks nothing.
+    """Pads a batch to its longest row, labels of tokens with -100; leaves out an `attention_mask` that masks nothing.
 
     Without one, attention takes its fastest path and nobody needs to read the mask back from the device.
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().__call__(features)
+        are_tags = all(
+            isinstance(row.get("labels"), list) and len(row["labels"]) == len(row["input_ids"]) for row in features
+        )
+        batch = DataCollatorForTokenClassification(self.tokenizer)(features) if are_tags else super().__call__(features)
         if "attention_mask" in batch and bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
         return batch
@@ -237,7 +246,7 @@ class DistillationTrainer(ResumableTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Any, Any]:
         """The distillation loss where it can be had, the student's logits, the labels."""
         inputs = self._prepare_inputs(inputs)
         has_target = self.teacher is not None or not self.objective.needs_teacher or "teacher_logits" in inputs
@@ -248,7 +257,10 @@ class DistillationTrainer(ResumableTrainer):
                 loss, outputs = None, model(**inputs, with_loss=False)
         if prediction_loss_only:
             return loss, None, None
-        return loss, outputs["logits"], inputs.get("labels")
+        logits, labels = outputs["logits"], inputs.get("labels")
+        if logits is not None and "start_positions" in inputs:  # (B, 2, L), and Trainer joins batches along (B, L)
+            logits, labels = logits.unbind(1), (inputs["start_positions"], inputs["end_positions"])
+        return loss, logits, labels
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._sums:

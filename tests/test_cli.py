@@ -329,8 +329,8 @@ class TestBadInput:
             assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(command)) == [command]
 
     def test_unknown_task(self, files, tmp_path, capsys):
-        argv = ["evaluate", "--model", files / "teacher", "--task", "squad", "--data", files / "SST-2"]
-        assert "task is 'squad'; it should be one of CoLA" in fails(capsys, argv)
+        argv = ["evaluate", "--model", files / "teacher", "--task", "snli", "--data", files / "SST-2"]
+        assert "task is 'snli'; it should be one of CoLA" in fails(capsys, argv)
 
     def test_no_such_things(self, files, tmp_path, capsys):
         evaluate = ["evaluate", "--task", "sst-2"]

@@ -240,11 +240,14 @@ def test_counts_by_hand() -> None:
     objective = Objective(_tiny.config(layers=2), _tiny.config(layers=4))
     ids = torch.zeros(2, 4, dtype=torch.long)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
-    # rows, tokens, pairs 16 + 4, causal pairs 10 + 3
-    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 6, 20, 13]
-    assert objective.count({"input_ids": ids}).tolist() == [2, 8, 32, 20]
+    # rows, tokens, pairs 16 + 4, causal pairs 10 + 3, labelled tokens
+    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 6, 20, 13, 6]
+    assert objective.count({"input_ids": ids}).tolist() == [2, 8, 32, 20, 8]
     objective = Objective(_tiny.config(layers=2), _tiny.config(layers=4), parity="official")
-    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 8, 32, 20]
+    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 8, 32, 20, 6]
+    labels = torch.tensor([[-100, 0, -100, 2], [1, 1, -100, 1]])  # of padding: never counted
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    assert objective.count(batch).tolist() == [2, 8, 32, 20, 3]
 
 
 # -- prediction ----------------------------------------------------------------------------------------------
@@ -268,7 +271,7 @@ def test_prediction_is_the_soft_cross_entropy_of_a_row(temperature: float) -> No
     assert error(found, truth) < 1e-6
 
     halves = [
-        objective(only_logits(student[rows]), only_logits(teacher[rows]), num_items=torch.tensor([5, 0, 0, 0]))
+        objective(only_logits(student[rows]), only_logits(teacher[rows]), num_items=torch.tensor([5, 0, 0, 0, 0]))
         for rows in (slice(0, 2), slice(2, 5))
     ]
     assert error(sum(half["prediction"] for half in halves), expected) < 1e-6

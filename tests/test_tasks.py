@@ -40,14 +40,16 @@ class TestTable:
         assert len({task.hub_name for task in TASKS}) == 9
 
     @pytest.mark.parametrize(
-        ("name", "expected"), [("SST-2", "SST-2"), ("sst2", "SST-2"), ("sts-B", "STS-B"), ("mnli", "MNLI")]
+        ("name", "expected"),
+        [("SST-2", "SST-2"), ("sst2", "SST-2"), ("sts-B", "STS-B"), ("mnli", "MNLI"), ("squad2", "SQuAD2")],
     )
     def test_names_are_forgiving(self, name, expected):
         assert get_task(name).name == expected
 
     def test_unknown_name_lists_the_known(self):
-        with pytest.raises(ValueError, match=r"task is 'squad'; it should be one of CoLA, SST-2, .*WNLI"):
-            get_task("squad")
+        known = r"CoLA, SST-2, .*WNLI, SQuAD, SQuAD2, tagging"
+        with pytest.raises(ValueError, match=rf"task is 'snli'; it should be one of {known}"):
+            get_task("snli")
 
     def test_lengths_and_recipe(self):
         # arXiv 1909.10351, section 4.2.
