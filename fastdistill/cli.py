@@ -126,6 +126,62 @@ def _parser() -> argparse.ArgumentParser:
     _outputs(task)
     task.set_defaults(run=_task)
 
+    cache = commands.add_parser("cache", help="run a teacher over data once and write down what it says")
+    cache.add_argument("--teacher", required=True, help="checkpoint: folder or hub name")
+    cache.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="text files, a paragraph a line; with --task the folder of its tsv files",
+    )
+    cache.add_argument("--task", help="GLUE task whose training rows a classifier reads, instead of plain text")
+    cache.add_argument("--top-k", type=int, metavar="K", help="classes of each token that a language model keeps")
+    cache.add_argument(
+        "--hidden", type=int, nargs="+", default=(), metavar="I", help="hidden states; 0: the embedding output"
+    )
+    cache.add_argument("--max-length", type=int, default=128, help="tokens in a block of text (default: %(default)s)")
+    cache.add_argument("--batch-size", type=int, default=16, help="rows at a time (default: %(default)s)")
+    cache.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    cache.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
+    _outputs(cache)
+    cache.set_defaults(run=_cache)
+
+    cached = commands.add_parser("train-cached", help="distil from what cache wrote; no teacher runs")
+    cached.add_argument("--cache", type=Path, required=True, metavar="DIR", help="what cache wrote")
+    cached.add_argument(
+        "--student", required=True, help="checkpoint; or a preset or JSON config file of the teacher's kind"
+    )
+    cached.add_argument("--teacher", help="checkpoint; only for --init teacher and for the attention term")
+    cached.add_argument(
+        "--init", choices=("random", "teacher"), help="weights of a preset or config (default: --teacher's, if given)"
+    )
+    cached.add_argument(
+        "--terms",
+        nargs="+",
+        choices=("embedding", "hidden", "attention", "prediction"),
+        help="losses (default: all that the cache serves)",
+    )
+    _layer_map_option(cached)
+    cached.add_argument(
+        "--projection",
+        choices=("shared", "per_layer"),
+        default="shared",
+        help="of hidden states (default: %(default)s)",
+    )
+    cached.add_argument("--temperature", type=float, default=1.0, help="of the prediction (default: %(default)s)")
+    cached.add_argument(
+        "--tail",
+        choices=("renormalize", "bucket"),
+        default="renormalize",
+        help="the teacher's other classes: left out, or one class together (default: %(default)s)",
+    )
+    cached.add_argument("--verify", action="store_true", help="compare every file's SHA-256 first")
+    _schedule(cached, epochs=3, batch_size=256, learning_rate=5e-5)
+    _outputs(cached)
+    cached.set_defaults(run=_train_cached, method="tinybert", parity="masked", teacher_layer=None, relation_heads=None)
+
     finetune = commands.add_parser(
         "finetune", help="train a model on a task's gold labels alone: a teacher, or a student as baseline"
     )
@@ -344,6 +400,97 @@ def _augment(arguments: argparse.Namespace) -> None:
     )
     options = {"legacy": arguments.legacy, "resume": arguments.resume, "overwrite": arguments.overwrite}
     augment(task, train, augmenter, arguments.output, **options)
+    print(f"wrote {arguments.output}")
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from fastdistill.augment import processes
+    from fastdistill.cache import MANIFEST, write_cache
+    from fastdistill.outputs import check
+    from fastdistill.stages import pack_corpus
+    from fastdistill.tasks import Task, get_task
+
+    if arguments.task and (arguments.top_k is not None or len(arguments.data) > 1):
+        raise ValueError(
+            "with --task, whose classifier's logits are kept whole, --data is one folder and there is no --top-k"
+        )
+    if not arguments.task and arguments.top_k is None and not arguments.hidden:
+        raise ValueError("nothing to keep of plain text: use --top-k, --hidden or both")
+    if not (arguments.resume and (arguments.output / MANIFEST).is_file()):
+        check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    state = processes()  # before a model asks for this one's device
+    if arguments.task:
+        task, files = get_task(arguments.task), [arguments.data[0] / "train.tsv"]
+        if not isinstance(task, Task):
+            raise ValueError(f"--task is {task.name}; it should be one of GLUE's, whose classifiers' logits are kept")
+        rows = task.load_split("train", arguments.data[0])
+        teacher, tokenizer = _load(arguments.teacher, task.auto_class, arguments.trust_remote_code, needs_head=True)
+        task = task.for_model(teacher.config)
+        with state.main_process_first():
+            dataset = task.tokenize(rows, tokenizer)
+    else:
+        files = arguments.data
+        kind = "AutoModel" if arguments.top_k is None else None
+        teacher, tokenizer = _load(arguments.teacher, kind, arguments.trust_remote_code)
+        with state.main_process_first():
+            dataset = pack_corpus(files, tokenizer, arguments.max_length)
+    if tokenizer.pad_token is None:  # training from the cache pads
+        tokenizer.pad_token = tokenizer.eos_token
+    write_cache(
+        dataset,
+        teacher,
+        tokenizer,
+        arguments.output,
+        top_k=arguments.top_k,
+        hidden=arguments.hidden,
+        files=files,
+        batch_size=arguments.batch_size,
+        bf16=arguments.bf16,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+    )
+    print(f"wrote {arguments.output}")
+
+
+def _train_cached(arguments: argparse.Namespace) -> None:
+    from transformers import AutoTokenizer
+
+    from fastdistill.cache import read_cache, read_manifest, terms_served, weightless_teacher
+    from fastdistill.outputs import check
+    from fastdistill.stages import CachedStage
+    from fastdistill.students import is_config
+
+    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    dataset = read_cache(arguments.cache, verify=arguments.verify)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.cache)
+    arguments.terms = arguments.terms or terms_served(arguments.cache)
+    is_live = "attention" in arguments.terms
+    if arguments.teacher is not None:
+        kind = read_manifest(arguments.cache)["teacher"]["class"]
+        teacher, _ = _load(arguments.teacher, kind, arguments.trust_remote_code)
+    elif is_live or arguments.init == "teacher":
+        raise ValueError("the attention term and --init teacher need --teacher: a cache holds no scores and no weights")
+    else:
+        teacher = weightless_teacher(arguments.cache)
+        arguments.init = "random" if is_config(arguments.student) else arguments.init
+    with tempfile.TemporaryDirectory() as work:
+        student = _student(arguments, arguments.student, teacher, tokenizer, dataset, arguments.seed, Path(work))
+        stage = CachedStage(
+            cache=arguments.cache,
+            epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            terms=arguments.terms,
+            layer_map=_layer_map(arguments.layer_map),
+            projection=arguments.projection,
+            temperature=arguments.temperature,
+            tail=arguments.tail,
+            projections=_projections(arguments.student, work),
+            seed=arguments.seed,
+            arguments=_training_arguments(arguments),
+        )
+        options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
+        stage.run(student, teacher if is_live else None, tokenizer, arguments.output, **options)
     print(f"wrote {arguments.output}")
 
 
@@ -592,9 +739,12 @@ def _named_task(arguments: argparse.Namespace, *splits: str) -> Any:
 
 
 def _load(
-    name: str, auto_class: str, trust_remote_code: bool, needs_head: bool = False, **options: Any
+    name: str, auto_class: str | None, trust_remote_code: bool, needs_head: bool = False, **options: Any
 ) -> tuple[Any, Any]:
-    """A checkpoint's model, in float32 and eval mode, on the device to run on, and its tokenizer."""
+    """A checkpoint's model, in float32 and eval mode, on the device to run on, and its tokenizer.
+
+    `auto_class` None: as the language model that it is.
+    """
     import transformers
     from accelerate import PartialState
 
@@ -606,18 +756,20 @@ def _load(
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such folder")
     if is_published(name):
-        model = load_published(name, auto_class, **options)
+        model = load_published(name, auto_class or "AutoModelForMaskedLM", **options)
         return model.to(PartialState().device), load_published_tokenizer(name)
     try:
+        auto_class = auto_class or _language_model(name, trust_remote_code)
         model, loaded = getattr(transformers, auto_class).from_pretrained(
             name, dtype="float32", trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
-    if auto_class == "AutoModelForMaskedLM" and loaded["missing_keys"]:
+    kind = {"AutoModelForMaskedLM": "masked", "AutoModelForCausalLM": "causal"}.get(auto_class)
+    if kind and loaded["missing_keys"]:
         missing = ", ".join(sorted(loaded["missing_keys"]))
-        raise ValueError(f"{name}: not a masked language model with its head (there is no {missing})")
+        raise ValueError(f"{name}: not a {kind} language model with its head (there is no {missing})")
     if needs_head and loaded["missing_keys"]:  # else they would be random
         missing = ", ".join(sorted(loaded["missing_keys"]))
         raise ValueError(
@@ -625,6 +777,17 @@ def _load(
             "model of the task"
         )
     return model.eval().to(PartialState().device), tokenizer
+
+
+def _language_model(name: str, trust_remote_code: bool) -> str:
+    """The Auto class of a language model: masked where its family has such a head and the checkpoint is not causal."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    is_causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
+    is_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_causal
+    return "AutoModelForMaskedLM" if is_masked else "AutoModelForCausalLM"
 
 
 def _student(

@@ -25,7 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastdistill.capture import LayerAttention, States
-from fastdistill.functional import attention_mse, linear_mse, soft_cross_entropy
+from fastdistill.functional import (
+    attention_mse,
+    linear_mse,
+    linear_topk_soft_cross_entropy,
+    soft_cross_entropy,
+    topk_soft_cross_entropy,
+)
 from fastdistill.minilm import RELATIONS, check_relation_heads, relation_losses
 from fastdistill.published import load_published_projections
 
@@ -133,6 +139,8 @@ class Objective(nn.Module):
         teacher_layer: of "minilm" and "minilmv2": the layer, from 1, that the student's last one learns from; None:
             the last.
         relation_heads: of "minilmv2"; None: `fastdistill.minilm.RELATION_HEADS`.
+        tail: of the prediction term against an offline teacher's k classes: "renormalize" or "bucket", as in
+            `fastdistill.topk_soft_cross_entropy`.
 
     Raises:
         ValueError: an unknown option, one that the method does not have, a layer map or a number of relation heads
@@ -152,6 +160,7 @@ class Objective(nn.Module):
         temperature: float = 1.0,
         teacher_layer: int | None = None,
         relation_heads: int | None = None,
+        tail: str = "renormalize",
     ) -> None:
         super().__init__()
         self.terms = resolve_terms(method, terms)
@@ -161,6 +170,10 @@ class Objective(nn.Module):
             raise ValueError(f"parity is {parity!r}; it should be 'masked' or 'official'")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it should be above 0")
+        if tail not in ("renormalize", "bucket"):
+            raise ValueError(f"tail is {tail!r}; it should be 'renormalize' or 'bucket'")
+        if tail == "bucket" and temperature != 1:
+            raise ValueError(f"temperature is {temperature}; tail 'bucket' needs 1, where its mass is known")
         check_method_options(
             method, layer_map=layer_map, parity=parity, teacher_layer=teacher_layer, relation_heads=relation_heads
         )
@@ -168,6 +181,7 @@ class Objective(nn.Module):
         self.projection = projection
         self.parity = parity
         self.temperature = float(temperature)
+        self.tail = tail
         self.teacher_layer = teacher_layer
         self.relation_heads = relation_heads
         self.is_regression = "prediction" in self.terms and _is_regression(student_config)
@@ -279,6 +293,8 @@ class Objective(nn.Module):
         mask: Tensor | None = None,
         labels: Tensor | None = None,
         teacher_logits: Tensor | None = None,
+        topk: tuple[Tensor, Tensor] | None = None,
+        head: tuple[Tensor, Tensor, Tensor | None] | None = None,
         num_items: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The losses of one batch, by term, each a scalar.
@@ -289,6 +305,9 @@ class Objective(nn.Module):
             labels: `(B)` gold scores of a regression, or `(B, L)` of a tagger, -100 where a token does not count.
                 Else they are not looked at.
             teacher_logits: `(B, C)`, in place of `teacher.logits`.
+            topk: log-probabilities and classes, `(B, L, k)` each, in place of a language model's `teacher.logits`.
+            head: with `topk`, in place of `student.logits`: the last hidden state `(B, L, d)`, and the weight `(V, d)`
+                and bias `(V)` or None that make the logits of it.
             num_items: the sum of `count` over everything that makes one optimiser step; this batch's without.
         """
         mask = None if mask is None else mask.bool()
@@ -314,7 +333,9 @@ class Objective(nn.Module):
                     _add(losses, "attention", self._attention_loss(*layers, mask, tokens, pairs, causal_pairs))
                 else:
                     losses.update(self._relation_losses(*layers, mask, tokens))
-        if "prediction" in self.terms:
+        if "prediction" in self.terms and topk is not None:
+            losses["prediction"] = self._topk_loss(student.logits, head, topk, mask, tokens)
+        elif "prediction" in self.terms:
             if teacher_logits is None and teacher is not None:
                 teacher_logits = teacher.logits
             items = (rows, tokens, labelled)
@@ -410,6 +431,29 @@ class Objective(nn.Module):
                 num_items = logits.shape[-1] * (logits.shape[:-1].numel() if num_items is None else num_items)
         return soft_cross_entropy(logits, teacher_logits, temperature=self.temperature, mask=mask, num_items=num_items)
 
+    def _topk_loss(
+        self,
+        logits: Tensor | None,
+        head: tuple[Tensor, Tensor, Tensor | None] | None,
+        topk: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        tokens: Tensor | None,
+    ) -> Tensor:
+        if self.parity == "official":
+            raise ValueError("parity is 'official', which counts padding, for which topk holds nothing; use 'masked'")
+        options: dict[str, Any] = {
+            "tail": self.tail,
+            "temperature": self.temperature,
+            "mask": mask,
+            "num_items": tokens,
+        }
+        if head is not None:
+            x, weight, bias = head
+            return linear_topk_soft_cross_entropy(x, weight, *topk, student_bias=bias, **options)
+        if logits is None:
+            raise ValueError("the student returned no logits; the prediction term needs a model with a head")
+        return topk_soft_cross_entropy(logits, *topk, **options)
+
     # -- files ---------------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
@@ -423,6 +467,7 @@ class Objective(nn.Module):
             "temperature": self.temperature,
             "teacher_layer": self.teacher_layer,
             "relation_heads": self.relation_heads,
+            "tail": self.tail,
         }
 
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:

@@ -5,6 +5,7 @@ A stage is a plain object that owns its data, its losses and its schedule; `run`
     GeneralStage(corpus=["corpus.txt"]).run(student, teacher, tokenizer, "out/general")
     IntermediateStage(dataset=dataset).run(classifier, task_teacher, tokenizer, "out/intermediate")
     PredictionStage(dataset=dataset).run(classifier, task_teacher, tokenizer, "out/student")
+    CachedStage(cache="cache").run(student, None, tokenizer, "out/student")  # from an offline teacher
 
 Defaults are the published recipe's.
 """
@@ -22,6 +23,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
+from fastdistill.cache import check_cache, read_cache, teacher_config
 from fastdistill.capture import capture
 from fastdistill.objective import Objective
 from fastdistill.outputs import claim, last_checkpoint, replace, working_folder
@@ -30,7 +32,14 @@ from fastdistill.trainer import DistillationTrainer, PaddingCollator, load_stude
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["GeneralStage", "IntermediateStage", "PredictionStage", "add_teacher_logits", "pack_corpus"]
+__all__ = [
+    "CachedStage",
+    "GeneralStage",
+    "IntermediateStage",
+    "PredictionStage",
+    "add_teacher_logits",
+    "pack_corpus",
+]
 
 
 @dataclass(kw_only=True)
@@ -40,7 +49,7 @@ class _Stage(ABC):
     Attributes:
         epochs, batch_size (per process), learning_rate, warmup (share of the steps), scheduler, weight_decay (not
             on biases and norms): the schedule.
-        method, terms, layer_map, projection, parity, temperature, teacher_layer, relation_heads: see
+        method, terms, layer_map, projection, parity, temperature, teacher_layer, relation_heads, tail: see
             `fastdistill.objective.Objective`.
         projections: a folder written by an earlier stage, whose projections this one continues from, as far as its
             terms have any.
@@ -63,6 +72,7 @@ class _Stage(ABC):
     temperature: float = 1.0
     teacher_layer: int | None = None
     relation_heads: int | None = None
+    tail: str = "renormalize"
     projections: str | Path | None = None
     seed: int = 42
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -106,7 +116,7 @@ class _Stage(ABC):
         torch.manual_seed(args.seed)  # new projections
         objective = Objective(
             student.config,
-            None if teacher is None else teacher.config,
+            self._teacher_config(teacher),
             method=self.method,
             terms=self.terms,
             layer_map=self.layer_map,
@@ -115,6 +125,7 @@ class _Stage(ABC):
             temperature=self.temperature,
             teacher_layer=self.teacher_layer,
             relation_heads=self.relation_heads,
+            tail=self.tail,
         )
         if self.projections is not None and len(objective.projections):
             objective.load_projections(self.projections)
@@ -144,6 +155,10 @@ class _Stage(ABC):
     @abstractmethod
     def prepare(self, tokenizer: Any) -> Dataset:
         """The rows to train on, tokenised, with a `length` column."""
+
+    def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
+        """The teacher's transformers config; None where nothing is asked of a teacher."""
+        return None if teacher is None else teacher.config
 
     def _training_arguments(self, work: Path) -> TrainingArguments:
         return training_arguments(
@@ -219,6 +234,44 @@ class PredictionStage(_Stage):
 
     def prepare(self, tokenizer: Any) -> Dataset:
         return add_length(self.dataset)
+
+
+@dataclass(kw_only=True)
+class CachedStage(_Stage):
+    """Learning from an offline teacher: what `fastdistill.cache` wrote. Defaults: the prediction term, and the general
+    stage's schedule.
+
+    `run` takes None for the teacher. One that is given runs for the inner terms, the attention term among them, which
+    no cache can serve.
+
+    Attributes:
+        cache: the folder. Its tokenizer is the one to pass to `run`; a student or a tokenizer with another vocabulary,
+            or a classifier with other classes, is a ValueError.
+    """
+
+    cache: str | Path
+    epochs: float = 3
+    batch_size: int = 256
+    learning_rate: float = 5e-5
+    warmup: float = 0.1
+    terms: Sequence[str] = ("prediction",)
+
+    def run(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        tokenizer: Any,
+        output_dir: str | Path,
+        **options: Any,
+    ) -> PreTrainedModel:
+        check_cache(self.cache, student=student, tokenizer=tokenizer)
+        return super().run(student, teacher, tokenizer, output_dir, **options)
+
+    def prepare(self, tokenizer: Any) -> Dataset:
+        return read_cache(self.cache)
+
+    def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
+        return teacher_config(self.cache)
 
 
 def training_arguments(

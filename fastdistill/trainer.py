@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -35,21 +37,40 @@ from fastdistill.objective import Objective
 
 __all__ = ["DistillationModel", "DistillationTrainer", "PaddingCollator"]
 
+# What fastdistill.cache adds to each token, (L, n) a row.
+TOKEN_COLUMN = re.compile(r"topk_logprobs|topk_indices|hidden_\d+")
+
 
 class PaddingCollator(DataCollatorWithPadding):
     """Pads a batch to its longest row, labels of tokens with -100; leaves out an `attention_mask` that masks nothing.
 
     Without one, attention takes its fastest path and nobody needs to read the mask back from the device.
+    The columns of an offline teacher, (L, n) a row, are padded with zeros to (B, L, n).
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        cached = [name for name in features[0] if TOKEN_COLUMN.fullmatch(name)]
+        plain = [{name: x for name, x in row.items() if name not in cached} for row in features] if cached else features
         are_tags = all(
             isinstance(row.get("labels"), list) and len(row["labels"]) == len(row["input_ids"]) for row in features
         )
-        batch = DataCollatorForTokenClassification(self.tokenizer)(features) if are_tags else super().__call__(features)
+        batch = DataCollatorForTokenClassification(self.tokenizer)(plain) if are_tags else super().__call__(plain)
+        for name in cached:
+            dtype = np.int64 if name == "topk_indices" else np.float32
+            rows = [np.asarray(row[name], dtype) for row in features]
+            batch[name] = pad_rows(rows, batch["input_ids"].shape[1], side=self.tokenizer.padding_side)
         if "attention_mask" in batch and bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
         return batch
+
+
+def pad_rows(rows: Sequence[np.ndarray], length: int | None = None, *, value: float = 0, side: str = "right") -> Tensor:
+    """Rows (L_i, ...) as one tensor (B, length, ...) of their dtype, filled up with `value`; None: of the longest."""
+    length = max(map(len, rows)) if length is None else length
+    padded = np.full((len(rows), length, *rows[0].shape[1:]), value, rows[0].dtype)
+    for into, row in zip(padded, rows, strict=True):
+        into[slice(len(row)) if side == "right" else slice(length - len(row), None)] = row
+    return torch.from_numpy(padded)
 
 
 class EpochSampler(Sampler[int]):
@@ -85,7 +106,12 @@ class ResumableTrainer(Trainer):
 
 
 class DistillationModel(nn.Module):
-    """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}."""
+    """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}.
+
+    Attributes:
+        linear_head: whether the loss against an offline teacher may take the student's last hidden state and head
+            instead of its logits, which then never exist (`has_linear_head`).
+    """
 
     accepts_loss_kwargs = True  # losses are divided by num_items, not again by the accumulation steps
 
@@ -93,23 +119,31 @@ class DistillationModel(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
+        self.linear_head = False
 
     def forward(
         self,
         teacher: States | None = None,
         teacher_logits: Tensor | None = None,
+        topk_logprobs: Tensor | None = None,
+        topk_indices: Tensor | None = None,
         labels: Tensor | None = None,
         num_items: Tensor | None = None,
         with_loss: bool = True,
         **batch: Tensor,
     ) -> dict[str, Tensor | None]:
         objective = self.objective
+        predicts = "prediction" in objective.terms
+        topk = None if topk_logprobs is None or topk_indices is None else (topk_logprobs, topk_indices)
+        head = self.student.get_output_embeddings() if self.linear_head and topk and predicts and with_loss else None
         # The head of a student that learns inner states only would compute logits nobody reads.
-        student = self.student if "prediction" in objective.terms or not with_loss else self.student.base_model
+        student = self.student if (predicts and head is None) or not with_loss else self.student.base_model
+        last = self.student.config.num_hidden_layers  # the hidden state that a head takes
+        hidden = set(objective.hidden) if with_loss else set()
         states = capture(
             student,
             batch,
-            hidden=tuple(objective.hidden) if with_loss else (),
+            hidden=hidden if head is None else hidden | {last},
             attention=tuple(objective.attention) if with_loss else (),
             values=objective.needs_values,
         )
@@ -121,6 +155,8 @@ class DistillationModel(nn.Module):
             mask=batch.get("attention_mask"),
             labels=labels,
             teacher_logits=teacher_logits,
+            topk=topk,
+            head=None if head is None else (states.hidden[last], head.weight, head.bias),
             num_items=num_items,
         )
         return {"loss": torch.stack(list(losses.values())).sum(), **losses, "logits": states.logits}
@@ -140,6 +176,33 @@ class DistillationModel(nn.Module):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
+@torch.no_grad()
+def has_linear_head(student: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+    """Whether the student's logits are its last hidden state times the head's weight, plus its bias, and nothing else.
+
+    Judged by a forward pass: what the head was given is the last hidden state, and what it made are the logits, to the
+    bit. A softcap, a scale, or a transform before the head, whatever a config calls it, makes them differ.
+    """
+    head = student.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output.clone())))
+    was_training = student.training
+    student.eval()
+    last = student.config.num_hidden_layers
+    try:
+        logits = capture(student, batch).logits
+        hidden = capture(student.base_model, batch, hidden=[last]).hidden[last]
+    finally:
+        hook.remove()
+        student.train(was_training)
+    if not seen or logits is None:
+        return False
+    given, made = seen[0]  # a base model that is the student itself calls the head again
+    return torch.equal(given, hidden) and torch.equal(made.to(logits.dtype), logits)
+
+
 class DistillationTrainer(ResumableTrainer):
     """Trains `model` to follow `teacher`. Every other argument is transformers.Trainer's.
 
@@ -150,8 +213,8 @@ class DistillationTrainer(ResumableTrainer):
 
     Args:
         model: the student.
-        teacher: a transformers model; may be None where nothing needs it (a regression on gold scores, or a data
-            set with a `teacher_logits` column and the prediction term alone).
+        teacher: a transformers model; may be None where nothing needs it: a regression on gold scores, or a data set
+            with the columns of `fastdistill.cache` (`teacher_logits`; `topk_logprobs`, `topk_indices`; `hidden_i`).
         objective: what to compare, with the projections to learn.
         data_collator: `PaddingCollator(processing_class)` by default.
     """
@@ -205,12 +268,14 @@ class DistillationTrainer(ResumableTrainer):
 
     def _teacher_states(self, inputs: Mapping[str, Any]) -> States | None:
         objective = self.objective
+        if self.teacher is None and objective.hidden:
+            return States({i: inputs[f"hidden_{i}"] for i in objective.hidden.values()}, {}, None)
         if self.teacher is None or not objective.needs_teacher:
             return None
-        predicts = "prediction" in objective.terms
-        if not objective.layer_map and "teacher_logits" in inputs:
+        is_known = "teacher_logits" in inputs or "topk_logprobs" in inputs
+        if not objective.layer_map and is_known:
             return None
-        teacher = self.teacher if predicts and "teacher_logits" not in inputs else self.teacher.base_model
+        teacher = self.teacher if "prediction" in objective.terms and not is_known else self.teacher.base_model
         with torch.no_grad(), self.accelerator.autocast():
             return capture(
                 teacher,
@@ -249,7 +314,7 @@ class DistillationTrainer(ResumableTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """The distillation loss where it can be had, the student's logits, the labels."""
         inputs = self._prepare_inputs(inputs)
-        has_target = self.teacher is not None or not self.objective.needs_teacher or "teacher_logits" in inputs
+        has_target = self.teacher is not None or not (self.objective.attention or self._missing(inputs))
         with torch.no_grad():
             if has_target:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -257,6 +322,9 @@ class DistillationTrainer(ResumableTrainer):
                 loss, outputs = None, model(**inputs, with_loss=False)
         if prediction_loss_only:
             return loss, None, None
+        if outputs["logits"] is None and "prediction" in self.objective.terms:  # the loss did without them
+            with torch.no_grad():
+                outputs = model(**inputs, with_loss=False)
         logits, labels = outputs["logits"], inputs.get("labels")
         if logits is not None and "start_positions" in inputs:  # (B, 2, L), and Trainer joins batches along (B, L)
             logits, labels = logits.unbind(1), (inputs["start_positions"], inputs["end_positions"])
@@ -279,23 +347,43 @@ class DistillationTrainer(ResumableTrainer):
         the student recomputes activations in reentrant mode.
         """
         objective, student, teacher = self.objective, self.student, self.teacher
+        columns = getattr(self.train_dataset, "column_names", None) or ()
         if teacher is None:
-            columns = getattr(self.train_dataset, "column_names", None) or ()
-            if objective.needs_teacher and (objective.layer_map or "teacher_logits" not in columns):
+            if objective.attention:
                 raise ValueError(
-                    f"teacher is None; the terms {objective.terms} need one, or for the prediction term alone a "
-                    "teacher_logits column in train_dataset"
+                    f"teacher is None; the terms {objective.terms} need one: no data set holds the queries and keys "
+                    "that the attention term compares. Give a teacher, or leave 'attention' out of terms"
+                )
+            missing = self._missing(columns)
+            if missing:
+                raise ValueError(
+                    f"teacher is None; the terms {objective.terms} need one, or in train_dataset the columns "
+                    f"{', '.join(missing)}, which fastdistill.cache writes"
                 )
         else:
             check_vocabularies(student.config, teacher.config, self.processing_class)
             if "prediction" in objective.terms and objective.needs_teacher:
                 check_classes(student.config, teacher.config)
+        if objective.parity == "official" and any(TOKEN_COLUMN.fullmatch(name) for name in columns):
+            raise ValueError(
+                "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "
+                "use 'masked'"
+            )
         if self._checkpointing_is_reentrant():
             raise ValueError(
                 "activation checkpointing is set to reentrant mode, which detaches captured states, so that losses on "
                 'them would train nothing; pass {"use_reentrant": False}'
             )
         refuse_reentrant_checkpointing(student)
+
+    def _missing(self, columns: Collection[str]) -> list[str]:
+        """What rows with these columns lack to do without a teacher, the attention term aside."""
+        objective = self.objective
+        needed = [f"hidden_{i}" for i in sorted(set(objective.hidden.values()))]
+        is_known = "teacher_logits" in columns or {"topk_logprobs", "topk_indices"} <= set(columns)
+        if "prediction" in objective.terms and not objective.is_regression and not is_known:
+            needed.append("teacher_logits or topk_logprobs and topk_indices")
+        return [name for name in needed if name not in columns]
 
     def _checkpointing_is_reentrant(self) -> bool:
         options = getattr(self.args, "activation_checkpointing_kwargs", None) or getattr(
@@ -318,6 +406,8 @@ class DistillationTrainer(ResumableTrainer):
         was_training = model.training
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
+            if "topk_logprobs" in batch and "prediction" in self.objective.terms:
+                model.linear_head = has_linear_head(self.student, batch)
             model.train()
             with self.accelerator.autocast():
                 loss = model(**batch, teacher=self._teacher_states(batch))["loss"]
@@ -360,9 +450,10 @@ class DistillationTrainer(ResumableTrainer):
         if self._signature_columns is None:
             models = [model for model in (self.student, self.teacher) if model is not None]
             names = itertools.chain.from_iterable(inspect.signature(model.forward).parameters for model in models)
-            self._signature_columns = list(
-                dict.fromkeys([*names, "labels", "label", "label_ids", "teacher_logits", "length"])
-            )
+            cached = ["teacher_logits", "topk_logprobs", "topk_indices"]
+            if self.teacher is None:
+                cached += [f"hidden_{i}" for i in self.objective.hidden.values()]
+            self._signature_columns = list(dict.fromkeys([*names, "labels", "label", "label_ids", *cached, "length"]))
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 

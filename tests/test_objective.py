@@ -383,6 +383,7 @@ def test_files_hold_settings_and_projections(tmp_path: Path) -> None:
         "temperature": 2.0,
         "teacher_layer": None,
         "relation_heads": None,
+        "tail": "renormalize",
     }
     again = Objective(*configs, projection="per_layer", layer_map=[0, 1, 4])
     assert not torch.equal(again._projection(1).weight, objective._projection(1).weight)

@@ -1,0 +1,182 @@
+"""`python -m bench.cache --model M --corpus FILE`: an offline teacher against the live one, and what its files cost.
+
+For the first tokens of a text, in one run: bytes a token against full logits; seconds to write, between two passes of
+the teacher alone, to read and to verify; what rounding to float16 changes; and the time of a training step with the
+teacher live and from the cache, turn by turn on the same rows, reading and padding them included. The student is of the
+teacher's kind, with half its layers and half its width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+
+from fastdistill.cache import file_identity, read_cache, read_manifest, write_cache
+from fastdistill.capture import capture
+from fastdistill.objective import Objective
+from fastdistill.stages import pack_corpus
+from fastdistill.trainer import DistillationModel, PaddingCollator, has_linear_head
+
+CHECKED = 16  # rows whose rounding is looked at
+
+
+def synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def seconds(function: Any) -> float:
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def small(teacher: Any) -> Any:
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers //= 2
+    config.hidden_size //= 2
+    config.intermediate_size //= 2
+    torch.manual_seed(0)
+    return type(teacher)(config).to(teacher.device)
+
+
+class Bench:
+    """The same rows, in the same batches, each way."""
+
+    def __init__(self, teacher: Any, tokenizer: Any, blocks: Dataset, size: int) -> None:
+        self.teacher, self.tokenizer, self.blocks, self.size = teacher, tokenizer, blocks, size
+        self.collate = PaddingCollator(tokenizer)
+        self.batches = [list(range(i, i + size)) for i in range(0, len(blocks) - size + 1, size)]
+        self.tokens = sum(sum(blocks[i]["length"] for i in batch) for batch in self.batches)
+        self.rows = blocks  # of the cache, once there is one
+
+    def fetch(self, rows: Dataset, numbers: list[int]) -> dict[str, Tensor]:
+        names = [name for name in rows.column_names if name != "length"]
+        batch = self.collate(rows.select_columns(names).__getitems__(numbers))
+        return {name: x.to(self.teacher.device) for name, x in batch.items()}
+
+    def alone(self) -> float:
+        """Seconds a token of the teacher's forward pass."""
+
+        def run() -> None:
+            for numbers in self.batches:
+                with torch.inference_mode():
+                    capture(self.teacher, self.fetch(self.blocks, numbers))
+
+        return seconds(run) / self.tokens
+
+    def files(self, folder: Path, k: int, hidden: list[int]) -> str:
+        def write() -> None:
+            options: dict[str, Any] = {"top_k": k, "hidden": hidden, "batch_size": self.size}
+            write_cache(self.blocks, self.teacher, self.tokenizer, folder, **options)
+
+        def read() -> None:
+            for i in torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(0)).tolist():
+                self.fetch(self.rows, self.batches[i])
+
+        before, writing, after = self.alone(), seconds(write), self.alone()
+        manifest = read_manifest(folder)
+        self.rows, self.classes = read_cache(folder), manifest["classes"]
+        paths = [folder / shard["name"] for shard in manifest["shards"]]
+        stored, full = sum(path.stat().st_size for path in paths), 4 * self.classes
+        hashing = seconds(lambda: [file_identity(path) for path in paths])
+        writing, reading, alone = writing / manifest["tokens"], seconds(read) / self.tokens, (before + after) / 2
+        return (
+            f"{stored / manifest['tokens']:.0f} bytes a token; full logits in float32 are {full}, "
+            f"{full * manifest['tokens'] / stored:.0f}x\n"
+            f"  a million tokens: the teacher alone {1e6 * alone:.0f} s, write {1e6 * writing:.0f} s "
+            f"({writing / alone:.2f}x), read shuffled {1e6 * reading:.1f} s (1/{alone / reading:.0f}); "
+            f"verify {1e9 * hashing / stored:.2f} s a GB"
+        )
+
+    def rounding(self) -> str:
+        """The stored log-probabilities against those of the same rows now, in float64."""
+        largest, distances, masses = 0.0, [], []
+        for row in range(min(CHECKED, len(self.rows))):
+            found = self.rows[row]
+            with torch.no_grad():
+                logits = self.teacher(torch.tensor(found["input_ids"], device=self.teacher.device)[None]).logits[0]
+            stored, indices = torch.tensor(found["topk_logprobs"]).double(), torch.tensor(found["topk_indices"])
+            exact = logits[:, : self.classes].double().log_softmax(-1).cpu().gather(-1, indices)
+            largest = max(largest, (stored - exact).abs().max().item())
+            distances.append(0.5 * (stored.softmax(-1) - exact.softmax(-1)).abs().sum(-1))
+            masses.append(exact.exp().sum(-1))
+        distance, mass = torch.cat(distances), torch.cat(masses)
+        return (
+            f"mass of the k classes {mass.mean():.3f}; float16 moves a log-probability by at most {largest:.1e}, and "
+            f"their distribution by {distance.mean():.1e} on average, {distance.max():.1e} at most (total variation)"
+        )
+
+    def step(self, steps: int) -> str:
+        """One student is trained with the live teacher, another from the cache."""
+        took: dict[str, list[float]] = {"live": [], "cached": []}
+        models, optimizers = {}, {}
+        for name in took:
+            student = small(self.teacher)
+            models[name] = DistillationModel(student, Objective(student.config, terms=("prediction",))).train()
+            optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-4)
+        is_linear = has_linear_head(models["cached"].student, self.fetch(self.rows, [0, 1]))
+        models["cached"].linear_head = is_linear
+
+        def train(name: str, numbers: list[int]) -> None:
+            batch, states = self.fetch(self.rows if name == "cached" else self.blocks, numbers), None
+            if name == "live":
+                with torch.no_grad():
+                    states = capture(self.teacher, batch)
+            models[name](**batch, teacher=states)["loss"].backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+
+        for i in range(steps + 1):
+            for name, found in took.items():
+                found.append(seconds(partial(train, name, self.batches[i % len(self.batches)])))
+        live, cached = (statistics.median(found[1:]) for found in took.values())
+        return (
+            f"training step: {1000 * live:.0f} ms with the live teacher, {1000 * cached:.0f} ms from the cache "
+            f"{'without' if is_linear else 'on'} the student's logits: {live / cached:.2f}x"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=__doc__.split(":")[1])
+    parser.add_argument("--model", required=True, help="a language model: folder or hub name")
+    parser.add_argument("--kind", default="AutoModelForMaskedLM", help="its Auto class (default: %(default)s)")
+    parser.add_argument("--corpus", type=Path, required=True, metavar="FILE", help="text, a paragraph a line")
+    parser.add_argument("--tokens", type=int, default=20_000, help="default: %(default)s")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a block (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="blocks at a time (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64], help="default: 16 64")
+    parser.add_argument("--hidden", type=int, nargs="*", default=(), help="hidden states to keep as well")
+    parser.add_argument("--steps", type=int, default=10, help="of training, each way (default: %(default)s)")
+    arguments = parser.parse_args()
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    teacher = getattr(transformers, arguments.kind).from_pretrained(arguments.model, dtype=torch.float32)
+    teacher = teacher.eval().to(device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    blocks = pack_corpus([arguments.corpus], tokenizer, arguments.length)
+    blocks = blocks.select(range(min(len(blocks), arguments.tokens // arguments.length)))
+    bench = Bench(teacher, tokenizer, blocks, arguments.batch_size)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {len(blocks)} blocks of text")
+    for k in arguments.top_k:
+        with tempfile.TemporaryDirectory() as work:
+            print(f"\nk = {k}: {bench.files(Path(work) / 'cache', k, arguments.hidden)}")
+            print(f"  {bench.rounding()}")
+            print(f"  {bench.step(arguments.steps)}")
+
+
+if __name__ == "__main__":
+    main()
