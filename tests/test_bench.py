@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -207,3 +208,22 @@ def test_stages_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(SystemExit):
         gpu.main()
     assert "holds results of a card" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_glue_table_are_commands(tmp_path: Path) -> None:
+    """Each leg once, in an order in which what it needs is there."""
+    from bench import glue
+    from fastdistill.cli import _parser
+
+    paths = {name: tmp_path / name for name in ("data", "glove", "out")}
+    arguments = argparse.Namespace(
+        model="bert", masked="mlm", corpus=[tmp_path / "text"], tasks=list(glue.TASKS), seeds=[1, 2, 3], **paths
+    )
+    done = {"student.json"}
+    for leg in glue.Plan(arguments).legs():
+        parsed = vars(_parser().parse_args([*leg.command, "--output", leg.output]))
+        needed = {str(parsed[name]) for name in ("teacher", "student", "model", "augmented") if parsed.get(name)}
+        assert needed <= done | {"bert", "mlm"}, leg.output
+        assert leg.output not in done
+        done.add(leg.output)
+    assert {f"{task}/{glue.slug(name)}" for task in glue.TASKS for name in ("fine-tuned", *glue.STUDENTS)} <= done

@@ -1,0 +1,244 @@
+"""`python -m bench.glue --model BERT --masked MLM --data DIR --corpus FILE --glove FILE --out DIR`: TinyBERT's table.
+
+For five tasks of GLUE: the teacher; the distilled student; the same student fine-tuned on the labels; and the student
+without one part of the method at a time. Every leg is commands of `fastdistill`, printed before they run; a leg done
+is not run again, so the command may be given as often as it takes. `--tables` prints what is there: Markdown tables,
+and DIR/results.json and DIR/losses.png from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of one task: what two cores do in a quarter of an hour a student."""
+
+    teacher_epochs: int
+    copies: int  # of each row by augmentation
+    intermediate_epochs: int  # over rows and copies
+    prediction_epochs: int
+
+
+TASKS = {
+    "SST-2": Budget(teacher_epochs=1, copies=1, intermediate_epochs=1, prediction_epochs=1),
+    "CoLA": Budget(teacher_epochs=4, copies=10, intermediate_epochs=2, prediction_epochs=1),
+    "MRPC": Budget(teacher_epochs=5, copies=10, intermediate_epochs=1, prediction_epochs=1),
+    "RTE": Budget(teacher_epochs=6, copies=10, intermediate_epochs=1, prediction_epochs=1),
+    "STS-B": Budget(teacher_epochs=4, copies=10, intermediate_epochs=1, prediction_epochs=10),
+}
+ALL = ("embedding", "hidden", "attention")
+# Name: the inner losses, and whether there is a general stage and augmentation.
+STUDENTS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
+    "distilled": (ALL, True, True),
+    "no general stage": (ALL, False, True),
+    "no augmentation": (ALL, True, False),
+    "no attention loss": (("embedding", "hidden"), True, True),
+    "no hidden loss": (("embedding", "attention"), True, True),
+}
+FINE_TUNED = "fine-tuned"
+# A quarter of the teacher's width and half its depth; 12 heads as the teacher has.
+STUDENT = {
+    "num_hidden_layers": 3, "hidden_size": 156, "intermediate_size": 600, "num_attention_heads": 12,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Leg:
+    output: str  # in the working folder
+    command: list[str]  # of fastdistill, without --output
+    after: str = ""  # the leg whose evaluation it goes into
+
+
+class Plan:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out: Path = arguments.out
+
+    def legs(self) -> Iterator[Leg]:
+        """In the order in which they are worth most."""
+        model, corpus = self.arguments.model, [str(path) for path in self.arguments.corpus]
+        tasks: list[str] = self.arguments.tasks
+        for name, (terms, has_general, _) in STUDENTS.items():
+            if has_general and name != "no augmentation":
+                yield Leg(
+                    general_of(terms),
+                    ["general", "--teacher", model, "--student", "student.json", "--corpus", *corpus, "--terms", *terms,
+                     "--epochs", "1", "--batch-size", "32", "--learning-rate", "5e-4", "--bf16"],
+                )  # fmt: skip
+                if name == "distilled":
+                    for task in tasks:
+                        yield self.teacher(task)
+                        yield self.augment(task)
+                        yield self.student(task, name)
+                        yield self.fine_tuned(task)
+        for name in list(STUDENTS)[1:]:
+            for task in tasks:
+                yield self.student(task, name)
+
+    def data(self, task: str) -> list[str]:
+        return ["--task", task, "--data", str(self.arguments.data / task)]
+
+    def teacher(self, task: str) -> Leg:
+        epochs = str(TASKS[task].teacher_epochs)
+        rest = ["--epochs", epochs, "--learning-rates", "5e-5", "--bf16", "--seeds", "1"]
+        return Leg(f"{task}/teacher", ["finetune", "--model", self.arguments.model, *self.data(task), *rest])
+
+    def augment(self, task: str) -> Leg:
+        rest = ["--glove", str(self.arguments.glove), "--copies", str(TASKS[task].copies), "--bf16"]
+        return Leg(f"{task}/augmented.arrow", ["augment", "--teacher", self.arguments.masked, *self.data(task), *rest])
+
+    def student(self, task: str, name: str) -> Leg:
+        terms, has_general, is_augmented = STUDENTS[name]
+        budget = TASKS[task]
+        # Without copies as many more epochs, so that every student makes as many steps.
+        more = 1 if is_augmented else 1 + budget.copies
+        prediction = 1 if task == "STS-B" else more  # which learns from the original rows
+        command = [
+            "task", "--teacher", f"{task}/teacher", "--student", general_of(terms) if has_general else "student.json",
+            *self.data(task), *(["--augmented", f"{task}/augmented.arrow"] if is_augmented else []),
+            "--terms", *terms, "--bf16", "--intermediate-epochs", str(budget.intermediate_epochs * more),
+            "--intermediate-learning-rate", "3e-4", "--prediction-epochs", str(budget.prediction_epochs * prediction),
+            "--learning-rates", "1e-4", "--seeds", *map(str, self.arguments.seeds),
+        ]  # fmt: skip
+        return Leg(f"{task}/{slug(name)}", command)
+
+    def fine_tuned(self, task: str) -> Leg:
+        budget = TASKS[task]
+        epochs = (budget.intermediate_epochs + budget.prediction_epochs) * (1 + budget.copies)
+        command = [
+            "finetune", "--model", "student.json", "--teacher", self.arguments.model, "--init", "teacher",
+            *self.data(task), "--bf16", "--epochs", str(min(epochs, 10)), "--learning-rates", "1e-4",
+            "--seeds", *map(str, self.arguments.seeds),
+        ]  # fmt: skip
+        return Leg(f"{task}/{slug(FINE_TUNED)}", command)
+
+    def run(self, leg: Leg) -> None:
+        """In the working folder, so that the commands read as they would be typed."""
+        if (self.out / leg.output).exists():
+            return
+        command = ["fastdistill", *leg.command, "--output", leg.output]
+        print(shlex.join(command), flush=True)
+        (self.out / leg.output).parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "fastdistill.cli", *command[1:], "--resume"], cwd=self.out, check=True)
+        seconds_path = self.out / "seconds.json"
+        seconds = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
+        seconds[leg.output] = seconds.get(leg.output, 0) + time.perf_counter() - start
+        seconds_path.write_text(json.dumps(seconds, indent=1) + "\n")
+
+
+def general_of(terms: tuple[str, ...]) -> str:
+    return "general" if terms == ALL else "general-" + "-".join(terms)
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+# -- results -----------------------------------------------------------------------------------------------
+
+
+def results(out: Path, tasks: list[str]) -> dict[str, dict[str, list[float]]]:
+    """Model -> task -> the dev score of each seed, in per cent: GLUE's metric, or the mean of its two."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name in ("teacher", "distilled", FINE_TUNED, *list(STUDENTS)[1:]):
+        for task in tasks:
+            path = out / task / slug(name) / "results.json"
+            if path.exists():
+                best = max(json.loads(path.read_text())["combinations"], key=lambda combination: combination["mean"])
+                found.setdefault(name, {})[task] = [100 * run["score"] for run in best["seeds"].values()]
+    return found
+
+
+def table(found: dict[str, dict[str, list[float]]], tasks: list[str]) -> str:
+    """Means and deviations over seeds; the average where all tasks are there, and its share of the teacher's."""
+    lines = [
+        "| model | " + " | ".join(tasks) + " | average | kept |",
+        "| --- |" + " ---: |" * (len(tasks) + 2),
+    ]
+    averages: dict[str, float] = {}
+    for name, scores in found.items():
+        cells = [spread(scores[task]) if task in scores else "" for task in tasks]
+        if set(tasks) <= set(scores):
+            averages[name] = mean(mean(scores[task]) for task in tasks)
+        average = averages.get(name)
+        kept = average / averages["teacher"] if average and "teacher" in averages else None
+        cells += [f"{average:.1f}" if average else "", f"{kept:.1%}" if kept else ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(scores: list[float]) -> str:
+    if len(scores) == 1:
+        return f"{scores[0]:.1f}"
+    deviation = (sum((x - mean(scores)) ** 2 for x in scores) / (len(scores) - 1)) ** 0.5
+    return f"{mean(scores):.1f} ± {deviation:.1f}"
+
+
+def plot(out: Path, tasks: list[str]) -> None:
+    """The intermediate stage's losses over its steps, a panel a task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(tasks), 3.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for name in STUDENTS:
+            path = out / task / slug(name) / "intermediate" / "trainer_state.json"
+            if not path.exists():
+                continue
+            history: list[dict[str, Any]] = json.loads(path.read_text())["log_history"]
+            points = [(log["step"], log["hidden"]) for log in history if "hidden" in log]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name)
+        axes.set(title=task, xlabel="step of the intermediate stage", yscale="log")
+    figure.axes[0].set_ylabel("hidden loss")
+    handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda pair: len(pair[1]))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(out / "losses.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.glue", description=__doc__.split(":")[1])
+    parser.add_argument("--model", required=True, help="a BERT with weights: folder or hub name")
+    parser.add_argument("--masked", required=True, help="a masked language model for augmentation (bench.mlm_teacher)")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of tsv files for each task")
+    parser.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="FILE", help="of the general stage")
+    parser.add_argument("--glove", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all five")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: %(default)s")
+    parser.add_argument("--tables", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("data", "glove"):
+        setattr(arguments, name, getattr(arguments, name).resolve())
+    arguments.corpus = [path.resolve() for path in arguments.corpus]
+    for name in ("model", "masked"):
+        if Path(getattr(arguments, name)).is_dir():
+            setattr(arguments, name, str(Path(getattr(arguments, name)).resolve()))
+    (arguments.out / "student.json").write_text(json.dumps(STUDENT) + "\n")
+    if not arguments.tables:
+        plan = Plan(arguments)
+        for leg in plan.legs():
+            plan.run(leg)
+    found = results(arguments.out, arguments.tasks)
+    (arguments.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    plot(arguments.out, arguments.tasks)
+    print(table(found, arguments.tasks))
+
+
+if __name__ == "__main__":
+    main()
