@@ -675,7 +675,8 @@ class TestCommand:
         assert "its name should end in .tsv or .arrow" in fails(capsys, changed("--output", tmp_path / "out"))
         assert "nowhere.txt: no such file" in fails(capsys, changed("--glove", tmp_path / "nowhere.txt"))
         assert "train.tsv: no such file" in fails(capsys, changed("--data", files / "lm"))
-        assert "task is 'squad'" in fails(capsys, changed("--task", "squad"))
+        assert "task is 'snli'" in fails(capsys, changed("--task", "snli"))
+        assert "--task is SQuAD; augment makes rows of the GLUE tasks" in fails(capsys, changed("--task", "squad"))
         assert "copies is 0; it should be at least 1" in fails(capsys, [*argv, "--copies", "0"])
         bad = tmp_path / "bad.txt"
         bad.write_text("a 1 2\nb 1 x\n")
