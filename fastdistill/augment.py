@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
-from accelerate import PartialState
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
@@ -36,6 +35,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from fastdistill.outputs import check, claim, replace, working_folder, write_whole
+from fastdistill.processes import on_main, processes
 from fastdistill.tasks import SENTENCES, TASKS, Task, read_tsv
 
 if TYPE_CHECKING:
@@ -441,15 +441,15 @@ def augment(
             another model or of other options.
     """
     output, state = Path(output), processes()
-    if state.is_main_process:
-        check_output(output, resume=resume, overwrite=overwrite)
+    on_main(lambda: check_output(output, resume=resume, overwrite=overwrite))
     names = [*SENTENCES[: len(task.texts)], "label"]
     if dataset.column_names != names:
         raise ValueError(f"dataset has the columns {dataset.column_names}; {task.name} has {names}")
     if resume and output.exists():
         return
     work = working_folder(output)
-    if state.is_main_process:
+
+    def start() -> None:
         claim(output, resume=resume, overwrite=overwrite)
         mark = fingerprint(task, dataset, augmenter, legacy)
         if not (work / "run").exists():
@@ -459,8 +459,8 @@ def augment(
                 f"{work} holds an interrupted run of other data, of another model or of other options; pass "
                 "overwrite=True to drop it"
             )
-    state.wait_for_everyone()
 
+    on_main(start)
     schema = dataset.features.arrow_schema
     chunks = [work / f"{start:09}.arrow" for start in range(0, len(dataset), CHUNK)]
     mine = range(state.process_index, len(chunks), state.num_processes)
@@ -481,11 +481,6 @@ def augment(
         replace(work / "whole", output)
         shutil.rmtree(work)
     state.wait_for_everyone()
-
-
-def processes() -> PartialState:
-    """This process among those that were launched together, on machines without an accelerator as well."""
-    return PartialState(cpu=torch.accelerator.current_accelerator(check_available=True) is None)
 
 
 def check_output(output: Path, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -32,9 +32,10 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fastdistill.augment import positions, processes, write_arrow
+from fastdistill.augment import positions, write_arrow
 from fastdistill.capture import States, capture
 from fastdistill.outputs import check, whole_output, write_whole
+from fastdistill.processes import on_main, processes
 from fastdistill.trainer import check_classes, pad_rows
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ def write_cache(
     output, state = Path(output), processes()
     if resume and not overwrite and (output / MANIFEST).is_file():
         return
-    if state.is_main_process:
-        check(output, resume=resume, overwrite=overwrite)
+    on_main(lambda: check(output, resume=resume, overwrite=overwrite))
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
     if not 1 <= shard_bytes <= 1 << 31:  # Arrow counts a file's numbers in int32
@@ -121,9 +121,7 @@ def write_cache(
     shards = cut(columns.row_bytes(lengths), shard_bytes)
 
     with whole_output(output, resume=resume, overwrite=overwrite) as work:
-        if state.is_main_process:
-            begin(work, manifest)
-        state.wait_for_everyone()
+        on_main(lambda: begin(work, manifest))
         paths = [work / f"{number:05}.arrow" for number in range(len(shards))]
         mine = range(state.process_index, len(shards), state.num_processes)
         todo = [number for number in mine if not entry(paths[number]).exists()]

@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("interrupted; run the same command with --resume to go on from the last checkpoint", file=sys.stderr)
+        way_on = "; run the same command with --resume to go on from the last checkpoint"
+        print("interrupted" + (way_on if hasattr(arguments, "resume") else ""), file=sys.stderr)
         return 130
     return 0
 
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     _models(general)
     general.add_argument("--corpus", nargs="+", required=True, metavar="FILE", help="text files, a paragraph a line")
     general.add_argument("--max-length", type=int, default=128, help="tokens in a block (default: %(default)s)")
+    general.add_argument(
+        "--streaming", action="store_true", help="read the corpus while it trains, not before; needs --max-steps"
+    )
     _objective(general)
     _schedule(general, epochs=3, batch_size=256, learning_rate=5e-5)
     _outputs(general)
@@ -355,16 +359,25 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _general(arguments: argparse.Namespace) -> None:
     from fastdistill.outputs import check
-    from fastdistill.stages import GeneralStage, pack_corpus
+    from fastdistill.processes import main_first
+    from fastdistill.stages import GeneralStage, pack_corpus, read_corpus
 
     objective = _objective_options(arguments)
+    if arguments.streaming and arguments.max_steps < 1:
+        raise ValueError("--streaming needs --max-steps: a corpus that is not read beforehand has no length")
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModel", arguments.trust_remote_code)
-    corpus = pack_corpus(arguments.corpus, tokenizer, arguments.max_length)
+    if arguments.streaming:
+        corpus = read_corpus(arguments.corpus, streaming=True)
+        blocks = _head(pack_corpus(corpus, tokenizer, arguments.max_length), arguments.max_length)
+    else:
+        corpus = blocks = main_first(lambda: pack_corpus(arguments.corpus, tokenizer, arguments.max_length))
     with tempfile.TemporaryDirectory() as work:
-        student = _student(arguments, arguments.student, teacher, tokenizer, corpus, arguments.seed, Path(work))
+        student = _student(arguments, arguments.student, teacher, tokenizer, blocks, arguments.seed, Path(work))
         GeneralStage(
             corpus=corpus,
+            max_length=arguments.max_length,
+            streaming=arguments.streaming,
             epochs=arguments.epochs,
             batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
@@ -373,11 +386,11 @@ def _general(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             arguments=_training_arguments(arguments),
         ).run(student, teacher, tokenizer, arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
-    _wrote(arguments)
+    _finish(arguments)
 
 
 def _augment(arguments: argparse.Namespace) -> None:
-    from fastdistill.augment import COPIES, Augmenter, augment, check_output, processes, read_glove
+    from fastdistill.augment import COPIES, Augmenter, augment, check_output, read_glove
     from fastdistill.tasks import Task, get_task
 
     task = get_task(arguments.task)
@@ -385,7 +398,6 @@ def _augment(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--task is {task.name}; augment makes rows of the GLUE tasks: {', '.join(COPIES)}")
     check_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     train = _split(task, "train", arguments)
-    processes()  # before the next line asks for this one's device
     model, tokenizer = _load(arguments.teacher, "AutoModelForMaskedLM", arguments.trust_remote_code)
     augmenter = Augmenter(
         model,
@@ -400,13 +412,13 @@ def _augment(arguments: argparse.Namespace) -> None:
     )
     options = {"legacy": arguments.legacy, "resume": arguments.resume, "overwrite": arguments.overwrite}
     augment(task, train, augmenter, arguments.output, **options)
-    print(f"wrote {arguments.output}")
+    _finish(arguments)
 
 
 def _cache(arguments: argparse.Namespace) -> None:
-    from fastdistill.augment import processes
     from fastdistill.cache import MANIFEST, write_cache
     from fastdistill.outputs import check
+    from fastdistill.processes import main_first
     from fastdistill.stages import pack_corpus
     from fastdistill.tasks import Task, get_task
 
@@ -418,7 +430,6 @@ def _cache(arguments: argparse.Namespace) -> None:
         raise ValueError("nothing to keep of plain text: use --top-k, --hidden or both")
     if not (arguments.resume and (arguments.output / MANIFEST).is_file()):
         check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
-    state = processes()  # before a model asks for this one's device
     if arguments.task:
         task, files = get_task(arguments.task), [arguments.data[0] / "train.tsv"]
         if not isinstance(task, Task):
@@ -426,14 +437,12 @@ def _cache(arguments: argparse.Namespace) -> None:
         rows = task.load_split("train", arguments.data[0])
         teacher, tokenizer = _load(arguments.teacher, task.auto_class, arguments.trust_remote_code, needs_head=True)
         task = task.for_model(teacher.config)
-        with state.main_process_first():
-            dataset = task.tokenize(rows, tokenizer)
+        dataset = main_first(lambda: task.tokenize(rows, tokenizer))
     else:
         files = arguments.data
         kind = "AutoModel" if arguments.top_k is None else None
         teacher, tokenizer = _load(arguments.teacher, kind, arguments.trust_remote_code)
-        with state.main_process_first():
-            dataset = pack_corpus(files, tokenizer, arguments.max_length)
+        dataset = main_first(lambda: pack_corpus(files, tokenizer, arguments.max_length))
     if tokenizer.pad_token is None:  # training from the cache pads
         tokenizer.pad_token = tokenizer.eos_token
     write_cache(
@@ -449,7 +458,7 @@ def _cache(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         overwrite=arguments.overwrite,
     )
-    print(f"wrote {arguments.output}")
+    _finish(arguments)
 
 
 def _train_cached(arguments: argparse.Namespace) -> None:
@@ -491,10 +500,12 @@ def _train_cached(arguments: argparse.Namespace) -> None:
         )
         options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
         stage.run(student, teacher if is_live else None, tokenizer, arguments.output, **options)
-    print(f"wrote {arguments.output}")
+    _finish(arguments)
 
 
 def _task(arguments: argparse.Namespace) -> None:
+    import copy
+
     from fastdistill.augment import read_augmented
     from fastdistill.finetune import finetune
     from fastdistill.outputs import check
@@ -534,7 +545,7 @@ def _task(arguments: argparse.Namespace) -> None:
         epochs = arguments.intermediate_epochs
         epochs = task.intermediate_epochs if epochs is None else epochs
 
-        def distil(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+        def distil(model: Any, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
             stage = IntermediateStage(
                 dataset=train,
                 epochs=epochs,
@@ -546,11 +557,10 @@ def _task(arguments: argparse.Namespace) -> None:
                 seed=seed,
                 arguments=_training_arguments(arguments),
             )
-            return stage.run(student, teacher, tokenizer, folder, resume=True)
+            return stage.run(model, teacher, tokenizer, folder, resume=True)
 
         if epochs > 0 and has_prediction_stage:
-            distil(**intermediate, seed=seed, folder=work / "intermediate")
-        start = {name: x.clone() for name, x in student.state_dict().items()}
+            student = distil(student, **intermediate, seed=seed, folder=work / "intermediate")
         if task.caches_logits:
             if has_prediction_stage and arguments.labels == "teacher":
                 train = add_teacher_logits(train, teacher, tokenizer)
@@ -558,9 +568,9 @@ def _task(arguments: argparse.Namespace) -> None:
             train = task.tokenize(_split(task, "train", arguments), tokenizer)
 
         def train_last(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
-            student.load_state_dict(start)
+            model = copy.deepcopy(student)
             if not has_prediction_stage:
-                return distil(learning_rate, batch_size, seed, folder)
+                return distil(model, learning_rate, batch_size, seed, folder)
             schedule: dict[str, Any] = {
                 "epochs": arguments.prediction_epochs or task.prediction_epochs,
                 "batch_size": batch_size,
@@ -569,14 +579,14 @@ def _task(arguments: argparse.Namespace) -> None:
                 "arguments": _training_arguments(arguments),
             }
             if arguments.labels == "gold":
-                return finetune(student, train, tokenizer, folder, **schedule, resume=True)
+                return finetune(model, train, tokenizer, folder, **schedule, resume=True)
             stage = PredictionStage(
                 dataset=train, **schedule, parity=arguments.parity, temperature=arguments.temperature
             )
-            return stage.run(student, teacher, tokenizer, folder, resume=True)
+            return stage.run(model, teacher, tokenizer, folder, resume=True)
 
         _search(task, arguments, tokenizer, work, train_last, grid)
-    _wrote(arguments)
+    _finish(arguments)
 
 
 def _finetune(arguments: argparse.Namespace) -> None:
@@ -626,7 +636,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
     with _whole_output(arguments) as work:
         _search(task, arguments, tokenizer, work, fit, grid)
-    _wrote(arguments)
+    _finish(arguments)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -718,13 +728,6 @@ def _whole_output(arguments: argparse.Namespace) -> AbstractContextManager[Path]
     return whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
 
 
-def _wrote(arguments: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
-    if PartialState().is_main_process:
-        print(f"wrote {arguments.output}")
-
-
 def _named_task(arguments: argparse.Namespace, *splits: str) -> Any:
     """The task, once its files are known to be there: those of its evaluations, and `splits`."""
     from fastdistill.tasks import get_task
@@ -746,10 +749,12 @@ def _load(
     `auto_class` None: as the language model that it is.
     """
     import transformers
-    from accelerate import PartialState
+    from accelerate.utils import disable_fsdp_ram_efficient_loading
 
+    from fastdistill.processes import processes
     from fastdistill.published import is_published, load_published, load_published_tokenizer
 
+    disable_fsdp_ram_efficient_loading()  # which gives the weights to one process alone
     folder = Path(name)
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no config.json; it is not a transformers checkpoint")
@@ -757,7 +762,7 @@ def _load(
         raise FileNotFoundError(f"{name}: no such folder")
     if is_published(name):
         model = load_published(name, auto_class or "AutoModelForMaskedLM", **options)
-        return model.to(PartialState().device), load_published_tokenizer(name)
+        return model.to(processes().device), load_published_tokenizer(name)
     try:
         auto_class = auto_class or _language_model(name, trust_remote_code)
         model, loaded = getattr(transformers, auto_class).from_pretrained(
@@ -776,7 +781,7 @@ def _load(
             f"{name}: not a trained {type(model).__name__} (there is no {missing}); `fastdistill finetune` makes a "
             "model of the task"
         )
-    return model.eval().to(PartialState().device), tokenizer
+    return model.eval().to(processes().device), tokenizer
 
 
 def _language_model(name: str, trust_remote_code: bool) -> str:
@@ -828,6 +833,18 @@ def _student(
 CALIBRATION_TOKENS = 20_000
 
 
+def _head(blocks: Any, max_length: int) -> Any:
+    """Enough of a stream's first blocks to calibrate with."""
+    import itertools
+
+    from datasets import Dataset
+
+    first = list(itertools.islice(blocks, CALIBRATION_TOKENS // max_length + 1))
+    if not first:
+        raise ValueError("corpus holds no text")
+    return Dataset.from_list(first)
+
+
 def _projections(*folders: str | Path) -> Path | None:
     """The first folder that brings projections: an earlier stage's student, or where a folded one left them."""
     from fastdistill.objective import read_projections
@@ -848,13 +865,25 @@ def _search(
     task: Any, arguments: argparse.Namespace, tokenizer: Any, work: Path, train: Any, grid: dict[str, Any]
 ) -> None:
     """The last training over the grid, of which the best becomes the output itself."""
-    from accelerate import PartialState
-
+    from fastdistill.processes import processes
     from fastdistill.search import print_results, search
 
     results = search(train, lambda model: _metrics(task, arguments, model, tokenizer), work, name=task.name, **grid)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print_results(results)
+
+
+def _finish(arguments: argparse.Namespace) -> None:
+    """Once the output is there, whole: remove what only a killed run would have needed, and name it."""
+    import shutil
+
+    from fastdistill.processes import processes
+
+    if processes().is_main_process:
+        runs = arguments.output / "runs"
+        if runs.is_dir() and len(list(runs.iterdir())) == 1:
+            shutil.rmtree(runs)
+        print(f"wrote {arguments.output}")
 
 
 def _speed_up(task: Any, arguments: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -> float:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from fastdistill.outputs import last_checkpoint, whole_output
+from fastdistill.outputs import drop_checkpoints, last_checkpoint, whole_output
+from fastdistill.processes import on_main
 from fastdistill.stages import add_length, training_arguments
-from fastdistill.trainer import PaddingCollator, ResumableTrainer, load_student
+from fastdistill.trainer import PaddingCollator, ResumableTrainer, load_student, read_student
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,7 +43,7 @@ def finetune(
 
     Raises FileExistsError as the stages do.
     """
-    output = Path(output_dir)
+    output, kind, dtype = Path(output_dir), type(model), model.dtype
     if resume and (output / "config.json").is_file():
         load_student(model, output)
         return model.eval()
@@ -67,10 +67,10 @@ def finetune(
             train_dataset=add_length(dataset),
             callbacks=list(callbacks),
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(work))
+        trainer.train(resume_from_checkpoint=on_main(lambda: last_checkpoint(work)))
         trainer.save_model()
         trainer.save_state()
-        if trainer.is_world_process_zero():
-            for checkpoint in work.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+    on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
+    if trainer.is_fsdp_enabled:  # the given one is left in shards
+        model = read_student(kind, output, dtype).to(args.device)
     return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) 
 
 def replace(work: Path, output: Path) -> None:
     """Put `work` in the place of `output`, which is never half written."""
-    old = output.with_name(output.name + ".old")
+    old = output.with_name(output.name + ".partial.old")  # no name that a user would take
     if old.exists():
         shutil.rmtree(old)
     if output.exists():
@@ -59,16 +59,12 @@ def replace(work: Path, output: Path) -> None:
 @contextmanager
 def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
     """`claim` at the start of the block, `replace` at its end if it ends well; of many processes, the main one."""
-    from accelerate import PartialState
+    from fastdistill.processes import on_main, processes
 
-    if PartialState().is_main_process:
-        claim(output, resume=resume, overwrite=overwrite)
-    PartialState().wait_for_everyone()
+    on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
     yield working_folder(output)
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        replace(working_folder(output), Path(output))
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
+    on_main(lambda: replace(working_folder(output), Path(output)))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -77,7 +73,24 @@ def write_whole(path: Path, text: str) -> None:
     work.replace(path)
 
 
+# -- checkpoints of a run ----------------------------------------------------------------------------------
+
+WHOLE = "whole"  # an empty file, the last that is written to a checkpoint
+
+
 def last_checkpoint(work: Path) -> str | None:
-    """The newest whole checkpoint of a Trainer: its state is what a save writes last."""
-    whole = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    """The newest checkpoint that is whole: a run may be killed while it writes one."""
+    whole = whole_checkpoints(work)
+    return str(whole[-1]) if whole else None
+
+
+def whole_checkpoints(work: Path) -> list[Path]:
+    """Oldest first, by their steps."""
+    whole = [path.parent for path in work.glob(f"checkpoint-*/{WHOLE}")]
+    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+
+
+def drop_checkpoints(work: Path, keep: Collection[Path] = ()) -> None:
+    for checkpoint in work.glob("checkpoint-*"):
+        if checkpoint not in keep:
+            shutil.rmtree(checkpoint)

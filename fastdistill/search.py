@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdistill.outputs import write_whole
+from fastdistill.processes import processes
 from fastdistill.tasks import mean_score
 
 __all__ = ["check_grid", "print_results", "search"]
@@ -50,8 +51,8 @@ def search(
         train: `train(learning_rate, batch_size, seed, run)` writes a model to the folder `run` and returns it. It
             should resume: after an interruption the search starts again, and what is there already returns at once.
         evaluate: the metrics of a model on each evaluation set.
-        folder: receives each run's folder under `runs`, in the end the best run's files and `results.json`.
-            A single run leaves no `runs`. Of many processes the main one writes.
+        folder: receives each run's folder under `runs`, in the end the best run's files and `results.json`. Of many
+            processes the main one writes.
         name: of the task.
 
     Returns what `results.json` holds:
@@ -64,10 +65,8 @@ def search(
 
     Raises ValueError as `check_grid` does.
     """
-    from accelerate import PartialState
-
     check_grid(learning_rates=learning_rates, batch_sizes=batch_sizes, seeds=seeds)
-    folder, is_main = Path(folder), PartialState().is_main_process
+    folder, is_main = Path(folder), processes().is_main_process
 
     def run_folder(learning_rate: float, batch_size: int, seed: int) -> Path:
         return folder / "runs" / f"rate{learning_rate}-batch{batch_size}-seed{seed}"
@@ -90,12 +89,10 @@ def search(
     chosen = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "seed": seed}
     score = best["seeds"][str(seed)]["score"]
     results = {"task": name, "combinations": combinations, "best": {**chosen, "score": score}}
-    PartialState().wait_for_everyone()  # from here on nobody reads a run
+    processes().wait_for_everyone()  # from here on nobody reads a run
     if is_main:
         shutil.copytree(run_folder(**chosen), folder, dirs_exist_ok=True)
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
-        if len(combinations) * len(seeds) == 1:
-            shutil.rmtree(folder / "runs")
     return results
 
 

@@ -12,7 +12,6 @@ Defaults are the published recipe's.
 
 from __future__ import annotations
 
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -26,11 +25,12 @@ from transformers.utils import logging
 from fastdistill.cache import check_cache, read_cache, teacher_config
 from fastdistill.capture import capture
 from fastdistill.objective import Objective
-from fastdistill.outputs import claim, last_checkpoint, replace, working_folder
-from fastdistill.trainer import DistillationTrainer, PaddingCollator, load_student
+from fastdistill.outputs import claim, drop_checkpoints, last_checkpoint, replace, working_folder
+from fastdistill.processes import main_first, on_main, processes
+from fastdistill.trainer import DistillationTrainer, OwnRows, PaddingCollator, load_student, read_student
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 __all__ = [
     "CachedStage",
@@ -39,6 +39,7 @@ __all__ = [
     "PredictionStage",
     "add_teacher_logits",
     "pack_corpus",
+    "read_corpus",
 ]
 
 
@@ -92,6 +93,8 @@ class _Stage(ABC):
     ) -> PreTrainedModel:
         """Train `student` in place and write it to `output_dir`, whole or not at all.
 
+        FSDP leaves the given one in shards; the one that is returned is whole.
+
         `output_dir` receives the student as a plain transformers model, the tokenizer, `objective.json`,
         `projections.safetensors` where there are any, and `trainer_state.json` with the losses over the steps.
         Work goes on in `<output_dir>.partial` beside it, which an interrupted run leaves behind.
@@ -104,15 +107,16 @@ class _Stage(ABC):
             FileExistsError: `output_dir` is not empty, or an interrupted run lies beside it, and neither `resume`
                 nor `overwrite` is set.
             ValueError: what `Objective` and `DistillationTrainer.check` refuse.
+            Terminated: SIGTERM came; the last step's checkpoint is written, for `resume`.
         """
         output = Path(output_dir)
-        if resume and not overwrite and output.is_dir() and any(output.iterdir()):
+        work = working_folder(output)
+        args = self._training_arguments(work)  # which sets the processes up
+        if on_main(lambda: resume and not overwrite and output.is_dir() and any(output.iterdir())):
+            on_main(lambda: drop_checkpoints(output))
             load_student(student, output)
             return student.eval()
-        work = working_folder(output)
-        args = self._training_arguments(work)
-        if args.process_index == 0:
-            claim(output, resume=resume, overwrite=overwrite)
+        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
         torch.manual_seed(args.seed)  # new projections
         objective = Objective(
             student.config,
@@ -129,8 +133,7 @@ class _Stage(ABC):
         )
         if self.projections is not None and len(objective.projections):
             objective.load_projections(self.projections)
-        with args.main_process_first(desc="preparing the data"):
-            dataset = self.prepare(tokenizer)
+        dataset = main_first(lambda: self.prepare(tokenizer))
         trainer = DistillationTrainer(
             student,
             teacher,
@@ -142,18 +145,18 @@ class _Stage(ABC):
             compute_metrics=compute_metrics,
             callbacks=list(callbacks),
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(work) if resume else None)
+        trainer.train(resume_from_checkpoint=on_main(lambda: last_checkpoint(work)) if resume else None)
         trainer.save_model()
         trainer.save_state()
-        if trainer.is_world_process_zero():
-            for checkpoint in work.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-            replace(work, output)
         trainer.accelerator.wait_for_everyone()
+        on_main(lambda: replace(work, output))
+        on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
+        if trainer.is_fsdp_enabled:
+            student = read_student(type(student), output, student.dtype).to(args.device)
         return student.eval()
 
     @abstractmethod
-    def prepare(self, tokenizer: Any) -> Dataset:
+    def prepare(self, tokenizer: Any) -> Dataset | OwnRows:
         """The rows to train on, tokenised, with a `length` column."""
 
     def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
@@ -182,18 +185,52 @@ class GeneralStage(_Stage):
     Attributes:
         corpus: text files, or a data set with a `text` column or with `input_ids` already.
         max_length: tokens in a block; sentences are packed into blocks.
+        streaming: read the corpus while it trains, without end, instead of tokenising it before the first step; needs
+            `arguments={"max_steps": N}`, of which `warmup` is a share, and takes no notice of `epochs`. Each process
+            reads lines of its own. Always so for an IterableDataset.
+
+    Raises ValueError where a streamed corpus comes without `max_steps`.
     """
 
-    corpus: Sequence[str | Path] | Dataset
+    corpus: Sequence[str | Path] | Dataset | IterableDataset
     max_length: int = 128
+    streaming: bool = False
     epochs: float = 3
     batch_size: int = 256
     learning_rate: float = 5e-5
     warmup: float = 0.1
     terms: Sequence[str] | None = None
 
-    def prepare(self, tokenizer: Any) -> Dataset:
-        return pack_corpus(self.corpus, tokenizer, self.max_length)
+    def __post_init__(self) -> None:
+        from datasets import IterableDataset
+
+        self.streaming = self.streaming or isinstance(self.corpus, IterableDataset)
+        max_steps = self.arguments.get("max_steps", -1)
+        if self.streaming and max_steps < 1:
+            raise ValueError(
+                f"max_steps is {max_steps}; a streamed corpus has no length, so pass the number of steps as "
+                'arguments={"max_steps": N}'
+            )
+
+    def prepare(self, tokenizer: Any) -> Dataset | OwnRows:
+        if not self.streaming:
+            return pack_corpus(self.corpus, tokenizer, self.max_length)
+        corpus, here = read_corpus(self.corpus, streaming=True), processes()
+        index, number = here.process_index, here.num_processes
+        mine = corpus.filter(lambda _, line: line % number == index, with_indices=True)
+        blocks = pack_corpus(mine, tokenizer, self.max_length)
+        if next(iter(blocks), None) is None:
+            raise ValueError("corpus holds no text" + (f" for process {index} of {number}" if number > 1 else ""))
+        return OwnRows(blocks.shuffle(seed=self.seed, buffer_size=SHUFFLED))
+
+    def _training_arguments(self, work: Path) -> TrainingArguments:
+        args = super()._training_arguments(work)
+        if self.streaming and hasattr(args, "group_by_length"):
+            args.group_by_length = False  # transformers 5.0 refuses it for streams, later versions pass over it
+        return args
+
+
+SHUFFLED = 10_000  # blocks of a stream that a random one is drawn from
 
 
 @dataclass(kw_only=True)
@@ -313,34 +350,54 @@ def training_arguments(
     return TrainingArguments(**{**options, **arguments})
 
 
+def read_corpus(
+    corpus: Sequence[str | Path] | Dataset | IterableDataset, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Text files (UTF-8, one sentence or paragraph a line) as a data set with a `text` column; data sets as they are.
+
+    Args:
+        streaming: return an IterableDataset, of which nothing is read yet.
+
+    Raises FileNotFoundError, and ValueError for anything else.
+    """
+    from datasets import Dataset, IterableDataset, load_dataset
+
+    if isinstance(corpus, Dataset):
+        return corpus.to_iterable_dataset() if streaming else corpus
+    if isinstance(corpus, IterableDataset):
+        return corpus
+    if isinstance(corpus, (str, Path)) or not corpus:
+        raise ValueError(f"corpus is {corpus!r}; it should be a non-empty list of text files, or a data set")
+    for path in corpus:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{path}: no such file; the corpus is made of text files")
+    return load_dataset("text", data_files=[str(path) for path in corpus], split="train", streaming=streaming)
+
+
 def pack_corpus(
-    corpus: Sequence[str | Path] | Dataset, tokenizer: Any, max_length: int = 128, column: str = "text"
-) -> Dataset:
+    corpus: Sequence[str | Path] | Dataset | IterableDataset,
+    tokenizer: Any,
+    max_length: int = 128,
+    column: str = "text",
+) -> Dataset | IterableDataset:
     """Tokenise text and pack it into blocks of `max_length` tokens, each with the tokenizer's special tokens.
 
     Blocks run on over line ends; the rest of every 10000 lines is a shorter block.
 
     Args:
         corpus: text files (UTF-8, one sentence or paragraph a line), or a data set with that text column. A data
-            set with `input_ids` is taken as it is.
+            set with `input_ids` is taken as it is. An IterableDataset is packed while it is read.
 
-    Returns `input_ids` (lists of at most `max_length` ints) and `length`.
+    Returns `input_ids` (lists of at most `max_length` ints) and `length`, in a data set of the kind given.
     Raises FileNotFoundError, and ValueError where no text or no room for it is left.
     """
-    from datasets import Dataset, load_dataset
+    from datasets import IterableDataset
 
-    if isinstance(corpus, Dataset):
-        if "input_ids" in corpus.column_names:
-            return add_length(corpus)
-        dataset = corpus
-    else:
-        if isinstance(corpus, (str, Path)) or not corpus:
-            raise ValueError(f"corpus is {corpus!r}; it should be a non-empty list of text files, or a data set")
-        for path in corpus:
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"{path}: no such file; the corpus is made of text files")
-        dataset = load_dataset("text", data_files=[str(path) for path in corpus], split="train")
-
+    dataset = read_corpus(corpus)
+    is_stream = isinstance(dataset, IterableDataset)
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them beforehand
+    if "input_ids" in columns:
+        return dataset if is_stream else add_length(dataset)
     prefix, suffix = special_tokens(tokenizer)
     room = max_length - len(prefix) - len(suffix)
     if room < 1:
@@ -353,9 +410,10 @@ def pack_corpus(
         blocks = [[*prefix, *stream[i : i + room], *suffix] for i in range(0, len(stream), room)]
         return {"input_ids": blocks, "length": [len(block) for block in blocks]}
 
-    dataset = dataset.map(
-        pack, batched=True, batch_size=10_000, remove_columns=dataset.column_names, desc="Packing the corpus"
-    )
+    options = {"batched": True, "batch_size": 10_000, "remove_columns": columns}
+    if is_stream:
+        return dataset.map(pack, **options)
+    dataset = dataset.map(pack, **options, desc="Packing the corpus")
     if not len(dataset):
         raise ValueError("corpus holds no text")
     return dataset

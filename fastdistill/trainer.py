@@ -10,15 +10,18 @@ import inspect
 import itertools
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -33,7 +36,9 @@ from fastdistill.capture import (
     capture,
     refuse_reentrant_checkpointing,
 )
+from fastdistill.interruption import checkpoint_on_sigterm
 from fastdistill.objective import Objective
+from fastdistill.outputs import WHOLE, last_checkpoint, whole_checkpoints
 
 __all__ = ["DistillationModel", "DistillationTrainer", "PaddingCollator"]
 
@@ -76,20 +81,18 @@ def pad_rows(rows: Sequence[np.ndarray], length: int | None = None, *, value: fl
 class EpochSampler(Sampler[int]):
     """The order of another sampler, drawn anew from the seed and the epoch's number alone.
 
-    Samplers that draw from the global generator start a resumed epoch in another order than it began with.
+    Samplers that draw from the global generator start a resumed epoch in another order than it began with. `epoch`
+    is asked at each start: accelerate's `set_epoch` gets lost where batches are skipped and dealt out as well.
     """
 
-    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+    def __init__(self, sampler: Sampler[int], seed: int, epoch: Callable[[], int]) -> None:
         self.sampler = sampler
         self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + self.epoch)
+            torch.manual_seed(self.seed + self.epoch())
             order = list(self.sampler)
         return iter(order)
 
@@ -97,12 +100,93 @@ class EpochSampler(Sampler[int]):
         return len(self.sampler)  # type: ignore[arg-type]
 
 
+class OwnRows(IterableDataset[Any]):
+    """A datasets.IterableDataset pass after pass, in another order each; every process has rows of its own.
+
+    Its length being unknown, a resumed run can only skip the rows it has seen: without an end there is one count of
+    them, however often it went round.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for turn in itertools.count():
+            self.rows.set_epoch(turn)
+            row = None
+            for row in self.rows:
+                yield row
+            if row is None:
+                return
+
+
 class ResumableTrainer(Trainer):
-    """A Trainer whose resumed run sees the rows that the whole run would have seen."""
+    """A Trainer that may be stopped at any moment, by SIGTERM or harder.
+
+    A resumed run sees the rows that the whole run would have seen. A checkpoint is marked once all files of all
+    processes are there, and only then older ones go.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's. On SIGTERM the step is finished, a checkpoint written, and `Terminated` raised."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint is True; {self.args.output_dir} holds no whole checkpoint")
+        with checkpoint_on_sigterm(self):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        if not isinstance(self.train_dataset, OwnRows):  # which Trainer would deal out once more
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self._get_collator_with_removed_columns(self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
+        )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """Trainer's, but nothing after the last step: resumed from there, in the middle of an epoch, it would go on."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(*args, **kwargs)
-        return None if sampler is None else EpochSampler(sampler, self.args.data_seed or self.args.seed)
+        if sampler is None:
+            return None
+        return EpochSampler(sampler, self.args.data_seed or self.args.seed, lambda: int(self.state.epoch or 0))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        work = Path(self._get_output_dir(trial=trial))
+        checkpoint = work / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / WHOLE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (checkpoint / WHOLE).touch()
+            kept = (checkpoint, Path(self.state.best_model_checkpoint or checkpoint))
+            for older in whole_checkpoints(work)[:-limit] if limit else ():
+                if older not in kept:
+                    shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, which writes no model where FSDP keeps its state in shards."""
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
 
 class DistillationModel(nn.Module):
@@ -236,6 +320,12 @@ class DistillationTrainer(ResumableTrainer):
             data_collator = PaddingCollator(processing_class)
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # what gets no gradient is frozen before the first step
+        for name, given in (("model", model), ("teacher", teacher)):
+            if given is not None and any(p.is_meta for p in given.parameters()):
+                raise ValueError(
+                    f"{name} has no weights in this process; where FSDP_CPU_RAM_EFFICIENT_LOADING is on, transformers "
+                    "reads them in the first process alone. Turn it off: every process runs both models"
+                )
         self.student, self.teacher, self.objective = model, teacher, objective
         super().__init__(
             model=DistillationModel(model, objective),
@@ -375,6 +465,11 @@ class DistillationTrainer(ResumableTrainer):
                 'them would train nothing; pass {"use_reentrant": False}'
             )
         refuse_reentrant_checkpointing(student)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "fsdp is set; accelerate shards on accelerators only and would give every process the whole student "
+                "instead. Leave fsdp out, or run where there is an accelerator"
+            )
 
     def _missing(self, columns: Collection[str]) -> list[str]:
         """What rows with these columns lack to do without a teacher, the attention term aside."""
@@ -401,6 +496,8 @@ class DistillationTrainer(ResumableTrainer):
         model = self.model
         rows = list(itertools.islice(iter(self.train_dataset), min(2, self.args.per_device_train_batch_size)))
         batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            model.to(self.args.device)  # where the teacher is; Trainer leaves it until it is sharded
         device = next(self.student.parameters()).device
         batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
         was_training = model.training
@@ -416,18 +513,20 @@ class DistillationTrainer(ResumableTrainer):
             if loss.requires_grad:
                 loss.backward()
         model.train(was_training)
-        learned = [p for p in model.parameters() if p.requires_grad]
-        frozen = [p for p in learned if p.grad is None]
+        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        frozen = {name for name, p in learned.items() if p.grad is None}
         model.zero_grad(set_to_none=True)
         if len(frozen) == len(learned):
             raise ValueError(f"no parameter of the student gets a gradient from the terms {self.objective.terms}")
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for name in frozen:
+            learned[name].requires_grad_(False)
+        del learned  # FSDP puts other parameters in their places
         try:
             yield
         finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            for name, parameter in model.named_parameters():
+                if name in frozen:
+                    parameter.requires_grad_(True)
 
     @contextmanager
     def _capturable(self) -> Iterator[None]:
@@ -487,8 +586,13 @@ class DistillationTrainer(ResumableTrainer):
 
 def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     """Read a student's weights back in place, whatever transformers did to write them (ties, shards, renames)."""
-    saved = type(student).from_pretrained(str(folder), dtype=student.dtype)
-    student.load_state_dict(saved.state_dict())
+    student.load_state_dict(read_student(type(student), folder, student.dtype).state_dict())
+
+
+def read_student(kind: type[PreTrainedModel], folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A student that a stage wrote, with its weights in every process."""
+    disable_fsdp_ram_efficient_loading()
+    return kind.from_pretrained(str(folder), dtype=dtype)
 
 
 def _strip(state_dict: dict[str, Any] | None, prefix: str) -> dict[str, Any] | None:

@@ -1,0 +1,329 @@
+"""Two real processes: how the tests start them, and what each of them does.
+
+`two_processes("ddp", folder)` has torchrun start this file twice, on the CPU with gloo. Each process runs the function
+`ddp(folder)` below and leaves what it found in `folder`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import _tiny
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+
+from fastdistill.cli import main
+from fastdistill.interruption import Terminated
+from fastdistill.objective import INNER_TERMS, Objective
+from fastdistill.processes import main_first, on_main
+from fastdistill.stages import GeneralStage, IntermediateStage, PredictionStage
+from fastdistill.trainer import DistillationTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+# -- starting them -------------------------------------------------------------------------------------------
+
+
+def two_processes(function: str, folder: Path, timeout: float = 200) -> str:
+    """What they printed."""
+    done = run([*TORCHRUN, __file__, function, folder], folder, timeout)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def run(command: list[Any], folder: Path, timeout: float = 200, **environment: str) -> subprocess.CompletedProcess[str]:
+    process = start(command, folder, **environment)
+    return finish(process, timeout)
+
+
+def start(command: list[Any], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    quiet = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TMPDIR": str(folder),
+    }
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **quiet, **environment},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
+    """Wait for the end; whatever it started ends with it, as late as it may be."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for pid in (*descendants(process.pid), process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"did not end within {timeout} s:\n{output[-6000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def descendants(pid: int) -> list[int]:
+    """torchrun gives each process a session of its own, so that no process group has them all."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found[1:]
+
+
+# -- models and trainers -------------------------------------------------------------------------------------
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+RATE = 0.1
+
+
+def models(terms: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedModel, Objective]:
+    """The same student, teacher and projections whenever they are asked for."""
+    student, teacher = _tiny.classifier(**NO_DROPOUT), _tiny.classifier(layers=4, width=24, seed=1)
+    objective = Objective(student.config, teacher.config, terms=terms)
+    torch.manual_seed(5)
+    for p in objective.parameters():
+        nn.init.normal_(p, std=0.1)
+    return student, teacher, objective
+
+
+class Recording(DistillationTrainer):
+    """Remembers which rows this process saw at which step, without their padding."""
+
+    seen: list[tuple[int, list[list[int]]]]
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        rows = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+        self.seen.append((self.state.global_step, rows))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def learn(folder: Path, terms: tuple[str, ...], rows: Any, resume: str | None = None, **arguments: Any) -> Recording:
+    """Train on so many rows of uneven lengths, or on these, with plain SGD, which shows a gradient of another scale."""
+    student, teacher, objective = models(terms)
+    if resume:  # the checkpoint must replace these
+        for p in (*student.parameters(), *objective.parameters()):
+            nn.init.normal_(p)
+    options = {
+        "output_dir": str(folder),
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "optim": "sgd",
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 1e9,  # known, never reached
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    trainer = Recording(
+        student,
+        teacher,
+        objective,
+        TrainingArguments(**{**options, **arguments}),
+        processing_class=_tiny.tokenizer(),
+        train_dataset=_tiny.dataset(rows) if isinstance(rows, int) else rows,
+    )
+    trainer.seen = []
+    trainer.train(resume)
+    return trainer
+
+
+def leave(trainer: Recording, path: Path) -> None:
+    """Rows, logs and weights, for the test to read."""
+    weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"seen": trainer.seen, "logs": logs, "weights": weights}, path)
+
+
+def whole(p: Tensor) -> Tensor:
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+# -- what each process does ----------------------------------------------------------------------------------
+
+
+def commands(folder: Path) -> None:
+    """Errors, before anything else has told accelerate of the processes; command lines; the functions below."""
+    errors(folder)
+    codes = []
+    for argv in json.loads((folder / "commands.json").read_text()):
+        try:
+            codes.append(main(argv))
+        except SystemExit as end:
+            codes.append(end.code)
+    (folder / f"codes{rank()}.json").write_text(json.dumps(codes))
+    ddp(folder)
+    streams(folder)
+    terminated(folder / "terminated")
+
+
+def errors(folder: Path) -> None:
+    """What this process hears of errors in another one."""
+
+    def fail() -> None:
+        raise FileNotFoundError(f"no file for process {rank()}")
+
+    heard = []
+    for attempt in (lambda: on_main(fail), lambda: main_first(fail if rank() == 1 else list)):
+        try:
+            attempt()
+        except OSError as error:
+            heard.append([type(error).__name__, str(error)])
+    (folder / f"errors{rank()}.json").write_text(json.dumps([*heard, on_main(rank), main_first(rank)]))
+
+
+UNEVEN = {"accelerator_config": {"even_batches": False}}  # the last batch is short, on one process only
+
+
+def ddp(folder: Path) -> None:
+    leave(learn(folder / "work", INNER_TERMS, 11, **UNEVEN), folder / f"inner{rank()}.pt")
+    leave(learn(folder / "work", ("prediction",), 10), folder / f"prediction{rank()}.pt")
+
+
+LINES = 20
+LINE = 22  # words, which with the special tokens make a block of 24
+
+
+def streams(folder: Path) -> None:
+    """Two passes over a stream of lines that fill a block each, and a few steps on it."""
+    stage = GeneralStage(
+        corpus=[folder / "lines.txt"], max_length=LINE + 2, streaming=True, arguments={"max_steps": 1, "use_cpu": True}
+    )
+    stream = stage.prepare(_tiny.tokenizer())
+    rows = [row["input_ids"] for row in itertools.islice(stream, LINES)]
+    (folder / f"stream{rank()}.json").write_text(json.dumps(rows))
+    leave(learn(folder / "work", INNER_TERMS, stream, max_steps=3), folder / f"stream{rank()}.pt")
+
+
+class SigtermAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(folder: Path) -> None:
+    """A stage that runs through; the same one, of which one process gets SIGTERM, and is resumed."""
+    folder.mkdir(exist_ok=True)
+    stage = IntermediateStage(
+        dataset=_tiny.dataset(48),
+        epochs=2,
+        batch_size=4,
+        learning_rate=5e-3,
+        arguments={"use_cpu": True, "disable_tqdm": True, "gradient_accumulation_steps": 2, "logging_steps": 1},
+    )
+    _, teacher, _ = models(INNER_TERMS)
+    for name, callbacks in (("whole", ()), ("out", [SigtermAt(3)] if rank() == 1 else ())):
+        try:
+            stage.run(_tiny.classifier(), teacher, _tiny.tokenizer(), folder / name, callbacks=callbacks)
+        except Terminated as end:
+            found = {"code": end.code, "message": str(end), "files": sorted(os.listdir(folder / "out.partial"))}
+            (folder / f"end{rank()}.json").write_text(json.dumps(found))
+    student = stage.run(_tiny.classifier(seed=3), teacher, _tiny.tokenizer(), folder / "out", resume=True)
+    torch.save(student.state_dict(), folder / f"resumed{rank()}.pt")
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards on accelerators only. Its code for it, and PyTorch's, run on CPUs as well."""
+    init = AcceleratorState.__init__
+
+    def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def fsdp(folder: Path) -> None:
+    shard_on_cpu()
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+    trainer = learn(folder, INNER_TERMS, 11, fsdp=True, fsdp_config=config, **UNEVEN)
+    assert any(isinstance(p, DTensor) for p in trainer.student.parameters())
+    assert all(p.requires_grad for p in trainer.model.parameters())  # what was frozen is no longer
+    leave(trainer, folder / f"inner{rank()}.pt")
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": kind}
+        options = {"fsdp": True, "fsdp_config": config, "save_strategy": "steps", "save_steps": 3, **UNEVEN}
+        options |= {"optim": "adamw_torch", "learning_rate": 1e-2}
+        leave(learn(folder / kind, INNER_TERMS, 11, **options), folder / kind / f"whole{rank()}.pt")
+        resumed = learn(folder / kind, INNER_TERMS, 11, resume=str(folder / kind / "checkpoint-3"), **options)
+        leave(resumed, folder / kind / f"resumed{rank()}.pt")
+
+    student, teacher, _ = models(INNER_TERMS)
+    arguments = {"fsdp": True, "fsdp_config": config, "use_cpu": True, "disable_tqdm": True}
+    rows = {"dataset": _tiny.dataset(), "epochs": 1, "batch_size": 8, "arguments": arguments}
+    student = IntermediateStage(**rows).run(student, teacher, _tiny.tokenizer(), folder / "intermediate")
+    student = PredictionStage(**rows).run(student, teacher, _tiny.tokenizer(), folder / "student")
+    assert not any(isinstance(p, DTensor) for p in student.parameters())
+    torch.save(student.state_dict(), folder / f"student{rank()}.pt")
+
+
+def endangered() -> IntermediateStage:
+    arguments = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "steps", "save_steps": 2}
+    return IntermediateStage(dataset=_tiny.dataset(48), epochs=1, batch_size=4, learning_rate=5e-3, arguments=arguments)
+
+
+def killed(folder: Path) -> None:
+    """Process 1 is killed when it should add its file to the second checkpoint."""
+    save = DistillationTrainer._save_rng_state
+
+    def fatal(self: DistillationTrainer, output_dir: str) -> None:
+        if rank() == 1 and self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, output_dir)
+
+    DistillationTrainer._save_rng_state = fatal
+    _, teacher, _ = models(INNER_TERMS)
+    endangered().run(_tiny.classifier(), teacher, _tiny.tokenizer(), folder / "out")
+
+
+def resumed(folder: Path) -> None:
+    _, teacher, _ = models(INNER_TERMS)
+    students = [
+        endangered().run(_tiny.classifier(), teacher, _tiny.tokenizer(), folder / name, resume=True).state_dict()
+        for name in ("out", "whole")
+    ]
+    torch.save(students, folder / f"resumed{rank()}.pt")
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))
