@@ -154,14 +154,14 @@ def command(folder: Path, name: str, output: str, batch: int, student: Path | No
         folder / "teacher",
         "--student",
         student or folder / "student.json",
-        "--batch-size",
-        batch,
     ]
     if name == "general":
-        parts += ["--corpus", folder / "corpus.txt", "--max-length", LINE + 2, "--epochs", 1, "--learning-rate", 1e-3]
+        parts += ["--corpus", folder / "corpus.txt", "--max-length", LINE + 2, "--epochs", 1]
+        parts += ["--batch-size", batch, "--learning-rate", 1e-3]
     else:
         parts += ["--task", "sst-2", "--data", folder / "SST-2", "--intermediate-epochs", 1, "--prediction-epochs", 1]
-        parts += ["--intermediate-learning-rate", 1e-3, "--prediction-learning-rate", 1e-3]
+        parts += ["--intermediate-learning-rate", 1e-3, "--intermediate-batch-size", batch]
+        parts += ["--learning-rates", 1e-3, "--batch-sizes", batch]
     return [str(part) for part in (*parts, "--output", folder / output)]
 
 
@@ -191,8 +191,11 @@ def test_task_writes_the_student_of_one_process(launched: Path) -> None:
     for output, batch in (("task-1", 16), ("task-half", 8)):
         assert cli.main(command(launched, "task", output, batch, student=launched / "general-2")) == 0
     assert_same_student(launched, "task-2", "task-1", "task-half")
-    results = [json.loads((launched / f"task-{n}" / "results.json").read_text()) for n in (2, 1)]
-    assert results[0] == results[1]
+    two, one = (
+        json.loads((launched / f"task-{n}" / "results.json").read_text())["combinations"][0]["seeds"] for n in (2, 1)
+    )
+    assert two == one
+    assert not (launched / "task-2" / "runs").exists()
     AutoModelForSequenceClassification.from_pretrained(launched / "task-2")
 
 
