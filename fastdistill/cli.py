@@ -63,9 +63,12 @@ def _parser() -> argparse.ArgumentParser:
 
     general = commands.add_parser("general", help="stage 1: distil on a corpus of plain text")
     _models(general)
-    general.add_argument("--corpus", nargs="+", required=True, metavar="FILE", help="text files, a paragraph a line")
-    general.add_argument("--max-length", type=int, default=128, help="tokens in a block (default: %(default)s)")
-    general.add_argument(
+    data = general.add_argument_group("data")
+    data.add_argument("--corpus", nargs="+", required=True, metavar="FILE", help="text files, a paragraph a line")
+    data.add_argument(
+        "--max-length", type=int, default=128, metavar="N", help="tokens in a block (default: %(default)s)"
+    )
+    data.add_argument(
         "--streaming", action="store_true", help="read the corpus while it trains, not before; needs --max-steps"
     )
     _objective(general)
@@ -102,30 +105,34 @@ def _parser() -> argparse.ArgumentParser:
 
     task = commands.add_parser("task", help="stage 2: intermediate, prediction, evaluation on a task")
     _models(task)
-    _data(task)
-    task.add_argument(
+    _data(task).add_argument(
         "--augmented",
         type=Path,
         metavar="FILE",
         help="train on these rows: what augment wrote, or a tsv like the task's own",
     )
-    _objective(task, prediction=True)
-    task.add_argument("--temperature", type=float, default=1.0, help="of predictions (default: %(default)s)")
-    task.add_argument("--intermediate-epochs", type=float, help="default: the published recipe's for the task; 0: skip")
-    task.add_argument("--intermediate-learning-rate", type=float, help="default: the published recipe's")
-    task.add_argument("--intermediate-batch-size", type=int, help="of each process; default: the published recipe's")
-    task.add_argument(
-        "--prediction-epochs",
-        type=float,
-        help="default: the published recipe's; 0: skip, with prediction among --terms",
+    losses = _objective(task, prediction=True)
+    losses.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="of predictions (default: %(default)s)"
     )
-    task.add_argument(
+    losses.add_argument(
         "--labels",
         choices=("teacher", "gold"),
         default="teacher",
         help="of the prediction stage: the teacher's predictions, or the gold labels alone (default: %(default)s)",
     )
-    _grid(task)
+    first = task.add_argument_group("intermediate stage")
+    first.add_argument("--intermediate-epochs", type=float, metavar="N", help=f"default: {_RECIPE}; 0: skip")
+    first.add_argument("--intermediate-learning-rate", type=float, metavar="RATE", help=f"default: {_RECIPE}")
+    first.add_argument("--intermediate-batch-size", type=int, metavar="N", help=f"of each process (default: {_RECIPE})")
+    last = task.add_argument_group("prediction stage")
+    last.add_argument(
+        "--prediction-epochs",
+        type=float,
+        metavar="N",
+        help=f"default: {_RECIPE}; 0: skip, with prediction among --terms",
+    )
+    _grid(last)
     _common(task)
     _outputs(task)
     task.set_defaults(run=_task)
@@ -194,8 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     finetune.add_argument("--init", choices=("random", "teacher"), help="of a preset or config (default: teacher)")
     _layer_map_option(finetune)
     _data(finetune)
-    finetune.add_argument("--epochs", type=float, default=3, help="default: %(default)s")
-    _grid(finetune, learning_rate=3e-5, batch_size=32)
+    schedule = finetune.add_argument_group("schedule")
+    schedule.add_argument("--epochs", type=float, default=3, metavar="N", help="default: %(default)s")
+    _grid(schedule, learning_rate=3e-5, batch_size=32)
     _common(finetune)
     _outputs(finetune)
     finetune.set_defaults(run=_finetune)
@@ -219,49 +227,54 @@ _RECIPE = "the published recipe's"
 
 
 def _models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", required=True, help="checkpoint: folder or hub name")
-    parser.add_argument(
+    group = parser.add_argument_group("models")
+    group.add_argument("--teacher", required=True, help="checkpoint: folder or hub name")
+    group.add_argument(
         "--student", required=True, help="tinybert-4l-312, tinybert-6l-768, a JSON config file, or a checkpoint"
     )
-    parser.add_argument(
+    group.add_argument(
         "--init", choices=("random", "teacher"), help="weights of a preset or config (default: folded from the teacher)"
     )
 
 
-def _data(parser: argparse.ArgumentParser) -> None:
+def _data(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("data")
     tasks = "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI of GLUE, SQuAD, SQuAD2, or tagging of words"
-    parser.add_argument("--task", required=True, help=tasks)
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the task's own files (default: from the hub)")
+    group.add_argument("--task", required=True, help=tasks)
+    group.add_argument("--data", type=Path, metavar="DIR", help="the task's own files (default: from the hub)")
+    return group
 
 
-def _layer_map_option(parser: argparse.ArgumentParser) -> None:
+def _layer_map_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--layer-map",
         default="uniform",
+        metavar="MAP",
         help="uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the embedding "
         "output on: 0,3,6,9,12 (- for none)",
     )
 
 
-def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> None:
-    parser.add_argument(
+def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("losses")
+    group.add_argument(
         "--method",
         choices=("tinybert", "minilm", "minilmv2"),
         default="tinybert",
         help="what inner losses compare (default: %(default)s)",
     )
-    _layer_map_option(parser)
-    parser.add_argument(
+    _layer_map_option(group)
+    group.add_argument(
         "--projection",
         choices=("shared", "per_layer"),
         default="shared",
         help="of hidden states (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--parity", choices=("masked", "official"), default="masked", help="padding never counts, or as published"
     )
     terms = ["embedding", "hidden", "attention", "query_relation", "key_relation", "value_relation"]
-    parser.add_argument(
+    group.add_argument(
         "--terms",
         nargs="+",
         choices=[*terms, "prediction"] if prediction else terms,
@@ -270,25 +283,35 @@ def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> 
         "query_relation, key_relation, value_relation of minilmv2 (default: all)"
         + ("; and prediction, in the same stage" if prediction else ""),
     )
-    parser.add_argument("--teacher-layer", type=int, help="of minilm and minilmv2, from 1 (default: the last)")
-    parser.add_argument("--relation-heads", type=int, help="of minilmv2 (default: 48)")
+    group.add_argument(
+        "--teacher-layer", type=int, metavar="N", help="of minilm and minilmv2, from 1 (default: the last)"
+    )
+    group.add_argument("--relation-heads", type=int, metavar="N", help="of minilmv2 (default: 48)")
+    return group
 
 
 def _schedule(parser: argparse.ArgumentParser, epochs: float, batch_size: int, learning_rate: float) -> None:
-    parser.add_argument("--epochs", type=float, default=epochs, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=batch_size, help="of each process (default: %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=learning_rate, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=42, help="default: %(default)s")
+    group = parser.add_argument_group("schedule")
+    group.add_argument("--epochs", type=float, metavar="N", default=epochs, help="default: %(default)s")
+    group.add_argument(
+        "--batch-size", type=int, metavar="N", default=batch_size, help="of each process (default: %(default)s)"
+    )
+    group.add_argument(
+        "--learning-rate", type=float, metavar="RATE", default=learning_rate, help="default: %(default)s"
+    )
+    group.add_argument("--seed", type=int, metavar="N", default=42, help="default: %(default)s")
     _common(parser)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop each stage after so many steps")
+    parser.add_argument("--max-steps", type=int, default=-1, metavar="N", help="stop each stage after so many steps")
     parser.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
 
 
-def _grid(parser: argparse.ArgumentParser, learning_rate: float | None = None, batch_size: int | None = None) -> None:
+def _grid(
+    parser: argparse._ActionsContainer, learning_rate: float | None = None, batch_size: int | None = None
+) -> None:
     """What the last training is searched over; None: the task knows."""
     parser.add_argument(
         "--learning-rates",
@@ -317,9 +340,10 @@ def _grid(parser: argparse.ArgumentParser, learning_rate: float | None = None, b
 
 
 def _outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
-    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    group.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+    group.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
 
 def _layer_map(text: str) -> str | list[int | None]:
