@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="of each way and length (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=20, help="of training at each length (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each way and length (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of training at each length (default: %(default)s)")
     arguments = parser.parse_args()
 
     tokenizer = ByteLevelBPETokenizer()
@@ -169,17 +169,14 @@ def main() -> None:
     models = [model.to(measure.DEVICE, measure.DTYPE) for model in (student, teacher, objective)]
     result = description() | {"texts": [path.name for path in arguments.text], "lengths": []}
     result = {key: value for key, value in result.items() if key not in ("format", "peers")}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for length in arguments.lengths:
         blocks = blocks_of(arguments.text, length, tokenizer)
         result["lengths"].append(measure_length(length, blocks, models, arguments.rounds, arguments.steps))
-        print(table(result["lengths"][-1:]).splitlines()[-1], flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    whole(
-        arguments.out / "long_sequences.json",
-        lambda file: file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"),
-    )
-    whole(arguments.out / "long_sequences.png", partial(plot, result["lengths"]))
-    print(table(result["lengths"]))
+        text = json.dumps(result, indent=1) + "\n"
+        whole(arguments.out / "long_sequences.json", partial(Path.write_text, data=text, encoding="utf-8"))
+        whole(arguments.out / "long_sequences.png", partial(plot, result["lengths"]))
+        print(table(result["lengths"]).splitlines()[-1], flush=True)
 
 
 # -- for people --------------------------------------------------------------------------------------------

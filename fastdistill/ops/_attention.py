@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from fastdistill.ops import _common
 
-LEAST_ROWS = 32  # queries of a tile, where it could be wider than high: fewer make its products slow
+LEAST_ROWS = 64  # queries of a tile that is wider than high: with fewer, adding up the keys' gradients takes too long
 
 
 def tile_side(device: torch.device) -> int:
-    """Most queries of a tile of scores."""
+    """Most queries of a tile of scores; and its keys, where it does not hold all of them."""
     return 256 if device.type == "cpu" else 1024
 
 
@@ -226,12 +226,13 @@ def tile_blocks(
     counted: Counted,
     dtype: torch.dtype,  # to compute in
 ) -> Iterator[TileBlock]:
-    """The call in blocks of batch entries and heads. A tile holds whole rows of scores where it can."""
+    """The call in blocks of batch entries and heads. A tile holds whole rows of scores if `LEAST_ROWS` of them fit."""
     batch, heads, query_length, _ = student_query.shape
     side, area = tile_side(student_query.device), tile_area(student_query.device)
     units = gcd(student_key.shape[1], teacher_key.shape[1])  # the least heads that share no key with others
-    columns = max(1, min(student_key.shape[2], max(side, area // (heads // units * LEAST_ROWS))))
-    across = heads // units * columns
+    shared, key_length = heads // units, student_key.shape[2]
+    columns = max(1, key_length if shared * key_length * LEAST_ROWS <= area else min(side, key_length))
+    across = shared * columns
     rows = max(1, min(side, query_length, max(16, area // across)))
     student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (student_key, teacher_key))
     for take in blocks(batch, units, area // (rows * across)):
