@@ -240,7 +240,7 @@ def summary(records: Iterable[Record]) -> str:
 
 
 def render(paths: Iterable[str | Path], out: str | Path) -> list[Path]:
-    """Writes a page for every device into `out`/benchmarks; records of later files replace those of earlier ones."""
+    """Writes a page for every device into `out`/benchmarks; records of later runs replace those of earlier ones."""
     runs: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for path in paths:
         result = read(path)
@@ -248,6 +248,7 @@ def render(paths: Iterable[str | Path], out: str | Path) -> list[Path]:
     folder = Path(out) / "benchmarks"
     pages = []
     for device, results in runs.items():
+        results.sort(key=lambda result: result[1]["date"])
         (folder / device).mkdir(parents=True, exist_ok=True)
         page = "\n".join(_page(results, folder / device)) + "\n"
         pages.append(folder / f"{device}.md")
@@ -306,7 +307,7 @@ def _page(results: list[tuple[str, dict[str, Any]]], plots: Path) -> list[str]:
 
 def _run(name: str, result: dict[str, Any], shown: int) -> list[str]:
     count = len(result["records"])
-    replaced = f", {count - shown} of them replaced by a later file" if shown < count else ""
+    replaced = f", {count - shown} of them replaced by a later run" if shown < count else ""
     facts = {
         "device": result["device"] + (f", driver {result['driver']}" if result["driver"] else ""),
         "versions": _pairs(result["versions"]),

@@ -169,7 +169,7 @@ def test_the_header_says_how_it_was_measured(rendered) -> None:
         "fastdistill 0.1.0; triton none", "preset: quick",
         "liger-kernel 0.8.5; fla-core missing: pip install fla-core", "commit: 071e301 with changes\n",
         "commit: e16e004\n", "date: 2026-11-21T08:30:00Z", "threads: 2", "`python -m pytest bench`",
-        "records: 18, 1 of them replaced by a later file", "records: 1\n",
+        "records: 18, 1 of them replaced by a later run", "records: 1\n",
     ):  # fmt: skip
         assert fact in page, fact
 
