@@ -168,7 +168,7 @@ def main() -> None:
     objective = Objective(student.config, teacher.config)
     models = [model.to(measure.DEVICE, measure.DTYPE) for model in (student, teacher, objective)]
     result = description() | {"texts": [path.name for path in arguments.text], "lengths": []}
-    result = {key: value for key, value in result.items() if key not in ("format", "peers")}
+    result = {key: value for key, value in result.items() if key not in ("format", "peers", "command")}
     arguments.out.mkdir(parents=True, exist_ok=True)
     for length in arguments.lengths:
         blocks = blocks_of(arguments.text, length, tokenizer)
