@@ -391,6 +391,7 @@ def _general(arguments: argparse.Namespace) -> None:
         raise ValueError("--streaming needs --max-steps: a corpus that is not read beforehand has no length")
     check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     teacher, tokenizer = _load(arguments.teacher, "AutoModel", arguments.trust_remote_code)
+    _check_length(arguments.max_length, "teacher", teacher)
     if arguments.streaming:
         corpus = read_corpus(arguments.corpus, streaming=True)
         blocks = _head(pack_corpus(corpus, tokenizer, arguments.max_length), arguments.max_length)
@@ -398,6 +399,7 @@ def _general(arguments: argparse.Namespace) -> None:
         corpus = blocks = main_first(lambda: pack_corpus(arguments.corpus, tokenizer, arguments.max_length))
     with tempfile.TemporaryDirectory() as work:
         student = _student(arguments, arguments.student, teacher, tokenizer, blocks, arguments.seed, Path(work))
+        _check_length(arguments.max_length, "student", student)
         GeneralStage(
             corpus=corpus,
             max_length=arguments.max_length,
@@ -467,8 +469,6 @@ def _cache(arguments: argparse.Namespace) -> None:
         kind = "AutoModel" if arguments.top_k is None else None
         teacher, tokenizer = _load(arguments.teacher, kind, arguments.trust_remote_code)
         dataset = main_first(lambda: pack_corpus(files, tokenizer, arguments.max_length))
-    if tokenizer.pad_token is None:  # training from the cache pads
-        tokenizer.pad_token = tokenizer.eos_token
     write_cache(
         dataset,
         teacher,
@@ -793,6 +793,8 @@ def _load(
             name, dtype="float32", trust_remote_code=trust_remote_code, output_loading_info=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if tokenizer.pad_token is None:  # of GPT-2 and Llama; padding is masked, whatever stands there
+            tokenizer.pad_token = tokenizer.eos_token
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
     kind = {"AutoModelForMaskedLM": "masked", "AutoModelForCausalLM": "causal"}.get(auto_class)
@@ -855,6 +857,13 @@ def _student(
 
 
 CALIBRATION_TOKENS = 20_000
+
+
+def _check_length(max_length: int, name: str, model: Any) -> None:
+    from fastdistill.augment import positions
+
+    if max_length > positions(model):
+        raise ValueError(f"--max-length is {max_length}; the {name} takes {positions(model)} tokens at most")
 
 
 def _head(blocks: Any, max_length: int) -> Any:

@@ -332,6 +332,11 @@ class TestBadInput:
         argv = ["evaluate", "--model", files / "teacher", "--task", "snli", "--data", files / "SST-2"]
         assert "task is 'snli'; it should be one of CoLA" in fails(capsys, argv)
 
+    def test_blocks_longer_than_the_models_take(self, files, tmp_path, capsys):
+        argv = arguments(files, "general", tmp_path / "out", "--max-length", 1000)
+        assert "--max-length is 1000; the teacher takes" in fails(capsys, argv)
+        assert not (tmp_path / "out").exists()
+
     def test_no_such_things(self, files, tmp_path, capsys):
         evaluate = ["evaluate", "--task", "sst-2"]
         data = ["--data", files / "SST-2"]
