@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import _checks as check
-from fastdistill import cuda, reference
+from fastdistill import reference
 from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
 from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
 from fastdistill.ops.linear_logits import linear_divergence, linear_topk_divergence
@@ -88,6 +88,8 @@ def pick_backend(backend: str, device: torch.device, logits: tuple[torch.dtype, 
 def _no_cuda(device: torch.device, logits: tuple[torch.dtype, ...], automatic: bool = False) -> str | None:
     """Why the kernels of csrc/ cannot run on logits of these dtypes on `device`, or "auto" does not take them; None:
     they can."""
+    from fastdistill import cuda  # not above: `python -m fastdistill.cuda` would find itself imported already
+
     if not logits:
         return "csrc has kernels for the losses on logits only"
     if len(set(logits)) > 1 or logits[0] not in cuda.DTYPES:
