@@ -29,7 +29,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -386,23 +386,43 @@ def single_pieces(text: str, encoding: Any) -> dict[Span, int | None]:
 def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None]:
     """The model's head sees one place (B) of each row: the product with the vocabulary costs as much as the encoder.
 
-    With `bf16` the encoder runs under bfloat16 autocast, the head in the model's own precision.
+    In BERT's kin so does the last layer from its attention on, which nothing but the head reads. With `bf16` the
+    encoder runs under bfloat16 autocast, the head in the model's own precision.
     """
     encoder, rows = model.base_model, torch.arange(len(places), device=places.device)
     forward = encoder.forward
+
+    def at_places(x: Tensor) -> Tensor:
+        return x[rows, places][:, None]  # (B, 1, d)
 
     def one_place(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(places.device.type, torch.bfloat16, enabled=bf16):
             output = forward(*args, **kwargs)
         name = next(iter(output))
-        output[name] = output[name][rows, places][:, None].to(model.dtype)  # (B, 1, d)
+        output[name] = (output[name] if hook else at_places(output[name])).to(model.dtype)
         return output
 
+    # There its arguments are what attention found and what it found it for, both (B, L, d).
+    after_attention = last_after_attention(model)
+    hook = after_attention and after_attention.register_forward_pre_hook(
+        lambda _, arguments: tuple(at_places(x) for x in arguments)
+    )
     encoder.forward = one_place
     try:
         yield
     finally:
         del encoder.forward
+        if hook:
+            hook.remove()
+
+
+def last_after_attention(model: PreTrainedModel) -> nn.Module | None:
+    """What follows attention in the last layer of BERT and the models written after it; None for others."""
+    if model.config.model_type not in ("bert", "camembert", "electra", "roberta", "xlm-roberta"):
+        return None
+    if model.config.chunk_size_feed_forward:  # which cuts L, and 1 cannot be cut
+        return None
+    return model.base_model.encoder.layer[-1].attention.output
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     BertConfig,
     BertForSequenceClassification,
+    CamembertConfig,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     RobertaConfig,
+    XLMRobertaConfig,
 )
 
 VOCABULARY = 60
@@ -55,8 +57,10 @@ _FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mistral": (MistralConfig, {"num_key_value_heads": 2, "sliding_window": 4}),
     "deberta": (DebertaV2Config, {}),
     "mpnet": (MPNetConfig, {}),
+    "camembert": (CamembertConfig, {}),
+    "xlm-roberta": (XLMRobertaConfig, {}),
 }
-FAMILIES = tuple(name for name in _FAMILIES if name not in ("deberta", "mpnet"))
+FAMILIES = tuple(_FAMILIES)[:-4]  # those of the last four are for masked language models
 
 
 def config(family: str = "bert", layers: int = 3, width: int = 24, **options: Any) -> PreTrainedConfig:

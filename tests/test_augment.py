@@ -260,12 +260,18 @@ class TestCandidates:
         assert not extra & {"ovie", "ctor", "cene"}  # pieces that the byte-level vocabulary has
 
     @pytest.mark.parametrize(
-        "family", ["bert", "roberta", "electra", "distilbert", "albert", "modernbert", "deberta", "mpnet"]
+        ("family", "options"),
+        [
+            *((family, {}) for family in ("bert", "camembert", "electra", "roberta", "xlm-roberta")),
+            ("bert", {"chunk_size_feed_forward": 3}),
+            *((family, {}) for family in ("distilbert", "albert", "modernbert", "deberta", "mpnet")),
+        ],
     )
-    def test_the_head_at_one_place(self, lm, family):
+    def test_the_head_at_one_place(self, lm, family, options):
         """What the head makes of one place, with the logits of all; for every family's kind of head."""
         tokenizer = lm["bert"][1]
-        model = AutoModelForMaskedLM.from_config(config(family, 2, 24, vocab_size=len(tokenizer))).eval()
+        settings = config(family, 2, 24, vocab_size=len(tokenizer), **options)
+        model = AutoModelForMaskedLM.from_config(settings).eval()
         ids = torch.randint(5, 40, (3, 9))
         places = torch.tensor([8, 0, 4])
         with torch.no_grad():
@@ -276,6 +282,21 @@ class TestCandidates:
         assert found.shape == (3, 1, len(tokenizer))
         assert torch.allclose(found[:, 0], whole[torch.arange(3), places], atol=1e-5)
         assert torch.equal(whole, again)  # the model is as it was
+
+    def test_the_last_layer_at_one_place(self, lm):
+        """Its feed-forward network, three of five parts of a layer, sees one token a row; the first layer's all."""
+        model, _ = lm["bert"]
+        ids = torch.randint(5, 40, (3, 9))
+        seen = []
+        hooks = [
+            layer.intermediate.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
+            for layer in model.bert.encoder.layer
+        ]
+        with torch.no_grad(), module.only_at(model, torch.tensor([8, 0, 4]), False):
+            model(input_ids=ids)
+        for hook in hooks:
+            hook.remove()
+        assert seen == [(3, 9, 24), (3, 1, 24)]
 
     def test_equal_logits_go_to_the_first_id(self):
         scores = torch.randint(0, 3, (50, 40)).float()
