@@ -15,7 +15,7 @@ from _tiny import classifier, texts, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from fastdistill import cli
+from fastdistill import cli, commands
 from fastdistill.tasks import get_task
 
 STUDENT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
@@ -102,8 +102,8 @@ class TestGeneral:
     def test_resume_goes_on(self, files, tmp_path, monkeypatch, capsys):
         from fastdistill.trainer import DistillationTrainer
 
-        options, step = cli._training_arguments, DistillationTrainer.training_step
-        monkeypatch.setattr(cli, "_training_arguments", lambda found: {**options(found), "save_steps": 5})
+        options, step = commands._training_arguments, DistillationTrainer.training_step
+        monkeypatch.setattr(commands, "_training_arguments", lambda found: {**options(found), "save_steps": 5})
         whole = arguments(files, "general", tmp_path / "whole", "--epochs", 4, "--batch-size", 8)
         assert cli.main(whole) == 0
         argv = arguments(files, "general", tmp_path / "out", "--epochs", 4, "--batch-size", 8)

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
-from fastdistill import cli
+from fastdistill import cli, commands
 from fastdistill.interruption import Terminated
 from fastdistill.outputs import last_checkpoint
 from fastdistill.stages import GeneralStage, IntermediateStage, pack_corpus, read_corpus
@@ -282,12 +282,12 @@ def test_ctrl_c_names_resume_where_there_is_one(monkeypatch: pytest.MonkeyPatch,
     def interrupted(arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    for name, argv in (("_info", ["info"]), ("_general", ["general", "--teacher", "t", "--student", "s"])):
-        monkeypatch.setattr(cli, name, interrupted)
-        if name == "_general":
-            argv += ["--corpus", "c", "--output", str(tmp_path / "out")]
+    general = ["general", "--teacher", "t", "--student", "s", "--corpus", "c", "--output", str(tmp_path / "out")]
+    evaluate = ["evaluate", "--model", "m", "--task", "SST-2"]
+    for argv in (general, evaluate):
+        monkeypatch.setattr(commands, f"run_{argv[0]}", interrupted)
         assert cli.main(argv) == 130
-        assert ("--resume" in capsys.readouterr().err) is (name == "_general")
+        assert ("--resume" in capsys.readouterr().err) is (argv is general)
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
