@@ -45,6 +45,7 @@ from fastdistill.students import (
     count_parameters,
     init_from_teacher,
     is_config,
+    load_checkpoint,
     measure_seconds,
     save_projections,
 )
@@ -400,22 +401,20 @@ def _load(
         return model.to(processes().device), load_published_tokenizer(name)
     try:
         auto_class = auto_class or _language_model(name, trust_remote_code)
-        model, loaded = getattr(transformers, auto_class).from_pretrained(
-            name, dtype="float32", trust_remote_code=trust_remote_code, output_loading_info=True, **options
-        )
+        kind = getattr(transformers, auto_class)
+        model, missing = load_checkpoint(kind, name, trust_remote_code=trust_remote_code, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token is None:  # of GPT-2 and Llama; padding is masked, whatever stands there
             tokenizer.pad_token = tokenizer.eos_token
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
-    kind = {"AutoModelForMaskedLM": "masked", "AutoModelForCausalLM": "causal"}.get(auto_class)
-    if kind and loaded["missing_keys"]:
-        missing = ", ".join(sorted(loaded["missing_keys"]))
-        raise ValueError(f"{name}: not a {kind} language model with its head (there is no {missing})")
-    if needs_head and loaded["missing_keys"]:  # else they would be random
-        missing = ", ".join(sorted(loaded["missing_keys"]))
+    names = ", ".join(sorted(missing))
+    if missing and auto_class in ("AutoModelForMaskedLM", "AutoModelForCausalLM"):
+        what = "masked" if auto_class == "AutoModelForMaskedLM" else "causal"
+        raise ValueError(f"{name}: not a {what} language model with its head (there is no {names})")
+    if missing and needs_head:  # else they would be random
         raise ValueError(
-            f"{name}: not a trained {type(model).__name__} (there is no {missing}); `fastdistill finetune` makes a "
+            f"{name}: not a trained {type(model).__name__} (there is no {names}); `fastdistill finetune` makes a "
             "model of the task"
         )
     return model.eval().to(processes().device), tokenizer

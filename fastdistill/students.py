@@ -71,7 +71,8 @@ def build_student(
             checkpoint, as a folder (a published TinyBERT's too: `fastdistill.published`) or a name on the Hugging
             Face hub.
         init: "random", or "teacher" (`init_from_teacher`, with `layer_map` and `calibration`), the default for a
-            preset or a config. A checkpoint brings its own weights: None only.
+            preset or a config. A checkpoint brings its own weights: None only; its classifier is made anew where the
+            teacher has another number of labels.
         trust_remote_code: run the model code that a checkpoint brings along.
 
     Returns a float32 model in eval mode, on the CPU.
@@ -101,11 +102,26 @@ def build_student(
     if is_published(path):
         student = load_published(path, auto_name(teacher), relu=False, **options)
     else:
-        student = auto_class(teacher).from_pretrained(
-            str(spec), dtype=torch.float32, trust_remote_code=trust_remote_code, **options
-        )
+        student, _ = load_checkpoint(auto_class(teacher), spec, trust_remote_code=trust_remote_code, **options)
     check_vocabulary(student.config, teacher)
     return student.eval()
+
+
+def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A checkpoint as a float32 model of an Auto class, and the names of weights that it did not have, made at random.
+
+    Among these are a head's whose number of labels `options` change. Other weights of another shape than the config
+    asks for are a ValueError.
+    """
+    model, loaded = kind.from_pretrained(
+        str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    missing = set(loaded["missing_keys"])
+    for key, found, expected in sorted(loaded["mismatched_keys"]):
+        if model.base_model is model or key.startswith(f"{model.base_model_prefix}."):
+            raise ValueError(f"{name}: {key} is {tuple(found)}, and by its config {tuple(expected)}")
+        missing.add(key)
+    return model, missing
 
 
 def is_config(spec: str | Path) -> bool:

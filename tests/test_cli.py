@@ -380,6 +380,25 @@ class TestBadInput:
         assert "seeds is [1, 1]" in line
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_checkpoint_of_other_labels_gets_a_new_head(self, files, tmp_path):
+        """A model of MNLI's three classes is what RTE's, MRPC's and STS-B's often start from."""
+        other = save(tmp_path / "other", num_labels=3)
+        for command, flag in (("finetune", "--model"), ("task", "--student")):
+            options = (flag, tmp_path / "other", "--max-steps", 1, "--learning-rates", 1e-9)
+            assert cli.main(arguments(files, command, tmp_path / command, *options)) == 0
+            found = AutoModelForSequenceClassification.from_pretrained(tmp_path / command)
+            assert found.config.num_labels == 2
+            if command == "finetune":
+                weights = found.bert.state_dict()
+                assert all(torch.allclose(x, weights[name]) for name, x in other.bert.state_dict().items())
+
+    def test_a_checkpoint_that_its_config_does_not_fit(self, files, tmp_path, capsys):
+        save(tmp_path / "other")
+        config = json.loads((tmp_path / "other" / "config.json").read_text())
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+        line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--model", tmp_path / "other"))
+        assert "bert.encoder.layer.0.intermediate.dense.bias is (32,), and by its config (40,)" in line
+
     def test_init_without_teacher(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--init", "random"))
         assert "--init needs --teacher" in line
