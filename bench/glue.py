@@ -20,23 +20,26 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from fastdistill.tasks import get_task
+
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one task: what two cores do in a quarter of an hour a student."""
+    """Of one task: what two cores do in about ten minutes a student."""
 
     teacher_epochs: int
     copies: int  # of each row by augmentation
     intermediate_epochs: int  # over rows and copies
-    prediction_epochs: int
+    prediction_epochs: int  # over rows and copies; STS-B's over the rows, whose copies have no score
+    finetune_epochs: int  # of a student on the labels alone
 
 
 TASKS = {
-    "SST-2": Budget(teacher_epochs=1, copies=1, intermediate_epochs=1, prediction_epochs=1),
-    "CoLA": Budget(teacher_epochs=4, copies=10, intermediate_epochs=2, prediction_epochs=1),
-    "MRPC": Budget(teacher_epochs=5, copies=10, intermediate_epochs=1, prediction_epochs=1),
-    "RTE": Budget(teacher_epochs=6, copies=10, intermediate_epochs=1, prediction_epochs=1),
-    "STS-B": Budget(teacher_epochs=4, copies=10, intermediate_epochs=1, prediction_epochs=10),
+    "SST-2": Budget(teacher_epochs=1, copies=1, intermediate_epochs=1, prediction_epochs=1, finetune_epochs=3),
+    "CoLA": Budget(teacher_epochs=4, copies=10, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
+    "MRPC": Budget(teacher_epochs=5, copies=4, intermediate_epochs=1, prediction_epochs=1, finetune_epochs=10),
+    "RTE": Budget(teacher_epochs=6, copies=4, intermediate_epochs=1, prediction_epochs=1, finetune_epochs=10),
+    "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=1, prediction_epochs=10, finetune_epochs=10),
 }
 ALL = ("embedding", "hidden", "attention")
 # Name: the inner losses, and whether there is a general stage and augmentation.
@@ -104,23 +107,23 @@ class Plan:
         terms, has_general, is_augmented = STUDENTS[name]
         budget = TASKS[task]
         # Without copies as many more epochs, so that every student makes as many steps.
-        more = 1 if is_augmented else 1 + budget.copies
+        more = 1 if is_augmented else 1 + budget.copies * len(get_task(task).texts)
         prediction = 1 if task == "STS-B" else more  # which learns from the original rows
         command = [
             "task", "--teacher", f"{task}/teacher", "--student", general_of(terms) if has_general else "student.json",
             *self.data(task), *(["--augmented", f"{task}/augmented.arrow"] if is_augmented else []),
             "--terms", *terms, "--bf16", "--intermediate-epochs", str(budget.intermediate_epochs * more),
-            "--intermediate-learning-rate", "3e-4", "--prediction-epochs", str(budget.prediction_epochs * prediction),
-            "--learning-rates", "1e-4", "--seeds", *map(str, self.arguments.seeds),
+            "--intermediate-batch-size", "64", "--intermediate-learning-rate", "5e-4",
+            "--prediction-epochs", str(budget.prediction_epochs * prediction), "--learning-rates", "1e-4",
+            "--seeds", *map(str, self.arguments.seeds),
         ]  # fmt: skip
         return Leg(f"{task}/{slug(name)}", command)
 
     def fine_tuned(self, task: str) -> Leg:
         budget = TASKS[task]
-        epochs = (budget.intermediate_epochs + budget.prediction_epochs) * (1 + budget.copies)
         command = [
             "finetune", "--model", "student.json", "--teacher", self.arguments.model, "--init", "teacher",
-            *self.data(task), "--bf16", "--epochs", str(min(epochs, 10)), "--learning-rates", "1e-4",
+            *self.data(task), "--bf16", "--epochs", str(budget.finetune_epochs), "--learning-rates", "1e-4",
             "--seeds", *map(str, self.arguments.seeds),
         ]  # fmt: skip
         return Leg(f"{task}/{slug(FINE_TUNED)}", command)

@@ -567,8 +567,24 @@ def read_augmented(task: Task, path: str | Path) -> Dataset:
         return read_tsv(task, path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; it should be what `augment` wrote")
-    dataset = Dataset.from_file(str(path))
+    dataset = Dataset.from_file(str(in_cache(path)))
     names = [*SENTENCES[: len(task.texts)], "label"]
     if dataset.column_names != names:
         raise ValueError(f"{path}: the columns are {dataset.column_names}; {task.name} has {names}")
     return dataset
+
+
+def in_cache(path: str | Path) -> Path:
+    """The same file in the cache of `datasets`, which writes what it makes of a file, tokens say, beside it."""
+    from datasets import config
+
+    path = Path(path).resolve()
+    link = Path(config.HF_DATASETS_CACHE, "fastdistill", hashlib.sha256(bytes(path)).hexdigest()[:16], path.name)
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    except FileExistsError:  # of an earlier run, or another process's
+        pass
+    except OSError:  # Windows lets only some users make links
+        return path
+    return link

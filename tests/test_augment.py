@@ -449,6 +449,11 @@ def dataset(task, rows=20):
     return Dataset.from_dict({**columns, "label": labels})
 
 
+@pytest.fixture(autouse=True)
+def cache_of_datasets(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 def written(task, rows, augmenter, output, **options):
     augment(task, rows, augmenter, output, **options)
     return read_augmented(task, output)
@@ -464,6 +469,18 @@ def small_chunks(monkeypatch):
 
 @pytest.mark.usefixtures("small_chunks")
 class TestFiles:
+    def test_nothing_is_left_beside_the_file(self, augmenter, lm, tmp_path):
+        """What `datasets` makes of it goes to its cache, and of a file in its place something else is made."""
+        _, tokenizer = lm["bert"]
+        lengths = []
+        for rows in (5, 9):
+            found = written(SST2, dataset(SST2, rows), augmenter, tmp_path / "out.arrow", overwrite=rows == 9)
+            tokens = SST2.tokenize(found, tokenizer)
+            assert tokens.cache_files  # it was not made in memory
+            lengths.append(len(tokens))
+        assert lengths[0] < lengths[1]
+        assert [path.name for path in tmp_path.iterdir()] == ["out.arrow"]
+
     @pytest.mark.parametrize("name", [task.name for task in TASKS])
     def test_tsv_and_arrow_of_every_task(self, augmenter, name, tmp_path):
         """Both files hold the same rows, in the layout that the task's own reader reads, with their labels."""
