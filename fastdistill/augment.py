@@ -297,13 +297,17 @@ class Augmenter:
         ids = [torch.tensor(encoding.ids) for encoding in encodings]
         types = [torch.tensor(encoding.type_ids) for encoding in encodings]
         masked.sort(key=lambda place: len(ids[place[0]]))  # rows of like length need little padding
-        for start in range(0, len(masked), self.batch_size):
-            batch = masked[start : start + self.batch_size]
-            words = self.likely_words(
-                [ids[row] for row, _, _ in batch], [types[row] for row, _, _ in batch], [token for _, token, _ in batch]
-            )
-            for (row, _, span), likely in zip(batch, words, strict=True):
-                found[row][span] = likely
+        # The outermost autocast, when it is left, forgets the weights that were cast: this one keeps them so long.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=False):
+            for start in range(0, len(masked), self.batch_size):
+                batch = masked[start : start + self.batch_size]
+                words = self.likely_words(
+                    [ids[row] for row, _, _ in batch],
+                    [types[row] for row, _, _ in batch],
+                    [token for _, token, _ in batch],
+                )
+                for (row, _, span), likely in zip(batch, words, strict=True):
+                    found[row][span] = likely
         return [{(a - 1, b - 1): words for (a, b), words in spans.items() if words} for spans in found]
 
     def likely_words(self, ids: Sequence[Tensor], types: Sequence[Tensor], tokens: Sequence[int]) -> list[list[str]]:
