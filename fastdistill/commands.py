@@ -268,11 +268,12 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     if arguments.teacher is None and arguments.init is not None:
         raise ValueError("--init needs --teacher, whose weights it takes")
     train = _split(task, "train", arguments)
+    labels = task.model_options(train)
     source, tokenizer = _load(
         arguments.teacher or arguments.model,
         task.auto_class,
         arguments.trust_remote_code,
-        **({} if arguments.teacher else task.model_options(train)),
+        **({"headless": labels} if arguments.teacher else labels),  # a student takes its teacher's labels, if any
     )
     task = task.for_model(source.config, "teacher" if arguments.teacher else "model")
     train = task.tokenize(train, tokenizer)
@@ -384,11 +385,17 @@ def _named_task(arguments: argparse.Namespace, *splits: str) -> Any:
 
 
 def _load(
-    name: str, auto_class: str | None, trust_remote_code: bool, needs_head: bool = False, **options: Any
+    name: str,
+    auto_class: str | None,
+    trust_remote_code: bool,
+    needs_head: bool = False,
+    headless: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """A checkpoint's model, in float32 and eval mode, on the device to run on, and its tokenizer.
 
-    `auto_class` None: as the language model that it is.
+    `auto_class` None: as the language model that it is. `options` win over its config, `headless` only where it has no
+    head of this kind.
     """
     disable_fsdp_ram_efficient_loading()  # which gives the weights to one process alone
     folder = Path(name)
@@ -403,6 +410,8 @@ def _load(
         auto_class = auto_class or _language_model(name, trust_remote_code)
         kind = getattr(transformers, auto_class)
         model, missing = load_checkpoint(kind, name, trust_remote_code=trust_remote_code, **options)
+        if missing and headless:
+            model, missing = load_checkpoint(kind, name, trust_remote_code=trust_remote_code, **headless)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token is None:  # of GPT-2 and Llama; padding is masked, whatever stands there
             tokenizer.pad_token = tokenizer.eos_token

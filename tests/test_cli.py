@@ -1,5 +1,6 @@
 """The command line end to end on tiny models and files, and one clear line with exit code 2 on bad input."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
 import torch
-from _tiny import classifier, texts, tokenizer
+from _tiny import classifier, config, texts, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -391,6 +392,20 @@ class TestBadInput:
             if command == "finetune":
                 weights = found.bert.state_dict()
                 assert all(torch.allclose(x, weights[name]) for name, x in other.bert.state_dict().items())
+
+    def test_a_student_of_a_teacher_without_labels(self, files, tmp_path):
+        """A plain BERT has none: the student gets the task's, here STS-B's one score."""
+        AutoModel.from_config(config("bert")).save_pretrained(tmp_path / "teacher")
+        tokenizer().save_pretrained(tmp_path / "teacher")
+        (tmp_path / "STS-B").mkdir()
+        rows = "".join(f"{a}\t{b}\t{i % 6}\n" for i, (a, b) in enumerate(itertools.pairwise(texts(40, 3))))
+        for split in ("train", "dev"):
+            (tmp_path / "STS-B" / f"{split}.tsv").write_text("sentence1\tsentence2\tscore\n" + rows)
+        argv = ["finetune", "--model", files / "student.json", "--teacher", tmp_path / "teacher", "--task", "STS-B"]
+        argv += ["--data", tmp_path / "STS-B", "--max-steps", 1, "--output", tmp_path / "out"]
+        assert cli.main([str(part) for part in argv]) == 0
+        found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
+        assert (found.num_labels, found.problem_type) == (1, "regression")
 
     def test_a_checkpoint_that_its_config_does_not_fit(self, files, tmp_path, capsys):
         save(tmp_path / "other")
