@@ -88,10 +88,11 @@ def pick_backend(backend: str, device: torch.device, logits: tuple[torch.dtype, 
 def _no_cuda(device: torch.device, logits: tuple[torch.dtype, ...], automatic: bool = False) -> str | None:
     """Why the kernels of csrc/ cannot run on logits of these dtypes on `device`, or "auto" does not take them; None:
     they can."""
-    from fastdistill import cuda  # not above: `python -m fastdistill.cuda` would find itself imported already
-
     if not logits:
         return "csrc has kernels for the losses on logits only"
+
+    from fastdistill import cuda  # not above: `python -m fastdistill.cuda` would find itself imported already
+
     if len(set(logits)) > 1 or logits[0] not in cuda.DTYPES:
         return f"its logits are float32, float16 or bfloat16, both alike, and not {' and '.join(map(str, logits))}"
     reason = cuda.unavailable(device)

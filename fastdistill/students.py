@@ -110,15 +110,15 @@ def build_student(
 def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
     """A checkpoint as a float32 model of an Auto class, and the names of weights that it did not have, made at random.
 
-    Among these are a head's whose number of labels `options` change. Other weights of another shape than the config
-    asks for are a ValueError.
+    Among these are a head's whose `num_labels` the options change. Any other weight of another shape than the config
+    asks for is a ValueError.
     """
     model, loaded = kind.from_pretrained(
         str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     missing = set(loaded["missing_keys"])
     for key, found, expected in sorted(loaded["mismatched_keys"]):
-        if model.base_model is model or key.startswith(f"{model.base_model_prefix}."):
+        if "num_labels" not in options or key.startswith(f"{model.base_model_prefix}."):
             raise ValueError(f"{name}: {key} is {tuple(found)}, and by its config {tuple(expected)}")
         missing.add(key)
     return model, missing

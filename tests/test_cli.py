@@ -413,6 +413,11 @@ class TestBadInput:
         (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--model", tmp_path / "other"))
         assert "bert.encoder.layer.0.intermediate.dense.bias is (32,), and by its config (40,)" in line
+        save(tmp_path / "three", num_labels=3)
+        text = (tmp_path / "three" / "config.json").read_text()
+        (tmp_path / "three" / "config.json").write_text(json.dumps({**json.loads(text), "id2label": {0: "a", 1: "b"}}))
+        line = fails(capsys, arguments(files, "task", tmp_path / "out", "--teacher", tmp_path / "three"))
+        assert "classifier.bias is (3,), and by its config (2,)" in line  # no options ask for a new head
 
     def test_init_without_teacher(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--init", "random"))
