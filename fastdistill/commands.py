@@ -234,7 +234,7 @@ def run_task(arguments: argparse.Namespace) -> None:
             student = distil(student, **intermediate, seed=seed, folder=work / "intermediate")
         if task.caches_logits:
             if has_prediction_stage and arguments.labels == "teacher":
-                train = add_teacher_logits(train, teacher, tokenizer)
+                train = add_teacher_logits(train, teacher, tokenizer, bf16=arguments.bf16)
         elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
             train = task.tokenize(_split(task, "train", arguments), tokenizer)
 

@@ -438,11 +438,14 @@ def add_length(dataset: Dataset) -> Dataset:
     )
 
 
-def add_teacher_logits(dataset: Dataset, teacher: PreTrainedModel, tokenizer: Any, batch_size: int = 128) -> Dataset:
+def add_teacher_logits(
+    dataset: Dataset, teacher: PreTrainedModel, tokenizer: Any, batch_size: int = 128, bf16: bool = False
+) -> Dataset:
     """Run the teacher once over a data set and keep its logits in the column `teacher_logits`, float32 (C) a row.
 
     A teacher in eval mode gives the same logits in every epoch and for every seed, so that the prediction stage need
-    not run it again. For sequence classifiers: raises ValueError where the logits are not (B, C).
+    not run it again. `bf16`: bfloat16 autocast, as in a stage that trains so. For sequence classifiers: raises
+    ValueError where the logits are not (B, C).
     """
     teacher.eval()
     device = next(teacher.parameters()).device
@@ -455,7 +458,7 @@ def add_teacher_logits(dataset: Dataset, teacher: PreTrainedModel, tokenizer: An
     for start in logging.tqdm(range(0, len(order), batch_size), desc="Teacher logits"):
         rows = order[start : start + batch_size]
         batch = {name: x.to(device) for name, x in collate([inputs[row] for row in rows]).items()}
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = capture(teacher, batch).logits
         if found is None or found.dim() != 2:
             shape = None if found is None else tuple(found.shape)

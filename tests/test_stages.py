@@ -117,6 +117,9 @@ def test_teacher_logits_are_each_rows_own() -> None:
         with torch.no_grad():
             assert error(torch.tensor(logits), teacher(torch.tensor([row["input_ids"]])).logits[0]) < 1e-5
     assert add_teacher_logits(cached, teacher, _tiny.tokenizer()).column_names == cached.column_names
+    autocast = add_teacher_logits(rows, teacher, _tiny.tokenizer(), bf16=True)
+    exact, rounded = (torch.tensor(dataset["teacher_logits"][:]) for dataset in (cached, autocast))
+    assert 1e-5 < error(rounded, exact) < 0.02  # bfloat16's 8 bits, a few times
     with pytest.raises(ValueError, match="needs a sequence classifier"):
         add_teacher_logits(rows, _tiny.model(), _tiny.tokenizer())
 
