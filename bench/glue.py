@@ -38,7 +38,7 @@ TASKS = {
     "SST-2": Budget(teacher_epochs=1, copies=1, intermediate_epochs=1, prediction_epochs=1, finetune_epochs=3),
     "CoLA": Budget(teacher_epochs=4, copies=10, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
     "MRPC": Budget(teacher_epochs=5, copies=4, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
-    "RTE": Budget(teacher_epochs=6, copies=4, intermediate_epochs=3, prediction_epochs=1, finetune_epochs=10),
+    "RTE": Budget(teacher_epochs=6, copies=10, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
     "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=2, prediction_epochs=10, finetune_epochs=10),
 }
 ALL = ("embedding", "hidden", "attention")
