@@ -41,21 +41,36 @@ TASKS = {
     "RTE": Budget(teacher_epochs=6, copies=10, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
     "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=2, prediction_epochs=10, finetune_epochs=10),
 }
-ALL = ("embedding", "hidden", "attention")
-# Name: the inner losses, and whether there is a general stage and augmentation.
-STUDENTS: dict[str, tuple[tuple[str, ...], bool, bool]] = {
-    "distilled": (ALL, True, True),
-    "no general stage": (ALL, False, True),
-    "no augmentation": (ALL, True, False),
-    "no attention loss": (("embedding", "hidden"), True, True),
-    "no hidden loss": (("embedding", "attention"), True, True),
-}
-FINE_TUNED = "fine-tuned"
-# A quarter of the teacher's width and half its depth; 12 heads as the teacher has.
-STUDENT = {
-    "num_hidden_layers": 3, "hidden_size": 156, "intermediate_size": 600, "num_attention_heads": 12,
-    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+# A quarter of the teacher's width and half its depth; 12 heads as the teacher has. The narrow one for its speed.
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+CONFIGS = {
+    "student.json": {
+        "num_hidden_layers": 3, "hidden_size": 156, "intermediate_size": 600, "num_attention_heads": 12, **NO_DROPOUT,
+    },
+    "narrow.json": {
+        "num_hidden_layers": 3, "hidden_size": 144, "intermediate_size": 432, "num_attention_heads": 12, **NO_DROPOUT,
+    },
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Student:
+    general: str | None = "general"  # the folder of its general stage; None: it has none
+    terms: tuple[str, ...] = ("embedding", "hidden", "attention")
+    augmentation: bool = True
+    config: str = "student.json"
+
+
+DISTILLED = "distilled"
+FINE_TUNED = "fine-tuned"
+STUDENTS = {
+    DISTILLED: Student(),
+    "no general stage": Student(general=None),
+    "no augmentation": Student(augmentation=False),
+    "no attention loss": Student("general-embedding-hidden", terms=("embedding", "hidden")),
+    "no hidden loss": Student("general-embedding-attention", terms=("embedding", "attention")),
+    "distilled, narrow": Student("general-narrow", config="narrow.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -72,24 +87,26 @@ class Plan:
 
     def legs(self) -> Iterator[Leg]:
         """In the order in which they are worth most."""
-        model, corpus = self.arguments.model, [str(path) for path in self.arguments.corpus]
-        tasks: list[str] = self.arguments.tasks
-        for name, (terms, has_general, _) in STUDENTS.items():
-            if has_general and name != "no augmentation":
-                yield Leg(
-                    general_of(terms),
-                    ["general", "--teacher", model, "--student", "student.json", "--corpus", *corpus, "--terms", *terms,
-                     "--epochs", "1", "--batch-size", "32", "--learning-rate", "5e-4", "--bf16"],
-                )  # fmt: skip
-                if name == "distilled":
-                    for task in tasks:
-                        yield self.teacher(task)
-                        yield self.augment(task)
-                        yield self.student(task, name)
-                        yield self.fine_tuned(task)
-        for name in list(STUDENTS)[1:]:
-            for task in tasks:
+        done: set[str] = set()
+        for name, student in STUDENTS.items():
+            if student.general is not None and student.general not in done:
+                done.add(student.general)
+                yield self.general(student.general, student)
+            for task in self.arguments.tasks:
+                if name == DISTILLED:
+                    yield self.teacher(task)
+                    yield self.augment(task)
                 yield self.student(task, name)
+                if name == DISTILLED:
+                    yield self.fine_tuned(task)
+
+    def general(self, output: str, student: Student) -> Leg:
+        command = [
+            "general", "--teacher", self.arguments.model, "--student", student.config,
+            "--corpus", *map(str, self.arguments.corpus), "--terms", *student.terms,
+            "--epochs", "1", "--batch-size", "32", "--learning-rate", "5e-4", "--bf16",
+        ]  # fmt: skip
+        return Leg(output, command)
 
     def data(self, task: str) -> list[str]:
         return ["--task", task, "--data", str(self.arguments.data / task)]
@@ -104,16 +121,16 @@ class Plan:
         return Leg(f"{task}/augmented.arrow", ["augment", "--teacher", self.arguments.masked, *self.data(task), *rest])
 
     def student(self, task: str, name: str) -> Leg:
-        terms, has_general, is_augmented = STUDENTS[name]
+        student = STUDENTS[name]
         budget = TASKS[task]
         # Without copies as many more epochs, so that every student makes as many steps.
-        more = 1 if is_augmented else 1 + budget.copies * len(get_task(task).texts)
+        more = 1 if student.augmentation else 1 + budget.copies * len(get_task(task).texts)
         prediction = 1 if task == "STS-B" else more  # which learns from the original rows
-        seeds = self.arguments.seeds if name == "distilled" else self.arguments.seeds[:1]
+        seeds = self.arguments.seeds if name == DISTILLED else self.arguments.seeds[:1]
         command = [
-            "task", "--teacher", f"{task}/teacher", "--student", general_of(terms) if has_general else "student.json",
-            *self.data(task), *(["--augmented", f"{task}/augmented.arrow"] if is_augmented else []),
-            "--terms", *terms, "--bf16", "--intermediate-epochs", str(budget.intermediate_epochs * more),
+            "task", "--teacher", f"{task}/teacher", "--student", student.general or student.config,
+            *self.data(task), *(["--augmented", f"{task}/augmented.arrow"] if student.augmentation else []),
+            "--terms", *student.terms, "--bf16", "--intermediate-epochs", str(budget.intermediate_epochs * more),
             "--intermediate-learning-rate", "7e-4",
             "--prediction-epochs", str(budget.prediction_epochs * prediction), "--learning-rates", "1e-4",
             "--seeds", *map(str, seeds),
@@ -144,12 +161,8 @@ class Plan:
         seconds_path.write_text(json.dumps(seconds, indent=1) + "\n")
 
 
-def general_of(terms: tuple[str, ...]) -> str:
-    return "general" if terms == ALL else "general-" + "-".join(terms)
-
-
 def slug(name: str) -> str:
-    return name.replace(" ", "-")
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 # -- results -----------------------------------------------------------------------------------------------
@@ -158,7 +171,7 @@ def slug(name: str) -> str:
 def results(out: Path, tasks: list[str]) -> dict[str, dict[str, list[float]]]:
     """Model -> task -> the dev score of each seed, in per cent: GLUE's metric, or the mean of its two."""
     found: dict[str, dict[str, list[float]]] = {}
-    for name in ("teacher", "distilled", FINE_TUNED, *list(STUDENTS)[1:]):
+    for name in ("teacher", DISTILLED, FINE_TUNED, *list(STUDENTS)[1:]):
         for task in tasks:
             path = out / task / slug(name) / "results.json"
             if path.exists():
@@ -209,7 +222,7 @@ def plot(out: Path, tasks: list[str]) -> None:
         axes.set(title=task, xlabel="step of the intermediate stage", yscale="log")
     figure.axes[0].set_ylabel("hidden loss")
     handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda pair: len(pair[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(STUDENTS), fontsize="small")
     figure.savefig(out / "losses.png", dpi=110)
 
 
@@ -233,7 +246,8 @@ def main() -> None:
     for name in ("model", "masked"):
         if Path(getattr(arguments, name)).is_dir():
             setattr(arguments, name, str(Path(getattr(arguments, name)).resolve()))
-    (arguments.out / "student.json").write_text(json.dumps(STUDENT) + "\n")
+    for name, config in CONFIGS.items():
+        (arguments.out / name).write_text(json.dumps(config) + "\n")
     if not arguments.tables:
         plan = Plan(arguments)
         for leg in plan.legs():
