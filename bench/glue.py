@@ -41,7 +41,7 @@ TASKS = {
     "RTE": Budget(teacher_epochs=6, copies=10, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
     "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=2, prediction_epochs=10, finetune_epochs=10),
 }
-# A quarter of the teacher's width and half its depth; 12 heads as the teacher has. The narrow one for its speed.
+# Half of the teacher's depth and less than half its width; 12 heads as it has. The narrow one is for speed.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONFIGS = {
     "student.json": {
