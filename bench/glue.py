@@ -206,23 +206,29 @@ def spread(scores: list[float]) -> str:
 
 
 def plot(out: Path, tasks: list[str]) -> None:
-    """The intermediate stage's losses over its steps, a panel a task."""
+    """The intermediate stage's hidden and attention losses over its steps, a column a task."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(tasks), 3.2), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for name in STUDENTS:
-            path = out / task / slug(name) / "intermediate" / "trainer_state.json"
-            if not path.exists():
-                continue
-            history: list[dict[str, Any]] = json.loads(path.read_text())["log_history"]
-            points = [(log["step"], log["hidden"]) for log in history if "hidden" in log]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name)
-        axes.set(title=task, xlabel="step of the intermediate stage", yscale="log")
-    figure.axes[0].set_ylabel("hidden loss")
-    handles, labels = max((axes.get_legend_handles_labels() for axes in figure.axes), key=lambda pair: len(pair[1]))
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(STUDENTS), fontsize="small")
+    figure = Figure(figsize=(3 * len(tasks), 5), layout="constrained")
+    panels = figure.subplots(2, len(tasks), squeeze=False, sharex="col")
+    for row, term in zip(panels, ("hidden", "attention"), strict=True):
+        for axes, task in zip(row, tasks, strict=True):
+            for colour, name in enumerate(STUDENTS):
+                path = out / task / slug(name) / "intermediate" / "trainer_state.json"
+                if not path.exists():
+                    continue
+                history: list[dict[str, Any]] = json.loads(path.read_text())["log_history"]
+                points = [(log["step"], log[term]) for log in history if term in log]
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=f"C{colour}", label=name)
+        row[0].set_ylabel(f"{term} loss")
+    for top, bottom, task in zip(*panels, tasks, strict=True):
+        top.set_title(task)
+        bottom.set_xlabel("step of the intermediate stage")
+    labelled = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=len(STUDENTS), fontsize="small")
     figure.savefig(out / "losses.png", dpi=110)
 
 
