@@ -69,7 +69,7 @@ STUDENTS = {
     "no augmentation": Student(augmentation=False),
     "no attention loss": Student("general-embedding-hidden", terms=("embedding", "hidden")),
     "no hidden loss": Student("general-embedding-attention", terms=("embedding", "attention")),
-    "distilled, narrow": Student("general-narrow", config="narrow.json"),
+    "no general stage, narrow": Student(general=None, config="narrow.json"),
 }
 
 
