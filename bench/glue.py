@@ -41,8 +41,8 @@ TASKS = {
     "RTE": Budget(teacher_epochs=6, copies=10, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
     "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=2, prediction_epochs=10, finetune_epochs=10),
 }
-# Half of the teacher's depth and less than half its width; 12 heads as it has. The narrow one is for speed.
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Half of the teacher's depth and less than half its width; 12 heads as it has. The narrow one is for speed.
 CONFIGS = {
     "student.json": {
         "num_hidden_layers": 3, "hidden_size": 156, "intermediate_size": 600, "num_attention_heads": 12, **NO_DROPOUT,

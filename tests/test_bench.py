@@ -220,10 +220,13 @@ def test_the_commands_of_the_glue_table_are_commands(tmp_path: Path) -> None:
         model="bert", masked="mlm", corpus=[tmp_path / "text"], tasks=list(glue.TASKS), seeds=[1, 2, 3], **paths
     )
     done = set(glue.CONFIGS)
+    commands = set()
     for leg in glue.Plan(arguments).legs():
         parsed = vars(parser_of_commands().parse_args([*leg.command, "--output", leg.output]))
         needed = {str(parsed[name]) for name in ("teacher", "student", "model", "augmented") if parsed.get(name)}
         assert needed <= done | {"bert", "mlm"}, leg.output
         assert leg.output not in done
         done.add(leg.output)
+        assert tuple(leg.command) not in commands, leg.output  # no two rows are of the same student
+        commands.add(tuple(leg.command))
     assert {f"{task}/{glue.slug(name)}" for task in glue.TASKS for name in ("fine-tuned", *glue.STUDENTS)} <= done
