@@ -245,6 +245,13 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="run nothing")
     arguments = parser.parse_args()
 
+    if not arguments.tables:
+        folders = [arguments.data / task for task in arguments.tasks]
+        for option, paths in {"data": folders, "glove": [arguments.glove], "corpus": arguments.corpus}.items():
+            for path in paths:
+                if not path.exists():
+                    parser.error(f"argument --{option}: {path}: no such file or folder")
+
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in ("data", "glove"):
         setattr(arguments, name, getattr(arguments, name).resolve())
@@ -257,7 +264,10 @@ def main() -> None:
     if not arguments.tables:
         plan = Plan(arguments)
         for leg in plan.legs():
-            plan.run(leg)
+            try:
+                plan.run(leg)
+            except subprocess.CalledProcessError as error:  # it has said why
+                sys.exit(error.returncode)
     found = results(arguments.out, arguments.tasks)
     (arguments.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     plot(arguments.out, arguments.tasks)
