@@ -116,7 +116,6 @@ class _Stage(ABC):
             on_main(lambda: drop_checkpoints(output))
             load_student(student, output)
             return student.eval()
-        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
         torch.manual_seed(args.seed)  # new projections
         objective = Objective(
             student.config,
@@ -133,6 +132,7 @@ class _Stage(ABC):
         )
         if self.projections is not None and len(objective.projections):
             objective.load_projections(self.projections)
+        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
         dataset = main_first(lambda: self.prepare(tokenizer))
         trainer = DistillationTrainer(
             student,

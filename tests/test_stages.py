@@ -258,6 +258,22 @@ def test_a_run_that_fails_leaves_no_output(tmp_path: Path) -> None:
     prediction_stage().run(student, _tiny.classifier(4, 24), tokenizer, tmp_path / "out")  # nothing is in its way
 
 
+def test_a_run_that_is_refused_drops_no_interrupted_one(tmp_path: Path) -> None:
+    student, teacher, tokenizer = _tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer()
+    checkpoint = tmp_path / "out.partial" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    stage = IntermediateStage(dataset=_tiny.dataset(), arguments=QUICK, layer_map=[0, 5, 4])
+    with pytest.raises(ValueError, match=r"layer_map\[1\] is 5"):
+        stage.run(student, teacher, tokenizer, tmp_path / "out", overwrite=True)
+    stage = IntermediateStage(dataset=_tiny.dataset(), arguments=QUICK, projections=tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="safetensors: no such file"):
+        stage.run(student, teacher, tokenizer, tmp_path / "out", overwrite=True)
+    with pytest.raises(FileNotFoundError, match="safetensors: no such file"):
+        stage.run(student, teacher, tokenizer, tmp_path / "other")
+    assert checkpoint.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
 @pytest.mark.parametrize("terms", ["inner", "prediction"])
 def test_an_interrupted_stage_resumes_to_the_same_student(tmp_path: Path, terms: str) -> None:
     tokenizer, teacher = _tiny.tokenizer(), _tiny.classifier(4, 24, seed=1)
