@@ -7,6 +7,7 @@ Heavy imports wait until a command runs.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             getattr(commands, "run_" + arguments.command.replace("-", "_"))(arguments)
     except (ValueError, OSError) as error:  # what the library raises for bad input; anything else is a bug
         message = " ".join(str(error).split())
-        flags = {"overwrite=True": "--overwrite", "resume=True": "--resume", 'method="minilmv2"': "--method minilmv2"}
+        flags = {
+            "overwrite=True": "--overwrite",
+            "resume=True": "--resume",
+            'method="minilmv2"': "--method minilmv2",
+            "init='random'": "--init random",
+            "init='teacher'": "--init teacher",
+        }
         for python, flag in flags.items():
             message = message.replace(f"pass {python}", f"use {flag}").replace(python, flag)
         print(f"fastdistill {arguments.command}: error: {message}", file=sys.stderr)
@@ -54,6 +61,31 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
 
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    if not 0 < (number := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def epochs_or_zero(text: str) -> float:
+    if not 0 <= (number := _number(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def parser_of_commands() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastdistill", description=__doc__.splitlines()[0])
     parser.description = "Distil Transformers: TinyBERT's stages on your data, and losses that stay low on memory."
@@ -68,7 +100,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     data = general.add_argument_group("data")
     data.add_argument("--corpus", nargs="+", required=True, metavar="FILE", help="text files, a paragraph a line")
     data.add_argument(
-        "--max-length", type=int, default=128, metavar="N", help="tokens in a block (default: %(default)s)"
+        "--max-length", type=positive_int, default=128, metavar="N", help="tokens in a block (default: %(default)s)"
     )
     data.add_argument(
         "--streaming", action="store_true", help="read the corpus while it trains, not before; needs --max-steps"
@@ -97,7 +129,9 @@ def parser_of_commands() -> argparse.ArgumentParser:
     )
     augment.add_argument("--legacy", action="store_true", help="sentence pairs as the published code makes them")
     augment.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    augment.add_argument("--batch-size", type=int, default=64, help="masked sentences at a time (default: %(default)s)")
+    augment.add_argument(
+        "--batch-size", type=positive_int, default=64, help="masked sentences at a time (default: %(default)s)"
+    )
     augment.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     augment.add_argument("--overwrite", action="store_true", help="replace the output")
     augment.add_argument("--resume", action="store_true", help="continue an interrupted run")
@@ -122,13 +156,15 @@ def parser_of_commands() -> argparse.ArgumentParser:
         help="of the prediction stage: the teacher's predictions, or the gold labels alone (default: %(default)s)",
     )
     first = task.add_argument_group("intermediate stage")
-    first.add_argument("--intermediate-epochs", type=float, metavar="N", help=f"default: {_RECIPE}; 0: skip")
-    first.add_argument("--intermediate-learning-rate", type=float, metavar="RATE", help=f"default: {_RECIPE}")
-    first.add_argument("--intermediate-batch-size", type=int, metavar="N", help=f"of each process (default: {_RECIPE})")
+    first.add_argument("--intermediate-epochs", type=epochs_or_zero, metavar="N", help=f"default: {_RECIPE}; 0: skip")
+    first.add_argument("--intermediate-learning-rate", type=positive_float, metavar="RATE", help=f"default: {_RECIPE}")
+    first.add_argument(
+        "--intermediate-batch-size", type=positive_int, metavar="N", help=f"of each process (default: {_RECIPE})"
+    )
     last = task.add_argument_group("prediction stage")
     last.add_argument(
         "--prediction-epochs",
-        type=float,
+        type=epochs_or_zero,
         metavar="N",
         help=f"default: {_RECIPE}; 0: skip, with prediction among --terms",
     )
@@ -151,8 +187,10 @@ def parser_of_commands() -> argparse.ArgumentParser:
     cache.add_argument(
         "--hidden", type=int, nargs="+", default=(), metavar="I", help="hidden states; 0: the embedding output"
     )
-    cache.add_argument("--max-length", type=int, default=128, help="tokens in a block of text (default: %(default)s)")
-    cache.add_argument("--batch-size", type=int, default=16, help="rows at a time (default: %(default)s)")
+    cache.add_argument(
+        "--max-length", type=positive_int, default=128, help="tokens in a block of text (default: %(default)s)"
+    )
+    cache.add_argument("--batch-size", type=positive_int, default=16, help="rows at a time (default: %(default)s)")
     cache.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     cache.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
     _outputs(cache)
@@ -200,7 +238,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     _layer_map_option(finetune)
     _data(finetune)
     schedule = finetune.add_argument_group("schedule")
-    schedule.add_argument("--epochs", type=float, default=3, metavar="N", help="default: %(default)s")
+    schedule.add_argument("--epochs", type=positive_float, default=3, metavar="N", help="default: %(default)s")
     _grid(schedule, learning_rate=3e-5, batch_size=32)
     _common(finetune)
     _outputs(finetune)
@@ -246,7 +284,7 @@ def _layer_map_option(parser: argparse._ActionsContainer) -> None:
         default="uniform",
         metavar="MAP",
         help="uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the embedding "
-        "output on: 0,3,6,9,12 (- for none)",
+        "output on: 0,3,6,9,12 (- for none; default: %(default)s)",
     )
 
 
@@ -266,7 +304,10 @@ def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> 
         help="of hidden states (default: %(default)s)",
     )
     group.add_argument(
-        "--parity", choices=("masked", "official"), default="masked", help="padding never counts, or as published"
+        "--parity",
+        choices=("masked", "official"),
+        default="masked",
+        help="masked: padding never counts; official: as published (default: %(default)s)",
     )
     terms = ["embedding", "hidden", "attention", "query_relation", "key_relation", "value_relation"]
     group.add_argument(
@@ -287,12 +328,16 @@ def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> 
 
 def _schedule(parser: argparse.ArgumentParser, epochs: float, batch_size: int, learning_rate: float) -> None:
     group = parser.add_argument_group("schedule")
-    group.add_argument("--epochs", type=float, metavar="N", default=epochs, help="default: %(default)s")
+    group.add_argument("--epochs", type=positive_float, metavar="N", default=epochs, help="default: %(default)s")
     group.add_argument(
-        "--batch-size", type=int, metavar="N", default=batch_size, help="of each process (default: %(default)s)"
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        default=batch_size,
+        help="of each process (default: %(default)s)",
     )
     group.add_argument(
-        "--learning-rate", type=float, metavar="RATE", default=learning_rate, help="default: %(default)s"
+        "--learning-rate", type=positive_float, metavar="RATE", default=learning_rate, help="default: %(default)s"
     )
     group.add_argument("--seed", type=int, metavar="N", default=42, help="default: %(default)s")
     _common(parser)
@@ -300,7 +345,13 @@ def _schedule(parser: argparse.ArgumentParser, epochs: float, batch_size: int, l
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--max-steps", type=int, default=-1, metavar="N", help="stop each stage after so many steps")
+    parser.add_argument(
+        "--max-steps",
+        type=positive_int,
+        default=-1,
+        metavar="N",
+        help="optimiser steps of each stage (default: as many as the epochs make)",
+    )
     parser.add_argument("--trust-remote-code", action="store_true", help=_TRUST)
 
 

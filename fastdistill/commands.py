@@ -27,9 +27,9 @@ from fastdistill.augment import COPIES, Augmenter, augment, check_output, positi
 from fastdistill.cache import MANIFEST, read_cache, read_manifest, terms_served, weightless_teacher, write_cache
 from fastdistill.finetune import finetune
 from fastdistill.objective import check_method_options, read_projections, resolve_terms
-from fastdistill.outputs import check, whole_output, write_whole
-from fastdistill.processes import main_first, processes
-from fastdistill.published import is_published, load_published, load_published_tokenizer
+from fastdistill.outputs import check, drop_checkpoints, whole_output, write_whole
+from fastdistill.processes import check_gpus, main_first, on_main, processes
+from fastdistill.published import has_classifier, is_published, load_published, load_published_tokenizer
 from fastdistill.search import check_grid, print_results, search
 from fastdistill.stages import (
     CachedStage,
@@ -61,7 +61,8 @@ def run_general(arguments: argparse.Namespace) -> None:
     objective = _objective_options(arguments)
     if arguments.streaming and arguments.max_steps < 1:
         raise ValueError("--streaming needs --max-steps: a corpus that is not read beforehand has no length")
-    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    if _is_finished(arguments):
+        return
     teacher, tokenizer = _load(arguments.teacher, "AutoModel", arguments.trust_remote_code)
     _check_length(arguments.max_length, "teacher", teacher)
     if arguments.streaming:
@@ -149,7 +150,8 @@ def run_cache(arguments: argparse.Namespace) -> None:
 
 
 def run_train_cached(arguments: argparse.Namespace) -> None:
-    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    if _is_finished(arguments):
+        return
     dataset = read_cache(arguments.cache, verify=arguments.verify)
     tokenizer = AutoTokenizer.from_pretrained(arguments.cache)
     arguments.terms = arguments.terms or terms_served(arguments.cache)
@@ -202,7 +204,8 @@ def run_task(arguments: argparse.Namespace) -> None:
     check_grid(**grid)
     if arguments.augmented and not isinstance(task, Task):
         raise ValueError(f"--task is {task.name}; --augmented holds rows of a GLUE task")
-    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
+    if _is_finished(arguments):
+        return
     teacher, tokenizer = _load(arguments.teacher, task.auto_class, arguments.trust_remote_code, needs_head=True)
     task = task.for_model(teacher.config)
     train = read_augmented(task, arguments.augmented) if arguments.augmented else _split(task, "train", arguments)
@@ -264,9 +267,10 @@ def run_finetune(arguments: argparse.Namespace) -> None:
     task = _named_task(arguments, "train")
     grid = {name: getattr(arguments, name) for name in ("learning_rates", "batch_sizes", "seeds")}
     check_grid(**grid)
-    check(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
     if arguments.teacher is None and arguments.init is not None:
         raise ValueError("--init needs --teacher, whose weights it takes")
+    if _is_finished(arguments):
+        return
     train = _split(task, "train", arguments)
     labels = task.model_options(train)
     source, tokenizer = _load(
@@ -329,7 +333,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _layer_map(text: str) -> str | list[int | None]:
-    if not text[:1].isdigit():
+    if not text.startswith(tuple("-0123456789")):
         return text
     try:
         return [None if part == "-" else int(part) for part in text.split(",")]
@@ -369,6 +373,24 @@ def _check_stages(arguments: argparse.Namespace, task: Any, terms: Sequence[str]
         )
 
 
+def _is_finished(arguments: argparse.Namespace) -> bool:
+    """Before a training: whether `--resume` finds a student there already; one killed in its last moment is tidied."""
+    check_gpus()
+
+    def is_finished() -> bool:
+        output: Path = arguments.output
+        if arguments.resume and not arguments.overwrite and (output / "config.json").is_file():
+            drop_checkpoints(output)
+            return True
+        check(output, resume=arguments.resume, overwrite=arguments.overwrite)
+        return False
+
+    finished = on_main(is_finished)
+    if finished:
+        _finish(arguments, "finished before:")
+    return finished
+
+
 def _whole_output(arguments: argparse.Namespace) -> AbstractContextManager[Path]:
     return whole_output(arguments.output, resume=arguments.resume, overwrite=arguments.overwrite)
 
@@ -404,6 +426,8 @@ def _load(
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such folder")
     if is_published(name):
+        if needs_head and not has_classifier(name):
+            raise ValueError(f"{name}: {UNTRAINED.format(kind='classifier', missing='classifier.weight')}")
         model = load_published(name, auto_class or "AutoModelForMaskedLM", **options)
         return model.to(processes().device), load_published_tokenizer(name)
     try:
@@ -422,11 +446,11 @@ def _load(
         what = "masked" if auto_class == "AutoModelForMaskedLM" else "causal"
         raise ValueError(f"{name}: not a {what} language model with its head (there is no {names})")
     if missing and needs_head:  # else they would be random
-        raise ValueError(
-            f"{name}: not a trained {type(model).__name__} (there is no {names}); `fastdistill finetune` makes a "
-            "model of the task"
-        )
+        raise ValueError(f"{name}: {UNTRAINED.format(kind=type(model).__name__, missing=names)}")
     return model.eval().to(processes().device), tokenizer
+
+
+UNTRAINED = "not a trained {kind} (there is no {missing}); `fastdistill finetune` makes a model of the task"
 
 
 def _language_model(name: str, trust_remote_code: bool) -> str:
@@ -506,13 +530,13 @@ def _search(
         print_results(results)
 
 
-def _finish(arguments: argparse.Namespace) -> None:
+def _finish(arguments: argparse.Namespace, what: str = "wrote") -> None:
     """Once the output is there, whole: remove what only a killed run would have needed, and name it."""
     if processes().is_main_process:
         runs = arguments.output / "runs"
         if runs.is_dir() and len(list(runs.iterdir())) == 1:
             shutil.rmtree(runs)
-        print(f"wrote {arguments.output}")
+        print(f"{what} {arguments.output}")
 
 
 def _speed_up(task: Any, arguments: argparse.Namespace, student: Any, teacher: Any, tokenizer: Any) -> float:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 Result = TypeVar("Result")
 
@@ -25,6 +25,17 @@ def processes() -> PartialState:
     has_accelerator = torch.accelerator.current_accelerator(check_available=True) is not None
     # The others wait while one tokenises a corpus; by default NCCL gives up after 10 minutes.
     return PartialState(cpu=not has_accelerator, timeout=timedelta(hours=2))
+
+
+def check_gpus() -> None:
+    """ValueError where one process sees several GPUs, which transformers' Trainer would train on with DataParallel."""
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and processes().distributed_type is DistributedType.NO:
+        raise ValueError(
+            f"{gpus} GPUs in one process would use DataParallel, which cannot pass the teacher's states on and takes "
+            f"the batch size {gpus} times; start one process for each with torchrun or accelerate launch, or let it "
+            "see one alone with CUDA_VISIBLE_DEVICES=0"
+        )
 
 
 def on_main(function: Callable[[], Result]) -> Result:

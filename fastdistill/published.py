@@ -79,6 +79,10 @@ def load_published(
     return model.eval()
 
 
+def has_classifier(folder: str | Path) -> bool:
+    return "classifier.weight" in _read_weights(folder)
+
+
 def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenizer:
     """BERT's tokenizer over the folder's vocab.txt; `options` are its own, such as `do_lower_case` (default True).
 

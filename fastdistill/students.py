@@ -76,8 +76,9 @@ def build_student(
         trust_remote_code: run the model code that a checkpoint brings along.
 
     Returns a float32 model in eval mode, on the CPU.
-    Raises FileNotFoundError for a folder that holds no model; ValueError for a vocabulary other than the teacher's,
-    a config key that the teacher's family does not have, and what `init_from_teacher` refuses.
+    Raises FileNotFoundError for a folder that holds no model; OSError for a name that stands for none; ValueError for
+    a vocabulary other than the teacher's, a config key that the teacher's family does not have, and what
+    `init_from_teacher` refuses.
     """
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
@@ -102,7 +103,11 @@ def build_student(
     if is_published(path):
         student = load_published(path, auto_name(teacher), relu=False, **options)
     else:
-        student, _ = load_checkpoint(auto_class(teacher), spec, trust_remote_code=trust_remote_code, **options)
+        try:
+            student, _ = load_checkpoint(auto_class(teacher), spec, trust_remote_code=trust_remote_code, **options)
+        except OSError as error:
+            presets = ", ".join(PRESETS)
+            raise OSError(f"{spec}: no preset ({presets}), no file, and no checkpoint: {error}") from error
     check_vocabulary(student.config, teacher)
     return student.eval()
 

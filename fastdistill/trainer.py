@@ -39,6 +39,7 @@ from fastdistill.capture import (
 from fastdistill.interruption import checkpoint_on_sigterm
 from fastdistill.objective import Objective
 from fastdistill.outputs import WHOLE, last_checkpoint, whole_checkpoints
+from fastdistill.processes import check_gpus
 
 __all__ = ["DistillationModel", "DistillationTrainer", "PaddingCollator"]
 
@@ -124,8 +125,13 @@ class ResumableTrainer(Trainer):
     """A Trainer that may be stopped at any moment, by SIGTERM or harder.
 
     A resumed run sees the rows that the whole run would have seen. A checkpoint is marked once all files of all
-    processes are there, and only then older ones go.
+    processes are there, and only then older ones go. ValueError for several GPUs in one process.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            check_gpus()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's. On SIGTERM the step is finished, a checkpoint written, and `Terminated` raised."""
@@ -334,11 +340,6 @@ class DistillationTrainer(ResumableTrainer):
             data_collator=data_collator,
             **kwargs,
         )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process would use DataParallel, which cannot pass the teacher's "
-                "states on; start one process per GPU with torchrun or accelerate launch"
-            )
         if teacher is not None:
             teacher.eval()
             if getattr(teacher, "hf_device_map", None) is None:

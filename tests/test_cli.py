@@ -100,6 +100,31 @@ class TestGeneral:
             losses[init] = state["log_history"][-1]["train_loss"]
         assert losses["teacher"] < 0.6 * losses["random"]
 
+    @pytest.mark.parametrize("command", ["general", "task", "finetune"])
+    def test_resume_of_what_is_finished_does_nothing(self, files, tmp_path, capsys, command):
+        """As a chain of jobs has it; a run killed after its last rename leaves a checkpoint there."""
+        save(tmp_path / "out")
+        before = (tmp_path / "out" / "model.safetensors").stat()
+        (tmp_path / "out" / "checkpoint-5").mkdir()
+        assert cli.main(arguments(files, command, tmp_path / "out", "--resume")) == 0
+        assert f"finished before: {tmp_path / 'out'}" in capsys.readouterr().out
+        assert not (tmp_path / "out" / "checkpoint-5").exists()
+        assert (tmp_path / "out" / "model.safetensors").stat() == before
+        assert "is not empty; use --overwrite" in fails(capsys, arguments(files, command, tmp_path / "out"))
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "notes.txt").touch()  # no student
+        assert "is not empty" in fails(capsys, arguments(files, command, tmp_path / "mine", "--resume"))
+
+    @pytest.mark.parametrize("command", ["general", "task", "finetune"])
+    def test_several_gpus_in_one_process_are_refused_before_anything(
+        self, files, tmp_path, capsys, monkeypatch, command
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        line = fails(capsys, arguments(files, command, tmp_path / "out"))
+        assert "2 GPUs in one process" in line
+        assert "CUDA_VISIBLE_DEVICES=0" in line
+        assert not list(tmp_path.iterdir())
+
     def test_resume_goes_on(self, files, tmp_path, monkeypatch, capsys):
         from fastdistill.trainer import DistillationTrainer
 
@@ -357,6 +382,10 @@ class TestBadInput:
         assert "layer_map is 'middle'" in line
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "0,9"))
         assert "0..2" in line
+        argv = arguments(files, "general", tmp_path / "out", "--max-steps", 1, "--layer-map=-,2", "--terms", "hidden")
+        assert cli.main([*argv, "--batch-size", "8"]) == 0
+        settings = json.loads((tmp_path / "out" / "objective.json").read_text())
+        assert settings["layer_map"] == [None, 2]
 
     def test_malformed_line(self, files, tmp_path, capsys):
         for split in ("train", "dev"):
@@ -370,9 +399,45 @@ class TestBadInput:
         argv[argv.index("--student") + 1] = str(tmp_path / "student.json")
         assert "vocabulary has 59 tokens, the teacher's 60" in fails(capsys, argv)
 
+    def test_a_student_that_is_nothing_known(self, files, tmp_path, capsys, monkeypatch):
+        def offline(*args, **kwargs):
+            raise OSError("no network")
+
+        monkeypatch.setattr("fastdistill.students.load_checkpoint", offline)
+        argv = arguments(files, "general", tmp_path / "out", "--student", "tinybert-4l")
+        line = fails(capsys, argv)
+        assert "tinybert-4l: no preset (tinybert-4l-312, tinybert-6l-768), no file, and no checkpoint: no net" in line
+
+    def test_ways_out_are_flags(self, files, tmp_path, capsys):
+        (tmp_path / "student.json").write_text(json.dumps({**STUDENT, "num_attention_heads": 1}))
+        line = fails(capsys, arguments(files, "general", tmp_path / "out", "--student", tmp_path / "student.json"))
+        assert "for --init teacher it should be the teacher's 4. Change it, or use --init random" in line
+
     def test_argparse_errors_name_the_command(self, capsys):
         assert "required: --teacher" in fails(capsys, ["general"])
         assert "invalid choice: 'distil'" in fails(capsys, ["distil"])
+
+    @pytest.mark.parametrize(
+        ("command", "flag", "value", "what"),
+        [
+            ("general", "--batch-size", "0", "'0' is no whole number above 0"),
+            ("general", "--batch-size", "-3", "'-3' is no whole number above 0"),
+            ("general", "--batch-size", "1.5", "'1.5' is no whole number above 0"),
+            ("general", "--epochs", "0", "'0' is no number above 0"),
+            ("general", "--learning-rate", "nan", "'nan' is no number above 0"),
+            ("general", "--max-length", "0", "'0' is no whole number above 0"),
+            ("finetune", "--epochs", "inf", "'inf' is no number above 0"),
+            ("finetune", "--max-steps", "0", "'0' is no whole number above 0"),
+            ("task", "--intermediate-learning-rate", "0", "'0' is no number above 0"),
+            ("task", "--intermediate-batch-size", "0", "'0' is no whole number above 0"),
+            ("task", "--intermediate-epochs", "-1", "'-1' is no number from 0 on"),
+            ("task", "--prediction-epochs", "few", "'few' is no number from 0 on"),
+        ],
+    )
+    def test_numbers_that_would_train_nothing(self, files, tmp_path, capsys, command, flag, value, what):
+        line = fails(capsys, arguments(files, command, tmp_path / "out", flag, value))
+        assert f"argument {flag}: {what}" in line
+        assert list(tmp_path.iterdir()) == []
 
     def test_grids(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "task", tmp_path / "out", "--learning-rates", "1e-5", "0"))

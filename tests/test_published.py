@@ -223,6 +223,10 @@ def test_the_command_line_takes_such_folders(tmp_path: Path, capsys: pytest.Capt
     student = AutoModel.from_pretrained(tmp_path / "out")
     assert error(student.embeddings.word_embeddings.weight, weights["bert.embeddings.word_embeddings.weight"]) < 1e-6
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == VOCABULARY
+    for headless in (["evaluate", "--model", "tiny"], ["task", "--teacher", "tiny", *task[3:5], "--output", "none"]):
+        assert command(*headless) == 2
+        assert "tiny: not a trained classifier (there is no classifier.weight)" in capsys.readouterr().err
+    write(tmp_path / "tiny", {**weights, **linear("classifier", 2)})
     assert command("evaluate", "--model", "teacher", "--against", "tiny") == 0
     assert command("finetune", "--model", "tiny", "--max-steps", "1", "--output", "out", "--overwrite") == 0
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label[0] == "negative"
