@@ -1,8 +1,9 @@
 """`python -m bench.gpu --out DIR [--minutes 60]`: everything that a card is needed for, in one command.
 
-Tests first, then the benchmarks that goals are given for, then the others, the most important op first, as far as the
-minutes reach. Nothing is installed and no network is used. What is finished stays in DIR: interrupted, or out of time,
-the same command goes on where it stopped. DIR then holds
+The benchmarks that goals are given for come first: each compares what it measures with the reference too. Then the
+tests, the kernels' own before the rest, then the other benchmarks, and last the sanitizers, as far as the minutes
+reach. Nothing is installed and no network is used. What is finished stays in DIR: interrupted, or out of time, the
+same command goes on where it stopped, a benchmark at its next case, a stage of tests at its beginning. DIR then holds
 
     summary.md         the page to read first: what passed, and the goals met and missed
     results.json       every measurement (`bench.report`)
@@ -29,21 +30,40 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WITH_GOALS = ("attention_mse", "linear_logits", "logits", "linear_mse")
-NEEDED = ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "psutil", "fastdistill.kernels")
+NEEDED = ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "hypothesis", "psutil", "fastdistill.kernels")
 LEAST = 20  # seconds worth beginning something for
+
+# What every op promises on every backend.
+CONTRACT = [
+    f"tests/test_{name}.py"
+    for name in (
+        "contract", "logits_ops", "linear_logits_ops", "hidden_ops", "attention_ops", "losses", "memory", "properties",
+        "convergence",
+    )
+]  # fmt: skip
+ON_CARDS = ["tests/test_gpu.py", "tests/test_csrc.py"]
+LARGE = "two_to_the_31 or real_sizes or large_vocabulary"  # tests that take tens of gigabytes
 
 
 def stages(results: Path) -> Iterator[tuple[str, list[str]]]:
     """Name and pytest arguments, in order."""
+    one_by_one = ["-q", "-rfE", "--continue-on-collection-errors"]
     # The tests spend most of their time compiling kernels: several at once, where pytest-xdist is there.
-    tests = ["-q", "-rfE", *(["-n", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else [])]
+    tests = [*one_by_one, *(["-n", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else [])]
     measured = ["--benchmark-only", "-q", "--preset", "full", "--results", str(results)]
-    yield "tests for a GPU", ["tests/test_gpu.py", *tests]
     for bench in WITH_GOALS:
         yield f"goals: {bench}", [f"bench/bench_{bench}.py", "-m", "goal", *measured]
-    yield "contract on the GPU", ["tests", "--ignore", "tests/test_gpu.py", "-m", "not data and not slow", *tests]
+    yield "tests for a GPU", [*ON_CARDS, "-m", "gpu", "-k", f"not ({LARGE} or sanitizer)", *tests]
+    for backend in ("triton", "cuda", "torch"):
+        only = ["--backend", backend, "-m", "not slow", "-k", f"not ({LARGE})"]
+        yield f"contract: {backend}", [*CONTRACT, *only, *tests]
+    yield "large tensors", [ON_CARDS[0], *CONTRACT[:2], "-k", LARGE, *one_by_one]
     for bench in (*WITH_GOALS, "attention_kl", "step"):
         yield f"benchmarks: {bench}", [f"bench/bench_{bench}.py", *measured]
+    if find_spec("datasets") and find_spec("transformers"):  # the trainer, the commands, and what needs no card
+        others = ["tests", *(f"--ignore={path}" for path in CONTRACT), "-m", "not data and not slow and not gpu"]
+        yield "other tests", [*others, *tests]
+    yield "sanitizers", [*ON_CARDS, "-m", "gpu", "-k", "sanitizer", *tests]
 
 
 def missing() -> list[str]:

@@ -125,8 +125,10 @@ void launch_as(Launch launch, cudaStream_t stream) {
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = stream;
     if (plan.held) {
+      // A limit that belongs to the kernel: all that there is, as another thread may be about to launch it for rows
+      // longer than these.
       launch.check(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes),
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes),
           "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
     }
     if (plan.cluster > 1) {

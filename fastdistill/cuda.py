@@ -39,15 +39,24 @@ FLAGS = (
 )  # fmt: skip
 
 
-@functools.cache  # every call of a loss asks
+@functools.cache  # every call of a loss asks, and what could not be built is not built again
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels of csrc/ cannot run on `device`; None: they can, after a first build perhaps."""
+    """Why the kernels of csrc/ cannot run on `device`; None: they can, before sm_90 after a first build perhaps."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
         return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
     if not prebuilt().exists() and nvcc() is None:
         return "it was not built ahead of time, and nvcc, which would build it, is neither in CUDA_HOME nor on the PATH"
+    # "auto" takes them from sm_90 on, where nobody asked for them and Triton is at hand. Only building tells whether it
+    # can be done: `nvcc --list-gpu-code` leaves out sm_90a where it is known, and knows of no host compiler.
+    if capability >= (9, 0):
+        try:
+            library(device)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            architecture, compiler = _architecture(device), nvcc() or "nvcc"
+            return f"it could not be built for {architecture} with {compiler}, or not be loaded: {_gist(error)}"
     return None
 
 
@@ -91,12 +100,20 @@ def rows(
 def library(device: torch.device) -> torch._ops._OpNamespace:
     """The ops of csrc/, built if need be for the card at `device`."""
     path = prebuilt()
-    if not path.exists():
-        major, minor = torch.cuda.get_device_capability(device)
-        architecture = "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
-        path = cached((architecture,))
-    _load(path)
+    _load(path if path.exists() else cached((_architecture(device),)))
     return torch.ops.fastdistill_cuda
+
+
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+
+
+def _gist(error: Exception) -> str:
+    """Of what a compiler says the line that tells what is wrong."""
+    first, *others = [line for line in map(str.strip, str(error).splitlines()) if line] or [type(error).__name__]
+    telling = [line for line in others if "error" in line.lower() or "fatal" in line.lower()]
+    return " ".join((telling or others or [first])[0].split())
 
 
 @functools.cache

@@ -29,8 +29,10 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
+from fastdistill.ops._attention import WIDEST_TILE
 from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
 from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
+from fastdistill.ops.attention_mse import takes_gram
 from fastdistill.ops.linear_logits import linear_divergence, linear_topk_divergence
 from fastdistill.ops.linear_mse import linear_mse as _linear_mse_op
 from fastdistill.ops.logits import divergence
@@ -53,8 +55,6 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
-
-WIDEST_TILE = 256  # head dimension of the Triton kernels that compute scores
 
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
 _TRITON_INSTALLED = find_spec("triton") is not None
@@ -317,17 +317,18 @@ def _attention(
         attn_mask = attn_mask.reshape(padded)
     chosen = pick_backend(backend, device)
     width = max(student_query.shape[3], teacher_query.shape[3])
-    if (
-        chosen == "triton"
-        and width > WIDEST_TILE
-        and (definition is reference.attention_kl or is_causal or attn_mask is not None)
-    ):
-        if backend == "triton":
+    if chosen == "triton" and width > WIDEST_TILE:
+        needs_tiles = definition is reference.attention_kl or is_causal or attn_mask is not None
+        if backend == "triton" and needs_tiles:
             raise ValueError(
                 f"backend is 'triton', but heads are {width} wide; its tiles of scores hold up to {WIDEST_TILE}: "
                 "use backend='auto' or 'torch'"
             )
-        chosen = "torch"
+        # Gram matrices of hidden states outweigh the scores of short sequences. Forced, the kernels run all the same.
+        if backend == "auto" and (
+            needs_tiles or not takes_gram(student_query, student_key, teacher_query, teacher_key)
+        ):
+            chosen = "torch"
     backend = chosen
 
     with _no_autocast(student_query):

@@ -86,14 +86,16 @@ def _gram(
     BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    split, side = tl.program_id(0), tl.program_id(2)
+    # One axis for all, the only one that may be long. Fastest the blocks: they read the same rows.
     COLUMN_BLOCKS: tl.constexpr = (D_B + BLOCK_B - 1) // BLOCK_B
-    block = side // 2
-    side = side % 2
+    BLOCKS: tl.constexpr = (D_A + BLOCK_A - 1) // BLOCK_A * COLUMN_BLOCKS
+    block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
+    split, program = program % splits, program // splits
+    programs = tl.cdiv(count, groups_of_a_program)
+    side, first_of = program // programs, program % programs * groups_of_a_program
     first_a, first_b = block // COLUMN_BLOCKS * BLOCK_A, block % COLUMN_BLOCKS * BLOCK_B
     columns_a, columns_b = first_a + tl.arange(0, BLOCK_A), first_b + tl.arange(0, BLOCK_B)
     inside_a, inside_b = columns_a < D_A, columns_b < D_B
-    first_of = tl.program_id(1) * groups_of_a_program
     for nth in range(tl.minimum(groups_of_a_program, count - first_of) if SEVERAL else 1):
         of = first_of + nth
         batch, group = (of // groups).to(tl.int64), (of % groups).to(tl.int64)
@@ -169,7 +171,7 @@ def _contract(
     IS_CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    of, count = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    of, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     student_scale, teacher_scale = tl.full((), student_scale, tl.float64), tl.full((), teacher_scale, tl.float64)
     v_i = tl.where(i < D_S, student_scale, -teacher_scale)
@@ -184,11 +186,11 @@ def _contract(
         key = tl.zeros((BLOCK, BLOCK), tl.float64)
         columns = (i < WIDTH)[:, None] & (j < D_S)[None, :]
         out = of * (WIDTH * D_S) + i[:, None] * D_S + j[None, :]
-        size = count.to(tl.int64) * (WIDTH * D_S)
+        size = count * (WIDTH * D_S)
         for split in range(splits):
             at = partial_ptr + (split * 2 * count + of) * (WIDTH * WIDTH) + where
             part = tl.load(at, mask=inside, other=0).to(tl.float64)
-            key += tl.load(at + count.to(tl.int64) * (WIDTH * WIDTH), mask=inside, other=0).to(tl.float64)
+            key += tl.load(at + count * (WIDTH * WIDTH), mask=inside, other=0).to(tl.float64)
             if IS_CAUSAL:
                 total += part * key * (v_i[:, None] * v_j[None, :])
                 tl.store(key_gram_ptr + split * size + out, key, mask=columns)
@@ -248,19 +250,24 @@ def _gradient(
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     COLUMN_BLOCKS: tl.constexpr = (D_S + COLUMNS - 1) // COLUMNS
-    tile = tl.program_id(0) // COLUMN_BLOCKS
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    # One axis for all, the only one that may be long: column blocks, tiles, heads, batch entries, from fast to slow.
+    # Tiles of a head follow on each other and share its matrix.
+    tiles, first_tiles = tl.cdiv(length, ROWS), 0
+    if CHUNK and not QUERIES:  # of the keys that all queries see, then of the others, chunk by chunk
+        first_tiles = tl.cdiv(tl.maximum(offset, 0), ROWS)
+        tiles = first_tiles + tl.cdiv(length - offset, ROWS)
+    program = tl.program_id(0) // COLUMN_BLOCKS
+    tile, of = program % tiles, program // tiles
+    head, batch = (of % heads).to(tl.int64), (of // heads).to(tl.int64)
     start, end = tile * ROWS, length
     if CHUNK:
         chunk = start // CHUNK
         if not QUERIES:
-            # Tiles of the keys that all queries see, then of the others, chunk by chunk.
-            seen_by_all = tl.maximum(offset, 0)
-            tiles = tl.cdiv(seen_by_all, ROWS)
-            chunk = tl.where(tile < tiles, 0, (tile - tiles) * ROWS // CHUNK + 1)
-            end = tl.where(tile < tiles, seen_by_all, length)
-            start = tl.where(tile < tiles, start, offset + (tile - tiles) * ROWS)
-        gram_ptr += chunk.to(tl.int64) * (tl.num_programs(2) * groups) * ((D_S + D_T) * D_S)
+            chunk = tl.where(tile < first_tiles, 0, (tile - first_tiles) * ROWS // CHUNK + 1)
+            end = tl.where(tile < first_tiles, offset, length)
+            start = tl.where(tile < first_tiles, start, offset + (tile - first_tiles) * ROWS)
+        count = tl.num_programs(0) // COLUMN_BLOCKS // tiles // heads * groups
+        gram_ptr += chunk.to(tl.int64) * count * ((D_S + D_T) * D_S)
     rows = (start + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows >= 0) & (rows < end)
@@ -294,7 +301,8 @@ def _gradient(
             x = _load_rows(x_ptr, teacher_row, rows, exists, inner, D_T)
             matrix = _load_rows(matrix_ptr + D_S * D_S, D_S, inner, inner < D_T, columns, D_S)
             acc = _times(x, matrix * teacher_factor, acc, PRECISION)
-    out = out_ptr + batch * out_batch + head * out_head + rows[:, None] * out_row + columns[None, :] * out_column
+    out = out_ptr + batch * out_batch + head * out_head
+    out += rows[:, None] * out_row + columns.to(tl.int64)[None, :] * out_column
     inside = inside[:, None] & (columns < D_S)[None, :]
     if near_ptr is not None:
         near = near_ptr + ((batch * heads + head) * length + rows[:, None]) * D_S + columns[None, :]
@@ -376,7 +384,9 @@ def loss(
     if student_query.is_cuda:
         per_card = 4 * torch.cuda.get_device_properties(student_query.device).multi_processor_count
     tiles = triton.cdiv(max(heads // groups * query_length, key_length), rows)
-    splits = max(min(triton.cdiv(per_card, 2 * batch * groups), tiles // 4), 1)
+    # Of wide heads every block is a program: the launch of the fewest is to fill the card.
+    blocks = 1 if one_program else min(triton.cdiv(d_s, block_s), triton.cdiv(d_t, block_t)) ** 2
+    splits = max(min(triton.cdiv(per_card, 2 * batch * groups * blocks), tiles // 4), 1)
     if not wide:
         splits = max(splits, triton.cdiv(tiles, SUMMED // rows))
     if is_causal:
@@ -391,7 +401,7 @@ def loss(
         d_a, d_b = a_query.shape[3], b_query.shape[3]
         block_a, block_b = _block(d_a, widest), _block(d_b, widest)
         blocks = triton.cdiv(d_a, block_a) * triton.cdiv(d_b, block_b)
-        _gram[(splits, triton.cdiv(batch * groups, together), 2 * blocks)](
+        _gram[(blocks * splits * triton.cdiv(batch * groups, together) * 2,)](
             a_query, b_query, a_key, b_key, counted_queries, counted_keys, out,
             *_strides(a_query), *_strides(b_query), *_strides(a_key), *_strides(b_key), queries_batch, keys_batch,
             groups, query_length, key_length, heads // groups, groups // a_key.shape[1], groups // b_key.shape[1],
@@ -454,7 +464,7 @@ def gradients(
         tiles = triton.cdiv(length, rows)
         if is_causal and out is d_key:
             tiles = triton.cdiv(max(offset, 0), rows) + triton.cdiv(query_length, rows)
-        _gradient[(tiles * triton.cdiv(d_s, columns), own, batch)](
+        _gradient[(triton.cdiv(d_s, columns) * tiles * own * batch,)](
             student, teacher, counted, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
             counted_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
             groups // teacher.shape[1], student_scale, teacher_scale, offset,

@@ -39,6 +39,18 @@ def _flags(ptr, at, exists):
 
 
 @triton.jit
+def _place(length, heads, BLOCK: tl.constexpr):
+    """Which tile of rows a program has, of which head and batch entry: (tile, head, batch).
+
+    All three are on one axis, the only one that may be long. Tiles of a head follow on each other: they read the same
+    rows of the other side.
+    """
+    tiles = tl.cdiv(length, BLOCK)
+    of = tl.program_id(0) // tiles
+    return tl.program_id(0) % tiles, (of % heads).to(tl.int64), (of // heads).to(tl.int64)
+
+
+@triton.jit
 def _product(a, b, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # (M, K), (K, N)
     """In float32 or wider. 16-bit operands of one dtype are multiplied as they are."""
     if tl.float64 == WIDE or a.dtype != b.dtype:
@@ -94,21 +106,21 @@ def _statistics(
     IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, head, batch = _place(query_length, heads, BLOCK_M)
     of = batch * heads + head
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     sk_ptr += batch * sk_batch + head // student_sharing * sk_head
     tk_ptr += batch * tk_batch + head // teacher_sharing * tk_head
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch + head * mask_head
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, rows < query_length)
     sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
     tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
     offset = key_length - query_length
     end = key_length
     if IS_CAUSAL:
-        end = tl.minimum(key_length, (tl.program_id(0) + 1) * BLOCK_M + offset)
+        end = tl.minimum(key_length, (tile + 1) * BLOCK_M + offset)
 
     lowest: tl.constexpr = -1e300 if tl.float64 == WIDE else -1e30  # a maximum of nothing: a number to subtract
     s_max, t_max = tl.full((BLOCK_M,), lowest, WIDE), tl.full((BLOCK_M,), lowest, WIDE)
@@ -139,7 +151,7 @@ def _statistics(
     s_sum, t_sum = tl.where(some, s_sum, 1), tl.where(some, t_sum, 1)
     kl = cross / t_sum + (tl.log(s_sum) - tl.log(t_sum))
     kl = tl.where(kl < 0, 0, kl)  # rounding must not make that of equal rows negative
-    size = tl.num_programs(2).to(tl.int64) * heads * query_length
+    size = (tl.num_programs(0) // tl.cdiv(query_length, BLOCK_M)).to(tl.int64) * query_length
     stats_ptr += of * query_length + rows
     exists = rows < query_length
     tl.store(stats_ptr, s_max, mask=exists)
@@ -176,7 +188,7 @@ def _d_query(
     IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, head, batch = _place(query_length, heads, BLOCK_M)
     of = batch * heads + head
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     factor = tl.full((), factor, WIDE)
@@ -184,7 +196,7 @@ def _d_query(
     tk_ptr += batch * tk_batch + head // teacher_sharing * tk_head
     if mask_ptr is not None:
         mask_ptr += batch * mask_batch + head * mask_head
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < query_length
     counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, exists)
     sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
@@ -192,14 +204,14 @@ def _d_query(
     offset = key_length - query_length
     begin, end = 0, key_length
     if IS_CAUSAL:
-        end = tl.minimum(key_length, (tl.program_id(0) + 1) * BLOCK_M + offset)
+        end = tl.minimum(key_length, (tile + 1) * BLOCK_M + offset)
     if CHUNK:
-        begin = tl.maximum(tl.program_id(0) * BLOCK_M // CHUNK * CHUNK + offset, 0)
+        begin = tl.maximum(tile * BLOCK_M // CHUNK * CHUNK + offset, 0)
     stats_ptr += of * query_length + rows
     s_max = tl.zeros((BLOCK_M,), WIDE)
     t_max, s_inverse, t_inverse = s_max, s_max, s_max
     if IS_KL:
-        size = tl.num_programs(2).to(tl.int64) * heads * query_length
+        size = (tl.num_programs(0) // tl.cdiv(query_length, BLOCK_M)).to(tl.int64) * query_length
         s_max, t_max = tl.load(stats_ptr, mask=exists), tl.load(stats_ptr + size, mask=exists)
         s_inverse = tl.load(stats_ptr + 2 * size, mask=exists)
         t_inverse = tl.load(stats_ptr + 3 * size, mask=exists)
@@ -227,7 +239,7 @@ def _d_query(
     if d_query_ptr is not None:
         columns = tl.arange(0, PADDED_S)
         d_query_ptr += batch * d_query_batch + head * d_query_head
-        at = rows.to(tl.int64)[:, None] * d_query_row + columns[None, :] * d_query_column
+        at = rows.to(tl.int64)[:, None] * d_query_row + columns.to(tl.int64)[None, :] * d_query_column
         tl.store(d_query_ptr + at, dq * factor, mask=exists[:, None] & (columns < D_S)[None, :])
 
 
@@ -247,18 +259,18 @@ def _d_key(
     IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    student_head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tile, student_head, batch = _place(key_length, heads // student_sharing, BLOCK_N)
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     factor = tl.full((), factor, WIDE)
     sk_ptr += batch * sk_batch + student_head * sk_head
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # keys
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # keys
     offset = key_length - query_length
     first = 0
     if IS_CAUSAL:  # the first query that sees one of them
-        first = tl.maximum(tl.program_id(0) * BLOCK_N - offset, 0) // BLOCK_M * BLOCK_M
+        first = tl.maximum(tile * BLOCK_N - offset, 0) // BLOCK_M * BLOCK_M
     end = query_length
     if CHUNK:  # the last query of the last key's chunk; none, where all queries see the keys
-        last = (tl.program_id(0) + 1) * BLOCK_N - 1 - offset
+        last = (tile + 1) * BLOCK_N - 1 - offset
         end = tl.where(last < 0, 0, tl.minimum(query_length, (tl.maximum(last, 0) // CHUNK + 1) * CHUNK))
 
     dk = tl.zeros((BLOCK_N, PADDED_S), WIDE)
@@ -297,7 +309,7 @@ def _d_key(
             dk = _weighted(tl.trans(ds), sq, dk, IS_KL, WIDE, PRECISION)
     width = tl.arange(0, PADDED_S)
     d_key_ptr += batch * d_key_batch + student_head * d_key_head
-    at = columns.to(tl.int64)[:, None] * d_key_row + width[None, :] * d_key_column
+    at = columns.to(tl.int64)[:, None] * d_key_row + width.to(tl.int64)[None, :] * d_key_column
     tl.store(d_key_ptr + at, dk * factor, mask=(columns < key_length)[:, None] & (width < D_S)[None, :])
 
 
@@ -361,7 +373,7 @@ def loss(
     sizes = (heads, heads // student_heads, heads // teacher_key.shape[1], query_length, key_length)
     scales = (student_scale, teacher_scale)
     factor = student_scale / 1024 if is_kl else 2 * student_scale
-    over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]), heads, batch)
+    over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]) * heads * batch,)
     with on_device_of(student_query):
         if is_kl:
             _statistics[over_queries](*tensors, *flags, attn_mask, rows, *strides, *sizes, *scales, **options)
@@ -372,7 +384,7 @@ def loss(
                 IS_KL=is_kl, **gradient_options,
             )  # fmt: skip
         if d_key is not None:
-            _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]), student_heads, batch)](
+            _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]) * student_heads * batch,)](
                 *tensors, *flags, attn_mask, rows, d_key, *strides, *d_key.stride(), *sizes,
                 batch * heads * query_length, *scales, factor, IS_KL=is_kl, **gradient_options,
             )  # fmt: skip

@@ -151,14 +151,18 @@ def residual(
     if tokens == 0 or d_t == 0:
         loss.zero_()
         return
-    x, weight, teacher = (
-        None if y is None else y if y.stride(1) == 1 else y.contiguous() for y in (x, weight, teacher)
-    )
-    strides = [0 if y is None else y.stride(0) for y in (x, weight, teacher)]
-    align = next(n for n in (16, 8, 4, 2, 1) if not any(stride % n for stride in (d_s, *strides)))
     operand = loss.dtype if loss.dtype == torch.float64 else x.dtype
     arch = _common.arch_of(x)
     tiles = _tiles(arch, operand, weight is not None)
+    # Offsets within a tile have 32 bits. Rows further apart than that, such as the first tokens of long sequences, are
+    # copied: next to what lies between them the copy is nothing.
+    far = 2**31 // max(tiles["BLOCK_M"], tiles["BLOCK_N"])
+    x, weight, teacher = (
+        None if y is None else y if y.stride(1) == 1 and y.stride(0) < far else y.contiguous()
+        for y in (x, weight, teacher)
+    )
+    strides = [0 if y is None else y.stride(0) for y in (x, weight, teacher)]
+    align = next(n for n in (16, 8, 4, 2, 1) if not any(stride % n for stride in (d_s, *strides)))
     row_tiles, column_tiles = triton.cdiv(tokens, tiles["BLOCK_M"]), triton.cdiv(d_t, tiles["BLOCK_N"])
     partial = loss.new_empty(column_tiles, tokens)
     d_bias_partial = None if d_bias is None else loss.new_empty(row_tiles, d_t)

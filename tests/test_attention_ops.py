@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastdistill
 from fastdistill.ops import _attention
+from fastdistill.ops import attention_mse as mse
 
 every_op = pytest.mark.parametrize("op", ATTENTION_OPS, ids=str)
 both_ops = pytest.mark.parametrize("op", [ATTENTION_MSE, ATTENTION_KL], ids=str)
@@ -385,3 +386,185 @@ def test_heads_too_wide_for_tiles_of_scores(backend: str) -> None:
         fastdistill.attention_kl(**inputs, backend="triton")
     with pytest.raises(ValueError, match=r"^backend is 'triton', but heads are 300 wide"):
         fastdistill.attention_mse(**inputs, is_causal=True, backend="triton")
+
+
+@pytest.mark.parametrize("d_s,d_t", [(64, 80), (80, 128), (128, 32), (256, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gram_matrices_of_heads_in_several_blocks(
+    d_s: int, d_t: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sequences so short as these, tiles of scores are what is taken."""
+    monkeypatch.setattr(mse, "takes_gram", lambda *tensors: True)
+    inputs = cast(attention(length=24, keys=24, d_s=d_s, d_t=d_t), dtype)
+    ATTENTION_MSE.assert_accurate(inputs, backend=backend)
+
+
+# -- which way is taken, and what for --------------------------------------------------------------------------
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def pair(
+    heads: int, length: int, keys: int, d_s: int, d_t: int, dtype: torch.dtype, kv: int | None = None
+) -> list[Tensor]:
+    """Queries and keys of both sides, without memory."""
+    shapes = [(n, rows, d) for d in (d_s, d_t) for n, rows in ((heads, length), (kv or heads, keys))]
+    return [torch.empty(2, *shape, dtype=dtype, device="meta") for shape in shapes]
+
+
+@pytest.mark.parametrize("length,d_s,d_t,dtype,gram", [
+    (32, 26, 64, BF16, True),  # matrices of a program each
+    (32, 64, 64, FP32, True),
+    (128, 128, 128, BF16, False),  # 1.5 MiB of matrices, 64 KiB of rows
+    (4096, 128, 128, BF16, True),
+    (64, 256, 256, BF16, False),
+    (512, 312, 768, BF16, False),  # hidden states
+    (2048, 312, 768, BF16, True),
+    (1024, 312, 768, FP32, False),  # multiplied in float64
+    (4096, 312, 768, FP32, True),
+    (512, 4096, 4096, BF16, False),  # 28 times the products of the scores
+    (4096, 4096, 4096, BF16, False),  # 0.8 GB of matrices for 134 MB of rows
+    (16384, 4096, 4096, BF16, True),
+])  # fmt: skip
+def test_gram_matrices_where_they_cost_no_more(length: int, d_s: int, d_t: int, dtype: torch.dtype, gram: bool) -> None:
+    assert mse.takes_gram(*pair(1, length, length, d_s, d_t, dtype)) == gram
+    assert mse.takes_gram(*pair(1, 2**17, 2**17, d_s, d_t, dtype))  # time stays linear
+    # Queries that share keys count as rows of these.
+    assert mse.takes_gram(*pair(8, length // 8, length, d_s, d_t, dtype, kv=1)) == gram
+
+
+@pytest.mark.parametrize("shape,is_causal,chosen,linear", [
+    ((4, 16, 16, 26, 64, BF16), False, "triton", True),
+    ((4, 64, 64, 256, 256, BF16), False, "triton", False),
+    ((4, 4096, 4096, 256, 256, BF16), False, "triton", True),
+    ((4, 64, 64, 256, 256, BF16), True, "triton", True),
+    ((1, 64, 64, 312, 768, BF16), False, "triton", True),  # forced
+    ((1, 64, 64, 312, 768, BF16), False, "torch", False),
+    ((4, 16, 16, 26, 64, BF16), False, "torch", False),
+])  # fmt: skip
+def test_the_way_taken(shape: Any, is_causal: bool, chosen: str, linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    for way in ("_linear", "_tiled"):
+        monkeypatch.setattr(mse, way, lambda *arguments, way=way: taken.append(way) or (None, None))
+    mse.attention_mse(*pair(*shape), 1.0, 1.0, None, None, is_causal, None, chosen)
+    assert taken == ["_linear" if linear else "_tiled"]
+
+
+@pytest.mark.parametrize("length,chosen", [(64, "torch"), (2048, "triton")])
+def test_hidden_states_of_short_sequences_leave_the_kernels_unless_they_are_forced(
+    length: int, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr(fastdistill.functional, "pick_backend", lambda name, *_: "triton" if name == "auto" else name)
+    monkeypatch.setattr(
+        fastdistill.functional, "_attention_mse_op", lambda *x: taken.append(x[-1]) or (torch.ones(()), 1)
+    )
+    states = [torch.empty_like(x, device="cpu") for x in pair(1, length, length, 312, 768, BF16)]
+    fastdistill.attention_mse(*states)
+    fastdistill.attention_mse(*states, backend="triton")
+    assert taken == [chosen, "triton"]
+
+
+@pytest.mark.parametrize(
+    "length,keys,is_causal", [(5, 5, True), (5, 9, True), (5, 9, False), (9, 5, False), (1, 1, True)]
+)
+def test_rows_are_counted_without_looking_where_nothing_is_masked(length: int, keys: int, is_causal: bool) -> None:
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.made += 1
+            return func(*args, **(kwargs or {}))
+
+    cpu = torch.device("cpu")
+    with Calls() as calls:
+        found = _attention.count_rows(length, keys, cpu, None, None, is_causal, None)
+    assert calls.made <= 2  # one that launches, and a view
+    assert found.queries is None
+    assert found.keys is None
+    general = _attention.count_rows(length, keys, cpu, torch.ones(1, keys).bool(), None, is_causal, None)
+    assert torch.equal(found.keys_per_query, general.keys_per_query)
+    assert found.keys_per_query.dtype == general.keys_per_query.dtype
+
+
+def test_the_kernels_backward_prepares_nothing_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("fastdistill.kernels.attention_mse", reason="needs triton")
+    taken = []
+    monkeypatch.setattr(mse, "_scales", lambda *arguments: taken.append("_scales"))
+    monkeypatch.setattr(kernels, "gradients", lambda *arguments: taken.append("gradients"))
+    inputs = attention().values()
+    grams = (torch.empty(2, 4, 16, 6) for _ in range(2))
+    mse._linear_backward(torch.ones(()), *inputs, 1.0, 1.0, None, None, False, "triton", *grams)
+    assert taken == ["gradients"]
+
+
+# -- what the launchers launch, without a card -----------------------------------------------------------------
+
+Launches = list[tuple[str, tuple[int, ...], tuple[Any, ...]]]  # kernel, grid, arguments
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Kernels are written down, not run; launchers choose as on an H100. Tensors may be on "meta"."""
+    triton = pytest.importorskip("triton", reason="the launchers need it")
+    from fastdistill.kernels import _common, attention_mse, attention_tiles
+
+    found: Launches = []
+
+    class Recorder:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **options: found.append((self.name, grid, arguments))
+
+    for module in (attention_mse, attention_tiles):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.runtime.jit.KernelInterface):
+                monkeypatch.setattr(module, name, Recorder(name))
+    monkeypatch.setattr(_common, "arch_of", lambda x: "sm_90")
+    return found
+
+
+MANY = {
+    "batch-times-heads": ((6000, 12, 32), 64, 64, torch.bfloat16),
+    "batch-times-heads-one-at-a-time": ((6000, 12, 32), 128, 128, torch.bfloat16),
+    "batch": ((70000, 1, 16), 32, 64, torch.bfloat16),
+    "heads": ((1, 70000, 16), 32, 64, torch.bfloat16),
+    "length": ((1, 1, 2**24), 32, 64, torch.bfloat16),
+    "width": ((1, 1, 64), 8192, 12288, torch.float32),
+}
+
+
+@causal_or_not
+@pytest.mark.parametrize("shape,d_s,d_t,dtype", MANY.values(), ids=list(MANY))
+def test_no_grid_outgrows_a_card(
+    shape: tuple[int, int, int], d_s: int, d_t: int, dtype: torch.dtype, is_causal: bool, launches: Launches
+) -> None:
+    """CUDA takes 65535 blocks in y and z, 2^31 - 1 in x."""
+    from fastdistill.kernels import attention_mse, attention_tiles
+
+    student, teacher = (torch.empty(*shape, width, dtype=dtype, device="meta") for width in (d_s, d_t))
+    inputs = (student, student, teacher, teacher, 1.0, 1.0, None, None, is_causal)
+    _, *grams = attention_mse.loss(*inputs)
+    near = (student.float(), student.float()) if is_causal else (None, None)
+    gradients = [torch.empty_like(student) for _ in range(2)]
+    attention_mse.gradients(torch.empty((), device="meta"), *inputs, *grams, near, *gradients)
+    for is_kl in (False, True):
+        d_query, d_key = (torch.empty_like(student, dtype=torch.float32) for _ in range(2))
+        attention_tiles.loss(*inputs, None, is_kl=is_kl, dtype=torch.float32, d_query=d_query, d_key=d_key)
+    assert {name for name, *_ in launches} == {"_gram", "_contract", "_gradient", "_statistics", "_d_query", "_d_key"}
+    for name, (x, *others), _ in launches:
+        assert 0 < x < 2**31, name
+        assert all(0 < n <= 65535 for n in others), f"{name}: {others}"
+
+
+def test_rows_are_split_no_further_than_fills_a_card(launches: Launches) -> None:
+    """Of wide heads each block is a program already, and a split costs D' x D' partial sums."""
+    from fastdistill.kernels import attention_mse
+
+    student_query, student_key, teacher_query, teacher_key = pair(1, 4096, 4096, 384, 768, BF16)
+    inputs = (x[:1] for x in (student_query, student_key, teacher_query, teacher_key))
+    attention_mse.loss(*inputs, 1.0, 1.0, None, None, False)
+    partial = [arguments[6] for name, _, arguments in launches if name == "_gram"]
+    assert [x.shape[0] for x in partial] == [1, 1, 1]  # where there is no card, 8 programs fill it; here are 18

@@ -179,6 +179,17 @@ def test_without_a_gpu_it_says_what_it_cannot_do(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_stages_begin_with_the_goals_and_name_tests_that_are_there(tmp_path: Path) -> None:
+    stages = dict(gpu.stages(tmp_path))
+    names = list(stages)
+    assert names[: len(gpu.WITH_GOALS)] == [f"goals: {bench}" for bench in gpu.WITH_GOALS]
+    assert names[-1] == "sanitizers"
+    for name, arguments in stages.items():
+        files = [argument for argument in arguments if argument.endswith(".py") and not argument.startswith("-")]
+        assert files or "tests" in arguments, name
+        assert all((gpu.ROOT / file).is_file() for file in files), name
+
+
 def test_stages_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "test_quick.py").write_text("def test_quick(): open('quick', 'a').write('x')\n")
     (tmp_path / "test_long.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
@@ -189,7 +200,7 @@ def test_stages_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu, "LEAST", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    arguments = ["gpu", "--out", str(tmp_path / "out"), "--minutes", "0.1"]
+    arguments = ["gpu", "--out", str(tmp_path / "out"), "--minutes", "0.2"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert gpu.main() == 4
     summary = (tmp_path / "out" / "summary.md").read_text()

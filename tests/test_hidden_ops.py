@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -97,6 +100,39 @@ def test_extreme_sizes(scale: float, backend: str) -> None:
     """Squares that float16 or bfloat16 sums would lose, and float32 ones just hold."""
     inputs = {name: x * scale if name in ("student", "teacher", "bias") else x for name, x in hidden().items()}
     OP.assert_accurate(inputs, backend=backend)
+
+
+FAR = """
+import torch
+from fastdistill import linear_mse
+
+device, rows, step = "cuda" if torch.cuda.is_available() else "cpu", {rows}, {step}
+storage = torch.empty((rows - 1) * step + 16 + rows, dtype=torch.float16, device=device)
+near = [torch.randn(rows, width, device=device).half() for width in (8, 8, rows)]  # student, weight, teacher
+far = [storage.as_strided(x.shape, (step, 1), first).copy_(x) for x, first in zip(near, (0, 8, 16))]
+found = []
+for student, weight, teacher in (near, far):
+    student, weight = student.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = linear_mse(student, weight, teacher, backend="triton")
+    found.append((loss, *torch.autograd.grad(loss, (student, weight))))
+assert found[0][0] > 0.1
+for x, y in zip(*found):
+    torch.testing.assert_close(x, y)
+print("the same")
+"""
+
+
+@pytest.mark.parametrize("rows,step", [(70, 2**25), (2, 2**31)], ids=["within-a-tile", "stride-beyond-32-bits"])
+def test_rows_far_apart(rows: int, step: int) -> None:
+    """The first tokens of long sequences, `hidden[:, 0]`, some of which a 32-bit offset within a tile misses. In a
+    process of its own, which an address that is none ends. Only the pages that hold values become resident."""
+    pytest.importorskip("triton", reason="the kernel needs it")
+    environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FAR.format(rows=rows, step=step)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (0, "the same\n"), run.stderr[-2000:]
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -129,7 +129,8 @@ def test_functional_call_and_compile(backend: str) -> None:
     module, student, teacher = LinearMSELoss(6, 10, backend=backend), torch.randn(3, 5, 6), torch.randn(3, 5, 10)
     doubled = {name: 2 * p.detach() for name, p in module.named_parameters()}
     found = torch.func.functional_call(module, doubled, (student, teacher))
-    expected = fastdistill.linear_mse(student, doubled["projection.weight"], teacher, doubled["projection.bias"])
+    weight, bias = (doubled[f"projection.{name}"] for name in ("weight", "bias"))
+    expected = fastdistill.linear_mse(student, weight, teacher, bias, backend=backend)
     assert torch.equal(found, expected)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert compiled(student, teacher).item() == pytest.approx(module(student, teacher).item(), rel=1e-6)

@@ -50,15 +50,51 @@ def attention_mse(
     _, heads, query_length, width = student_query.shape
     key_length = student_key.shape[2]
     attn_mask, key_mask, query_mask = _attention.fold_mask(attn_mask, key_mask, query_mask, query_length, key_length)
-    inputs = (student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale)
-    # Query rows that meet the same keys, and what a row costs either way, as measured.
-    rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
-    worth = (5 if is_causal else 2) * (width + teacher_query.shape[3])
-    linear = rows * key_length > worth * (rows + key_length)
-    if attn_mask is None and (linear or backend == "triton"):  # kernels are bound by memory at any length
+    tensors = (student_query, student_key, teacher_query, teacher_key)
+    inputs = (*tensors, student_scale, teacher_scale)
+    if backend == "triton":
+        width = max(width, teacher_query.shape[3])
+        # Wider heads have no other kernel.
+        linear = is_causal or width > _attention.WIDEST_TILE or takes_gram(*tensors)
+    else:
+        # Query rows that meet the same keys, and what a row costs either way, as measured.
+        rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
+        worth = (5 if is_causal else 2) * (width + teacher_query.shape[3])
+        linear = rows * key_length > worth * (rows + key_length)
+    if attn_mask is None and linear:
         return _linear(*inputs, key_mask, query_mask, is_causal, backend)[:2]
     differentiable = _attention.differentiable(student_query, student_key)
     return _tiled(*inputs, key_mask, query_mask, is_causal, attn_mask, backend, differentiable)[:2]
+
+
+def takes_gram(student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> bool:
+    """Whether the kernels' Gram matrices move no more bytes and take no longer to multiply than scores in tiles do.
+
+    Predicted for heads of all pairs, no mask, forward and backward, of the query rows that meet the same keys. What
+    either way does is left out: each row is read twice. D' = D_s + D_t.
+
+                  bytes                                     products
+        Gram      D'^2 partial sums and D' D_s kept, of     2 (rows + keys) (D_s^2 + D_s D_t + D_t^2 + terms D' D_s),
+                  queries and of keys, written and read     two terms of the backward's matrix for 16-bit inputs
+        kernels   dQ and dK of the sum in float32, which    4 rows keys (D' + D_s): dQ and dK each compute the scores
+                  wait for the backward
+        torch     ten passes over float32 scores; only of   2 rows keys (D' + 2 D_s), but in float32: 13 times as long
+                  heads too wide for the kernels            as in 16 bits (60 and 790 TFLOP/s on an H200)
+    """
+    _, heads, query_length, d_s = student_query.shape
+    keys, d_t = student_key.shape[2], teacher_query.shape[3]
+    rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
+    wide, width = max(student_query.itemsize, teacher_query.itemsize) > 2, d_s + d_t
+    if width <= 128:  # a matrix is one program's, and those of many heads stay in the L2 cache
+        return True
+    gram_bytes = 4 * (8 if wide else 4) * width * (width + d_s)
+    terms = 1 if wide else 2
+    gram_products = 2 * (rows + keys) * (d_s * d_s + d_s * d_t + d_t * d_t + terms * width * d_s)
+    if max(d_s, d_t) <= _attention.WIDEST_TILE:
+        tile_bytes, tile_products = 8 * (rows + keys) * d_s, 4 * rows * keys * (width + d_s)
+    else:
+        tile_bytes, tile_products = 40 * rows * keys, 2 * rows * keys * (width + 2 * d_s) * (1 if wide else 13)
+    return gram_bytes <= tile_bytes and gram_products <= tile_products
 
 
 def _count(keys_per_query: Tensor, student_query: Tensor) -> Tensor:
@@ -277,9 +313,6 @@ def _linear_backward(
     counted = _attention.count_rows(
         query_length, key_length, student_query.device, key_mask, query_mask, is_causal, None
     )
-    v = _scales(student_query, teacher_query, student_scale, teacher_scale)
-    sharing = query_gram.shape[1] // student_key.shape[1]
-    w = 2 * student_scale * grad_total.to(v.dtype) * v
     d_query, d_key = torch.empty_like(student_query), torch.empty_like(student_key)
     if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
@@ -293,6 +326,9 @@ def _linear_backward(
             _within_chunks(*masked, kernels.CHUNK, *within)
         kernels.gradients(grad_total, *masked, query_gram, key_gram, within, d_query, d_key)
         return d_query, d_key
+    v = _scales(student_query, teacher_query, student_scale, teacher_scale)
+    sharing = query_gram.shape[1] // student_key.shape[1]
+    w = 2 * student_scale * grad_total.to(v.dtype) * v
     with _common.no_autocast(student_query):
         for block in _blocks(*inputs, counted, is_causal):
             dq, dk = block.take(d_query), block.take(d_key)
