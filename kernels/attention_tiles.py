@@ -47,7 +47,7 @@ def _place(length, heads, BLOCK: tl.constexpr):
     """
     tiles = tl.cdiv(length, BLOCK)
     of = tl.program_id(0) // tiles
-    return tl.program_id(0) % tiles, (of % heads).to(tl.int64), (of // heads).to(tl.int64)
+    return tl.program_id(0) - of * tiles, (of % heads).to(tl.int64), (of // heads).to(tl.int64)
 
 
 @triton.jit
@@ -107,7 +107,6 @@ def _statistics(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile, head, batch = _place(query_length, heads, BLOCK_M)
-    of = batch * heads + head
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     sk_ptr += batch * sk_batch + head // student_sharing * sk_head
     tk_ptr += batch * tk_batch + head // teacher_sharing * tk_head
@@ -151,8 +150,9 @@ def _statistics(
     s_sum, t_sum = tl.where(some, s_sum, 1), tl.where(some, t_sum, 1)
     kl = cross / t_sum + (tl.log(s_sum) - tl.log(t_sum))
     kl = tl.where(kl < 0, 0, kl)  # rounding must not make that of equal rows negative
-    size = (tl.num_programs(0) // tl.cdiv(query_length, BLOCK_M)).to(tl.int64) * query_length
-    stats_ptr += of * query_length + rows
+    tiles = tl.cdiv(query_length, BLOCK_M)
+    size = (tl.num_programs(0) // tiles).to(tl.int64) * query_length
+    stats_ptr += (tl.program_id(0) // tiles).to(tl.int64) * query_length + rows
     exists = rows < query_length
     tl.store(stats_ptr, s_max, mask=exists)
     tl.store(stats_ptr + size, t_max, mask=exists)
