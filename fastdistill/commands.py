@@ -426,9 +426,9 @@ def _load(
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"{name}: no such folder")
     if is_published(name):
-        if needs_head and not has_classifier(name):
-            raise ValueError(f"{name}: {UNTRAINED.format(kind='classifier', missing='classifier.weight')}")
         model = load_published(name, auto_class or "AutoModelForMaskedLM", **options)
+        if needs_head and hasattr(model, "classifier") and not has_classifier(name):  # of other heads it raises
+            raise ValueError(f"{name}: {UNTRAINED.format(kind='classifier', missing='classifier.weight')}")
         return model.to(processes().device), load_published_tokenizer(name)
     try:
         auto_class = auto_class or _language_model(name, trust_remote_code)
