@@ -26,7 +26,7 @@ from fastdistill import demo
 from fastdistill.augment import COPIES, Augmenter, augment, check_output, positions, read_augmented, read_glove
 from fastdistill.cache import MANIFEST, read_cache, read_manifest, terms_served, weightless_teacher, write_cache
 from fastdistill.finetune import finetune
-from fastdistill.objective import check_method_options, read_projections, resolve_terms
+from fastdistill.objective import Objective, check_method_options, read_projections, resolve_terms
 from fastdistill.outputs import check, drop_checkpoints, whole_output, write_whole
 from fastdistill.processes import check_gpus, main_first, on_main, processes
 from fastdistill.published import has_classifier, is_published, load_published, load_published_tokenizer
@@ -213,53 +213,56 @@ def run_task(arguments: argparse.Namespace) -> None:
     for split in task.evaluations:
         _split(task, split, arguments)  # a malformed line shows before the training, not after it
 
-    with _whole_output(arguments) as work, tempfile.TemporaryDirectory() as scratch:
-        seed = arguments.seeds[0]
+    seed = arguments.seeds[0]
+    epochs = task.intermediate_epochs if arguments.intermediate_epochs is None else arguments.intermediate_epochs
+
+    with tempfile.TemporaryDirectory() as scratch:
         student = _student(arguments, arguments.student, teacher, tokenizer, train, seed, Path(scratch))
-        epochs = arguments.intermediate_epochs
-        epochs = task.intermediate_epochs if epochs is None else epochs
+        if epochs > 0:
+            Objective(student.config, teacher.config, **objective)  # refuses before --overwrite drops a run
+        with _whole_output(arguments) as work:
 
-        def distil(model: Any, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
-            stage = IntermediateStage(
-                dataset=train,
-                epochs=epochs,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                **objective,
-                temperature=arguments.temperature,
-                projections=_projections(arguments.student, scratch),
-                seed=seed,
-                arguments=_training_arguments(arguments),
-            )
-            return stage.run(model, teacher, tokenizer, folder, resume=True)
+            def distil(model: Any, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+                stage = IntermediateStage(
+                    dataset=train,
+                    epochs=epochs,
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                    **objective,
+                    temperature=arguments.temperature,
+                    projections=_projections(arguments.student, scratch),
+                    seed=seed,
+                    arguments=_training_arguments(arguments),
+                )
+                return stage.run(model, teacher, tokenizer, folder, resume=True)
 
-        if epochs > 0 and has_prediction_stage:
-            student = distil(student, **intermediate, seed=seed, folder=work / "intermediate")
-        if task.caches_logits:
-            if has_prediction_stage and arguments.labels == "teacher":
-                train = add_teacher_logits(train, teacher, tokenizer, bf16=arguments.bf16)
-        elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
-            train = task.tokenize(_split(task, "train", arguments), tokenizer)
+            if epochs > 0 and has_prediction_stage:
+                student = distil(student, **intermediate, seed=seed, folder=work / "intermediate")
+            if task.caches_logits:
+                if has_prediction_stage and arguments.labels == "teacher":
+                    train = add_teacher_logits(train, teacher, tokenizer, bf16=arguments.bf16)
+            elif arguments.augmented:  # changed words change the score, so that the published recipe leaves these out
+                train = task.tokenize(_split(task, "train", arguments), tokenizer)
 
-        def train_last(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
-            model = copy.deepcopy(student)
-            if not has_prediction_stage:
-                return distil(model, learning_rate, batch_size, seed, folder)
-            schedule: dict[str, Any] = {
-                "epochs": arguments.prediction_epochs or task.prediction_epochs,
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "seed": seed,
-                "arguments": _training_arguments(arguments),
-            }
-            if arguments.labels == "gold":
-                return finetune(model, train, tokenizer, folder, **schedule, resume=True)
-            stage = PredictionStage(
-                dataset=train, **schedule, parity=arguments.parity, temperature=arguments.temperature
-            )
-            return stage.run(model, teacher, tokenizer, folder, resume=True)
+            def train_last(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+                model = copy.deepcopy(student)
+                if not has_prediction_stage:
+                    return distil(model, learning_rate, batch_size, seed, folder)
+                schedule: dict[str, Any] = {
+                    "epochs": arguments.prediction_epochs or task.prediction_epochs,
+                    "batch_size": batch_size,
+                    "learning_rate": learning_rate,
+                    "seed": seed,
+                    "arguments": _training_arguments(arguments),
+                }
+                if arguments.labels == "gold":
+                    return finetune(model, train, tokenizer, folder, **schedule, resume=True)
+                stage = PredictionStage(
+                    dataset=train, **schedule, parity=arguments.parity, temperature=arguments.temperature
+                )
+                return stage.run(model, teacher, tokenizer, folder, resume=True)
 
-        _search(task, arguments, tokenizer, work, train_last, grid)
+            _search(task, arguments, tokenizer, work, train_last, grid)
     _finish(arguments)
 
 

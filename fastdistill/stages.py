@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 
@@ -444,7 +445,8 @@ def add_teacher_logits(
     """Run the teacher once over a data set and keep its logits in the column `teacher_logits`, float32 (C) a row.
 
     A teacher in eval mode gives the same logits in every epoch and for every seed, so that the prediction stage need
-    not run it again. `bf16`: bfloat16 autocast, as in a stage that trains so. For sequence classifiers: raises
+    not run it again. `bf16`: bfloat16 autocast, as in a stage that trains so. Of many processes each runs its share of
+    the batches and all return the same, so that all must call it, with the same rows. For sequence classifiers: raises
     ValueError where the logits are not (B, C).
     """
     teacher.eval()
@@ -454,19 +456,22 @@ def add_teacher_logits(
     inputs = dataset.select_columns(columns)
     lengths = add_length(dataset)["length"]
     order = sorted(range(len(dataset)), key=lengths.__getitem__)
-    logits: list[Any] = [None] * len(dataset)
-    for start in logging.tqdm(range(0, len(order), batch_size), desc="Teacher logits"):
-        rows = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    state, found = processes(), []
+    for rows in logging.tqdm(batches[state.process_index :: state.num_processes], desc="Teacher logits"):
         batch = {name: x.to(device) for name, x in collate([inputs[row] for row in rows]).items()}
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            found = capture(teacher, batch).logits
-        if found is None or found.dim() != 2:
-            shape = None if found is None else tuple(found.shape)
+            logits = capture(teacher, batch).logits  # (B, C)
+        if logits is None or logits.dim() != 2:
+            shape = None if logits is None else tuple(logits.shape)
             raise ValueError(
                 f"the teacher's logits are {shape}; add_teacher_logits needs a sequence classifier, (B, C)"
             )
-        for row, values in zip(rows, found.float().cpu().numpy(), strict=True):
-            logits[row] = values
+        found.append((rows, logits.float().cpu().numpy()))
+    column: list[Any] = [None] * len(dataset)
+    for rows, values in gather_object(found):
+        for row, row_logits in zip(rows, values, strict=True):
+            column[row] = row_logits
     if "teacher_logits" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_logits")
-    return dataset.add_column("teacher_logits", logits)
+    return dataset.add_column("teacher_logits", column)

@@ -27,7 +27,7 @@ from fastdistill.cli import main
 from fastdistill.interruption import Terminated
 from fastdistill.objective import INNER_TERMS, Objective
 from fastdistill.processes import main_first, on_main
-from fastdistill.stages import GeneralStage, IntermediateStage, PredictionStage
+from fastdistill.stages import GeneralStage, IntermediateStage, PredictionStage, add_teacher_logits
 from fastdistill.trainer import DistillationTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,6 +186,7 @@ def commands(folder: Path) -> None:
         except SystemExit as end:
             codes.append(end.code)
     (folder / f"codes{rank()}.json").write_text(json.dumps(codes))
+    teacher_logits(folder)
     ddp(folder)
     streams(folder)
     terminated(folder / "terminated")
@@ -204,6 +205,18 @@ def errors(folder: Path) -> None:
         except OSError as error:
             heard.append([type(error).__name__, str(error)])
     (folder / f"errors{rank()}.json").write_text(json.dumps([*heard, on_main(rank), main_first(rank)]))
+
+
+def teacher_logits(folder: Path) -> None:
+    """Of 11 rows in batches of 2, and of 2 rows in one, of which the second process has none; how many it ran."""
+    teacher = _tiny.classifier(4, 24, seed=1)
+    ran: list[int] = []
+    columns: list[Any] = []
+    teacher.register_forward_hook(lambda model, inputs, output: ran.append(len(output.logits)))
+    for rows in (11, 2):
+        found = add_teacher_logits(_tiny.dataset(rows), teacher, _tiny.tokenizer(), batch_size=2)
+        columns.append(found["teacher_logits"][:])
+    (folder / f"logits{rank()}.json").write_text(json.dumps({"columns": columns, "ran": ran}))
 
 
 UNEVEN = {"accelerator_config": {"even_batches": False}}  # the last batch is short, on one process only

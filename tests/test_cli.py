@@ -354,6 +354,21 @@ class TestBadInput:
             assert (output / "mine").read_text() == "kept"
             assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(command)) == [command]
 
+    @pytest.mark.parametrize(
+        ("wrong", "what"),
+        [
+            (["--layer-map", "0,5"], "layer_map[1] is 5"),
+            (["--student", "{}/narrow.json"], "head"),
+            (["--student", "{}/none.json"], "none.json"),
+        ],
+    )
+    def test_a_refused_task_drops_no_interrupted_run(self, files, tmp_path, capsys, wrong, what):
+        (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "hidden_size": 9}))
+        (tmp_path / "out.partial" / "runs").mkdir(parents=True)
+        wrong = [part.format(tmp_path) for part in wrong]
+        assert what in fails(capsys, arguments(files, "task", tmp_path / "out", "--overwrite", *wrong))
+        assert (tmp_path / "out.partial" / "runs").is_dir()
+
     def test_unknown_task(self, files, tmp_path, capsys):
         argv = ["evaluate", "--model", files / "teacher", "--task", "snli", "--data", files / "SST-2"]
         assert "task is 'snli'; it should be one of CoLA" in fails(capsys, argv)

@@ -215,6 +215,18 @@ def test_an_error_in_one_process_is_one_in_all(launched: Path) -> None:
         assert json.loads((launched / f"errors{rank}.json").read_text()) == [*messages, 0, rank]
 
 
+def test_teacher_logits_are_shared_out(launched: Path) -> None:
+    ranks = [json.loads((launched / f"logits{rank}.json").read_text()) for rank in range(2)]
+    teacher = _tiny.classifier(4, 24, seed=1).eval()
+    for rows, *columns in zip((11, 2), *(rank["columns"] for rank in ranks), strict=True):
+        assert columns[0] == columns[1]
+        for row, logits in zip(_tiny.dataset(rows), columns[0], strict=True):
+            with torch.no_grad():
+                assert error(torch.tensor(logits), teacher(torch.tensor([row["input_ids"]])).logits[0]) < 1e-5
+    # Six batches of rows sorted by length; the last is the odd one. Then one alone.
+    assert [rank["ran"] for rank in ranks] == [[2, 2, 2, 2], [2, 2, 1]]
+
+
 def test_a_streamed_corpus_makes_a_student(launched: Path) -> None:
     assert AutoModel.from_pretrained(launched / "streamed-2").config.hidden_size == 16
     state = json.loads((launched / "streamed-2" / "trainer_state.json").read_text())
