@@ -306,6 +306,9 @@ def run_finetune(arguments: argparse.Namespace) -> None:
             resume=True,
         )
 
+    if arguments.teacher:  # refuses a wrong --model before --overwrite drops a run
+        init = "random" if is_config(arguments.model) else arguments.init
+        build_student(arguments.model, source, init=init, trust_remote_code=arguments.trust_remote_code)
     with _whole_output(arguments) as work:
         _search(task, arguments, tokenizer, work, fit, grid)
     _finish(arguments)

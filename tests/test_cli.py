@@ -369,6 +369,13 @@ class TestBadInput:
         assert what in fails(capsys, arguments(files, "task", tmp_path / "out", "--overwrite", *wrong))
         assert (tmp_path / "out.partial" / "runs").is_dir()
 
+    def test_a_refused_finetune_drops_no_interrupted_run(self, files, tmp_path, capsys):
+        (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "hidden_size": 9}))
+        (tmp_path / "out.partial" / "runs").mkdir(parents=True)
+        options = ["--teacher", files / "teacher", "--model", tmp_path / "narrow.json"]  # the last --model counts
+        assert "head" in fails(capsys, arguments(files, "finetune", tmp_path / "out", "--overwrite", *options))
+        assert (tmp_path / "out.partial" / "runs").is_dir()
+
     def test_unknown_task(self, files, tmp_path, capsys):
         argv = ["evaluate", "--model", files / "teacher", "--task", "snli", "--data", files / "SST-2"]
         assert "task is 'snli'; it should be one of CoLA" in fails(capsys, argv)
