@@ -63,13 +63,14 @@ class Student:
 
 DISTILLED = "distilled"
 FINE_TUNED = "fine-tuned"
+NARROW = "no general stage, narrow"
 STUDENTS = {
     DISTILLED: Student(),
     "no general stage": Student(general=None),
     "no augmentation": Student(augmentation=False),
     "no attention loss": Student("general-embedding-hidden", terms=("embedding", "hidden")),
     "no hidden loss": Student("general-embedding-attention", terms=("embedding", "attention")),
-    "no general stage, narrow": Student(general=None, config="narrow.json"),
+    NARROW: Student(general=None, config="narrow.json"),
 }
 
 
@@ -126,7 +127,7 @@ class Plan:
         # Without copies as many more epochs, so that every student makes as many steps.
         more = 1 if student.augmentation else 1 + budget.copies * len(get_task(task).texts)
         prediction = 1 if task == "STS-B" else more  # which learns from the original rows
-        seeds = self.arguments.seeds if name == DISTILLED else self.arguments.seeds[:1]
+        seeds = self.arguments.seeds if name in (DISTILLED, NARROW) else self.arguments.seeds[:1]
         command = [
             "task", "--teacher", f"{task}/teacher", "--student", student.general or student.config,
             *self.data(task), *(["--augmented", f"{task}/augmented.arrow"] if student.augmentation else []),

@@ -29,7 +29,7 @@ from fastdistill.finetune import finetune
 from fastdistill.objective import Objective, check_method_options, read_projections, resolve_terms
 from fastdistill.outputs import check, drop_checkpoints, whole_output, write_whole
 from fastdistill.processes import check_gpus, main_first, on_main, processes
-from fastdistill.published import has_classifier, is_published, load_published, load_published_tokenizer
+from fastdistill.published import is_published, load_published, load_published_tokenizer, untrained_head
 from fastdistill.search import check_grid, print_results, search
 from fastdistill.stages import (
     CachedStage,
@@ -433,8 +433,8 @@ def _load(
         raise FileNotFoundError(f"{name}: no such folder")
     if is_published(name):
         model = load_published(name, auto_class or "AutoModelForMaskedLM", **options)
-        if needs_head and hasattr(model, "classifier") and not has_classifier(name):  # of other heads it raises
-            raise ValueError(f"{name}: {UNTRAINED.format(kind='classifier', missing='classifier.weight')}")
+        if needs_head and (head := untrained_head(model, name)):
+            raise ValueError(f"{name}: {UNTRAINED.format(kind=type(model).__name__, missing=f'{head}.weight')}")
         return model.to(processes().device), load_published_tokenizer(name)
     try:
         auto_class = auto_class or _language_model(name, trust_remote_code)

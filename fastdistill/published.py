@@ -1,9 +1,9 @@
 """The checkpoints of TinyBERT's authors, read as transformers models.
 
 Such a folder holds a `config.json` without `model_type`, `pytorch_model.bin` and `vocab.txt`. The weights are BERT's
-under `bert.`, heads under `cls.` or `classifier.`, and the projections of the hidden states: `fit_dense`, one for all,
-or `fit_denses.0` to `fit_denses.M`, one for each. Nothing in such a folder is executed: weights are read by
-`torch.load(weights_only=True)`.
+under `bert.`, heads under `cls.`, `classifier.` or `qa_outputs.`, and the projections of the hidden states:
+`fit_dense`, one for all, or `fit_denses.0` to `fit_denses.M`, one for each. Nothing in such a folder is executed:
+weights are read by `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ __all__ = ["is_published", "load_published", "load_published_projections", "load
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "pytorch_model.bin", "vocab.txt"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 FIT = re.compile(r"fit_dense(?:s\.(\d+))?\.(weight|bias)")
+HEADS = ("classifier", "qa_outputs")  # of tasks
 # What a checkpoint may hold and the model to make has no place for.
-SPARE = ("cls.", "classifier.", "bert.pooler.", "bert.embeddings.position_ids")
+SPARE = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.", "bert.embeddings.position_ids")
 
 
 def is_published(folder: str | Path) -> bool:
@@ -40,7 +41,7 @@ def load_published(
 ) -> PreTrainedModel:
     """A published checkpoint as a transformers BERT: float32, in eval mode, on the CPU.
 
-    A classifier that the checkpoint does not have gets random weights, with a warning.
+    A `classifier` or `qa_outputs` that the checkpoint does not have gets random weights, with a warning.
 
     Args:
         auto_class: the transformers Auto class of the model to make, such as "AutoModelForSequenceClassification".
@@ -65,22 +66,26 @@ def load_published(
         )
     known = BertConfig()  # drops what the published code added: pre_trained, training, cell, structure, emb_size
     values = {name: value for name, value in values.items() if hasattr(known, name)}
-    if "classifier.weight" in weights and not {"num_labels", "id2label"} & {*values, *options}:
+    if auto_class == "AutoModelForQuestionAnswering":  # its two outputs are no labels
+        values = {name: value for name, value in values.items() if name not in ("num_labels", "id2label", "label2id")}
+    elif "classifier.weight" in weights and not {"num_labels", "id2label"} & {*values, *options}:
         values["num_labels"] = len(weights["classifier.weight"])
     config = BertConfig(**{**values, **options})
     model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
 
-    _fill(model, weights, path)
+    untrained = _untrained_head(model, weights)
+    _fill(model, weights, untrained, path)
     has_projections = any(FIT.fullmatch(name) for name in weights)
-    if hasattr(model, "classifier") and "classifier.weight" not in weights:
-        logger.warning("%s has no classifier; the model's is random until it is trained", path)
+    if untrained:
+        logger.warning("%s has no %s; the model's is random until it is trained", path, untrained)
     elif relu and has_projections and isinstance(model, BertForSequenceClassification):
         model.bert.pooler.activation = nn.Sequential(nn.Tanh(), nn.ReLU())
     return model.eval()
 
 
-def has_classifier(folder: str | Path) -> bool:
-    return "classifier.weight" in _read_weights(folder)
+def untrained_head(model: PreTrainedModel, folder: str | Path) -> str | None:
+    """The name of the model's head for a task, where the checkpoint it was made from has no weights of it."""
+    return _untrained_head(model, _read_weights(folder))
 
 
 def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenizer:
@@ -107,19 +112,23 @@ def load_published_projections(folder: str | Path) -> dict[str, Tensor]:
     return {f"projections.{name[1] or 'shared'}.{name[2]}": x.float() for name, x in found if name}
 
 
-def _fill(model: PreTrainedModel, weights: dict[str, Tensor], path: Path) -> None:
+def _untrained_head(model: PreTrainedModel, weights: dict[str, Tensor]) -> str | None:
+    head = next((name for name in HEADS if hasattr(model, name)), None)
+    return None if head is None or any(name.startswith(f"{head}.") for name in weights) else head
+
+
+def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | None, path: Path) -> None:
     """Copy the weights into the model's parameters. ValueError naming every one that does not fit."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if model.base_model is model:
         parameters = {f"bert.{name}": parameter for name, parameter in parameters.items()}
     found = {name: x for name, x in weights.items() if name in parameters}
     filled = {id(parameters[name]) for name in found}  # with those that are tied to others
-    has_classifier = any(name.startswith("classifier.") for name in weights)
     wrong = {
         "missing": [
             name
             for name, parameter in parameters.items()
-            if id(parameter) not in filled and (has_classifier or not name.startswith("classifier."))
+            if id(parameter) not in filled and not (untrained and name.startswith(f"{untrained}."))
         ],
         "unexpected": [
             name

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
 )
@@ -105,6 +106,10 @@ def test_a_general_student_of_every_kind(tmp_path: Path, legacy: bool, caplog: p
     assert isinstance(new.bert.pooler.activation, nn.Tanh)
     assert "has no classifier; the model's is random" in caplog.text
 
+    span = load_published(folder, "AutoModelForQuestionAnswering")
+    assert torch.equal(span.bert.encoder.layer[1].output.dense.weight, source.bert.encoder.layer[1].output.dense.weight)
+    assert "has no qa_outputs; the model's is random" in caplog.text
+
     plain.save_pretrained(tmp_path / "out")
     assert_equal(AutoModel.from_pretrained(tmp_path / "out"), plain)
     assert not is_published(tmp_path / "out")
@@ -152,6 +157,18 @@ def test_labels_are_the_folders_or_the_callers(tmp_path: Path) -> None:
         ValueError, match=r"of another shape: classifier\.bias \(3,\) instead of \(2,\), classifier\.we"
     ):
         load_published(folder, kind, num_labels=2, id2label={0: "x", 1: "y"}, label2id={"x": 0, "y": 1})
+
+
+def test_a_span_head_has_two_outputs_whatever_the_labels(tmp_path: Path) -> None:
+    weights = {**body(bert()), **linear("classifier", 3)}
+    student = build_student(
+        write(tmp_path / "tiny", weights, num_labels=3), BertForQuestionAnswering(BertConfig(**SIZES))
+    )
+    assert student.qa_outputs.out_features == 2
+    weights |= linear("qa_outputs", 2)
+    span = load_published(write(tmp_path / "tiny", weights, num_labels=3), "AutoModelForQuestionAnswering")
+    assert torch.equal(span.qa_outputs.weight, weights["qa_outputs.weight"])
+    assert load_published(tmp_path / "tiny", "AutoModelForSequenceClassification").config.num_labels == 3
 
 
 # -- tokenizer, projections ----------------------------------------------------------------------------------
@@ -225,7 +242,10 @@ def test_the_command_line_takes_such_folders(tmp_path: Path, capsys: pytest.Capt
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == VOCABULARY
     for headless in (["evaluate", "--model", "tiny"], ["task", "--teacher", "tiny", *task[3:5], "--output", "none"]):
         assert command(*headless) == 2
-        assert "tiny: not a trained classifier (there is no classifier.weight)" in capsys.readouterr().err
+        assert "tiny: not a trained BertForSequenceClassification (there is no classifier" in capsys.readouterr().err
+    (tmp_path / "dev-v1.1.json").touch()
+    assert cli.main(["evaluate", "--model", str(tmp_path / "tiny"), "--task", "squad", "--data", str(tmp_path)]) == 2
+    assert "tiny: not a trained BertForQuestionAnswering (there is no qa_outputs" in capsys.readouterr().err
     write(tmp_path / "tiny", {**weights, **linear("classifier", 2)})
     assert command("evaluate", "--model", "teacher", "--against", "tiny") == 0
     assert command("finetune", "--model", "tiny", "--max-steps", "1", "--output", "out", "--overwrite") == 0
