@@ -67,10 +67,14 @@ def finetune(
             train_dataset=add_length(dataset),
             callbacks=list(callbacks),
         )
+        # Classifiers take num_items_in_batch and leave it unused: Trainer would take their means for shares of a sum,
+        # and scale them by the processes and the accumulation.
+        trainer.model_accepts_loss_kwargs = False
         trainer.train(resume_from_checkpoint=on_main(lambda: last_checkpoint(work)))
         trainer.save_model()
         trainer.save_state()
     on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward stays under autocast
     if trainer.is_fsdp_enabled:  # the given one is left in shards
         model = read_student(kind, output, dtype).to(args.device)
     return model.eval()
