@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from fastdistill.outputs import check, claim, replace, working_folder, write_whole
 from fastdistill.processes import on_main, processes
+from fastdistill.students import positions
 from fastdistill.tasks import SENTENCES, TASKS, Task, read_tsv
 
 if TYPE_CHECKING:
@@ -367,13 +368,6 @@ class Augmenter:
             else:
                 found[-1] += [(text,) for text in copies[0]]
         return found
-
-
-def positions(model: PreTrainedModel) -> int:
-    """How many tokens a model takes: RoBERTa's kin count positions from the padding's on, which is in their table."""
-    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    first = max(((getattr(table, "padding_idx", None) or -1) + 1 for table in tables), default=0)
-    return getattr(model.config, "max_position_embeddings", 10**9) - first
 
 
 def single_pieces(text: str, encoding: Any) -> dict[Span, int | None]:

@@ -32,10 +32,11 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fastdistill.augment import positions, write_arrow
+from fastdistill.augment import write_arrow
 from fastdistill.capture import States, capture
 from fastdistill.outputs import check, whole_output, write_whole
 from fastdistill.processes import on_main, processes
+from fastdistill.students import positions
 from fastdistill.trainer import check_classes, pad_rows
 
 if TYPE_CHECKING:

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "resume=True": "--resume",
             'method="minilmv2"': "--method minilmv2",
             "init='random'": "--init random",
+            "projection='shared'": "--projection shared",
+            "projection='per_layer'": "--projection per_layer",
             "init='teacher'": "--init teacher",
         }
         for python, flag in flags.items():
@@ -214,8 +216,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     cached.add_argument(
         "--projection",
         choices=("shared", "per_layer"),
-        default="shared",
-        help="of hidden states (default: %(default)s)",
+        help="of hidden states (default: as --student brings them, else shared)",
     )
     cached.add_argument("--temperature", type=float, default=1.0, help="of the prediction (default: %(default)s)")
     cached.add_argument(
@@ -300,8 +301,7 @@ def _objective(parser: argparse.ArgumentParser, *, prediction: bool = False) -> 
     group.add_argument(
         "--projection",
         choices=("shared", "per_layer"),
-        default="shared",
-        help="of hidden states (default: %(default)s)",
+        help="of hidden states (default: as --student brings them, else shared)",
     )
     group.add_argument(
         "--parity",

@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastdistill import demo
-from fastdistill.augment import COPIES, Augmenter, augment, check_output, positions, read_augmented, read_glove
+from fastdistill.augment import COPIES, Augmenter, augment, check_output, read_augmented, read_glove
 from fastdistill.cache import MANIFEST, read_cache, read_manifest, terms_served, weightless_teacher, write_cache
 from fastdistill.finetune import finetune
-from fastdistill.objective import Objective, check_method_options, read_projections, resolve_terms
+from fastdistill.objective import Objective, check_method_options, projection_kind, read_projections, resolve_terms
 from fastdistill.outputs import check, drop_checkpoints, whole_output, write_whole
 from fastdistill.processes import check_gpus, main_first, on_main, processes
 from fastdistill.published import is_published, load_published, load_published_tokenizer, untrained_head
@@ -47,6 +47,7 @@ from fastdistill.students import (
     is_config,
     load_checkpoint,
     measure_seconds,
+    positions,
     save_projections,
 )
 from fastdistill.tasks import Task, get_task, mean_score
@@ -173,7 +174,7 @@ def run_train_cached(arguments: argparse.Namespace) -> None:
             learning_rate=arguments.learning_rate,
             terms=arguments.terms,
             layer_map=_layer_map(arguments.layer_map),
-            projection=arguments.projection,
+            projection=_projection(arguments),
             temperature=arguments.temperature,
             tail=arguments.tail,
             projections=_projections(arguments.student, work),
@@ -218,8 +219,15 @@ def run_task(arguments: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         student = _student(arguments, arguments.student, teacher, tokenizer, train, seed, Path(scratch))
+        # What the stages would refuse is refused before --overwrite drops a run.
+        _check_rows(task, tokenizer, student)
         if epochs > 0:
-            Objective(student.config, teacher.config, **objective)  # refuses before --overwrite drops a run
+            checked = Objective(student.config, teacher.config, **objective, temperature=arguments.temperature)
+            folder = _projections(arguments.student, scratch)
+            if folder is not None and len(checked.projections):
+                checked.load_projections(folder)
+        else:
+            Objective(student.config, terms=("prediction",), temperature=arguments.temperature)
         with _whole_output(arguments) as work:
 
             def distil(model: Any, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
@@ -308,7 +316,8 @@ def run_finetune(arguments: argparse.Namespace) -> None:
 
     if arguments.teacher:  # refuses a wrong --model before --overwrite drops a run
         init = "random" if is_config(arguments.model) else arguments.init
-        build_student(arguments.model, source, init=init, trust_remote_code=arguments.trust_remote_code)
+        trust = arguments.trust_remote_code
+        _check_rows(task, tokenizer, build_student(arguments.model, source, init=init, trust_remote_code=trust))
     with _whole_output(arguments) as work:
         _search(task, arguments, tokenizer, work, fit, grid)
     _finish(arguments)
@@ -354,7 +363,15 @@ def _objective_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.method == "tinybert":  # else --layer-map only says which layers a new student starts from
         own["layer_map"] = _layer_map(arguments.layer_map)
     terms = resolve_terms(arguments.method, arguments.terms)
-    return {"method": arguments.method, "terms": terms, "projection": arguments.projection, **own}
+    return {"method": arguments.method, "terms": terms, "projection": _projection(arguments), **own}
+
+
+def _projection(arguments: argparse.Namespace) -> str:
+    """The kind of projections asked for, else the kind that the student's folder brings, else shared ones."""
+    if arguments.projection is not None:
+        return arguments.projection
+    found = read_projections(arguments.student)
+    return projection_kind(found) if found else "shared"
 
 
 def _training_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -433,6 +450,8 @@ def _load(
         raise FileNotFoundError(f"{name}: no such folder")
     if is_published(name):
         model = load_published(name, auto_class or "AutoModelForMaskedLM", **options)
+        if headless and untrained_head(model, name):
+            model = load_published(name, auto_class or "AutoModelForMaskedLM", **headless)
         if needs_head and (head := untrained_head(model, name)):
             raise ValueError(f"{name}: {UNTRAINED.format(kind=type(model).__name__, missing=f'{head}.weight')}")
         return model.to(processes().device), load_published_tokenizer(name)
@@ -445,6 +464,7 @@ def _load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if tokenizer.pad_token is None:  # of GPT-2 and Llama; padding is masked, whatever stands there
             tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions(model))  # rows are cut to what fits
     except OSError as error:
         raise OSError(f"{name}: {error}") from error
     names = ", ".join(sorted(missing))
@@ -498,6 +518,15 @@ def _student(
 
 
 CALIBRATION_TOKENS = 20_000
+
+
+def _check_rows(task: Any, tokenizer: Any, student: Any) -> None:
+    longest = min(task.max_length, tokenizer.model_max_length)
+    if positions(student) < longest:
+        raise ValueError(
+            f"the student takes {positions(student)} tokens at most; rows of {task.name} are cut to {longest}. Give it "
+            f"max_position_embeddings {student.config.max_position_embeddings + longest - positions(student)} or more"
+        )
 
 
 def _check_length(max_length: int, name: str, model: Any) -> None:

@@ -74,7 +74,8 @@ def finetune(
         trainer.save_model()
         trainer.save_state()
     on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # else its forward stays under autocast
+    if model.__dict__.pop("_original_forward", None):  # accelerate's forward under autocast; its own unwrapping goes
+        del model.forward  # through transformers' decorators too
     if trainer.is_fsdp_enabled:  # the given one is left in shards
         model = read_student(kind, output, dtype).to(args.device)
     return model.eval()

@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, ...]] = {  # and its inner terms
     "minilmv2": ("query_relation", "key_relation", "value_relation"),
 }
 PROJECTIONS_NAME = "projections.safetensors"
+MULTI_LABEL = "multi_label_classification"
 SETTINGS_NAME = "objective.json"
 
 
@@ -170,6 +171,11 @@ class Objective(nn.Module):
             raise ValueError(f"parity is {parity!r}; it should be 'masked' or 'official'")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature!r}; it should be above 0")
+        if "prediction" in self.terms and getattr(student_config, "problem_type", None) == MULTI_LABEL:
+            raise ValueError(
+                f"problem_type is {MULTI_LABEL!r}; the prediction term compares softmaxes, of one class a row. "
+                "Leave it out of terms"
+            )
         if tail not in ("renormalize", "bucket"):
             raise ValueError(f"tail is {tail!r}; it should be 'renormalize' or 'bucket'")
         if tail == "bucket" and temperature != 1:
@@ -208,6 +214,8 @@ class Objective(nn.Module):
         self.layer_map = resolve_layer_map("uniform" if layer_map is None else layer_map, *layers)
         if "embedding" in inner and self.layer_map[0] is None:
             raise ValueError("layer_map[0] is None, so the embedding term has no target; leave it out of terms")
+        if "hidden" in inner and all(place is None for place in self.layer_map[1:]):
+            raise ValueError("layer_map maps no layer, so the hidden term has no target; leave it out of terms")
         if "attention" in inner:
             self._check_attention(student_config, teacher_config)
         for index in self.student_hidden:
@@ -472,6 +480,22 @@ class Objective(nn.Module):
             "tail": self.tail,
         }
 
+    def check_settings(self, folder: str | Path) -> None:
+        """ValueError where `folder` holds what an objective with other settings trained, naming those."""
+        path = Path(folder) / SETTINGS_NAME
+        if not path.is_file():
+            return
+        found = json.loads(path.read_text())
+        different = [
+            f"{name} {found[name]!r} instead of {value!r}"
+            for name, value in self.settings().items()
+            if found.get(name, value) != value
+        ]
+        if different:
+            raise ValueError(
+                f"{folder} was trained with {', '.join(different)}; ask for the same to go on, or pass overwrite=True"
+            )
+
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write `objective.json`, and the projections' weights to `projections.safetensors` if there are any."""
         folder = Path(folder)
@@ -493,10 +517,12 @@ class Objective(nn.Module):
         expected = {name: tuple(x.shape) for name, x in self.state_dict().items()}
         found = {name: tuple(x.shape) for name, x in saved.items()}
         if any(found.get(name) != shape for name, shape in expected.items()):
-            kind = "shared" if "projections.shared.weight" in found else "per_layer"
+            kind = projection_kind(saved)
+            way_out = "the same layer map and models, and no terms that the earlier stage left out"
+            if kind != self.projection:
+                way_out = f"projection={kind!r}"
             raise ValueError(
-                f"{folder} holds {kind!r} projections, {found}; this objective has {expected}. Use the same layer map, "
-                "projection and models, and no terms that the earlier stage left out"
+                f"{folder} holds {kind!r} projections, {found}; this objective has {expected}. Use {way_out}"
             )
         self.load_state_dict({name: saved[name] for name in expected})
 
@@ -505,6 +531,11 @@ def read_projections(folder: str | Path) -> dict[str, Tensor]:
     """What a stage wrote to `projections.safetensors`, or a published TinyBERT's `fit_dense`; empty without either."""
     path = Path(folder) / PROJECTIONS_NAME
     return load_file(path) if path.is_file() else load_published_projections(folder)
+
+
+def projection_kind(projections: Mapping[str, Tensor]) -> str:
+    """ "shared" or "per_layer", of what `read_projections` found."""
+    return "shared" if "projections.shared.weight" in projections else "per_layer"
 
 
 def _add(losses: dict[str, Tensor], term: str, loss: Tensor) -> None:

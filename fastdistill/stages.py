@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainingArguments
@@ -107,16 +108,13 @@ class _Stage(ABC):
         Raises:
             FileExistsError: `output_dir` is not empty, or an interrupted run lies beside it, and neither `resume`
                 nor `overwrite` is set.
-            ValueError: what `Objective` and `DistillationTrainer.check` refuse.
+            ValueError: what `Objective` and `DistillationTrainer.check` refuse; with `resume`, a run with other
+                settings of the objective.
             Terminated: SIGTERM came; the last step's checkpoint is written, for `resume`.
         """
         output = Path(output_dir)
         work = working_folder(output)
         args = self._training_arguments(work)  # which sets the processes up
-        if on_main(lambda: resume and not overwrite and output.is_dir() and any(output.iterdir())):
-            on_main(lambda: drop_checkpoints(output))
-            load_student(student, output)
-            return student.eval()
         torch.manual_seed(args.seed)  # new projections
         objective = Objective(
             student.config,
@@ -131,8 +129,16 @@ class _Stage(ABC):
             relation_heads=self.relation_heads,
             tail=self.tail,
         )
+        if on_main(lambda: resume and not overwrite and output.is_dir() and any(output.iterdir())):
+            on_main(lambda: objective.check_settings(output))
+            on_main(lambda: drop_checkpoints(output))
+            load_student(student, output)
+            return student.eval()
         if self.projections is not None and len(objective.projections):
             objective.load_projections(self.projections)
+        checkpoint = on_main(lambda: last_checkpoint(work)) if resume else None
+        if checkpoint is not None:
+            on_main(lambda: objective.check_settings(checkpoint))
         on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
         dataset = main_first(lambda: self.prepare(tokenizer))
         trainer = DistillationTrainer(
@@ -146,7 +152,7 @@ class _Stage(ABC):
             compute_metrics=compute_metrics,
             callbacks=list(callbacks),
         )
-        trainer.train(resume_from_checkpoint=on_main(lambda: last_checkpoint(work)) if resume else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
         trainer.accelerator.wait_for_everyone()
@@ -342,6 +348,7 @@ def training_arguments(
         # Else Trainer refuses bf16 on a machine without an accelerator.
         "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
     }
+    processes()  # before TrainingArguments, with whose shorter timeout the others would give up on a long tokenising
     # Batches of similar length need little padding. Named `group_by_length` in transformers 5.0.
     names = {option.name for option in fields(TrainingArguments)}
     if "train_sampling_strategy" in names:
@@ -454,8 +461,8 @@ def add_teacher_logits(
     collate = PaddingCollator(tokenizer)
     columns = [name for name in tokenizer.model_input_names if name in dataset.column_names]
     inputs = dataset.select_columns(columns)
-    lengths = add_length(dataset)["length"]
-    order = sorted(range(len(dataset)), key=lengths.__getitem__)
+    lengths = np.asarray(add_length(dataset)["length"][:])
+    order = np.argsort(lengths, kind="stable").tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     state, found = processes(), []
     for rows in logging.tqdm(batches[state.process_index :: state.num_processes], desc="Teacher logits"):

@@ -11,7 +11,7 @@ import inspect
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,16 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     """A checkpoint as a float32 model of an Auto class, and the names of weights that it did not have, made at random.
 
     Among these are a head's whose `num_labels` the options change. Any other weight of another shape than the config
-    asks for is a ValueError.
+    asks for is a ValueError, and so are missing ones of the encoder.
     """
     model, loaded = kind.from_pretrained(
         str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     missing = set(loaded["missing_keys"])
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
+    if lost:
+        raise ValueError(f"{name}: its weights are no {type(model).__name__}'s; there is no {', '.join(lost[:3])}, ...")
     for key, found, expected in sorted(loaded["mismatched_keys"]):
         if "num_labels" not in options or key.startswith(f"{model.base_model_prefix}."):
             raise ValueError(f"{name}: {key} is {tuple(found)}, and by its config {tuple(expected)}")
@@ -148,12 +152,33 @@ def read_config(spec: str | Path, teacher: PreTrainedModel, options: dict[str, A
     if "model_type" in values:
         return AutoConfig.from_pretrained(str(spec), trust_remote_code=trust_remote_code, **options)
     config = copy.deepcopy(teacher.config)
-    for name, value in values.items():
+    for name in values:
         if not hasattr(config, name):
             raise ValueError(f"{spec}: {name!r} is no setting of a {config.model_type} config")
+    derived = derived_settings(teacher.config, values)
+    for name, value in values.items():
         setattr(config, name, value)
+    if derived:
+        config = type(config).from_dict({name: x for name, x in config.to_dict().items() if name not in derived})
     config.dtype = torch.float32
+    if hasattr(config, "validate"):
+        try:
+            config.validate()
+        except Exception as error:  # of huggingface_hub's own kind
+            raise ValueError(f"{spec}: {error}") from error
     return config
+
+
+def derived_settings(config: Any, changed: Collection[str]) -> set[str]:
+    """Settings that a family's config works out from those `changed`, and that are to be worked out anew."""
+    derived = set()
+    if "num_hidden_layers" in changed and getattr(config, "layer_types", None) is not None:
+        derived.add("layer_types")  # windows or full attention, a name for each layer
+    head_dim = getattr(config, "head_dim", None)
+    if {"hidden_size", "num_attention_heads"} & set(changed) and head_dim is not None:
+        is_own = head_dim != config.hidden_size // config.num_attention_heads
+        derived |= set() if is_own else {"head_dim"}
+    return derived - set(changed)
 
 
 def auto_name(model: PreTrainedModel) -> str:
@@ -243,8 +268,8 @@ def init_from_teacher(
     if calibration is None:
         length = min(128, source.config.max_position_embeddings // 2)
         calibration = {"input_ids": torch.randint(source.config.vocab_size, (8192 // length, length))}
-    device = next(source.parameters()).device
-    batch = {name: x.to(device) for name, x in forward_arguments(source, calibration).items()}
+    device, most = next(source.parameters()).device, min(positions(student), positions(teacher))
+    batch = {name: x[:, :most].to(device) for name, x in forward_arguments(source, calibration).items()}
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().cpu()  # (N, L)
 
     def tokens(x: Tensor) -> Tensor:  # (N, L, d) -> (T, d), without padding
@@ -303,10 +328,21 @@ def check_foldable(student: Any, teacher: Any) -> None:
                 f"the {side} is a {type(model).__name__}, whose layers are not BERT's; init='teacher' folds BERT, "
                 "RoBERTa and ELECTRA. Use init='random'"
             )
-    for name in ("num_attention_heads", "hidden_size", "intermediate_size"):
+    kinds = student.config.model_type, teacher.config.model_type
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"the student's model_type is {kinds[0]!r}, the teacher's {kinds[1]!r}; init='teacher' folds models of one "
+            "family. Use init='random'"
+        )
+    names = ["num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size"]
+    equal = ["num_attention_heads"]
+    if hasattr(student, "embeddings_project"):  # ELECTRA's tables are copied
+        names.append("embedding_size")
+        equal.append("embedding_size")
+    for name in names:
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
-        if ours > theirs or (ours != theirs and name == "num_attention_heads"):
-            relation = "" if name == "num_attention_heads" else "at most "
+        if ours > theirs or (ours != theirs and name in equal):
+            relation = "" if name in equal else "at most "
             raise ValueError(
                 f"the student's {name} is {ours}; for init='teacher' it should be {relation}the teacher's {theirs}. "
                 "Change it, or use init='random'"
@@ -327,8 +363,13 @@ def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, places: Sequ
         layer.load_state_dict(teacher.base_model.encoder.layer[place - 1].state_dict())
     theirs = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
-        if ".layer." not in name and name in theirs and theirs[name].shape == parameter.shape:
-            parameter.copy_(theirs[name])
+        if ".layer." in name or name not in theirs:
+            continue
+        x = theirs[name]
+        if "embeddings." in name:
+            x = x[: len(parameter)]  # of positions and types the first
+        if x.shape == parameter.shape:
+            parameter.copy_(x)
 
 
 def principal_projection(states: Sequence[Tensor], width: int) -> Tensor:
@@ -354,7 +395,9 @@ def fold_embeddings(
     names = inspect.signature(ours.forward).parameters
     inputs = {name: x.cpu() for name, x in batch.items() if name in names}
     if hasattr(student, "embeddings_project"):  # ELECTRA: tables of a width of their own, then a Linear
-        ours.load_state_dict(theirs.state_dict())
+        for name, table in theirs.named_parameters():
+            mine = ours.get_parameter(name)
+            mine.copy_(table[: len(mine)])
         x = ours(**inputs)[mask]
         fit_linear(student.embeddings_project, x, goal)
         return student.embeddings_project(x)
@@ -365,7 +408,8 @@ def fold_embeddings(
     for name, table in theirs.named_parameters():
         if not name.startswith("LayerNorm"):
             centred = table - table.mean(1, keepdim=True)  # the teacher's LayerNorm takes the mean off
-            ours.get_parameter(name).copy_(centred * scale @ narrow)
+            mine = ours.get_parameter(name)
+            mine.copy_((centred * scale @ narrow)[: len(mine)])  # of positions and types the first
     sums: list[Tensor] = []
     hook = ours.LayerNorm.register_forward_pre_hook(lambda _module, inputs: sums.append(inputs[0]))
     ours(**inputs)
@@ -476,9 +520,17 @@ def roots(x: Tensor) -> tuple[Tensor, Tensor]:
 # -- size and speed ---------------------------------------------------------------------------------------------
 
 
+def positions(model: PreTrainedModel) -> int:
+    """How many tokens a model takes: RoBERTa's kin count positions from the padding's on, which is in their table."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    paddings = [getattr(table, "padding_idx", None) for table in tables]
+    first = max((0 if padding is None else padding + 1 for padding in paddings), default=0)
+    return getattr(model.config, "max_position_embeddings", 10**9) - first
+
+
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     """`total` parameters, tied ones once, and those of the `encoder`: without embeddings, pooler and heads."""
-    beside = ("embeddings", "pooler", "embed_tokens")
+    beside = ("embeddings", "pooler", "embed_tokens", "wte", "wpe")
     encoder = [p for name, p in model.base_model.named_parameters() if name.split(".")[0] not in beside]
     return {"total": sum(p.numel() for p in model.parameters()), "encoder": sum(p.numel() for p in encoder)}
 

@@ -268,16 +268,17 @@ def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Da
 
 
 def tokenize(task: Task, dataset: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
-    """Turn texts into token ids, cut to `max_length` (the task's own by default), not padded.
+    """Turn texts into token ids, cut to `max_length` (default: the task's, or the tokenizer's if less), not padded.
 
     Returns the columns the tokenizer makes and `labels` (int64, or float32 for a regression).
     """
     from datasets import Value
 
     names = SENTENCES[: len(task.texts)]
+    most = max_length or min(task.max_length, tokenizer.model_max_length)
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        return tokenizer(*(batch[name] for name in names), truncation=True, max_length=max_length or task.max_length)
+        return tokenizer(*(batch[name] for name in names), truncation=True, max_length=most)
 
     dataset = dataset.map(encode, batched=True, remove_columns=list(names), desc=f"Tokenizing {task.name}")
     dataset = dataset.rename_column("label", "labels")

@@ -301,13 +301,14 @@ def squad_metrics(
 
     Texts are compared as SQuAD's scripts do: in lower case, without punctuation, articles and further spaces; F1 is of
     their words as multisets. With `has_unanswerable` no gold answer, or none that leaves a word, is the answer "".
+    Where neither side leaves a word, F1 is 1 with `has_unanswerable` and 0 without, as in either script.
     """
     exact, f1 = [], []
     for prediction, golds in zip(predictions, answers, strict=True):
         if has_unanswerable:
             golds = [gold for gold in golds if normalize_answer(gold)] or [""]
         exact.append(max(float(normalize_answer(prediction) == normalize_answer(gold)) for gold in golds))
-        f1.append(max(word_f1(prediction, gold) for gold in golds))
+        f1.append(max(word_f1(prediction, gold, has_unanswerable) for gold in golds))
     values = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
     return {**values, "score": values["f1"]}
 
@@ -317,10 +318,10 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def word_f1(prediction: str, gold: str) -> float:
+def word_f1(prediction: str, gold: str, has_unanswerable: bool) -> float:
     ours, golds = normalize_answer(prediction).split(), normalize_answer(gold).split()
     if not ours or not golds:
-        return float(ours == golds)
+        return float(has_unanswerable and ours == golds)
     return 2 * (Counter(ours) & Counter(golds)).total() / (len(ours) + len(golds))
 
 

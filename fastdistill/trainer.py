@@ -6,6 +6,7 @@ loss is computed inside that module's forward. The teacher stays outside, in eva
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import os
@@ -51,20 +52,26 @@ class PaddingCollator(DataCollatorWithPadding):
     """Pads a batch to its longest row, labels of tokens with -100; leaves out an `attention_mask` that masks nothing.
 
     Without one, attention takes its fastest path and nobody needs to read the mask back from the device.
-    The columns of an offline teacher, (L, n) a row, are padded with zeros to (B, L, n).
+    The columns of an offline teacher, (L, n) a row, are padded with zeros to (B, L, n). Their rows are padded on the
+    right, as when the teacher saw them: on the left GPT-2 has other positions.
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         cached = [name for name in features[0] if TOKEN_COLUMN.fullmatch(name)]
         plain = [{name: x for name, x in row.items() if name not in cached} for row in features] if cached else features
         are_tags = all(
-            isinstance(row.get("labels"), list) and len(row["labels"]) == len(row["input_ids"]) for row in features
+            np.ndim(row.get("labels", 0)) == 1 and len(row["labels"]) == len(row["input_ids"]) for row in features
         )
-        batch = DataCollatorForTokenClassification(self.tokenizer)(plain) if are_tags else super().__call__(plain)
+        tokenizer = self.tokenizer
+        if cached:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.padding_side = "right"
+        kind = DataCollatorForTokenClassification if are_tags else DataCollatorWithPadding
+        batch = kind(tokenizer, self.padding, self.max_length, self.pad_to_multiple_of)(plain)
         for name in cached:
             dtype = np.int64 if name == "topk_indices" else np.float32
             rows = [np.asarray(row[name], dtype) for row in features]
-            batch[name] = pad_rows(rows, batch["input_ids"].shape[1], side=self.tokenizer.padding_side)
+            batch[name] = pad_rows(rows, batch["input_ids"].shape[1])
         if "attention_mask" in batch and bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
         return batch
@@ -166,6 +173,8 @@ class ResumableTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if sampler is None:
             return None
+        if hasattr(sampler, "lengths"):  # a lazy column, of which each look-up reads Arrow
+            sampler.lengths = np.asarray(sampler.lengths[:]).tolist()
         return EpochSampler(sampler, self.args.data_seed or self.args.seed, lambda: int(self.state.epoch or 0))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

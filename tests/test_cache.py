@@ -152,13 +152,26 @@ def test_padding_of_the_tokenizer_on_the_left_changes_nothing(tmp_path: Path) ->
     for row, cached in zip(rows(), found, strict=True):
         truth, _ = distribution(teacher, row)
         assert error(torch.tensor(cached["topk_logprobs"]), truth.topk(4).values) < 2**-11
-    batch = PaddingCollator(tokenizer)([found[i] for i in range(3)])
+    batch = PaddingCollator(tokenizer)([found[i] for i in range(3)])  # on the right, as the teacher saw them
+    assert tokenizer.padding_side == "left"
     for i in range(3):
         length = len(rows()[i]["input_ids"])
-        assert batch["input_ids"][i, -length:].tolist() == rows()[i]["input_ids"]
-        assert torch.equal(batch["topk_logprobs"][i, -length:], torch.tensor(found[i]["topk_logprobs"]))
-        assert torch.equal(batch["topk_indices"][i, -length:], torch.tensor(found[i]["topk_indices"]))
-        assert not batch["topk_logprobs"][i, :-length].any()
+        assert batch["input_ids"][i, :length].tolist() == rows()[i]["input_ids"]
+        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+        assert torch.equal(batch["topk_logprobs"][i, :length], torch.tensor(found[i]["topk_logprobs"]))
+        assert torch.equal(batch["topk_indices"][i, :length], torch.tensor(found[i]["topk_indices"]))
+        assert not batch["topk_logprobs"][i, length:].any()
+    plain = PaddingCollator(tokenizer)(rows().select(range(3)).select_columns(["input_ids"]).to_list())
+    assert plain["input_ids"][0, -len(rows()[0]["input_ids"]) :].tolist() == rows()[0]["input_ids"]
+
+
+def test_labels_of_tokens_are_padded_beside_the_targets(tmp_path: Path) -> None:
+    data = rows().map(lambda row: {"labels": row["input_ids"]})
+    found = read_cache(write(tmp_path / "cache", causal(), dataset=data, top_k=4))
+    batch = PaddingCollator(_tiny.tokenizer())([found[i] for i in range(3)])
+    for i in range(3):
+        ids = rows()[i]["input_ids"]
+        assert batch["labels"][i].tolist() == ids + [-100] * (batch["input_ids"].shape[1] - len(ids))
 
 
 def test_the_manifest_says_of_whom_and_of_what(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_run_killed_at_any_time(tmp_path: Path, whole: Any) -> None:
     draw, killed, done = random.Random(0), 0, False
     while not done:
         child = in_a_child(functools.partial(distil, tmp_path / "out", resume=killed > 0))
-        child.join(draw.uniform(0.1, 0.8) if killed < 20 else 60)
+        child.join(draw.uniform(0.1, 0.8 if killed else 0.2) if killed < 20 else 60)
         done = child.exitcode is not None
         if not done:
             child.kill()

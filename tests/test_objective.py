@@ -391,7 +391,10 @@ def test_files_hold_settings_and_projections(tmp_path: Path) -> None:
     for i in range(3):
         assert torch.equal(again._projection(i).weight, objective._projection(i).weight)
         assert torch.equal(again._projection(i).bias, objective._projection(i).bias)
-    with pytest.raises(ValueError, match="Use the same layer map, projection and models"):
+    with pytest.raises(ValueError, match="Use projection='per_layer'"):
         Objective(*configs).load_projections(tmp_path)
+    deeper = Objective(_tiny.config(layers=3, width=16), configs[1], projection="per_layer", layer_map=[0, 1, 2, 4])
+    with pytest.raises(ValueError, match="Use the same layer map and models"):
+        deeper.load_projections(tmp_path)
     with pytest.raises(FileNotFoundError, match="a stage with projections writes it"):
         again.load_projections(tmp_path / "elsewhere")

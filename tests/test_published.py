@@ -204,7 +204,7 @@ def test_stages_go_on_from_the_projections(tmp_path: Path, count: int) -> None:
             assert torch.equal(found[f"{ours}.{part}"], weights[f"{theirs}.{part}"])
 
     other = Objective(student.config, teacher.config, projection=kinds[3 - count])
-    with pytest.raises(ValueError, match=f"holds '{kinds[count]}' projections, .* Use the same layer map, "):
+    with pytest.raises(ValueError, match=f"holds '{kinds[count]}' projections, .* Use projection='{kinds[count]}'"):
         other.load_projections(folder)
 
 
@@ -232,9 +232,12 @@ def test_the_command_line_takes_such_folders(tmp_path: Path, capsys: pytest.Capt
 
     task = ["task", "--teacher", "teacher", "--student", "tiny", "--output", "out", "--intermediate-epochs", "1"]
     task += ["--intermediate-learning-rate", "1e-12", "--learning-rates", "1e-12", "--max-steps", "1"]
-    assert command(*task) == 2
-    assert "holds 'per_layer' projections" in capsys.readouterr().err
-    assert command(*task, "--projection", "per_layer", "--overwrite") == 0
+    (tmp_path / "out.partial" / "runs").mkdir(parents=True)
+    assert command(*task, "--projection", "shared", "--overwrite") == 2
+    assert "holds 'per_layer' projections" in (line := capsys.readouterr().err)
+    assert "Use --projection per_layer" in line
+    assert (tmp_path / "out.partial" / "runs").is_dir()
+    assert command(*task, "--overwrite") == 0  # with those that the student brings
     found = read_projections(tmp_path / "out" / "intermediate")
     assert error(found["projections.2.weight"], weights["fit_denses.2.weight"]) < 1e-6
     student = AutoModel.from_pretrained(tmp_path / "out")
