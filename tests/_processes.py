@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from fastdistill.cli import main
+from fastdistill.finetune import finetune
 from fastdistill.interruption import Terminated
 from fastdistill.objective import INNER_TERMS, Objective
 from fastdistill.processes import main_first, on_main
@@ -187,6 +188,7 @@ def commands(folder: Path) -> None:
             codes.append(end.code)
     (folder / f"codes{rank()}.json").write_text(json.dumps(codes))
     teacher_logits(folder)
+    finetuned(folder)
     ddp(folder)
     streams(folder)
     terminated(folder / "terminated")
@@ -217,6 +219,14 @@ def teacher_logits(folder: Path) -> None:
         found = add_teacher_logits(_tiny.dataset(rows), teacher, _tiny.tokenizer(), batch_size=2)
         columns.append(found["teacher_logits"][:])
     (folder / f"logits{rank()}.json").write_text(json.dumps({"columns": columns, "ran": ran}))
+
+
+def finetuned(folder: Path) -> None:
+    """One step of 8 rows on each process."""
+    arguments = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 1e9}
+    model, tokenizer = _tiny.classifier(**NO_DROPOUT), _tiny.tokenizer()
+    rows = _tiny.dataset(16)
+    finetune(model, rows, tokenizer, folder / "finetuned", batch_size=8, learning_rate=1e-9, arguments=arguments)
 
 
 UNEVEN = {"accelerator_config": {"even_batches": False}}  # the last batch is short, on one process only
@@ -336,6 +346,8 @@ def resumed(folder: Path) -> None:
         for name in ("out", "whole")
     ]
     torch.save(students, folder / f"resumed{rank()}.pt")
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    (folder / f"timeout{rank()}").write_text(str(group.options._timeout.total_seconds()))
 
 
 if __name__ == "__main__":

@@ -331,8 +331,11 @@ class TestCandidates:
 
     def test_length_of_every_family(self, lm):
         """A padding token of a high id, as ModernBERT's, takes nothing from its length."""
-        for family, pad, expected in (("bert", 0, 64), ("bert", 30, 64), ("modernbert", 30, 64), ("roberta", 1, 62)):
-            assert module.positions(AutoModelForMaskedLM.from_config(config(family, pad_token_id=pad))) == expected
+        families = (("bert", 0, 64), ("bert", 30, 64), ("modernbert", 30, 64), ("roberta", 1, 62), ("roberta", 0, 63))
+        for family, pad, expected in families:
+            model = AutoModelForMaskedLM.from_config(config(family, pad_token_id=pad))
+            assert module.positions(model) == expected
+            model(input_ids=torch.full((1, expected), 5))  # not one too many
         assert module.positions(lm["roberta"][0]) == 126
 
     def test_no_dropout(self, lm, glove):

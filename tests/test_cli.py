@@ -360,10 +360,17 @@ class TestBadInput:
             (["--layer-map", "0,5"], "layer_map[1] is 5"),
             (["--student", "{}/narrow.json"], "head"),
             (["--student", "{}/none.json"], "none.json"),
+            (["--temperature", "0"], "temperature is 0.0"),
+            (["--temperature", "0", "--intermediate-epochs", "0"], "temperature is 0.0"),
+            (
+                ["--student", "{}/short.json"],
+                "the student takes 20 tokens at most; rows of SST-2 are cut to 64. Give it",
+            ),
         ],
     )
     def test_a_refused_task_drops_no_interrupted_run(self, files, tmp_path, capsys, wrong, what):
         (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "hidden_size": 9}))
+        (tmp_path / "short.json").write_text(json.dumps({**STUDENT, "max_position_embeddings": 20}))
         (tmp_path / "out.partial" / "runs").mkdir(parents=True)
         wrong = [part.format(tmp_path) for part in wrong]
         assert what in fails(capsys, arguments(files, "task", tmp_path / "out", "--overwrite", *wrong))

@@ -272,6 +272,8 @@ def test_a_process_of_two_that_is_killed_ends_the_run_which_resumes(tmp_path: Pa
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
     assert last_checkpoint(tmp_path / "out.partial") == str(tmp_path / "out.partial" / "checkpoint-2")
     _processes.two_processes("resumed", tmp_path)
+    for rank in range(2):  # how long one would wait for the other to tokenise
+        assert (tmp_path / f"timeout{rank}").read_text() == "7200.0"
     for rank in range(2):
         found, expected = torch.load(tmp_path / f"resumed{rank}.pt", weights_only=True)
         for name, weights in expected.items():

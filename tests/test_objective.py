@@ -370,6 +370,17 @@ def test_another_number_of_heads_names_the_way_out() -> None:
         Objective(student)
 
 
+def test_terms_without_a_target_are_refused() -> None:
+    student, teacher = _tiny.config(layers=2), _tiny.config(layers=4)
+    with pytest.raises(ValueError, match="layer_map maps no layer, so the hidden term has no target"):
+        Objective(student, teacher, layer_map=[0, None, None], terms=("embedding", "hidden"))
+    Objective(student, teacher, layer_map=[0, None, None], terms=("embedding",))
+    several = _tiny.config(layers=2, problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="'multi_label_classification'; the prediction term compares softmaxes"):
+        Objective(several, teacher, terms=("prediction",))
+    Objective(several, teacher, terms=("hidden",))
+
+
 def test_files_hold_settings_and_projections(tmp_path: Path) -> None:
     configs = _tiny.config(layers=2, width=16), _tiny.config(layers=4)
     objective = Objective(*configs, projection="per_layer", layer_map=[0, 1, 4], terms=TERMS, temperature=2)

@@ -227,6 +227,19 @@ def test_teacher_logits_are_shared_out(launched: Path) -> None:
     assert [rank["ran"] for rank in ranks] == [[2, 2, 2, 2], [2, 2, 1]]
 
 
+def test_finetune_takes_the_mean_over_the_rows_of_both(launched: Path) -> None:
+    found = json.loads((launched / "finetuned" / "trainer_state.json").read_text())["log_history"][0]
+    model = _tiny.classifier(**_processes.NO_DROPOUT)
+    loss = sum(
+        F.cross_entropy(model(torch.tensor([row["input_ids"]])).logits, torch.tensor([row["labels"]]))
+        for row in _tiny.dataset(16)
+    )
+    gradients = torch.autograd.grad(loss / 16, list(model.parameters()))
+    norm = torch.stack([x.norm() for x in gradients]).norm()
+    assert error(torch.tensor(found["loss"]), loss.detach() / 16) < 1e-3
+    assert error(torch.tensor(found["grad_norm"]), norm) < 1e-3
+
+
 def test_a_streamed_corpus_makes_a_student(launched: Path) -> None:
     assert AutoModel.from_pretrained(launched / "streamed-2").config.hidden_size == 16
     state = json.loads((launched / "streamed-2" / "trainer_state.json").read_text())

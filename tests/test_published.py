@@ -252,6 +252,10 @@ def test_the_command_line_takes_such_folders(tmp_path: Path, capsys: pytest.Capt
     write(tmp_path / "tiny", {**weights, **linear("classifier", 2)})
     assert command("evaluate", "--model", "teacher", "--against", "tiny") == 0
     assert command("finetune", "--model", "tiny", "--max-steps", "1", "--output", "out", "--overwrite") == 0
+    write(tmp_path / "tiny", weights)
+    (tmp_path / "small.json").write_text(json.dumps({"num_hidden_layers": 1}))
+    teacher = ["--teacher", "tiny", "--init", "random", "--model", str(tmp_path / "small.json")]
+    assert command("finetune", *teacher, "--max-steps", "1", "--output", "out", "--overwrite") == 0  # a task's labels
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.id2label[0] == "negative"
 
 

@@ -8,6 +8,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -86,6 +88,36 @@ class TestSpecs:
         assert student.bert.encoder.layer[1].attention.self.attention_head_size == 13
         assert not student.training
         assert teacher.config.hidden_size == 32
+
+    @pytest.mark.parametrize("family", ["qwen2", "modernbert", "mistral", "llama", "gemma3_text"])
+    @pytest.mark.parametrize("layers", [2, 6])
+    def test_layer_types_follow_the_depth(self, tmp_path, family, layers):
+        """A config that names each layer's kind is its family's own at the student's depth, and can be saved."""
+        kind = type(AutoConfig.for_model(family))
+        options = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0, "num_hidden_layers": 4}
+        teacher = AutoModel.from_config(kind(**options))
+        changes = {"num_hidden_layers": layers, "hidden_size": 16}
+        student = build_student(spec(tmp_path, **changes), teacher, init="random")
+        student.save_pretrained(tmp_path / "out")
+        again = AutoModel.from_pretrained(tmp_path / "out").config
+        expected = kind(**{**options, **changes})
+        assert getattr(again, "layer_types", None) == getattr(expected, "layer_types", None)
+        assert getattr(again, "head_dim", None) == getattr(expected, "head_dim", None)
+        student(input_ids=tokens(2, 8))
+
+    @pytest.mark.skipif(not hasattr(BertConfig, "validate"), reason="this transformers checks no config by itself")
+    def test_a_config_that_is_none_is_refused(self, tmp_path):
+        teacher = AutoModel.from_config(type(AutoConfig.for_model("qwen2"))(**SMALL, num_key_value_heads=2))
+        with pytest.raises(ValueError, match=r"(?s)student\.json: .*layer_types"):
+            build_student(spec(tmp_path, num_hidden_layers=2, layer_types=["full_attention"]), teacher, init="random")
+
+    def test_a_checkpoint_without_its_encoder_is_refused(self, tmp_path):
+        saved = BertModel(BertConfig(**SMALL))
+        weights = {f"student.{name}": x for name, x in saved.state_dict().items()}
+        saved.save_pretrained(tmp_path, state_dict=weights)
+        for teacher in (BertModel(BertConfig(**SMALL)), BertForSequenceClassification(BertConfig(**SMALL))):
+            with pytest.raises(ValueError, match=r"its weights are no .*there is no .*embeddings"):
+                build_student(tmp_path, teacher)
 
     def test_a_teacher_in_half_precision_gets_a_float32_student(self, tmp_path):
         teacher = BertModel(BertConfig(**SMALL)).bfloat16()
@@ -259,6 +291,21 @@ class TestFold:
             name = name.replace("layer.1.", "layer.3.")
             assert torch.equal(parameter, theirs[name]), name
 
+    @pytest.mark.parametrize("width", [32, 16])
+    @pytest.mark.parametrize("family", [BertModel, RobertaModel, ElectraModel])
+    def test_fewer_positions_and_types_are_the_first(self, tmp_path, family, width):
+        teacher = family(family.config_class(**SMALL)).eval()
+        whole = build_student(spec(tmp_path, hidden_size=width, num_hidden_layers=2), teacher, init="random")
+        path = spec(tmp_path, hidden_size=width, num_hidden_layers=2, max_position_embeddings=20, type_vocab_size=1)
+        short = build_student(path, teacher, init="random")
+        calibration = {"input_ids": tokens(16, 18)}
+        for student in (whole, short):
+            init_from_teacher(student, teacher, calibration=calibration)
+        tables = dict(whole.embeddings.named_parameters())
+        for name, table in short.embeddings.named_parameters():
+            assert torch.equal(table, tables[name][: len(table)]), name
+        init_from_teacher(short, teacher, calibration={"input_ids": tokens(16, 38)})  # cut to what it takes
+
     def test_unmapped_layers_start_between_their_neighbours(self):
         assert students.fill_gaps((0, None, None, 6)) == [0, 2, 4, 6]
         assert students.fill_gaps((None, 3)) == [3, 3]
@@ -291,6 +338,15 @@ class TestFold:
             fold(intermediate_size=128)
         with pytest.raises(ValueError, match="3 does not divide 4"):
             fold(num_hidden_layers=3)
+        with pytest.raises(ValueError, match="max_position_embeddings is 80"):
+            fold(max_position_embeddings=80)
+        with pytest.raises(ValueError, match="type_vocab_size is 3"):
+            fold(type_vocab_size=3)
+        with pytest.raises(ValueError, match="the student's model_type is 'roberta', the teacher's 'bert'"):
+            init_from_teacher(RobertaModel(RobertaConfig(**SMALL)), teacher)
+        electra = ElectraModel(ElectraConfig(**SMALL, embedding_size=16))
+        with pytest.raises(ValueError, match=r"embedding_size is 8; .* should be the teacher's 16"):
+            init_from_teacher(ElectraModel(ElectraConfig(**SMALL, embedding_size=8)), electra)
         distil = DistilBertModel(DistilBertConfig(vocab_size=100, dim=16, n_layers=2, n_heads=2, hidden_dim=32))
         with pytest.raises(ValueError, match="the student is a DistilBertModel, whose layers are not BERT's"):
             init_from_teacher(distil, teacher)
@@ -308,6 +364,12 @@ class TestSpeed:
     def test_no_runs(self):
         with pytest.raises(ValueError, match="runs is 0"):
             measure_seconds({}, {}, runs=0)
+
+    def test_tables_of_decoders_are_no_encoder(self):
+        model = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=100))
+        assert count_parameters(model)["encoder"] == sum(
+            p.numel() for p in (*model.h.parameters(), *model.ln_f.parameters())
+        )
 
     def test_tied_parameters_count_once(self):
         model = transformers.BertForMaskedLM(BertConfig(**SMALL))

@@ -360,6 +360,9 @@ def test_squad_metrics_by_hand() -> None:
     assert values["f1"] == values["score"] == pytest.approx((1 + 0.8 + 0 + 2 / 3) / 4)
     values = squad_metrics(["", "x", "", "An!"], [[], [], ["x"], ["the", "x"]], has_unanswerable=True)
     assert values["exact_match"] == values["f1"] == pytest.approx(1 / 4)  # "the" is no answer, where there is another
+    for has_unanswerable in (False, True):  # nothing left on either side: by the first script no common word
+        values = squad_metrics(["The"], [["A", "an"]], has_unanswerable=has_unanswerable)
+        assert values == {"exact_match": 1, "f1": has_unanswerable, "score": has_unanswerable}
     assert squad_metrics(["x's a-b"], [["Xs ab"]])["exact_match"] == 1
     assert squad_metrics(["theatre an apple"], [["atre apple"]])["f1"] == pytest.approx(1 / 2)
 
