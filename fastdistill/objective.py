@@ -481,10 +481,10 @@ class Objective(nn.Module):
         }
 
     def check_settings(self, folder: str | Path) -> None:
-        """ValueError where `folder` holds what an objective with other settings trained, naming those."""
+        """ValueError where `folder` holds what an objective with other settings trained, naming those, or none did."""
         path = Path(folder) / SETTINGS_NAME
         if not path.is_file():
-            return
+            raise ValueError(f"{path}: no such file; {folder} is no run of a stage. Pass overwrite=True to replace it")
         found = json.loads(path.read_text())
         different = [
             f"{name} {found[name]!r} instead of {value!r}"
