@@ -69,6 +69,12 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def int_or_zero(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     if not 0 < (number := _number(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
@@ -226,6 +232,13 @@ def parser_of_commands() -> argparse.ArgumentParser:
         help="the teacher's other classes: left out, or one class together (default: %(default)s)",
     )
     cached.add_argument("--verify", action="store_true", help="compare every file's SHA-256 first")
+    cached.add_argument(
+        "--workers",
+        type=int_or_zero,
+        default=0,
+        metavar="N",
+        help="processes that read the cache for each one that trains (default: 0, which reads for itself)",
+    )
     _schedule(cached, epochs=3, batch_size=256, learning_rate=5e-5)
     _outputs(cached)
     cached.set_defaults(method="tinybert", parity="masked", teacher_layer=None, relation_heads=None)

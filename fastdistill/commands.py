@@ -179,7 +179,7 @@ def run_train_cached(arguments: argparse.Namespace) -> None:
             tail=arguments.tail,
             projections=_projections(arguments.student, work),
             seed=arguments.seed,
-            arguments=_training_arguments(arguments),
+            arguments={**_training_arguments(arguments), "dataloader_num_workers": arguments.workers},
         )
         options = {"resume": arguments.resume, "overwrite": arguments.overwrite}
         stage.run(student, teacher if is_live else None, tokenizer, arguments.output, **options)

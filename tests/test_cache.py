@@ -559,6 +559,21 @@ def test_commands(files: Path, tmp_path: Path, name: str, keep: Any, auto_class:
     assert log[-1] < log[0]
 
 
+def test_workers_read_the_same_rows(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "cache"
+    argv = command("cache", "--teacher", files / "causal", "--data", files / "text.txt", "--output", folder)
+    assert cli.main([*argv, *command("--top-k", 8, "--max-length", 16)]) == 0
+    argv = command("train-cached", "--cache", folder, "--student", files / "student.json", "--batch-size", 8)
+    for workers in (0, 2):
+        assert cli.main([*argv, *command("--workers", workers, "--output", tmp_path / f"out{workers}")]) == 0
+    one, other = (load_file(tmp_path / f"out{workers}" / "model.safetensors") for workers in (0, 2))
+    for name, weights in one.items():
+        assert torch.equal(weights, other[name]), name
+    with pytest.raises(SystemExit):
+        cli.main([*argv, *command("--workers", -1, "--output", tmp_path / "none")])
+    assert "'-1' is no whole number from 0 on" in capsys.readouterr().err
+
+
 def test_a_student_folded_from_the_teacher(files: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
     argv = command("cache", "--teacher", files / "masked", "--data", files / "text.txt", "--output", folder)
