@@ -125,7 +125,8 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
     if lost:
-        raise ValueError(f"{name}: its weights are no {type(model).__name__}'s; there is no {', '.join(lost[:3])}, ...")
+        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if lost[3:] else "")
+        raise ValueError(f"{name}: its weights are no {type(model).__name__}'s; there is no {names}")
     for key, found, expected in sorted(loaded["mismatched_keys"]):
         if "num_labels" not in options or key.startswith(f"{model.base_model_prefix}."):
             raise ValueError(f"{name}: {key} is {tuple(found)}, and by its config {tuple(expected)}")
