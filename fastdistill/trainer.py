@@ -616,8 +616,8 @@ def check_vocabularies(student: Any, teacher: Any, tokenizer: Any = None) -> Non
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
             f"the student's vocabulary has {student.vocab_size} tokens, the teacher's {teacher.vocab_size}; both read "
-            "the same token ids, so give the student the teacher's tokenizer and vocab_size. One tokenizer's, padded to "
-            f"two sizes, are made equal by student.resize_token_embeddings({teacher.vocab_size})"
+            "the same token ids, so give the student the teacher's tokenizer and vocab_size. One tokenizer's, padded "
+            f"to two sizes, are made equal by student.resize_token_embeddings({teacher.vocab_size})"
         )
     if tokenizer is not None and len(tokenizer) > student.vocab_size:
         raise ValueError(
