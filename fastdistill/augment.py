@@ -538,7 +538,7 @@ def write_arrow(path: Path, schema: Any, batches: Sequence[Any] | Iterator[Any])
 
 def write_tsv(path: Path, task: Task, batches: Iterator[Any]) -> None:
     """Rows in the layout of the task's own files; columns that are not read are empty."""
-    header = task.header or (*task.texts, task.label_column)
+    header = task.header or task.columns or (*task.texts, task.label_column)
     places = [header.index(name) for name in (*task.texts, task.label_column)]
     with path.open("w", encoding="utf-8", newline="\n") as file:
         if task.header is None:
@@ -565,7 +565,10 @@ def read_augmented(task: Task, path: str | Path) -> Dataset:
         return read_tsv(task, path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; it should be what `augment` wrote")
-    dataset = Dataset.from_file(str(in_cache(path)))
+    try:
+        dataset = Dataset.from_file(str(in_cache(path)))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"{path}: damaged, or not what `augment` wrote ({error})") from error
     names = [*SENTENCES[: len(task.texts)], "label"]
     if dataset.column_names != names:
         raise ValueError(f"{path}: the columns are {dataset.column_names}; {task.name} has {names}")

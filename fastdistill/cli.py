@@ -69,6 +69,12 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 to 2**32 - 1")
+    return int(text)
+
+
 def int_or_zero(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
@@ -155,7 +161,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     )
     losses = _objective(task, prediction=True)
     losses.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="of predictions (default: %(default)s)"
+        "--temperature", type=positive_float, default=1.0, metavar="T", help="of predictions (default: %(default)s)"
     )
     losses.add_argument(
         "--labels",
@@ -224,7 +230,9 @@ def parser_of_commands() -> argparse.ArgumentParser:
         choices=("shared", "per_layer"),
         help="of hidden states (default: as --student brings them, else shared)",
     )
-    cached.add_argument("--temperature", type=float, default=1.0, help="of the prediction (default: %(default)s)")
+    cached.add_argument(
+        "--temperature", type=positive_float, default=1.0, help="of the prediction (default: %(default)s)"
+    )
     cached.add_argument(
         "--tail",
         choices=("renormalize", "bucket"),
@@ -352,7 +360,7 @@ def _schedule(parser: argparse.ArgumentParser, epochs: float, batch_size: int, l
     group.add_argument(
         "--learning-rate", type=positive_float, metavar="RATE", default=learning_rate, help="default: %(default)s"
     )
-    group.add_argument("--seed", type=int, metavar="N", default=42, help="default: %(default)s")
+    group.add_argument("--seed", type=seed, metavar="N", default=42, help="default: %(default)s")
     _common(parser)
 
 
@@ -374,7 +382,7 @@ def _grid(
     """What the last training is searched over; None: the task knows."""
     parser.add_argument(
         "--learning-rates",
-        type=float,
+        type=positive_float,
         nargs="+",
         default=learning_rate and [learning_rate],
         metavar="RATE",
@@ -390,7 +398,7 @@ def _grid(
     )
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=seed,
         nargs="+",
         default=[42],
         metavar="SEED",

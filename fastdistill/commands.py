@@ -24,7 +24,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastdistill import demo
 from fastdistill.augment import COPIES, Augmenter, augment, check_output, read_augmented, read_glove
-from fastdistill.cache import MANIFEST, read_cache, read_manifest, terms_served, weightless_teacher, write_cache
+from fastdistill.cache import (
+    MANIFEST,
+    identity,
+    read_cache,
+    read_manifest,
+    teacher_config,
+    terms_served,
+    weightless_teacher,
+    write_cache,
+)
 from fastdistill.finetune import finetune
 from fastdistill.objective import Objective, check_method_options, projection_kind, read_projections, resolve_terms
 from fastdistill.outputs import check, drop_checkpoints, whole_output, write_whole
@@ -158,8 +167,9 @@ def run_train_cached(arguments: argparse.Namespace) -> None:
     arguments.terms = arguments.terms or terms_served(arguments.cache)
     is_live = "attention" in arguments.terms
     if arguments.teacher is not None:
-        kind = read_manifest(arguments.cache)["teacher"]["class"]
-        teacher, _ = _load(arguments.teacher, kind, arguments.trust_remote_code)
+        theirs = read_manifest(arguments.cache)["teacher"]
+        teacher, _ = _load(arguments.teacher, theirs["class"], arguments.trust_remote_code)
+        _check_identity(arguments, teacher, theirs)
     elif is_live or arguments.init == "teacher":
         raise ValueError("the attention term and --init teacher need --teacher: a cache holds no scores and no weights")
     else:
@@ -325,6 +335,8 @@ def run_finetune(arguments: argparse.Namespace) -> None:
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     task = _named_task(arguments)
+    if arguments.json and arguments.json.is_dir():
+        raise ValueError(f"--json is the folder {arguments.json}; it should be a file")
     if arguments.json and arguments.json.exists() and not arguments.overwrite:
         raise FileExistsError(f"{arguments.json} exists; pass overwrite=True to replace it")
     names = [arguments.model] + ([arguments.against] if arguments.against else [])
@@ -338,9 +350,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         (student, tokenizer), (teacher, _) = models
         figures[arguments.model]["speed_up"] = _speed_up(task, arguments, student, teacher, tokenizer)
         scores = [mean_score(figures[name]["metrics"]) for name in names]
-        figures[arguments.model]["kept"] = scores[0] / scores[1] if scores[1] else None
+        figures[arguments.model]["kept"] = scores[0] / scores[1] if scores[1] > 0 else None
     _print_figures(figures)
     if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(arguments.json, json.dumps(figures, indent=2) + "\n")
 
 
@@ -518,6 +531,19 @@ def _student(
 
 
 CALIBRATION_TOKENS = 20_000
+
+
+def _check_identity(arguments: argparse.Namespace, teacher: Any, theirs: dict[str, Any]) -> None:
+    """ValueError where a cache is another teacher's. A bare encoder's pooler may be random, and so is not compared."""
+    if teacher.base_model is teacher:
+        return
+    dtype = getattr(teacher_config(arguments.cache), "dtype", None) or teacher.dtype
+    cached = teacher if dtype == teacher.dtype else copy.deepcopy(teacher).to(dtype)
+    if identity(cached)["weights_sha256"] != theirs["weights_sha256"]:
+        raise ValueError(
+            f"--teacher {arguments.teacher} has other weights than {theirs['name']}, the teacher whose cache "
+            f"{arguments.cache} is"
+        )
 
 
 def _check_rows(task: Any, tokenizer: Any, student: Any) -> None:

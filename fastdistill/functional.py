@@ -215,7 +215,10 @@ def linear_mse(
     check.mask("mask", mask, tokens, "the student's leading dimensions", student.device)
     backend = pick_backend(backend, student.device)
 
-    student, weight, bias = _autocast(student, weight, bias)
+    if weight is not None:
+        student, weight, bias = _autocast(student, weight, bias)
+    elif bias is not None and torch.is_autocast_enabled(student.device.type):
+        bias = bias.to(student.dtype)  # without a product autocast rounds nothing
     check.same_dtype(student=student, weight=weight, bias=bias)
     with _no_autocast(student):
         if backend == "reference":
@@ -497,7 +500,7 @@ def _check_rows(
             raise ValueError(f"alpha is {alpha} but labels is None; pass labels, or leave alpha at 1.0")
         return mask
     check.integers("labels", labels, rows, "one entry a row", device)
-    counted = labels != ignore_index
+    counted = labels.long() != ignore_index  # as uint8 -100 would be class 156
     return counted if mask is None else counted & mask
 
 
@@ -874,7 +877,8 @@ def topk_soft_cross_entropy(
 
     Args:
         student_logits: `(*, V)`.
-        topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes.
+        topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. In the list a
+            class of -inf is one of probability 0, and so is no part of the bucket: pad with classes that cannot be.
         topk_indices: `(*, k)` integer classes of them, distinct within a row.
         tail: "renormalize" or "bucket".
         temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, reduction, num_items,
@@ -1257,7 +1261,8 @@ def linear_topk_soft_cross_entropy(
     Args:
         student: `(*, d_s)` hidden states before the vocabulary head.
         student_weight: `(V, d_s)`.
-        topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes.
+        topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. In the list a
+            class of -inf is one of probability 0, and so is no part of the bucket: pad with classes that cannot be.
         topk_indices: `(*, k)` integer classes of them, distinct within a row.
         student_bias: `(V)` or None.
         tail: "renormalize" or "bucket".

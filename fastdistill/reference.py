@@ -265,7 +265,7 @@ def _counted_rows(student: Tensor, labels: Tensor | None, ignore_index: int, mas
     if mask is not None:
         counted = counted & mask
     if labels is not None:
-        counted = counted & (labels != ignore_index)
+        counted = counted & (labels.long() != ignore_index)
     return counted
 
 

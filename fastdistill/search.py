@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -24,12 +25,15 @@ Metrics = dict[str, dict[str, float]]  # of each evaluation set, as `fastdistill
 
 
 def check_grid(*, learning_rates: Sequence[float], batch_sizes: Sequence[int], seeds: Sequence[int]) -> None:
-    """ValueError for a list that is empty or holds a value twice, and for rates and batch sizes not above 0."""
+    """ValueError for a list that is empty or holds a value twice, for rates and batch sizes not above 0, and for seeds
+    that are none."""
     for name, values in {"learning_rates": learning_rates, "batch_sizes": batch_sizes, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name} is {list(values)}; it should hold one value or more, each once")
-        if name != "seeds" and not min(values) > 0:
+        if name != "seeds" and not all(0 < value < math.inf for value in values):
             raise ValueError(f"{name} is {list(values)}; its values should be above 0")
+        if name == "seeds" and not all(0 <= value < 2**32 for value in values):
+            raise ValueError(f"seeds is {list(values)}; they should be from 0 to 2**32 - 1")
 
 
 def search(

@@ -369,6 +369,7 @@ def read_corpus(
     Raises FileNotFoundError, and ValueError for anything else.
     """
     from datasets import Dataset, IterableDataset, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     if isinstance(corpus, Dataset):
         return corpus.to_iterable_dataset() if streaming else corpus
@@ -379,7 +380,15 @@ def read_corpus(
     for path in corpus:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file; the corpus is made of text files")
-    return load_dataset("text", data_files=[str(path) for path in corpus], split="train", streaming=streaming)
+    files = [str(path) for path in corpus if Path(path).stat().st_size]
+    if not files:
+        raise ValueError("corpus holds no text")
+    try:
+        return load_dataset("text", data_files=files, split="train", streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"corpus is {', '.join(files)}; it should be UTF-8 text ({error.__cause__ or error})"
+        ) from error
 
 
 def pack_corpus(

@@ -157,16 +157,18 @@ def read_config(spec: str | Path, teacher: PreTrainedModel, options: dict[str, A
         if not hasattr(config, name):
             raise ValueError(f"{spec}: {name!r} is no setting of a {config.model_type} config")
     derived = derived_settings(teacher.config, values)
-    for name, value in values.items():
-        setattr(config, name, value)
-    if derived:
-        config = type(config).from_dict({name: x for name, x in config.to_dict().items() if name not in derived})
-    config.dtype = torch.float32
-    if hasattr(config, "validate"):
-        try:
+    try:
+        for name, value in values.items():
+            setattr(config, name, value)
+        if derived:
+            config = type(config).from_dict({name: x for name, x in config.to_dict().items() if name not in derived})
+        if hasattr(config, "validate"):
             config.validate()
-        except Exception as error:  # of huggingface_hub's own kind
-            raise ValueError(f"{spec}: {error}") from error
+    except Exception as error:  # of huggingface_hub's own kind
+        raise ValueError(f"{spec}: {error}") from error
+    if config.num_hidden_layers < 1:
+        raise ValueError(f"{spec}: num_hidden_layers is {config.num_hidden_layers}; it should be 1 or more")
+    config.dtype = torch.float32
     return config
 
 

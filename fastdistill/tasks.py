@@ -35,6 +35,7 @@ class Task:
     tsv_labels: tuple[str, ...]  # what the tsv files write for each class
     metrics: tuple[str, ...] = ("accuracy",)
     header: tuple[str, ...] | None = None  # column names of files that carry no header line
+    columns: tuple[str, ...] = ()  # of train.tsv, where it has others than the texts and the label
     evaluations: tuple[str, ...] = ("dev",)  # tsv stems, each evaluated on its own
     skip_short_lines: bool = False
     intermediate_epochs: int = 20
@@ -103,6 +104,7 @@ class Task:
 BINARY = ("0", "1")
 ENTAILMENT = ("entailment", "not_entailment")
 SENTENCES = ("sentence1", "sentence2")
+INDEXED = ("index", *SENTENCES, "label")
 
 TASKS: tuple[Task, ...] = (
     Task(
@@ -127,8 +129,19 @@ TASKS: tuple[Task, ...] = (
         ("not_equivalent", "equivalent"),
         BINARY,
         metrics=("accuracy", "f1"),
+        columns=("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"),
     ),
-    Task("STS-B", "stsb", SENTENCES, SENTENCES, "score", (), (), metrics=("pearson", "spearman")),
+    Task(
+        "STS-B",
+        "stsb",
+        SENTENCES,
+        SENTENCES,
+        "score",
+        (),
+        (),
+        metrics=("pearson", "spearman"),
+        columns=("index", "genre", "filename", "year", "old_index", "source1", "source2", *SENTENCES, "score"),
+    ),
     Task(
         "QQP",
         "qqp",
@@ -138,6 +151,7 @@ TASKS: tuple[Task, ...] = (
         ("not_duplicate", "duplicate"),
         BINARY,
         metrics=("accuracy", "f1"),
+        columns=("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
         # A few rows of the published train.tsv are cut short; GLUE's own loaders drop them as well.
         skip_short_lines=True,
         intermediate_epochs=10,
@@ -150,6 +164,16 @@ TASKS: tuple[Task, ...] = (
         "gold_label",
         ("entailment", "neutral", "contradiction"),
         ("entailment", "neutral", "contradiction"),
+        columns=(
+            "index",
+            "promptID",
+            "pairID",
+            "genre",
+            *(f"{sentence}_{parse}" for parse in ("binary_parse", "parse") for sentence in SENTENCES),
+            *SENTENCES,
+            "label1",
+            "gold_label",
+        ),
         evaluations=("dev_matched", "dev_mismatched"),
         intermediate_epochs=10,
     ),
@@ -161,10 +185,11 @@ TASKS: tuple[Task, ...] = (
         "label",
         ENTAILMENT,
         ENTAILMENT,
+        columns=("index", "question", "sentence", "label"),
         intermediate_epochs=10,
     ),
-    Task("RTE", "rte", SENTENCES, SENTENCES, "label", ENTAILMENT, ENTAILMENT),
-    Task("WNLI", "wnli", SENTENCES, SENTENCES, "label", ("not_entailment", "entailment"), BINARY),
+    Task("RTE", "rte", SENTENCES, SENTENCES, "label", ENTAILMENT, ENTAILMENT, columns=INDEXED),
+    Task("WNLI", "wnli", SENTENCES, SENTENCES, "label", ("not_entailment", "entailment"), BINARY, columns=INDEXED),
 )
 
 

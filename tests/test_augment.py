@@ -62,6 +62,7 @@ SENTENCES = [
 GLOVE = ["the", "unwatchable", "awful", "melodrama", "tragedy", "opera", "unfunny", "boring", "2003", "u.s.", "saga"]
 
 
+GLUE = Path(__file__).resolve().parents[2] / "shared" / "data" / "glue"
 REAL_GLOVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "glove" / "glove.6B.50d.first9163.txt"
 
 
@@ -500,6 +501,15 @@ class TestFiles:
             assert found.features == rows.features
             assert read_augmented(task, output).to_dict() == found.to_dict()
         assert read_tsv(task, tmp_path / f"{name}.tsv").to_dict() == found.to_dict()
+        own = GLUE / name / "train.tsv"
+        if own.is_file():  # other readers know their columns by place
+            lines = [path.read_text(encoding="utf-8").splitlines()[0] for path in (own, tmp_path / f"{name}.tsv")]
+            assert lines[0].count("\t") == lines[1].count("\t")
+            assert task.header is not None or lines[0] == lines[1]
+        (tmp_path / "cut.arrow").write_bytes((tmp_path / f"{name}.arrow").read_bytes()[:-200])
+        with pytest.raises(ValueError, match=r"cut\.arrow: damaged, or not what"):
+            read_augmented(task, tmp_path / "cut.arrow")
+        (tmp_path / "cut.arrow").unlink()
         assert Dataset.from_file(str(tmp_path / f"{name}.arrow")).to_dict() == found.to_dict()
         assert len(list(tmp_path.iterdir())) == 2
 

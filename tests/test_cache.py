@@ -588,6 +588,21 @@ def test_a_student_folded_from_the_teacher(files: Path, tmp_path: Path) -> None:
     assert losses["teacher"] < 0.8 * losses["random"]
 
 
+def test_another_teacher_is_refused(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "cache"
+    argv = command("cache", "--teacher", files / "masked", "--data", files / "text.txt", "--output", folder)
+    assert cli.main([*argv, *command("--top-k", 4, "--max-length", 16)]) == 0
+    other = AutoModelForMaskedLM.from_pretrained(files / "masked")
+    with torch.no_grad():
+        other.cls.predictions.bias[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    _tiny.tokenizer().save_pretrained(tmp_path / "other")
+    argv = command("train-cached", "--cache", folder, "--student", files / "student.json", "--max-steps", 1)
+    argv += command("--output", tmp_path / "out", "--teacher")
+    assert "has other weights than masked, the teacher whose cache" in fails(capsys, [*argv, str(tmp_path / "other")])
+    assert cli.main([*argv, str(files / "masked")]) == 0
+
+
 def test_bad_input_is_one_line(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "cache"
     argv = command("cache", "--teacher", files / "causal", "--data", files / "text.txt", "--output", folder)

@@ -360,8 +360,9 @@ class TestBadInput:
             (["--layer-map", "0,5"], "layer_map[1] is 5"),
             (["--student", "{}/narrow.json"], "head"),
             (["--student", "{}/none.json"], "none.json"),
-            (["--temperature", "0"], "temperature is 0.0"),
-            (["--temperature", "0", "--intermediate-epochs", "0"], "temperature is 0.0"),
+            (["--temperature", "inf"], "argument --temperature: 'inf' is no number above 0"),
+            (["--student", "{}/text.json"], "text.json"),
+            (["--student", "{}/flat.json"], "flat.json: num_hidden_layers is 0; it should be 1 or more"),
             (
                 ["--student", "{}/short.json"],
                 "the student takes 20 tokens at most; rows of SST-2 are cut to 64. Give it",
@@ -370,11 +371,29 @@ class TestBadInput:
     )
     def test_a_refused_task_drops_no_interrupted_run(self, files, tmp_path, capsys, wrong, what):
         (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "hidden_size": 9}))
+        (tmp_path / "text.json").write_text(json.dumps({**STUDENT, "num_hidden_layers": "1"}))
+        (tmp_path / "flat.json").write_text(json.dumps({**STUDENT, "num_hidden_layers": 0}))
         (tmp_path / "short.json").write_text(json.dumps({**STUDENT, "max_position_embeddings": 20}))
         (tmp_path / "out.partial" / "runs").mkdir(parents=True)
         wrong = [part.format(tmp_path) for part in wrong]
         assert what in fails(capsys, arguments(files, "task", tmp_path / "out", "--overwrite", *wrong))
         assert (tmp_path / "out.partial" / "runs").is_dir()
+
+    def test_a_corpus_that_is_no_text(self, files, tmp_path, capsys):
+        (tmp_path / "empty.txt").touch()
+        (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+        for name, what in (("empty.txt", "corpus holds no text"), ("latin.txt", "latin.txt; it should be UTF-8 text")):
+            argv = arguments(files, "general", tmp_path / "out", "--corpus", tmp_path / name)
+            assert what in fails(capsys, argv)
+
+    def test_figures_of_evaluate(self, files, tmp_path, capsys, monkeypatch):
+        """Of a teacher below zero nothing is kept; where figures cannot go is said first."""
+        task = ["--task", "sst-2", "--data", str(files / "SST-2")]
+        argv = ["evaluate", "--model", str(files / "teacher"), "--against", str(files / "teacher"), *task, "--json"]
+        monkeypatch.setattr(commands, "_metrics", lambda *_: {"dev": {"accuracy": -0.1, "score": -0.1}})
+        assert cli.main([*argv, str(tmp_path / "new" / "figures.json")]) == 0
+        assert json.loads((tmp_path / "new" / "figures.json").read_text())[str(files / "teacher")]["kept"] is None
+        assert "--json is the folder" in fails(capsys, [*argv, str(tmp_path), "--overwrite"])
 
     def test_a_refused_finetune_drops_no_interrupted_run(self, files, tmp_path, capsys):
         (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "hidden_size": 9}))
@@ -470,9 +489,13 @@ class TestBadInput:
 
     def test_grids(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "task", tmp_path / "out", "--learning-rates", "1e-5", "0"))
-        assert "learning_rates is [1e-05, 0.0]; its values should be above 0" in line
+        assert "argument --learning-rates: '0' is no number above 0" in line
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--seeds", "1", "1"))
         assert "seeds is [1, 1]" in line
+        for command, flag in (("task", "--seeds"), ("general", "--seed")):
+            for wrong in ("-1", str(2**32)):
+                line = fails(capsys, arguments(files, command, tmp_path / "out", f"{flag}={wrong}"))
+                assert f"argument {flag}: '{wrong}' is no whole number from 0 to 2**32 - 1" in line
         assert list(tmp_path.iterdir()) == []
 
     def test_a_checkpoint_of_other_labels_gets_a_new_head(self, files, tmp_path):

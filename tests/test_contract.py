@@ -621,18 +621,21 @@ def test_autocast(op: Op, activations: torch.dtype, backend: str) -> None:
 def test_activation_checkpointing(op: Op, reentrant: bool, backend: str) -> None:
     inputs = op.make()
 
-    def checkpointed(**tensors: Tensor) -> Tensor:
+    def checkpointed(reduction: str, **tensors: Tensor) -> Tensor:
         def call(*values: Tensor) -> Tensor:
-            return op(**dict(zip(tensors, values, strict=True)), backend=backend)
+            return op(**dict(zip(tensors, values, strict=True)), backend=backend, reduction=reduction)
 
         return checkpoint(call, *tensors.values(), use_reentrant=reentrant)
 
-    # A reentrant checkpoint runs backward in itself, which torch.autograd.grad refuses.
-    leaves = {name: x.detach().clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
-    value = checkpointed(**leaves)
-    value.backward()
-    outcome = {"value": value.detach(), **{name: leaves[name].grad for name in op.learned}}
-    assert_same(outcome, evaluate(op, inputs, op.learned, backend=backend))
+    for reduction in op.forms:
+        # A reentrant checkpoint runs backward in itself, which torch.autograd.grad refuses.
+        leaves = {name: x.detach().clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
+        value = checkpointed(reduction, **leaves)
+        upstream = torch.rand_like(value)
+        value.backward(upstream)
+        outcome = {"value": value.detach(), **{name: leaves[name].grad for name in op.learned}}
+        expected = evaluate(op, inputs, op.learned, backend=backend, reduction=reduction, upstream=upstream)
+        assert_same(outcome, expected)
 
 
 class _Student(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from _cases import LINEAR_MSE as OP
 from _cases import hidden
-from _oracle import cast, evaluate
+from _oracle import assert_same, cast, evaluate
 
 import fastdistill
 from fastdistill.ops.linear_mse import CHUNK
@@ -54,6 +54,19 @@ def test_weight_and_bias_are_optional(
     inputs |= {name: None for name in OP.learned if name not in learned}
     inputs |= OP.some_masked(inputs)
     OP.assert_accurate(inputs, learned, backend=backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_without_a_projection_autocast_rounds_nothing(bias: bool, backend: str) -> None:
+    inputs = hidden((3, 5), 10, 10) | {"weight": None} | ({} if bias else {"bias": None})
+    inputs["teacher"] = inputs["student"].detach() + 1e-3 * torch.randn_like(inputs["student"])
+    learned = ("student", "bias") if bias else ("student",)
+    expected = evaluate(fastdistill.linear_mse, inputs, learned, backend=backend)
+    with torch.autocast(inputs["student"].device.type, torch.bfloat16):
+        assert_same(evaluate(fastdistill.linear_mse, inputs, learned, backend=backend), expected)
+        if bias:  # as a Linear's output meets a parameter
+            inputs["student"] = inputs["student"].bfloat16()
+            assert fastdistill.linear_mse(**inputs, backend=backend).isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

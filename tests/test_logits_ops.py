@@ -127,6 +127,13 @@ def test_any_integer_type(op: Op, dtype: torch.dtype, backend: str) -> None:
     narrow = {k: x if x.is_floating_point() else x.to(dtype) for k, x in inputs.items()}
     assert_same(evaluate(op, narrow, op.learned, backend=backend, alpha=0.4, ignore_index=255), expected)
     assert_same(evaluate(op, narrow, op.learned, backend="reference", alpha=0.4, ignore_index=255), expected, 1e-6)
+    inputs["labels"] = torch.full_like(inputs["labels"], 5)
+    narrow["labels"] = inputs["labels"].to(dtype)
+    for name in (backend, "reference"):  # -251 is 5 in eight bits, as the default, -100, is 156
+        wide, short = (
+            evaluate(op, x, op.learned, backend=name, alpha=0.4, ignore_index=-251) for x in (inputs, narrow)
+        )
+        assert_same(short, wide)
 
 
 @every_op

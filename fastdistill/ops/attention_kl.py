@@ -64,7 +64,7 @@ class _Softmax:
     def add(self, shifted: Tensor) -> Tensor:
         """exp(shifted), in place, added to the sum."""
         weights = _exp(shifted)
-        self.mass += weights.sum(3, keepdim=True)
+        self.mass += weights.sum(3, keepdim=True, dtype=self.mass.dtype)
         return weights
 
     def normalise(self, weights: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class _Rows:
             self.cross *= torch.exp(-teacher_growth)
         difference = teacher_x - student_x
         student_p, teacher_p = self.student.add(student_x), self.teacher.add(teacher_x)
-        self.cross += difference.mul_(teacher_p).sum(3, keepdim=True)
+        self.cross += difference.mul_(teacher_p).sum(3, keepdim=True, dtype=self.cross.dtype)
         return student_p, teacher_p
 
     def divergence(self) -> Tensor:

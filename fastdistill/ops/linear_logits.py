@@ -437,7 +437,8 @@ def _make_differentiable(op: Any, name: str, tensors: int) -> None:
             return nothing
         if ctx.per_row:
             needs = ctx.needs_input_grad[:3]
-            before, after = ctx.saved_tensors[:5], ctx.saved_tensors[6:]
+            saved = ctx.saved_tensors  # once: a checkpoint computes them again, and only once
+            before, after = saved[:5], saved[6:]
             # G may be float16: the rows' weights are taken out of it as far as they are small, and put back here.
             weights = grad_loss if before[4] is None else grad_loss.masked_fill(~before[4], 0)
             weights, unit = _common.unit(weights)
