@@ -236,8 +236,6 @@ def run_task(arguments: argparse.Namespace) -> None:
             folder = _projections(arguments.student, scratch)
             if folder is not None and len(checked.projections):
                 checked.load_projections(folder)
-        else:
-            Objective(student.config, terms=("prediction",), temperature=arguments.temperature)
         with _whole_output(arguments) as work:
 
             def distil(model: Any, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:

@@ -74,8 +74,9 @@ def finetune(
         trainer.save_model()
         trainer.save_state()
     on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
-    if model.__dict__.pop("_original_forward", None):  # accelerate's forward under autocast; its own unwrapping goes
-        del model.forward  # through transformers' decorators too
+    # Accelerate left a forward under autocast here; its own unwrapping would take transformers' decorators off as well.
+    if model.__dict__.pop("_original_forward", None):
+        del model.forward
     if trainer.is_fsdp_enabled:  # the given one is left in shards
         model = read_student(kind, output, dtype).to(args.device)
     return model.eval()

@@ -177,10 +177,10 @@ def derived_settings(config: Any, changed: Collection[str]) -> set[str]:
     derived = set()
     if "num_hidden_layers" in changed and getattr(config, "layer_types", None) is not None:
         derived.add("layer_types")  # windows or full attention, a name for each layer
-    head_dim = getattr(config, "head_dim", None)
-    if {"hidden_size", "num_attention_heads"} & set(changed) and head_dim is not None:
-        is_own = head_dim != config.hidden_size // config.num_attention_heads
-        derived |= set() if is_own else {"head_dim"}
+    is_resized = not {"hidden_size", "num_attention_heads"}.isdisjoint(changed)
+    # Another head_dim, as Qwen3's, is a choice of its own.
+    if is_resized and getattr(config, "head_dim", None) == config.hidden_size // config.num_attention_heads:
+        derived.add("head_dim")
     return derived - set(changed)
 
 
