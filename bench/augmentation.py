@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastdistill.augment import STOP_WORDS, Augmenter, Glove, read_glove
+from fastdistill.recipes.augment import STOP_WORDS, Augmenter, Glove, read_glove
 
 
 @torch.inference_mode()
@@ -59,7 +59,7 @@ def words_of(tokenizer: Any) -> dict[int, str]:
 def main() -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    from fastdistill.tasks import get_task, load_split
+    from fastdistill.recipes.glue import get_task, load_split
 
     parser = argparse.ArgumentParser(prog="python -m bench.augmentation", description=__doc__.split(":")[1])
     parser.add_argument("--model", required=True, help="masked language model: folder or hub name")

@@ -19,8 +19,8 @@ from transformers.masking_utils import eager_mask
 
 import fastdistill
 from bench import eager, measure
-from fastdistill.capture import capturable, capture
-from fastdistill.objective import Objective
+from fastdistill.train.capture import capturable, capture
+from fastdistill.train.objective import Objective
 
 GPU = measure.DEVICE.type == "cuda"
 TOKENS = 16384 if GPU else 1024  # of a step, where a sequence is not longer

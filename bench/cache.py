@@ -22,11 +22,11 @@ import transformers
 from datasets import Dataset
 from torch import Tensor
 
-from fastdistill.cache import file_identity, read_cache, read_manifest, write_cache
-from fastdistill.capture import capture
-from fastdistill.objective import Objective
-from fastdistill.stages import pack_corpus
-from fastdistill.trainer import DistillationModel, PaddingCollator, has_linear_head
+from fastdistill.train.cache import file_identity, read_cache, read_manifest, write_cache
+from fastdistill.train.capture import capture
+from fastdistill.train.data import PaddingCollator, pack_corpus
+from fastdistill.train.objective import Objective
+from fastdistill.train.trainer import DistillationModel, has_linear_head
 
 CHECKED = 16  # rows whose rounding is looked at
 

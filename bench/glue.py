@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fastdistill.tasks import get_task
+from fastdistill.recipes.glue import get_task
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,14 @@ LEAST = 20  # seconds worth beginning something for
 
 # What every op promises on every backend.
 CONTRACT = [
-    f"tests/test_{name}.py"
+    f"tests/{name}.py"
     for name in (
-        "contract", "logits_ops", "linear_logits_ops", "hidden_ops", "attention_ops", "losses", "memory", "properties",
-        "convergence",
+        "losses/test_contract", "losses/test_logits_ops", "losses/test_linear_logits_ops", "losses/test_hidden_ops",
+        "losses/test_attention_ops", "losses/test_losses", "losses/test_memory", "losses/test_properties",
+        "train/test_convergence",
     )
 ]  # fmt: skip
-ON_CARDS = ["tests/test_gpu.py", "tests/test_csrc.py"]
+ON_CARDS = ["tests/losses/test_gpu.py", "tests/losses/test_csrc.py"]
 LARGE = "two_to_the_31 or real_sizes or large_vocabulary"  # tests that take tens of gigabytes
 
 

@@ -27,8 +27,8 @@ from transformers.masking_utils import eager_mask
 from bench import measure
 from bench.conftest import description
 from bench.report import whole
-from fastdistill.capture import capturable, capture
-from fastdistill.objective import Objective
+from fastdistill.train.capture import capturable, capture
+from fastdistill.train.objective import Objective
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 WAYS = ("fastdistill", "usual", "models alone")

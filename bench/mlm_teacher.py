@@ -19,8 +19,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer
 
-from fastdistill.outputs import whole_output
-from fastdistill.stages import pack_corpus, training_arguments
+from fastdistill.train.data import pack_corpus
+from fastdistill.train.outputs import whole_output
+from fastdistill.train.stages import training_arguments
 
 LENGTH, BATCH = 64, 32
 HEAD_RATE, ENCODER_RATE = 1e-3, 2e-4

@@ -1,7 +1,7 @@
 """Knowledge-distillation losses for PyTorch that stay low on memory, and TinyBERT's two-stage distillation.
 
 The losses (functions and modules) are here and need torch and numpy alone. The trainer lives in
-`fastdistill.trainer` and `fastdistill.stages`, with the extra `fastdistill[train]`.
+`fastdistill.train.trainer` and `fastdistill.train.stages`, with the extra `fastdistill[train]`.
 """
 
 from fastdistill.functional import (

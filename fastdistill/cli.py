@@ -1,6 +1,6 @@
 """The command line. Every command is a thin layer over a plain Python call.
 
-Here are the arguments, in `fastdistill.commands` what is done with them. Bad input ends with exit code 2 and one line.
+This file has the arguments and `fastdistill.recipes.commands` the work. Bad input ends with exit code 2 and one line.
 Heavy imports wait until a command runs.
 """
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command == "info":  # which says what is missing
             info()
         else:
-            from fastdistill import commands
+            from fastdistill.recipes import commands
 
             getattr(commands, "run_" + arguments.command.replace("-", "_"))(arguments)
     except (ValueError, OSError) as error:  # what the library raises for bad input; anything else is a bug

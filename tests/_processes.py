@@ -24,12 +24,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from fastdistill.cli import main
-from fastdistill.finetune import finetune
-from fastdistill.interruption import Terminated
-from fastdistill.objective import INNER_TERMS, Objective
-from fastdistill.processes import main_first, on_main
-from fastdistill.stages import GeneralStage, IntermediateStage, PredictionStage, add_teacher_logits
-from fastdistill.trainer import DistillationTrainer
+from fastdistill.train.data import add_teacher_logits
+from fastdistill.train.finetune import finetune
+from fastdistill.train.objective import INNER_TERMS, Objective
+from fastdistill.train.processes import main_first, on_main
+from fastdistill.train.resumable import Terminated
+from fastdistill.train.stages import GeneralStage, IntermediateStage, PredictionStage
+from fastdistill.train.trainer import DistillationTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

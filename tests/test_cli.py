@@ -16,8 +16,9 @@ from _tiny import classifier, config, texts, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from fastdistill import cli, commands
-from fastdistill.tasks import get_task
+from fastdistill import cli
+from fastdistill.recipes import commands
+from fastdistill.recipes.glue import get_task
 
 STUDENT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
 
@@ -126,7 +127,7 @@ class TestGeneral:
         assert not list(tmp_path.iterdir())
 
     def test_resume_goes_on(self, files, tmp_path, monkeypatch, capsys):
-        from fastdistill.trainer import DistillationTrainer
+        from fastdistill.train.trainer import DistillationTrainer
 
         options, step = commands._training_arguments, DistillationTrainer.training_step
         monkeypatch.setattr(commands, "_training_arguments", lambda found: {**options(found), "save_steps": 5})
@@ -189,8 +190,8 @@ class TestTask:
         assert state["global_step"] == 3
 
     def test_a_killed_search_goes_on_to_the_same_results(self, files, tmp_path, monkeypatch):
-        from fastdistill.stages import IntermediateStage, PredictionStage
-        from fastdistill.trainer import DistillationTrainer
+        from fastdistill.train.stages import IntermediateStage, PredictionStage
+        from fastdistill.train.trainer import DistillationTrainer
 
         options = ("--learning-rates", 1e-3, 1e-2, "--batch-sizes", 16, 32, "--seeds", 1, "--prediction-epochs", 1)
         options += ("--intermediate-epochs", 1, "--intermediate-batch-size", 48)
@@ -451,7 +452,7 @@ class TestBadInput:
         def offline(*args, **kwargs):
             raise OSError("no network")
 
-        monkeypatch.setattr("fastdistill.students.load_checkpoint", offline)
+        monkeypatch.setattr("fastdistill.train.students.load_checkpoint", offline)
         argv = arguments(files, "general", tmp_path / "out", "--student", "tinybert-4l")
         line = fails(capsys, argv)
         assert "tinybert-4l: no preset (tinybert-4l-312, tinybert-6l-768), no file, and no checkpoint: no net" in line

@@ -1,0 +1,1 @@
+"""TinyBERT on tasks: GLUE and tasks on tokens, augmentation, search, the demo."""

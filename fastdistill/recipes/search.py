@@ -1,0 +1,129 @@
+"""A task's last training over learning rates, batch sizes and seeds; the best student on the dev sets is kept.
+
+TinyBERT's recipe (arXiv 1909.10351, section 4.2) searches the prediction stage over the learning rates 1e-5, 2e-5 and
+3e-5 and batches of 16 and 32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastdistill.recipes.glue import mean_score
+from fastdistill.train.outputs import write_whole
+from fastdistill.train.processes import processes
+
+__all__ = ["check_grid", "print_results", "search"]
+
+Metrics = dict[str, dict[str, float]]  # by evaluation set, as `fastdistill.recipes.glue.compute_metrics` returns them
+
+
+def check_grid(*, learning_rates: Sequence[float], batch_sizes: Sequence[int], seeds: Sequence[int]) -> None:
+    """ValueError for a list that is empty or holds a value twice, for rates and batch sizes not above 0, and for seeds
+    that are none."""
+    for name, values in {"learning_rates": learning_rates, "batch_sizes": batch_sizes, "seeds": seeds}.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} is {list(values)}; it should hold one value or more, each once")
+        if name != "seeds" and not all(0 < value < math.inf for value in values):
+            raise ValueError(f"{name} is {list(values)}; its values should be above 0")
+        if name == "seeds" and not all(0 <= value < 2**32 for value in values):
+            raise ValueError(f"seeds is {list(values)}; they should be from 0 to 2**32 - 1")
+
+
+def search(
+    train: Callable[[float, int, int, Path], Any],
+    evaluate: Callable[[Any], Metrics],
+    folder: str | Path,
+    *,
+    name: str,
+    learning_rates: Sequence[float],
+    batch_sizes: Sequence[int],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """Train for each learning rate, batch size and seed; copy the best combination's best seed into `folder`.
+
+    The best combination has the highest mean over its seeds of the score, which is the mean over the evaluation sets
+    (`fastdistill.recipes.glue.mean_score`); of equals the first.
+
+    Args:
+        train: `train(learning_rate, batch_size, seed, run)` writes a model to the folder `run` and returns it. It
+            should resume: after an interruption the search starts again, and what is there already returns at once.
+        evaluate: the metrics of a model on each evaluation set.
+        folder: receives each run's folder under `runs`, in the end the best run's files and `results.json`. Of many
+            processes the main one writes.
+        name: of the task.
+
+    Returns what `results.json` holds:
+
+        {"task": name,
+         "combinations": [{"learning_rate": ..., "batch_size": ...,
+                           "seeds": {"42": {"metrics": {"dev": {"accuracy": ..., "score": ...}}, "score": ...}, ...},
+                           "mean": ..., "spread": ...}, ...],   # of the score; spread: standard deviation over seeds
+         "best": {"learning_rate": ..., "batch_size": ..., "seed": ..., "score": ...}}
+
+    Raises ValueError as `check_grid` does.
+    """
+    check_grid(learning_rates=learning_rates, batch_sizes=batch_sizes, seeds=seeds)
+    folder, is_main = Path(folder), processes().is_main_process
+
+    def run_folder(learning_rate: float, batch_size: int, seed: int) -> Path:
+        return folder / "runs" / f"rate{learning_rate}-batch{batch_size}-seed{seed}"
+
+    combinations: list[dict[str, Any]] = []
+    for learning_rate, batch_size in itertools.product(learning_rates, batch_sizes):
+        runs: dict[str, Any] = {}
+        for seed in seeds:
+            metrics = evaluate(train(learning_rate, batch_size, seed, run_folder(learning_rate, batch_size, seed)))
+            score = mean_score(metrics)
+            runs[str(seed)] = {"metrics": metrics, "score": score}
+            if is_main:
+                print(f"{name}, learning rate {learning_rate}, batch size {batch_size}, seed {seed}: {100 * score:.2f}")
+        scores = [run["score"] for run in runs.values()]
+        combination = {"learning_rate": learning_rate, "batch_size": batch_size, "seeds": runs}
+        combinations.append({**combination, "mean": statistics.mean(scores), "spread": spread(scores)})
+
+    best = max(combinations, key=lambda combination: combination["mean"])
+    seed = max(seeds, key=lambda seed: best["seeds"][str(seed)]["score"])
+    chosen = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "seed": seed}
+    score = best["seeds"][str(seed)]["score"]
+    results = {"task": name, "combinations": combinations, "best": {**chosen, "score": score}}
+    processes().wait_for_everyone()  # from here on nobody reads a run
+    if is_main:
+        shutil.copytree(run_folder(**chosen), folder, dirs_exist_ok=True)
+        write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation over seeds; 0 for one."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """A row for each combination: every metric of every evaluation set, in per cent, mean ± standard deviation."""
+    from rich.console import Console
+    from rich.table import Table
+
+    best, combinations = results["best"], results["combinations"]
+    metrics = next(iter(combinations[0]["seeds"].values()))["metrics"]
+    columns = [(split, metric) for split in metrics for metric in metrics[split] if metric != "score"]
+    table = Table("learning rate", "batch size", *(f"{split} {metric}" for split, metric in columns), "score")
+    for combination in combinations:
+        runs = combination["seeds"].values()
+        values = [[run["metrics"][split][metric] for run in runs] for split, metric in columns]
+        values.append([run["score"] for run in runs])
+        cells = [f"{100 * statistics.mean(x):.2f} ± {100 * spread(x):.2f}" for x in values]
+        pair = combination["learning_rate"], combination["batch_size"]
+        is_best = pair == (best["learning_rate"], best["batch_size"])
+        table.add_row(*map(str, pair), *cells, style="bold" if is_best else None)
+    Console().print(table)
+    print(
+        f"best: learning rate {best['learning_rate']}, batch size {best['batch_size']}; "
+        f"of its seeds {best['seed']} with {100 * best['score']:.2f}"
+    )

@@ -1,0 +1,1 @@
+"""The thin trainer. `pip install 'fastdistill[train]'` installs what it needs."""

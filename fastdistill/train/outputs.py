@@ -1,0 +1,108 @@
+"""Outputs that appear whole or not at all: work goes on in `<output>.partial`, which is renamed at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastdistill.train.processes import on_main, processes
+
+
+def working_folder(output: str | Path) -> Path:
+    output = Path(output)
+    return output.with_name(output.name + ".partial")
+
+
+def check(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check that `output` may be written.
+
+    Raises:
+        FileExistsError: `output` is not empty, or an interrupted run lies beside it, and neither flag is set.
+        ValueError: both flags are set.
+    """
+    output = Path(output)
+    work = working_folder(output)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite are both set; choose one")
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} is not empty; pass overwrite=True to replace it")
+    if work.is_dir() and any(work.iterdir()) and not (resume or overwrite):
+        raise FileExistsError(
+            f"{work} holds an interrupted run; pass resume=True to continue it or overwrite=True to drop it"
+        )
+
+
+def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """`check`, and make the folder to work in, which an interrupted run leaves behind for `resume`."""
+    check(output, resume=resume, overwrite=overwrite)
+    work = working_folder(output)
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def replace(work: Path, output: Path) -> None:
+    """Put `work` in the place of `output`, which is never half written."""
+    old = output.with_name(output.name + ".partial.old")  # no name that a user would take
+    if old.exists():
+        shutil.rmtree(old)
+    if output.exists():
+        output.rename(old)
+    work.rename(output)
+    if old.is_dir():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.unlink()
+
+
+@contextmanager
+def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """`claim` at the start of the block, `replace` at its end if it ends well; of many processes, the main one."""
+    on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
+    yield working_folder(output)
+    processes().wait_for_everyone()
+    on_main(lambda: replace(working_folder(output), Path(output)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    work = working_folder(path)
+    work.write_text(text, encoding="utf-8")
+    work.replace(path)
+
+
+def write_arrow(path: Path, schema: Any, batches: Iterable[Any]) -> None:
+    """Write `batches` (pyarrow.RecordBatch) of one `schema` to an Arrow stream that appears whole or not at all."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+
+    partial = working_folder(path)
+    with pa.ipc.new_stream(partial, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    partial.replace(path)
+
+
+# -- checkpoints of a run ----------------------------------------------------------------------------------
+
+WHOLE = "whole"  # an empty file, the last that is written to a checkpoint
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint that is whole: a run may be killed while it writes one."""
+    whole = whole_checkpoints(work)
+    return str(whole[-1]) if whole else None
+
+
+def whole_checkpoints(work: Path) -> list[Path]:
+    """Oldest first, by their steps."""
+    whole = [path.parent for path in work.glob(f"checkpoint-*/{WHOLE}")]
+    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+
+
+def drop_checkpoints(work: Path, keep: Collection[Path] = ()) -> None:
+    for checkpoint in work.glob("checkpoint-*"):
+        if checkpoint not in keep:
+            shutil.rmtree(checkpoint)

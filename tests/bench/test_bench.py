@@ -1,0 +1,243 @@
+"""The benchmarks as programs: what they write, that they take up where they stopped, what they say without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("psutil", reason="the benchmarks ask it for the free memory")
+pytest.importorskip("pytest_benchmark", reason="it drives the benchmarks")
+
+from bench import eager, goals, gpu, measure, report
+from bench.cost import logits
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # pytest-benchmark is off in a worker of pytest-xdist, which it knows by the environment.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/bench_logits.py", "--benchmark-only", "-q", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run = bench("-k", "32-2 and kl_div", "--results", str(path))
+    assert run.returncode == 0, run.stdout + run.stderr
+    first = report.read(path)
+    assert {record["implementation"] for record in first["records"]} == {
+        "fastdistill torch", "eager", "torch.compile", "liger-kernel kl_div",
+    }  # fmt: skip
+    assert str(tmp_path) not in first["command"]
+    eager_record = next(record for record in first["records"] if record["implementation"] == "eager")
+    assert eager_record["status"] == "ok"
+    assert 0 < eager_record["low"] <= eager_record["seconds"] <= eager_record["high"]
+    assert eager_record["error"] < eager_record["error_limit"]
+    if not torch.cuda.is_available():
+        peer = next(record for record in first["records"] if record["implementation"] == "liger-kernel kl_div")
+        assert peer["status"] == "needs a GPU"
+
+    again = bench("-k", "32-2 and (kl_div or tvd)", "--results", str(path))
+    assert "1 passed" in again.stdout  # tvd alone
+    second = report.read(path)
+    assert second["records"][: len(first["records"])] == first["records"]
+    assert {record["op"] for record in second["records"]} == {"kl_div", "tvd"}
+
+    path.write_text(json.dumps(second | {"commit": "0000000"}))
+    other = bench("-k", "32-2 and jsd", "--results", str(path))
+    assert other.returncode != 0
+    assert "is of commit 0000000" in other.stdout + other.stderr
+
+
+class Benchmark:
+    """As much of pytest-benchmark as `measure` uses."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict = {}
+
+    def pedantic(self, target, args, setup, rounds) -> None:
+        for _ in range(rounds):
+            setup()
+            target(*args)
+
+
+def case(exact=None) -> measure.Case:
+    def inputs() -> list[torch.Tensor]:
+        return [measure.randn(8, 16, needs_grad=True), measure.randn(8, 16)]
+
+    def in_float64(student: torch.Tensor, teacher: torch.Tensor) -> list[torch.Tensor]:
+        value, [gradient], _ = measure.in_blocks(
+            lambda s, t: eager.kl_div(s, t) * (len(s) / 8), [student, teacher], [], 3
+        )
+        return [value, gradient]
+
+    model = logits("kl_div", 8, 16, measure.DTYPE)
+    return measure.Case("kl_div", {"rows": 8, "vocabulary": 16}, model.shape, inputs, exact or in_float64, model)
+
+
+def records(*implementations: measure.Implementation) -> dict[str, dict]:
+    found = measure.measure(Benchmark(), case(), list(implementations), measure.BOTH, "quick")
+    return {record["implementation"]: record for record in found}
+
+
+EAGER = measure.Implementation("eager", eager.kl_div)
+
+
+def test_a_wrong_gradient_is_red() -> None:
+    def wrong(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return eager.kl_div(student, teacher) + 0.001 * (student - student.detach()).sum()
+
+    found = records(EAGER, measure.Implementation("other", wrong))
+    assert report.good(found["eager"])
+    assert found["other"]["status"] == "ok"
+    assert not report.good(found["other"])
+    assert "red" in report.summary(found.values())
+
+
+def test_a_wrong_baseline_is_red_and_excuses_nothing() -> None:
+    def wrong(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return 2 * eager.kl_div(student, teacher)
+
+    found = records(measure.Implementation("eager", wrong), measure.Implementation("other", wrong))
+    assert not report.good(found["eager"])
+    assert not report.good(found["other"])
+
+
+def test_what_cannot_run_is_reported() -> None:
+    def absent(*inputs: torch.Tensor) -> torch.Tensor:
+        raise ModuleNotFoundError("No module named 'other'", name="other")
+
+    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("by nothing\nat all")
+
+    found = records(
+        EAGER,
+        measure.Implementation("absent", absent, "other-kernel"),
+        measure.Implementation("broken", broken),
+        measure.Implementation("large", eager.kl_div, memory=1e18),
+    )
+    assert found["absent"]["status"] == "missing: pip install other-kernel"
+    assert found["broken"]["status"] == "failed: ZeroDivisionError: by nothing"
+    assert found["large"]["status"].startswith("not run: would take about 931322575 GiB")
+    assert "seconds" not in found["large"]
+
+
+def test_ours_must_not_fail() -> None:
+    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("by nothing")
+
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        records(measure.Implementation("fastdistill torch", broken), EAGER)
+
+
+def test_peak_memory_is_beyond_what_is_returned() -> None:
+    def run() -> list[torch.Tensor]:
+        x = torch.ones(1 << 20, device=measure.DEVICE)  # 4 MiB
+        return [x + x]
+
+    extra, _ = measure.peak_bytes(run)
+    assert extra == 4 << 20
+
+
+def test_goals_are_met_missed_or_open() -> None:
+    def record(implementation: str, seconds: float, **fields: object) -> dict:
+        return {
+            "op": "attention_mse", "shape": "32 x 12 heads x 512, d 26 / 64", "dtype": "bfloat16",
+            "direction": measure.BOTH, "implementation": implementation, "status": "ok", "seconds": seconds,
+            "error": 1e-3, "error_limit": 1e-2, "extra_bytes": 1e6, "least_bytes": 1e8, "floor_seconds": 1e-4,
+        } | fields  # fmt: skip
+
+    def verdicts(*found: dict) -> list[str]:
+        table = goals.table({"card": "H200", "records": found})
+        return [line.split("|")[-2].strip() for line in table.splitlines()[2:] if "32 x 12 heads x 512" in line]
+
+    assert verdicts(record("fastdistill triton", 1e-3), record("eager", 2e-2)) == ["met", "met"]
+    assert verdicts(record("fastdistill triton", 1e-3), record("eager", 1e-2)) == ["**missed**", "met"]
+    assert verdicts(record("fastdistill triton", 1e-3)) == ["open", "met"]
+    assert verdicts(record("fastdistill triton", 1e-3, error=0.5), record("eager", 2e-2)) == ["open", "open"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_what_it_cannot_do(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 3
+    assert "There is no GPU here" in run.stderr
+    assert "bench/bench_attention_mse.py -m goal" in run.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_stages_begin_with_the_goals_and_name_tests_that_are_there(tmp_path: Path) -> None:
+    stages = dict(gpu.stages(tmp_path))
+    names = list(stages)
+    assert names[: len(gpu.WITH_GOALS)] == [f"goals: {bench}" for bench in gpu.WITH_GOALS]
+    assert names[-1] == "sanitizers"
+    for name, arguments in stages.items():
+        files = [argument for argument in arguments if argument.endswith(".py") and not argument.startswith("-")]
+        assert files or "tests" in arguments, name
+        assert all((gpu.ROOT / file).is_file() for file in files), name
+
+
+def test_stages_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "test_quick.py").write_text("def test_quick(): open('quick', 'a').write('x')\n")
+    (tmp_path / "test_long.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
+    (tmp_path / "test_wrong.py").write_text("def test_wrong(): assert False\n")
+    names = ["quick", "long"]
+    monkeypatch.setattr(gpu, "stages", lambda results: [(name, ["-q", f"test_{name}.py"]) for name in names])
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "LEAST", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    arguments = ["gpu", "--out", str(tmp_path / "out"), "--minutes", "0.2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu.main() == 4
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "- quick: 1 passed" in summary
+    assert "- long: out of time" in summary
+
+    (tmp_path / "test_long.py").write_text("def test_long(): pass\n")
+    assert gpu.main() == 0
+    assert (tmp_path / "quick").read_text() == "x"  # not run again
+    assert "- long: 1 passed" in (tmp_path / "out" / "summary.md").read_text()
+
+    names.append("wrong")
+    assert gpu.main() == 1
+    assert "- wrong: 1 failed" in (tmp_path / "out" / "summary.md").read_text()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another card")
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "holds results of a card" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_glue_table_are_commands(tmp_path: Path) -> None:
+    """Each leg once, in an order in which what it needs is there."""
+    from bench import glue
+    from fastdistill.cli import parser_of_commands
+
+    paths = {name: tmp_path / name for name in ("data", "glove", "out")}
+    arguments = argparse.Namespace(
+        model="bert", masked="mlm", corpus=[tmp_path / "text"], tasks=list(glue.TASKS), seeds=[1, 2, 3], **paths
+    )
+    done = set(glue.CONFIGS)
+    commands = set()
+    for leg in glue.Plan(arguments).legs():
+        parsed = vars(parser_of_commands().parse_args([*leg.command, "--output", leg.output]))
+        needed = {str(parsed[name]) for name in ("teacher", "student", "model", "augmented") if parsed.get(name)}
+        assert needed <= done | {"bert", "mlm"}, leg.output
+        assert leg.output not in done
+        done.add(leg.output)
+        assert tuple(leg.command) not in commands, leg.output  # no two rows are of the same student
+        commands.add(tuple(leg.command))
+    assert {f"{task}/{glue.slug(name)}" for task in glue.TASKS for name in ("fine-tuned", *glue.STUDENTS)} <= done

@@ -1,0 +1,50 @@
+"""Every shipped configuration of the Triton kernels, compiled for GPUs that need not be there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton compiles the kernels")
+
+
+@pytest.mark.parametrize(
+    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100", "gfx942"))]
+)
+def test_no_kernel_spills_or_reads_in_small_pieces(arch: str) -> None:
+    run = _compiler("-m", "bench.static", "--check", "--arch", arch)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count(f"| {arch} |") > 10
+
+
+SIZES = """
+from bench.static import compilations
+first, then = compilations(range(1000, 1033)), compilations([*range(1290, 1300), 2000, 2049])
+for name, keys in first.items():
+    print(name, len(keys), len(then[name] - keys))
+"""
+
+
+def test_nothing_is_compiled_again_when_only_the_number_of_tokens_changes() -> None:
+    """Sizes are told apart by whether 16 divides them, or products of them: a few variants, all met in 33 steps."""
+    run = _compiler("-c", SIZES)
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    assert len(lines) >= 6
+    for line in lines:
+        *_, variants, new = line.split()
+        assert int(new) == 0, line
+        assert int(variants) <= 24, line
+
+
+def _compiler(*command: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one has Triton's interpreter in the compiler's place."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip

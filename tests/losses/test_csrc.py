@@ -1,0 +1,712 @@
+"""csrc/ without a GPU: its algorithm run on a simulated cluster, its planner, and what the compiler makes of it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import _simulated
+import pytest
+import torch
+from _cases import LOGITS_OPS, Op
+from _oracle import Outcome, assert_accurate, assert_same, cast, errors, evaluate, in_float64
+from _simulated import DTYPES, Call, compile_simulation, once, plan, strides_of
+from torch import Tensor
+
+import fastdistill
+from fastdistill import cuda, reference
+from fastdistill.functional import explain_backends, pick_backend
+
+pytestmark = pytest.mark.skipif(not _simulated.POSSIBLE, reason="csrc is built with nvcc and g++, and one is missing")
+
+STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "--warn-on-spills,-v")
+KINDS = {
+    "soft_cross_entropy": (reference.soft_cross_entropy, {}),
+    "kl_div": (reference.kl_div, {}),
+    "reverse_kl": (reference.kl_div, {"reverse": True}),
+    "jsd": (reference.jsd, {"beta": 0.3}),
+    "tvd": (reference.tvd, {}),
+}
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
+# -- The simulated cluster -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def simulator() -> ctypes.CDLL:
+    return _simulated.simulator()
+
+
+def simulate(
+    simulator: ctypes.CDLL,
+    kind: str,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    cluster: int | None = None,  # None: as planned; 0: streamed
+    backwards: bool = False,
+    counted: Tensor | None = None,
+    labels: Tensor | None = None,
+    weight: Tensor | None = None,
+    expected: Tensor | None = None,
+    gradient: Tensor | None = None,
+    temperature: float = 1.0,
+    soft_weight: float = 1.0,
+    hard_weight: float = 0.0,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+) -> Outcome:
+    """As `cuda.rows`; outputs are allocated over NaN."""
+    count, size = student[..., 0].numel(), student.element_size()
+    classes = vocab_size or student.shape[-1]
+    loss = torch.full((count,), float("nan"))
+    if gradient is None:
+        gradient = torch.full(student.shape, float("nan"), dtype=student.dtype)
+    pointers = (student, teacher, labels, counted, weight, expected, loss, gradient)
+    call = Call(
+        *(None if x is None else x.data_ptr() for x in pointers),
+        strides_of(simulator, student), strides_of(simulator, teacher), count, gradient.shape[-1], classes, temperature,
+        KINDS[kind][1].get("beta", 0.5), soft_weight, hard_weight, student_softcap or 0, teacher_softcap or 0,
+    )  # fmt: skip
+    held, blocks, threads, _ = plan(simulator, classes, size, aligned=False)
+    if cluster == 0:
+        held, blocks, threads, _ = plan(simulator, classes, size, aligned=False, cluster=0)
+    elif cluster is not None:
+        vectors = -(-(classes + 16) * size // 16)
+        held, blocks, threads = True, cluster, 32 * -(-vectors // (cluster * 4 * 32))
+    simulator.simulate(
+        ctypes.byref(call), DTYPES[student.dtype], list(KINDS).index(kind), held, blocks, threads, backwards
+    )
+    return {"value": loss, "student_logits": gradient}
+
+
+def compare(
+    simulator: ctypes.CDLL, kind: str, inputs: dict[str, Tensor], options: dict[str, Any] | None = None, **how: Any
+) -> tuple[Outcome, Outcome, Outcome]:
+    """What the simulation, the float64 definition and the float32 definition give for rows weighed differently."""
+    function, own = KINDS[kind]
+    options = {"reduction": "none", **own, **(options or {})}
+    student, teacher = inputs["student_logits"], inputs["teacher_logits"]
+    shape = student.shape[:-1]
+    weight = torch.linspace(0.5, 2, shape.numel()).reshape(shape)
+    truth = evaluate(function, in_float64(inputs), ["student_logits"], upstream=weight.double(), **options)
+    textbook = evaluate(function, inputs, ["student_logits"], upstream=weight, **options)
+    labels, mask, alpha = options.get("labels"), options.get("mask"), options.get("alpha", 1.0)
+    counted = mask
+    if labels is not None:
+        counted = (labels != -100) if mask is None else mask & (labels != -100)
+    temperature = options.get("temperature", 1.0)
+    outcome = simulate(
+        simulator, kind, student, teacher, counted=counted, labels=labels, weight=weight, temperature=temperature,
+        soft_weight=alpha * (temperature**2 if options.get("t_squared") else 1),
+        hard_weight=0.0 if labels is None else 1 - alpha, vocab_size=options.get("vocab_size"),
+        student_softcap=options.get("student_softcap"), teacher_softcap=options.get("teacher_softcap"), **how,
+    )  # fmt: skip
+    outcome["value"] = outcome["value"].view(shape)
+    return outcome, truth, textbook
+
+
+def logits(rows: int, classes: int, dtype: torch.dtype, scale: float = 2.0) -> dict[str, Tensor]:
+    teacher = scale * torch.randn(rows, classes)
+    student = teacher + 0.7 * scale * torch.randn(rows, classes)
+    return {"student_logits": student.to(dtype), "teacher_logits": teacher.to(dtype)}
+
+
+# Sizes of rows, and the blocks of a cluster that hold them; 0: streamed.
+SIZES = [(2, 1), (3, 2), (127, 1), (127, 2), (1000, 1), (1000, 0), (1000, 4), (1000, 16), (8193, None), (8193, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cluster_computes_the_definition(simulator: ctypes.CDLL, kind: str, dtype: torch.dtype) -> None:
+    for classes, cluster in SIZES:
+        assert_accurate(*compare(simulator, kind, logits(3, classes, dtype), cluster=cluster))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [30522, 128256])
+@pytest.mark.parametrize("cluster", [None, 0, 16])
+def test_vocabularies_of_models(
+    simulator: ctypes.CDLL, kind: str, dtype: torch.dtype, classes: int, cluster: int | None
+) -> None:
+    assert_accurate(*compare(simulator, kind, logits(2, classes, dtype), cluster=cluster))
+
+
+def test_one_vocabulary_of_a_model(simulator: ctypes.CDLL) -> None:
+    assert_accurate(*compare(simulator, "kl_div", logits(1, 128256, torch.bfloat16)))
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 2, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_at_once(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
+    for dtype in DTYPES:
+        inputs = logits(5, 517, dtype)
+        inputs["student_logits"][3] = float("nan")  # a row that does not count
+        options = {
+            "temperature": 2.5, "t_squared": True, "alpha": 0.6, "vocab_size": 501, "student_softcap": 5.0,
+            "teacher_softcap": 4.0, "labels": torch.tensor([0, 500, -100, 7, 300]),
+            "mask": torch.tensor([True, True, True, False, True]),
+        }  # fmt: skip
+        outcome, *others = compare(simulator, kind, inputs, options, cluster=cluster)
+        assert_accurate(outcome, *others)
+        assert (outcome["student_logits"][:, 501:] == 0).all()
+        assert (outcome["student_logits"][2:4] == 0).all()
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_impossible_classes_and_saturated_rows(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
+    for dtype in DTYPES:
+        inputs = logits(4, 700, dtype)
+        for x in inputs.values():
+            x[0, 100:] = float("-inf")  # whole blocks of the cluster
+            x[1, :690] = float("-inf")
+            x[2, ::3] = float("-inf")
+        if kind not in ("reverse_kl",):
+            inputs["teacher_logits"][3, 5:9] = float("-inf")
+        if kind in ("reverse_kl", "jsd", "tvd"):
+            inputs["student_logits"][3, 9:14] = float("-inf")
+        outcome, *others = compare(simulator, kind, inputs, cluster=cluster)
+        assert_accurate(outcome, *others)
+        assert (outcome["student_logits"][inputs["student_logits"] == float("-inf")] == 0).all()
+        for size in (30.0, 1e4):
+            inputs = {name: size * x.sign() for name, x in logits(3, 700, dtype).items()}
+            inputs["student_logits"][:, 3] *= 1.01
+            outcome, *others = compare(simulator, kind, inputs, cluster=cluster)
+            if kind == "tvd":  # whose gradient turns with the sign of differences, here of equal numbers
+                outcome, *others = ({"value": x["value"]} for x in (outcome, *others))
+            assert_accurate(outcome, *others)
+
+
+@pytest.mark.parametrize("cluster", [0, 2])
+def test_what_is_not_finite(simulator: ctypes.CDLL, cluster: int) -> None:
+    """NaN in gives NaN out; a class the teacher asks for and the student excludes costs inf and has no gradient."""
+    inputs = logits(3, 300, torch.float32)
+    inputs["student_logits"][0, 7] = float("nan")
+    inputs["student_logits"][1, 7] = float("-inf")
+    for kind in ("soft_cross_entropy", "kl_div"):
+        outcome = simulate(simulator, kind, *inputs.values(), cluster=cluster)
+        assert outcome["value"].isnan().tolist() == [True, False, False]
+        assert outcome["value"].isinf().tolist() == [False, True, False]
+        assert outcome["student_logits"][0].isnan().all()
+        assert outcome["student_logits"][1].isfinite().all()
+        assert outcome["student_logits"][1, 7] == 0
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_student_near_its_teacher_keeps_its_digits(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
+    inputs = logits(4, 1000, torch.float32)
+    inputs["student_logits"] = inputs["teacher_logits"] + 1e-3 * torch.randn(4, 1000)
+    outcome, truth, textbook = compare(simulator, kind, inputs, cluster=cluster)
+    found, usual = errors(outcome, truth), errors(textbook, truth)
+    assert found["value"] < min(0.1, 2 * usual["value"])
+    if kind != "tvd":  # whose gradient turns with the sign of each difference
+        assert found["student_logits"] < usual["student_logits"]
+    same = simulate(simulator, kind, inputs["teacher_logits"], inputs["teacher_logits"], cluster=cluster)
+    assert (same["student_logits"].abs() <= 1e-7).all()
+    if kind != "soft_cross_entropy":
+        assert (same["value"].abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+def test_rows_of_any_layout(simulator: ctypes.CDLL, cluster: int) -> None:
+    """Rows that start anywhere, each side elsewhere, reached with two strides."""
+    for dtype in DTYPES:
+        wide = logits(12, 1103, dtype)
+        student = wide["student_logits"].view(3, 4, 1103)[:, 1:, 3:1000]
+        teacher = wide["teacher_logits"].view(3, 4, 1103)[:, :-1, 10:1007]
+        assert_accurate(
+            *compare(simulator, "jsd", {"student_logits": student, "teacher_logits": teacher}, cluster=cluster)
+        )
+    x = torch.empty(2, 3, 4, 5, 6)
+    reached = {
+        "contiguous": (x, True), "a slice": (x[:, :, :, 1:], True), "two slices": (x[:, :2, 1:], False),
+        "every other class": (x[..., ::2], False), "expanded": (x[:1, 0, 0].expand(7, 5, 6), True),
+    }  # fmt: skip
+    for name, (y, expected) in reached.items():
+        rows = strides_of(simulator, y)
+        assert (rows is not None) == expected, name
+        if rows is not None:
+            firsts = y[..., 0].reshape(-1)
+            starts = [
+                i // rows.inner * rows.outer_stride + i % rows.inner * rows.inner_stride for i in range(len(firsts))
+            ]
+            torch.as_strided(y, (y.untyped_storage().nbytes() // 4,), (1,), 0).copy_(torch.arange(x.numel()))
+            assert [starts[i] + y.storage_offset() for i in range(len(starts))] == y[..., 0].reshape(-1).tolist(), name
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_was_written_with_other_weights(
+    simulator: ctypes.CDLL, dtype: torch.dtype, cluster: int
+) -> None:
+    inputs = logits(4, 303, dtype).values()
+    counted = torch.tensor([True, True, True, False])
+    expected = torch.tensor([0.5, 0.5, 0.5, 0.5])
+    weight = torch.tensor([0.5, 2.0, 0.3, 7.0])
+    before = simulate(simulator, "jsd", *inputs, weight=expected, counted=counted, cluster=cluster)["student_logits"]
+    wanted = simulate(simulator, "jsd", *inputs, weight=weight, counted=counted, cluster=cluster)["student_logits"]
+    found = simulate(
+        simulator, "jsd", *inputs, weight=weight, expected=expected, counted=counted, gradient=before, cluster=cluster
+    )["student_logits"]
+    assert_same({"x": found}, {"x": wanted}, within=2e-7 if dtype == torch.float32 else 0)
+    assert (found[3] == 0).all()
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_in_which_threads_run_changes_nothing(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
+    inputs = logits(2, 5000, torch.bfloat16).values()
+    first = simulate(simulator, kind, *inputs, cluster=cluster)
+    second = simulate(simulator, kind, *inputs, cluster=cluster, backwards=True)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_the_loss(simulator: ctypes.CDLL) -> None:
+    """No gradient, no soft weight: the cross-entropy with the labels alone."""
+    inputs = logits(3, 100, torch.float32)
+    labels = torch.tensor([1, 99, 100])  # the last is no class
+    student = inputs["student_logits"]
+    outcome = simulate(
+        simulator, "kl_div", student, student, labels=labels, soft_weight=0.0, hard_weight=1.0, gradient=student[:0, :0]
+    )
+    expected = torch.nn.functional.cross_entropy(student[:2].double(), labels[:2], reduction="none")
+    assert errors({"value": outcome["value"][:2]}, {"value": expected})["value"] < 1e-6
+    assert outcome["value"][2].isnan()
+
+
+MISTAKES = {
+    "sums do not follow the maximum": (
+        "power_of_2((top - higher) * exponent)",
+        "power_of_2(0 * (top - higher) * exponent)",
+    ),
+    "blocks do not wait for each other": ("    cluster.arrive(true);\n    cluster.wait();\n    collect", "    collect"),
+    "a block takes another's classes": ("place.column((cluster.rank + 1) * of_block))};", "p.classes)};"),
+    "the gradient is 5% too large": ("narrow(weight * finish(", "narrow(1.05f * weight * finish("),
+    "a class excluded from the row has a gradient": ("return z == -INFINITE ? 0 : gradient;", "return gradient;"),
+    "warps are added without a barrier": ("    cluster.wait_for_block();\n", ""),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_found(tmp_path: Path, mistake: str) -> None:
+    sources = tmp_path / "csrc"
+    shutil.copytree(cuda.SOURCES, sources)
+    text, (before, after) = (sources / "rows.h").read_text(), MISTAKES[mistake]
+    assert before in text
+    (sources / "rows.h").write_text(text.replace(before, after))
+    compile_simulation(tmp_path / "simulate.so", sources)
+    wrong = ctypes.CDLL(str(tmp_path / "simulate.so"))
+    with pytest.raises(AssertionError):  # noqa: PT012 - any of them
+        for cluster in (0, 4):
+            assert_accurate(*compare(wrong, "kl_div", logits(3, 3001, torch.float32), cluster=cluster))
+            test_impossible_classes_and_saturated_rows(wrong, "kl_div", cluster)
+            test_what_is_not_finite(wrong, cluster)
+            test_the_order_in_which_threads_run_changes_nothing(wrong, "kl_div", cluster)
+
+
+# -- The planner -----------------------------------------------------------------------------------------------
+
+
+def test_clusters_are_as_small_as_hold_a_row(simulator: ctypes.CDLL) -> None:
+    def clusters(size: int) -> list[tuple[bool, int, int]]:
+        sizes = (1024, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
+        return [plan(simulator, classes, size)[:3] for classes in sizes]
+
+    assert clusters(2) == [
+        (True, 1, 32), (True, 1, 256), (True, 1, 512), (True, 2, 512), (True, 4, 512), (True, 8, 512), (True, 16, 512),
+        (False, 1, 512),
+    ]  # fmt: skip
+    assert clusters(4) == [
+        (True, 1, 64), (True, 1, 512), (True, 2, 512), (True, 4, 512), (True, 8, 512), (True, 16, 512),
+        (False, 1, 512), (False, 1, 512),
+    ]  # fmt: skip
+    # A row that may start within a vector touches one more; a card without clusters streams; one with less shared
+    # memory has smaller blocks.
+    assert plan(simulator, 131072, 2, aligned=False)[:2] == (True, 16)
+    assert plan(simulator, 131072, 2, cluster=0)[:2] == (False, 1)
+    assert plan(simulator, 131072, 2, shared=99 << 10)[:2] == (True, 16)
+    assert plan(simulator, 262144, 2, cluster=8)[:2] == (False, 1)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_plan_fits(simulator: ctypes.CDLL, size: int) -> None:
+    for classes in (*range(1, 70), 127, 1000, 4095, 4097, 8192, 30522, 50257, 128256, 151936, 262144, 1 << 22):
+        for aligned in (True, False):
+            held, cluster, threads, shared = plan(simulator, classes, size, aligned)
+            assert threads % 32 == 0
+            assert 32 <= threads <= 512
+            assert 2 * (shared + 1024) <= 228 << 10  # two blocks a multiprocessor
+            if held:
+                vectors = -(-classes * size // 16) if aligned else (classes * size + 30 - size) // 16
+                assert -(-vectors // cluster) <= 4 * threads
+                assert cluster == 1 or plan(simulator, classes, size, aligned, cluster // 2)[0] is False
+
+
+# -- What the compiler makes of it -----------------------------------------------------------------------------
+
+
+def tool(name: str) -> str:
+    """Triton carries what a compiler's package may have left out."""
+    spec = importlib.util.find_spec("triton")
+    carried = Path(str(spec.origin)).parent / "backends" / "nvidia" / "bin" / name if spec else Path()
+    found = shutil.which(name) or (str(carried) if carried.is_file() else None)
+    if found is None:
+        pytest.skip(f"{name} is missing")
+    return found
+
+
+@pytest.fixture(scope="session", params=["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
+def kernels(request: pytest.FixtureRequest, shared: Path) -> tuple[str, dict[str, str], dict[str, str]]:
+    """The architecture; of each kernel its resources, and its machine code."""
+    architecture = request.param
+    binary = once(shared / f"fastdistill_cuda_{architecture}.so", lambda path: cuda.build(path, [architecture], STRICT))
+
+    def dump(flag: str) -> str:
+        return subprocess.run([tool("cuobjdump"), flag, binary], capture_output=True, text=True, check=True).stdout
+
+    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dump("-res-usage")))
+    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", dump("-sass"), re.DOTALL))
+    return architecture, usage, code
+
+
+def named(x: dict[str, str], part: str) -> list[str]:
+    return [text for name, text in x.items() if part in name]
+
+
+def test_no_kernel_spills_and_two_blocks_fit(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
+    _, usage, code = kernels
+    assert len(named(usage, "held_rows")) == len(named(usage, "streamed_rows")) == 15
+    for name, resources in usage.items():
+        count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+        assert count["REG"] <= 64, name
+        assert count["STACK"] == count["LOCAL"] == 0, name
+        assert not re.search(r"\b(LDL|STL)\b", code[name]), name
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
+    architecture, _, code = kernels
+    for text in named(code, "streamed_rows"):
+        assert len(re.findall(r"\bLDG\.E\.128\b", text)) >= 4  # two passes, two sides
+        assert "STG.E.128" in text
+    for text in named(code, "held_rows") if architecture == "sm_90a" else []:
+        # Four vectors of each side, and one of a gradient that is only scaled.
+        assert len(re.findall(r"\bLDG\.E\.128\b", text)) in (8, 9)
+        assert "STG.E.128" in text
+        assert "LDS.128" in text
+        assert "STS.128" in text
+
+
+def test_blocks_of_a_cluster_talk_to_each_other(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
+    architecture, _, code = kernels
+    if architecture == "sm_80":
+        assert not any("UCGABAR" in text for text in code.values())
+        return
+    for text in named(code, "held_rows"):
+        assert "UCGABAR_ARV" in text  # barriers of the cluster
+        assert "UCGABAR_WAIT" in text
+        assert "MAPA" in text or re.search(r"\bST\.E\b|\bSTAS\b", text)  # stores to another block's shared memory
+    for text in named(code, "streamed_rows"):
+        assert "UCGABAR" not in text
+
+
+# -- Building --------------------------------------------------------------------------------------------------
+
+
+def test_importing_compiles_nothing() -> None:
+    command = (
+        "import subprocess, sys; subprocess.run = None; import fastdistill.cuda; print('subprocess' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True, capture_output=True)
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that takes a second, and writes down that it ran."""
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo 13.0 && exit\necho run >> {tmp_path}/runs\nsleep 0.5\n'
+        'while [ "$1" != -o ]; do shift; done\necho built > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def test_two_processes_that_start_at_once_build_once(pretended: Path) -> None:
+    command = [sys.executable, "-c", "from fastdistill import cuda; print(cuda.cached(('sm_90a',)))"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    paths = {process.communicate()[0].strip() for process in both}
+    assert len(paths) == 1
+    assert Path(paths.pop()).read_text() == "built\n"
+    assert (pretended / "runs").read_text() == "run\n"
+    folder = pretended / "cache" / "fastdistill"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert not list(folder.glob(".building*"))
+
+
+def test_another_architecture_or_compiler_is_another_binary(pretended: Path) -> None:
+    first = cuda.cached(("sm_90a",))
+    assert cuda.cached(("sm_90a",)) == first
+    assert cuda.cached(("sm_80",)) != first
+    compiler = pretended / "bin" / "nvcc"
+    compiler.write_text(compiler.read_text().replace("13.0", "13.1"))
+    assert cuda.cached(("sm_90a",)) != first
+    assert (pretended / "runs").read_text() == "run\n" * 3
+
+
+def test_what_cannot_be_built_says_why(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pretended / "bin" / "nvcc").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\necho no host compiler >&2\nexit 1\n'
+    )
+    with pytest.raises(RuntimeError, match="no host compiler"):
+        cuda.cached(("sm_90a",))
+    assert not list((pretended / "cache" / "fastdistill").glob("*.so"))
+    monkeypatch.setattr(cuda, "nvcc", lambda: None)
+    with pytest.raises(RuntimeError, match="nvcc is neither in CUDA_HOME nor on the PATH"):
+        cuda.cached(("sm_90a",))
+
+
+@pytest.fixture
+def as_it_is(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module anew: nothing found out, nothing simulated, as it is throughout `make test-all`."""
+    spec = importlib.util.find_spec("fastdistill.cuda")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(fastdistill, "cuda", module)
+    return module
+
+
+@pytest.fixture
+def card(as_it_is: ModuleType, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A card for which nothing is built yet."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(as_it_is, "prebuilt", lambda: pretended / "nothing.so")
+    return torch.device("cuda", 0)
+
+
+# What nvcc says of a toolkit older than the card, and where it finds no host compiler.
+@pytest.mark.parametrize("says", ["Unsupported gpu architecture 'compute_90a'", "Failed to preprocess host compiler"])
+def test_where_it_cannot_be_built_auto_takes_triton(says: str, card: torch.device, pretended: Path) -> None:
+    """Whatever stops the build; it is tried once, and who asks for it is told why."""
+    (pretended / "bin" / "nvcc").write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo 11.5 && exit\necho run >> {pretended}/runs\n'
+        f'echo "nvcc fatal   : {says}" >&2\nexit 1\n'
+    )
+    alike = (torch.bfloat16, torch.bfloat16)
+    assert [pick_backend("auto", card, alike) for _ in range(3)] == ["triton"] * 3
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"^backend is 'cuda', but .* for sm_90a with .*nvcc fatal : {says}"):
+            pick_backend("cuda", card, alike)
+    assert says in {op: why for op, _, why in explain_backends(card)}["kl_div"]
+    assert (pretended / "runs").read_text() == "run\n"
+
+
+def test_what_was_built_but_cannot_be_loaded(card: torch.device, pretended: Path, as_it_is: ModuleType) -> None:
+    """The pretended compiler's binary is none."""
+    assert pick_backend("auto", card, (torch.bfloat16, torch.bfloat16)) == "triton"
+    assert re.search(r"not be loaded: .*fastdistill_cuda-\w+\.so", as_it_is.unavailable(card))
+    assert (pretended / "runs").read_text() == "run\n"
+
+
+def test_where_it_can_be_built_auto_takes_it(
+    card: torch.device, as_it_is: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr(as_it_is, "_load", loaded.append)
+    assert [pick_backend("auto", card, (torch.bfloat16, torch.bfloat16)) for _ in range(2)] == ["cuda"] * 2
+    assert [path.read_text() for path in loaded] == ["built\n"]
+
+
+BOUND = """
+import ctypes, sys, torch
+ctypes.CDLL(sys.argv[2], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[1])
+print(torch.ops.fastdistill_cuda.rows.default._schema)
+x = torch.zeros(2, 8)
+try:
+    torch.ops.fastdistill_cuda.rows(x, x, None, None, None, None, x[0, :2], None, 0, 8, 1, 0.5, 1, 0, 0, 0)
+except NotImplementedError as error:
+    print("CPU" in str(error))
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA loads it as it is")
+def test_the_binary_registers_its_op(shared: Path, kernels: Any, tmp_path: Path) -> None:
+    """Here without CUDA: the one function that a CPU build of torch lacks is put in its place."""
+    stub = tmp_path / "stub.so"
+    source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", stub], input=source, text=True, check=True)
+    binary = shared / f"fastdistill_cuda_{kernels[0]}.so"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BOUND, binary, stub], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "Tensor(a!) loss" in run.stdout
+    assert run.stdout.rstrip().endswith("True")
+
+
+# -- As a backend ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unavailable", cuda.unavailable)  # as they are, again at the end
+    monkeypatch.setattr(cuda, "library", cuda.library)
+    _simulated.install()
+
+
+@pytest.mark.usefixtures("simulated")
+@pytest.mark.parametrize("op", LOGITS_OPS, ids=str)
+def test_public_functions(op: Op) -> None:
+    """The contract's own tests run with it in `make test-all`."""
+    for dtype in DTYPES:
+        inputs = cast(op.make(), dtype)
+        op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend="cuda")
+        rows = inputs["student_logits"].shape[:-1]
+        upstream = torch.linspace(0.5, 2, rows.numel()).reshape(rows)
+        op.assert_accurate(inputs, backend="cuda", reduction="none", upstream=upstream)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which backend is there is found out, files looked for, while the compiler looks on."""
+    monkeypatch.setattr(cuda, "unavailable", lambda device: str(tmp_path) if (tmp_path / "x").exists() else None)
+    inputs = logits(5, 100, torch.float32)
+
+    def loss(**x: Tensor) -> Tensor:
+        return fastdistill.jsd(**x, backend="cuda")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_same(*(evaluate(f, inputs, ["student_logits"]) for f in (compiled, loss)), within=1e-6)
+
+
+@pytest.mark.usefixtures("simulated")
+def test_what_it_cannot_run_is_refused() -> None:
+    narrow, wide = logits(2, 5, torch.bfloat16), logits(2, 5, torch.float64)
+    with pytest.raises(ValueError, match=r"^backend is 'cuda', but its logits are float32, .* not torch.float64 and"):
+        fastdistill.kl_div(**wide, backend="cuda")
+    with pytest.raises(ValueError, match=r"not torch.bfloat16 and torch.float64; use backend='auto' or 'torch'$"):
+        fastdistill.kl_div(narrow["student_logits"], wide["teacher_logits"], backend="cuda")
+    with pytest.raises(ValueError, match=r"^backend is 'cuda', but csrc has kernels for the losses on logits only"):
+        fastdistill.linear_mse(*torch.randn(2, 3, 3), torch.randn(3, 3), backend="cuda")
+
+
+@pytest.mark.usefixtures("as_it_is")
+def test_a_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^backend is 'cuda', but its kernels run on NVIDIA GPUs, not on cpu"):
+        fastdistill.kl_div(**logits(2, 5, torch.bfloat16), backend="cuda")
+
+
+def test_where_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, alike, mixed = torch.device("cuda:0"), (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    picked = [pick_backend("auto", card, logits) for logits in (alike, mixed, ())]
+    assert picked == ["cuda", "triton", "triton"]
+    assert {row[1] for row in explain_backends(card) if row[0] in ("soft_cross_entropy", "kl_div", "jsd", "tvd")} == {
+        "cuda"
+    }
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert pick_backend("auto", card, alike) == "triton"
+    assert pick_backend("cuda", card, alike) == "cuda"
+    monkeypatch.setattr(cuda, "unavailable", lambda device: "there is no nvcc")
+    assert pick_backend("auto", card, alike) == "triton"
+    assert "not cuda: there is no nvcc" in {op: why for op, _, why in explain_backends(card)}["kl_div"]
+
+
+# -- On a card -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_card_agrees_with_the_simulation(simulator: ctypes.CDLL, kind: str, dtype: torch.dtype) -> None:
+    for classes in (2, 127, 1000, 8193, 30522, 128256, 262144, 600001):
+        inputs = logits(3, classes, dtype)
+        student, teacher = (x.cuda() for x in inputs.values())
+        loss, gradient = student.new_empty(3, dtype=torch.float32), torch.empty_like(student)
+        cuda.rows(
+            student, teacher, None, None, kind, classes=classes, temperature=1.0, beta=KINDS[kind][1].get("beta", 0.5),
+            soft_weight=1.0, hard_weight=0.0, student_softcap=None, teacher_softcap=None, loss=loss, gradient=gradient,
+        )  # fmt: skip
+        simulated = simulate(simulator, kind, *inputs.values())
+        found = errors({"value": loss.cpu(), "student_logits": gradient.cpu()}, simulated)
+        assert found["value"] < 1e-5
+        assert found["student_logits"] < {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_that_launch_for_rows_of_several_lengths(dtype: torch.dtype) -> None:
+    """A kernel's limit of shared memory is one for all threads, and a block of the longer rows needs 70 KB and more."""
+
+    def gradients(classes: int) -> list[Tensor]:
+        generator = torch.Generator("cuda").manual_seed(classes)
+        x, t = torch.randn(2, 4, classes, device="cuda", generator=generator).to(dtype)
+        found = []
+        for _ in range(200):
+            found.append(torch.empty_like(x))
+            cuda.rows(
+                x, t, None, None, "kl_div", classes=classes, temperature=1.0, beta=0.5, soft_weight=1.0,
+                hard_weight=0.0, student_softcap=None, teacher_softcap=None,
+                loss=x.new_empty(4, dtype=torch.float32), gradient=found[-1],
+            )  # fmt: skip
+        return found
+
+    sizes = (700, 16000) * 2
+    expected = [gradients(classes)[0] for classes in sizes]
+    with ThreadPoolExecutor(len(sizes)) as threads:
+        for found, alone in zip(threads.map(gradients, sizes), expected, strict=True):
+            assert all(torch.equal(x, alone) for x in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("check", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(check: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is missing")
+    script = (
+        "import torch; from fastdistill import cuda\n"
+        "for v in (1000, 20001, 128256, 600001):\n"
+        "    x, t = torch.randn(2, 2, v, device='cuda', dtype=torch.bfloat16)\n"
+        "    cuda.rows(x, t, None, None, 'jsd', classes=v, temperature=1.0, beta=0.5, soft_weight=1.0,\n"
+        "              hard_weight=0.0, student_softcap=None, teacher_softcap=None,\n"
+        "              loss=x.new_empty(2, dtype=torch.float32), gradient=torch.empty_like(x))\n"
+        "torch.cuda.synchronize()"
+    )
+    run = subprocess.run(
+        [sanitizer, f"--tool={check}", "--error-exitcode=9", sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "Device not supported" in run.stdout + run.stderr:
+        pytest.skip("compute-sanitizer does not support this device, as in some virtual machines")
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]

@@ -1,0 +1,288 @@
+"""What only a card can show: sizes, streams, graphs. The contract's own tests run on it as well (conftest.py)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from _cases import (
+    ATTENTION_KL,
+    ATTENTION_KL_CAUSAL,
+    ATTENTION_MSE,
+    ATTENTION_MSE_CAUSAL,
+    LINEAR_LOGITS_OPS,
+    LINEAR_MSE,
+    LOGITS_OPS,
+    TOPK_OPS,
+    Op,
+    attention,
+    hidden,
+    linear,
+    logits,
+    topk,
+)
+from _oracle import assert_same, cast, errors, evaluate
+from torch import Tensor
+
+import fastdistill
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_card() -> Any:
+    with torch.device("cuda"):
+        yield
+
+
+def real(op: Op, dtype: torch.dtype) -> dict[str, Any]:
+    """Sizes of real models, at which eager float64 still fits the card."""
+    if op.name.startswith("attention"):
+        inputs = attention(4, 12, 1024, 1024, 26, 64, 12, 12)
+    elif op.name == "linear_mse":
+        inputs = hidden((32768,), 312, 768)
+    elif op.name.startswith("linear_"):
+        inputs = linear((1500,), 32000, 312, 768)
+    elif op.name.startswith("topk"):
+        inputs = topk((1024,), 128256, 64)
+    else:
+        inputs = logits((1024,), 128256)
+    return cast(inputs, dtype)
+
+
+SIZED = [
+    ATTENTION_MSE, ATTENTION_MSE_CAUSAL, ATTENTION_KL, ATTENTION_KL_CAUSAL, LINEAR_MSE, *LOGITS_OPS[:5], *TOPK_OPS,
+    *LINEAR_LOGITS_OPS[:5],
+]  # fmt: skip
+KERNELS = ("triton", "cuda")  # the latter of csrc/, for the losses on logits; skipped where it cannot be built
+# "backend" is the fixture of the contract's tests.
+every_op = pytest.mark.parametrize(
+    "op,kernels",
+    [
+        pytest.param(op, kernels, id=f"{op}-{kernels}")
+        for op in SIZED
+        for kernels in (KERNELS if op in LOGITS_OPS else KERNELS[:1])
+    ],
+)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_real_sizes(op: Op, kernels: str, dtype: torch.dtype) -> None:
+    """Against the reference in float64, on the card too: the CPU would take minutes."""
+    inputs = real(op, dtype)
+    truth = evaluate(
+        lambda **x: getattr(fastdistill, op.name)(**x, **op.options, backend="reference"),
+        cast(inputs, torch.float64),
+        op.learned,
+    )
+    textbook = errors(evaluate(op.textbook, inputs, op.learned, backend="triton"), truth)
+    for name, found in errors(evaluate(op, inputs, op.learned, backend=kernels), truth).items():
+        assert found < 2 * textbook[name] + 1e-5, f"{name}: error {found:.1e}, the textbook's {textbook[name]:.1e}"
+
+
+def needs(gib: int) -> None:
+    if torch.cuda.mem_get_info()[0] < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free memory on the card")
+
+
+@pytest.mark.parametrize("name", ["soft_cross_entropy", "kl_div", "jsd", "tvd"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_more_than_two_to_the_31_logits(name: str, kernels: str) -> None:
+    """The last rows are what a wrong offset would miss."""
+    needs(16)
+    rows, classes = 17000, 131072
+    student = torch.randn(rows, classes, dtype=torch.bfloat16).requires_grad_()
+    teacher = torch.randn(rows, classes, dtype=torch.bfloat16)
+    loss = getattr(fastdistill, name)(student, teacher, reduction="sum", backend=kernels)
+    (gradient,) = torch.autograd.grad(loss, student)
+    last = {"student_logits": student.detach()[-3:].clone(), "teacher_logits": teacher[-3:].clone()}
+    few = evaluate(getattr(fastdistill, name), last, ["student_logits"], reduction="sum", backend=kernels)
+    assert torch.equal(gradient[-3:], few["student_logits"])
+
+
+def test_more_than_two_to_the_31_numbers_of_queries_and_hidden_states() -> None:
+    needs(24)
+    query = torch.randn(17, 32, 65536, 64, dtype=torch.bfloat16).requires_grad_()  # 2.28e9
+    key = torch.randn(17, 1, 128, 64, dtype=torch.bfloat16)
+    arguments = (query, key, query.detach(), key)
+    loss = fastdistill.attention_mse(*arguments, teacher_scale=0.5, reduction="sum", backend="triton")
+    (gradient,) = torch.autograd.grad(loss, query)
+    few = query.detach()[-1:].clone().requires_grad_()
+    last = fastdistill.attention_mse(
+        few, key[-1:], few.detach(), key[-1:], teacher_scale=0.5, reduction="sum", backend="triton"
+    )
+    torch.testing.assert_close(gradient[-1:], torch.autograd.grad(last, few)[0])
+    del query, gradient, few, arguments, loss, last
+
+    tokens = 2**31 // 768 + 1000
+    student = torch.randn(tokens, 768, dtype=torch.bfloat16)
+    teacher = torch.randn(tokens, 768, dtype=torch.bfloat16)
+    weight = torch.randn(768, 768, dtype=torch.bfloat16) / 28
+    per_token = fastdistill.linear_mse(student, weight, teacher, reduction="none", backend="triton")
+    expected = fastdistill.linear_mse(student[-5:], weight, teacher[-5:], reduction="none", backend="torch")
+    torch.testing.assert_close(per_token[-5:], expected, rtol=1e-3, atol=0)
+
+
+@every_op
+def test_cuda_graphs(op: Op, kernels: str) -> None:
+    """A captured step, replayed on other numbers: nothing in it may wait for the device or depend on its values."""
+    first, second = op.make(), op.make()
+    static = {name: x.clone() if isinstance(x, Tensor) else x for name, x in first.items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        evaluate(op, static, op.learned, backend=kernels)  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outcome = evaluate(op, static, op.learned, backend=kernels)
+    for name, x in second.items():
+        if isinstance(x, Tensor):
+            static[name].copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(outcome, evaluate(op, second, op.learned, backend=kernels))
+
+
+@every_op
+def test_two_streams(op: Op, kernels: str) -> None:
+    inputs = [op.make() for _ in range(2)]
+    expected = [evaluate(op, x, op.learned, backend=kernels) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        outcomes = []
+        for stream, x in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                outcomes.append(evaluate(op, x, op.learned, backend=kernels))
+        torch.cuda.synchronize()
+        for outcome, truth in zip(outcomes, expected, strict=True):
+            assert_same(outcome, truth)
+
+
+@every_op
+def test_no_synchronisation(op: Op, kernels: str) -> None:
+    """Neither forward nor backward waits for the device."""
+    inputs = op.make()
+    evaluate(op, inputs, op.learned, backend=kernels)
+    leaves = {name: inputs[name].clone().requires_grad_() for name in op.learned}
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op(**{**inputs, **leaves}, backend=kernels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_what_a_batch_holds_is_counted_without_synchronisation() -> None:
+    from fastdistill.train.objective import Objective
+
+    batch = {"input_ids": torch.zeros(3, 5, dtype=torch.long)}
+    objective: Any = SimpleNamespace(parity="masked")
+    counts = []
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for more in ({}, {"attention_mask": torch.ones_like(batch["input_ids"])}):
+            counts.append(Objective.count(objective, {**batch, **more}))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [count.tolist() for count in counts] == [[3, 15, 75, 45, 15]] * 2
+
+
+def test_training_steps_under_autocast() -> None:
+    """Ten steps of a student with a projection and a head, in bfloat16, on either backend: the same curve."""
+
+    def curve(backend: str) -> list[float]:
+        torch.manual_seed(0)
+        body, projection, head = (torch.nn.Linear(a, b) for a, b in ((64, 48), (48, 80), (48, 500)))
+        x, h_t, z_t = torch.randn(256, 64), torch.randn(256, 80), 3 * torch.randn(256, 500)
+        optimizer = torch.optim.Adam([*body.parameters(), *projection.parameters(), *head.parameters()], 1e-2)
+        losses = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                h = torch.relu(body(x))
+                loss = fastdistill.linear_mse(h, projection.weight, h_t, projection.bias, backend=backend)
+                loss = loss + fastdistill.kl_div(head(h), z_t, temperature=2.0, backend=backend)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    torch.testing.assert_close(curve("triton"), curve("reference"), rtol=0.01, atol=0)
+
+
+@every_op
+def test_torch_compile(op: Op, kernels: str) -> None:
+    inputs = op.make()
+    compiled = torch.compile(op, fullgraph=True)
+    outcome = evaluate(lambda **x: compiled(**x, backend=kernels), inputs, op.learned)
+    assert_same(outcome, evaluate(op, inputs, op.learned, backend=kernels), within=1e-6)
+
+
+SANITIZED = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+torch.set_default_device("cuda")
+import _cases, _oracle
+op = next(op for op in _cases.OPS if str(op) == sys.argv[1])
+inputs = op.make()
+_oracle.evaluate(op, {**inputs, **op.some_masked(inputs)}, op.learned, backend=sys.argv[2])
+torch.cuda.synchronize()
+"""
+
+
+@every_op
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(op: Op, kernels: str, tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    run = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, str(op), kernels],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "Device not supported" in run.stdout + run.stderr:
+        pytest.skip("compute-sanitizer does not support this device, as in some virtual machines")
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+
+
+def peak(call: Callable[[], Any]) -> int:
+    call()  # libraries allocate what they keep, cuBLAS 32 MiB
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_memory_of_a_large_vocabulary() -> None:
+    """The goal: at most 2 GiB beyond inputs and gradients at 8192 tokens, 2048 / 4096 to 128256."""
+    needs(12)
+    narrow: dict[str, Any] = {"dtype": torch.bfloat16}
+    student = torch.randn(8192, 2048, **narrow).requires_grad_()
+    weight = torch.randn(128256, 2048, **narrow).div_(45).requires_grad_()
+    teacher, teacher_weight = torch.randn(8192, 4096, **narrow), torch.randn(128256, 4096, **narrow).div_(64)
+
+    def step() -> None:
+        loss = fastdistill.linear_kl_div(student, weight, teacher, teacher_weight, backend="triton")
+        torch.autograd.grad(loss, [student, weight])
+
+    gradients = student.nbytes + weight.nbytes
+    assert peak(step) - gradients < 2.1 * 2**30

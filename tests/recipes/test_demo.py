@@ -1,0 +1,156 @@
+"""The demo: its text (labels, no leaks), and the whole run at a tiny size."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from fastdistill import cli
+from fastdistill.recipes import demo
+
+TINY = demo.Size(
+    train_rows=20,
+    dev_rows=10,
+    vocabulary=400,
+    teacher=(2, 16),
+    student=(1, 8),
+    heads=2,
+    teacher_epochs=1,
+    general_epochs=0.02,
+    intermediate_epochs=1,
+    prediction_epochs=1,
+    seeds=(0, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return demo.read_text(demo.Size())
+
+
+class TestText:
+    def test_rows_are_balanced_and_labelled(self, text):
+        size = demo.Size()
+        assert text.labels == sorted([*demo.PARTS, demo.LANGUAGE])
+        for rows, count in ((text.train, size.train_rows), (text.dev, size.dev_rows)):
+            counts = [rows["label"][:].count(label) for label in range(len(text.labels))]
+            assert max(counts) <= count
+            assert min(counts) > 0.6 * count
+        assert len(text.corpus) > len(text.train)
+
+    def test_no_dev_passage_is_in_the_training_text(self, text):
+        train = {re.sub("[^a-z]+", " ", passage.lower()) for passage in text.corpus}
+        assert {re.sub("[^a-z]+", " ", row.lower()) for row in text.train["sentence1"]} <= train
+        assert not {re.sub("[^a-z]+", " ", row.lower()) for row in text.dev["sentence1"]} & train
+        known = set().union(*map(demo.word_runs, text.corpus))
+        shares = [len(demo.word_runs(row) & known) / len(demo.word_runs(row)) for row in text.dev["sentence1"]]
+        assert max(shares) <= 0.5
+
+    def test_module_names_are_struck_out(self, text):
+        names = {module.lstrip("_") for modules in demo.PARTS.values() for module in modules.split()}
+        for passage in (*text.corpus, *text.dev["sentence1"]):
+            assert not names & set(re.findall(r"\w+", passage))
+
+    def test_it_is_the_same_every_time(self, monkeypatch, tmp_path):
+        for module in ("abc", "queue", "glob", "smtplib", "random", "bdb", "textwrap", "socket", "turtle"):
+            shutil.copy(Path(demo.sysconfig.get_paths()["stdlib"]) / f"{module}.py", tmp_path)
+        monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        one, other = demo.read_text(TINY), demo.read_text(TINY)
+        assert one.corpus == other.corpus
+        assert one.train[:] == other.train[:]
+        assert one.dev[:] == other.dev[:]
+
+    def test_nothing_is_imported(self, text):
+        assert "turtle" not in sys.modules
+        assert "idlelib" not in sys.modules
+
+    def test_docstrings_of_a_file_that_does_not_parse(self, tmp_path):
+        (tmp_path / "bad.py").write_text("def f(:\n")
+        (tmp_path / "good.py").write_text(
+            '"""One."""\nclass A:\n    """Two."""\n    def f(self):\n        """Three."""\n'
+        )
+        assert demo.docstrings(tmp_path / "bad.py") == []
+        assert demo.docstrings(tmp_path / "good.py") == ["One.", "Two.", "Three."]
+
+    def test_passages(self):
+        text = "email: one two three four five six seven eight\n\n>>> code\n1\n\n" + "word " * 25 + "\n\ntoo short"
+        found = list(demo.passages(text, 10, set()))
+        assert found == [": one two three four five six seven eight", " ".join(["word"] * 10)]
+
+    def test_no_library_source(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        with pytest.raises(FileNotFoundError, match="no source of the standard library"):
+            demo.read_text(demo.Size())
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    rows = Dataset.from_dict(text.train.shuffle(seed=0)[:180]), Dataset.from_dict(text.dev.shuffle(seed=0)[:90])
+    short = demo.Text(*rows, text.corpus[:2000], text.labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "read_text", lambda size: short)
+        return folder, demo.run(folder, size=TINY)
+
+
+class TestRun:
+    def test_writes_everything(self, done):
+        folder, results = done
+        names = ["accuracy.png", "losses.png", "report.md", "results.json", "student"]
+        assert sorted(path.name for path in folder.iterdir()) == names
+        assert [path.name for path in folder.parent.iterdir()] == ["out"]
+        assert json.loads((folder / "results.json").read_text())["accuracy"] == results["accuracy"]
+        for name in ("accuracy.png", "losses.png"):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_report_says_what_was_measured(self, done):
+        folder, results = done
+        text = (folder / "report.md").read_text()
+        teacher = results["accuracy"]["teacher"][0]
+        mean = sum(results["accuracy"]["distilled"]) / 2
+        row = next(line for line in text.splitlines() if line.startswith("| distilled"))
+        assert f"{100 * mean:.1f} ±" in row
+        assert f"{100 * mean / teacher:.1f}%" in row
+        assert f"{results['speed_up']:.1f}x" in row
+        assert f"took {results['steps']} steps" in text
+
+    def test_both_students_take_as_many_steps(self, done):
+        _, results = done
+        for runs in results["curves"].values():
+            assert [points[-1][0] for points in runs] == [results["steps"]] * 2
+            assert [points[-1][1] for points in runs] != []
+
+    def test_the_student_loads(self, done):
+        folder, results = done
+        student = AutoModelForSequenceClassification.from_pretrained(folder / "student")
+        tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+        assert student.config.hidden_size == 8
+        logits = student(**tokenizer(["Return the sum of two integers."], return_tensors="pt")).logits
+        assert logits.shape == (1, len(results["labels"]))
+
+    def test_output_is_kept_unless_told(self, done, capsys):
+        folder, _ = done
+        before = (folder / "report.md").read_bytes()
+        assert cli.main(["demo", "--output", str(folder)]) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert (folder / "report.md").read_bytes() == before
+
+    def test_a_failure_leaves_nothing_in_the_way(self, tmp_path, monkeypatch):
+        def fails(*arguments):
+            raise RuntimeError("no teacher")
+
+        monkeypatch.setattr(demo.Demo, "__init__", fails)
+        with pytest.raises(RuntimeError, match="no teacher"):
+            demo.run(tmp_path / "out", size=TINY)
+        assert not (tmp_path / "out").exists()
+        with demo.whole_output(tmp_path / "out") as folder:  # as the next run will
+            assert list(folder.iterdir()) == []

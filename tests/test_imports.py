@@ -1,0 +1,130 @@
+"""The direction of the imports: wings, layers, no circles, and what each wing needs installed."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = re.compile(r"^(\w+) = \[(.*?)^\]|^(\w+) = \[(.*?)\]", re.M | re.S)
+
+# Lower layers first. A module imports from its own layer or from a lower one.
+LAYERS = (
+    ("csrc", "cuda", "kernels", "_checks", "reference"),
+    ("ops",),
+    ("functional",),
+    ("losses", "distributed"),
+    ("train",),
+    ("integrations", "recipes"),
+    ("cli",),
+)
+LOSSES = {name for layer in LAYERS[:4] for name in layer}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for folder, package in ((ROOT / "fastdistill", "fastdistill"), (ROOT / "kernels", "fastdistill.kernels")):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a module imports anywhere, in functions too, but not for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        else:
+            yield from imports_of(node)
+
+
+def own(name: str) -> str | None:
+    """The module of this package that an imported name is, or is taken from."""
+    while name.startswith("fastdistill"):
+        if name in MODULES:
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+IMPORTS = {name: sorted(set(imports_of(ast.parse(path.read_text())))) for name, path in MODULES.items()}
+GRAPH = {name: {own(found) for found in imported} - {None, name} for name, imported in IMPORTS.items()}
+
+
+def layer(module: str) -> int:
+    part = (module.split(".") + [""])[1]
+    return next(i for i, names in enumerate(LAYERS) if part in names)
+
+
+def inner(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Without the package itself, whose `__init__` re-exports the losses and is imported for its version."""
+    return {name: {to for to in found if to != "fastdistill"} for name, found in graph.items() if name != "fastdistill"}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_circle() -> None:
+    assert circle(inner(GRAPH)) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+
+
+@pytest.mark.parametrize("module", sorted(inner(GRAPH)))
+def test_imports_go_down(module: str) -> None:
+    upward = sorted(to for to in inner(GRAPH)[module] if layer(to) > layer(module))
+    assert not upward, f"{module} imports {upward}"
+
+
+def test_the_package_itself_offers_the_losses_alone() -> None:
+    assert {to.split(".")[1] for to in GRAPH["fastdistill"]} <= LOSSES
+
+
+def extras() -> dict[str, set[str]]:
+    """Names of the distributions of each extra, and of the base install."""
+    project = (ROOT / "pyproject.toml").read_text()
+    table = project[project.index("[project.optional-dependencies]") : project.index("[project.scripts]")]
+    found = {m[1] or m[3]: set(re.findall(r'"([\w-]+)', m[2] or m[4])) for m in EXTRAS.finditer(table)}
+    base = re.search(r"^dependencies = \[(.*)\]", project, re.M)
+    assert base is not None
+    return {**found, "": set(re.findall(r'"([\w-]+)', base[1]))}
+
+
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+BROUGHT = {"pyarrow": "datasets", "pyyaml": "transformers"}  # by another distribution of the extra
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_wing_needs_its_extra_alone(module: str) -> None:
+    wing = (module.split(".") + [""])[1]
+    allowed = set(extras()[""])
+    if wing == "kernels":
+        allowed |= extras()["triton"]
+    elif wing not in LOSSES and module != "fastdistill":
+        allowed |= extras()["train"]
+    outside = {found.split(".")[0] for found in IMPORTS[module]} - set(sys.stdlib_module_names) - {"fastdistill"}
+    needed = {DISTRIBUTIONS.get(name, name) for name in outside}
+    assert {BROUGHT.get(name, name) for name in needed} <= allowed
