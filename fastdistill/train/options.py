@@ -1,0 +1,78 @@
+"""Options of the objective and of a schedule, each spelled once: the stages and the command line inherit them.
+
+Only the standard library is imported here, so that the command line can describe itself without loading PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the sentence that `--help` prints."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """What a student learns from its teacher; `fastdistill.train.objective.Objective` takes these as keywords.
+
+    Attributes:
+        method: what the inner terms compare: "tinybert", "minilm" or "minilmv2".
+        terms: which losses to compute: inner terms of the method (None: all of them) and "prediction".
+        layer_map: of "tinybert" (None: "uniform"); see `fastdistill.train.objective.resolve_layer_map`.
+        projection: "shared", one Linear with bias for all hidden states as published, or "per_layer".
+        parity: "masked": padding never counts. "official": as TinyBERT's published code computes it, padding counted
+            in the denominators of the inner terms, the prediction's mean taken over rows and classes.
+        temperature: of the prediction term; there is no factor temperature^2.
+        teacher_layer: of "minilm" and "minilmv2": the teacher's layer, from 1, that the student's last layer learns
+            from; None: the last.
+        relation_heads: of "minilmv2"; None: `fastdistill.train.minilm.RELATION_HEADS`.
+        tail: "renormalize" or "bucket": how the prediction term takes an offline teacher's k classes, see
+            `fastdistill.topk_soft_cross_entropy`.
+    """
+
+    method: Literal["tinybert", "minilm", "minilmv2"] = option("tinybert", "what the inner losses compare")
+    terms: Sequence[str] | None = option(None, "losses to compute (default: all inner losses of the method)")
+    layer_map: str | Sequence[int | None] | None = option(
+        None,
+        "of tinybert: uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the "
+        "embedding output on: 0,3,6,9,12 (- for none; default: uniform)",
+    )
+    projection: Literal["shared", "per_layer"] = option("shared", "one projection of hidden states, or one a layer")
+    parity: Literal["masked", "official"] = option(
+        "masked", "masked: padding never counts; official: as the published code computes it"
+    )
+    temperature: float = option(1.0, "of the prediction loss")
+    teacher_layer: int | None = option(None, "of minilm and minilmv2, from 1 (default: the last layer)")
+    relation_heads: int | None = option(None, "of minilmv2 (default: 48)")
+    tail: Literal["renormalize", "bucket"] = option(
+        "renormalize", "the classes that a cached teacher does not list: left out, or one class together"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast a stage trains.
+
+    Attributes:
+        epochs, learning_rate: the schedule.
+        batch_size: rows of each process and step.
+        warmup: share of the steps.
+        scheduler: a name that transformers.TrainingArguments takes as `lr_scheduler_type`.
+        weight_decay: not applied to biases and norms.
+        seed: of shuffling, dropout and new projections.
+        arguments: anything else that transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"},
+            ...); it wins over the attributes here.
+    """
+
+    epochs: float = option(3, "passes over the data")
+    batch_size: int = option(32, "rows of each process and step")
+    learning_rate: float = option(5e-5, "peak learning rate")
+    warmup: float = option(0.0, "share of the steps")
+    scheduler: str = option("linear", "lr_scheduler_type of transformers")
+    weight_decay: float = option(0.01, "not applied to biases and norms")
+    seed: int = option(42, "of shuffling, dropout and new weights")
+    arguments: Mapping[str, Any] = field(default_factory=dict)
