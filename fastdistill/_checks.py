@@ -26,8 +26,9 @@ def floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}; it should be floating point: cast it with .float()")
         if hasattr(x, "full_tensor"):
             raise TypeError(
-                f"{name} is a DTensor; the op needs the plain local tensor: pass {name}.full_tensor(), or call "
-                "the op inside the forward of the module that FSDP wraps"
+                f"{name} is a DTensor; it should be a plain tensor: under FSDP pass "
+                f'{name}.full_tensor(grad_placements=[Partial("avg")]), whose gradient is reduced (that of a bare '
+                "full_tensor() is not), or call the op inside the forward of the module that FSDP wraps"
             )
         if first is None:
             first_name, first = name, x
