@@ -1,9 +1,9 @@
-"""`python -m bench.scaling [--card NAME] [--mfu SHARE]`: what a distillation costs, from one card to a cluster.
+"""`python -m bench.scaling [--card NAME] [--mfu SHARE]` models what a distillation costs, from one card to a cluster.
 
-A model, not a measurement: formulas for the models' parameters, operations and memory; the losses' costs of
-`bench.cost`; the usual losses of `bench.eager` counted operation by operation on tensors without data. Everything is
-for one step of TOKENS tokens a card. `--check` compares the model with what this CPU measures. docs/scaling.md says
-what is assumed and what follows.
+Nothing is measured. Formulas give the models' parameters, operations and memory; `bench.cost` gives the costs of our
+losses; the usual losses of `bench.eager` are counted operation by operation on tensors without data. Everything is for
+one step of TOKENS tokens per card. `--check` compares the model with measurements on this CPU. docs/scaling.md lists
+the assumptions and the conclusions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SUMMED = 4096  # of kernels/attention_mse.py
 
 @dataclass(frozen=True)
 class Model:
-    """BERT's architecture, or Llama's: causal, gated, without biases, of as many key heads as it says."""
+    """The sizes of a BERT, or of a Llama: causal, gated, without biases, with grouped keys."""
 
     name: str
     layers: int
@@ -67,7 +67,7 @@ class Model:
 
     @property
     def matrices(self) -> int:
-        """Weights of a layer's products."""
+        """Counts the weights that a layer multiplies with."""
         attention = 2 * self.width * (self.width + self.key_width)
         return attention + (3 if self.llama else 2) * self.width * self.ffn
 
@@ -81,17 +81,17 @@ class Model:
         return self.layers * (self.matrices + biases_and_norms) + embeddings + self.width * (self.width + 1)
 
     def flops(self, batch: int, length: int) -> float:
-        """Of a forward, without the vocabulary's product. A backward is twice that."""
+        """Counts the operations of a forward, without the vocabulary product. A backward is twice that."""
         scores = 4 * length * self.width * (0.5 if self.llama else 1)
         pooler = 0 if self.llama else 2 * batch * self.width**2
         return batch * length * self.layers * (2 * self.matrices + scores) + pooler
 
     def layer_activations(self, length: int, *, stored: bool = False, size: int = 2, mask: int = 1) -> float:
-        """Bytes a token that one layer keeps for its backward; `stored`: attention's matrices too.
+        """Counts the bytes per token that one layer keeps for its backward; `stored`: attention matrices included.
 
-        Of BERT as in arXiv 2205.05198: 34 width a token at ffn = 4 width, and 5 heads length of matrices; a dropout
-        keeps `mask` bytes a number. Of Llama: both norms' inputs and outputs, the rotated queries and keys, values,
-        attention's output, and four of ffn.
+        BERT follows arXiv 2205.05198: 34 * width per token at ffn = 4 * width, and 5 * heads * length for matrices; a
+        dropout keeps `mask` bytes per number. Llama keeps the inputs and outputs of both norms, the rotated queries and
+        keys, the values, the output of attention, and four tensors of ffn's width.
         """
         sums = self.heads * 4  # what flash attention keeps
         if self.llama:
@@ -118,9 +118,9 @@ STATE, COPY = 16, 2
 
 
 class Count(TorchDispatchMode):
-    """Bytes and operations of everything that runs inside, and the memory it takes.
+    """Counts the bytes, the operations and the memory of everything that runs inside.
 
-    On meta tensors it costs nothing. Each operation reads its inputs and writes its outputs once; views are free.
+    On meta tensors this costs nothing. Each operation reads its inputs and writes its outputs once; views are free.
     """
 
     def __init__(self) -> None:
@@ -164,8 +164,8 @@ class Count(TorchDispatchMode):
         self._held[key] = weakref.ref(storage, release)
 
     def peak(self, without: Sequence[Tensor] = ()) -> int:
-        """The most bytes held at once; tensors that are still held may be left out."""
-        # An address may have served others before: what counts is the last allocation there.
+        """Returns the most bytes held at once, optionally without tensors that are still held."""
+        # Other storages may have had the same address before: take the last allocation there.
         left_out = {max(i for i, (key, _) in enumerate(self.changes) if key == _storage(x)) for x in without}
         return max(accumulate((n for i, (_, n) in enumerate(self.changes) if i not in left_out), initial=0))
 
@@ -175,7 +175,7 @@ def _storage(x: Tensor) -> int:
 
 
 def usual(loss: Callable[[], Tensor], learned: Sequence[Tensor]) -> tuple[cost.Cost, int]:
-    """What `loss` costs, forward and backward, and its memory beyond inputs and gradients."""
+    """Returns the cost of `loss`, forward and backward, and its memory beyond inputs and gradients."""
     with Count() as count:
         gradients = torch.autograd.grad(loss(), learned)
     total = cost.Step("", sum(s.memory for s in count.steps), sum(s.flops for s in count.steps))
@@ -185,9 +185,8 @@ def usual(loss: Callable[[], Tensor], learned: Sequence[Tensor]) -> tuple[cost.C
 def inner_inputs(
     student: Model, teacher: Model, batch: int, length: int, dtype: torch.dtype, device: str = "meta"
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """For TinyBERT's losses: (states, weight, target, bias) of each hidden state, (q_s, k_s, q_t, k_t) of each layer.
-
-    The projection is shared, and learns.
+    """Returns the inputs of TinyBERT's losses: (states, weight, target, bias) of each hidden state, and (q_s, k_s, q_t,
+    k_t) of each layer. The projection is shared and trained.
     """
     weight, bias = (torch.zeros(*s, device=device) for s in ((teacher.width, student.width), (teacher.width,)))
     weight, bias = (x.to(dtype).requires_grad_() for x in (weight, bias))
@@ -233,7 +232,7 @@ def our_inner(
 
 
 def our_inner_memory(student: Model, teacher: Model, batch: int, length: int, size: int = 2) -> int:
-    """Beyond inputs and gradients: kept from forward to backward, and the larger of what only one op holds."""
+    """Returns the bytes beyond inputs and gradients: those kept from forward to backward, and the largest temporary."""
     number = 4 if size == 2 else 8  # of a Gram matrix
     both = student.head_dim + teacher.head_dim
     matrices = 2 * batch * student.heads * both * number  # rows of Gq and Gk
@@ -247,18 +246,18 @@ def our_inner_memory(student: Model, teacher: Model, batch: int, length: int, si
 def usual_head(
     kind: str, student: Model, teacher: Model, tokens: int, device: str = "meta", dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """16-bit logits of both, float32 log-probabilities: (loss, learned)."""
+    """Returns (loss, learned) with 16-bit logits of both sides and float32 log-probabilities."""
     x, w, t, u = (
         torch.zeros(n, m.width, dtype=dtype, device=device) for m in (student, teacher) for n in (tokens, m.vocabulary)
     )
     x, w = x.requires_grad_(), w.requires_grad_()
 
-    # Models return logits, so they live on during the loss.
+    # Models return their logits, so these stay alive during the loss.
     return lambda: eager.LOGITS_LOSSES[kind](x @ w.mT, t @ u.mT), [x, w]
 
 
 def our_head_memory(student: Model, tokens: int) -> float:
-    """Logits of a chunk of both sides in float32, their gradient in 16 bits, dW and dX in float32."""
+    """Returns the bytes of a chunk's float32 logits of both sides, their 16-bit gradient, and float32 dW and dX."""
     rows = min(CHUNK, GPU_CHUNK_BYTES // (student.vocabulary * 4), tokens)
     return rows * student.vocabulary * (4 + 4 + 2) + 4 * student.width * (student.vocabulary + tokens)
 
@@ -267,10 +266,10 @@ def our_head_memory(student: Model, tokens: int) -> float:
 
 
 def gather_seconds(nbytes: float, cards: int, card: str) -> float:
-    """An all-gather, or a reduce-scatter, of `nbytes` in all; an all-reduce is both.
+    """Returns the seconds of an all-gather or a reduce-scatter of `nbytes` in all; an all-reduce is both.
 
-    Within a node over its links; between nodes each card has a share of the node's bytes. Bandwidth alone: no
-    latency, no congestion.
+    Cards of a node use its links. Between nodes each card moves a share of the node's bytes. Only bandwidth counts, not
+    latency or congestion.
     """
     near = min(cards, NODE)
     nodes = -(-cards // NODE)
@@ -302,7 +301,7 @@ LENGTHS = (128, 512, 2048, 8192)
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of a step of TOKENS tokens: the models at `mfu` of the card's rate, the losses at their floors."""
+    """Seconds of a step of TOKENS tokens: the models run at `mfu` of the card's rate, the losses at their floors."""
 
     teacher: float
     student: float
@@ -366,7 +365,7 @@ def bert_tables(card: cost.Card, mfu: float) -> Iterator[str]:
             states = 2 * TOKENS * BERT_BASE.width * (student.layers + 1)
             heads = 2 * TOKENS * BERT_BASE.width * 2 * student.layers
             own_extra = our_inner_memory(student, BERT_BASE, batch, length)
-            # The usual way needs the matrices stored, and takes no queries and keys of the teacher's.
+            # The usual way stores the matrices, but needs no queries and keys of the teacher.
             ours_all, usual_all = fixed + flash + states + heads + own_extra, fixed + stored + states + extra
             memory.append(
                 [name, *(x / 2**30 for x in (
@@ -386,8 +385,9 @@ def bert_tables(card: cost.Card, mfu: float) -> Iterator[str]:
                 ]
             )  # fmt: skip
     yield table(
-        "TinyBERT: work. MFLOP and KB a token, EFLOP of the run",
-        "student, length | teacher | student | losses, ours | losses, usual | run, ours | KB, ours | KB, usual",
+        "TinyBERT: MFLOP and KB per token, EFLOP of the run",
+        "student, length | teacher | student | losses, ours | losses, usual | run, ours, EFLOP "
+        "| losses, ours, KB | losses, usual, KB",
         work,
     )
     yield table(
@@ -397,21 +397,21 @@ def bert_tables(card: cost.Card, mfu: float) -> Iterator[str]:
         times,
     )
     yield table(
-        f"TinyBERT: GiB of a card, {TOKENS} tokens",
+        f"TinyBERT: GiB per card, {TOKENS} tokens",
         "student, length | weights, gradients, AdamW, teacher | activations, flash | activations, matrices stored "
         "| teacher's states | teacher's q, k | losses, ours | losses, usual | all, ours | all, usual",
         memory,
     )
     yield table(
-        f"TinyBERT: all-reduce of the gradients, length 128; and {TOKENS} tokens in all instead of a card",
-        "student, cards | MB | ms | hidden from tokens a card | not hidden, ms "
-        "| in all: computing, ms | in all: step, ms | in all: efficiency",
+        f"TinyBERT: all-reduce of the gradients, length 128, {TOKENS} tokens per card or in all",
+        "student, cards | MB | ms | hidden from tokens per card | not hidden, ms "
+        "| in all: compute, ms | in all: step, ms | in all: efficiency",
         network,
     )
 
 
 def _exposed(student: Model, cards: int, seconds: Seconds, card: cost.Card) -> float:
-    """What of the all-reduce lasts longer than the backward that it runs beside."""
+    """Returns the seconds by which the all-reduce outlasts the backward that it overlaps with."""
     return max(0.0, 2 * gather_seconds(4 * student.parameters, cards, card.name) - seconds.backward)
 
 
@@ -431,7 +431,7 @@ def llama_seconds(kind: str, length: int, card: cost.Card, mfu: float) -> Second
 
 
 def cached_seconds(card: cost.Card) -> float:
-    """Of the loss against listed log-probabilities: the student's three products, rows of one side."""
+    """Returns the seconds of the loss against listed log-probabilities: three products, rows of the student alone."""
     steps = cost.linear_logits("kl_div", TOKENS, LLAMA_1B.width, LLAMA_8B.width, LLAMA_1B.vocabulary, torch.bfloat16)
     rows = cost.topk(TOKENS, LLAMA_1B.vocabulary, TOP_K, torch.float32)
     products = sum(s.seconds(card) for s in steps.steps if s.name not in ("teacher logits", "rows"))
@@ -439,7 +439,7 @@ def cached_seconds(card: cost.Card) -> float:
 
 
 def most_tokens(length: int, head: Callable[[int], float], capacity: float, recompute: bool) -> int:
-    """The most tokens, in steps of 64, whose step fits: the teacher's forward, then the loss, then the backward."""
+    """Returns the most tokens, in steps of 64, of a step that fits: teacher forward, loss, then backward."""
     layer = LLAMA_1B.layer_activations(length)
     kept = 2 * LLAMA_1B.width * LLAMA_1B.layers if recompute else LLAMA_1B.activations(length)
     free = USABLE * capacity - (STATE + COPY) * LLAMA_1B.parameters - COPY * LLAMA_8B.parameters
@@ -486,14 +486,14 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
             ]
         )  # fmt: skip
     yield table(
-        f"8B to 1.2B: GFLOP a token, milliseconds of a step of {TOKENS} tokens, 100 billion tokens",
+        f"8B to 1.2B: GFLOP per token, milliseconds of a step of {TOKENS} tokens, 100 billion tokens",
         "loss, length | teacher | student | loss | teacher, ms | student, ms | loss, ours, ms | loss, usual, ms "
         "| share, ours | share, usual | card-hours | 8 cards, days | 64 cards, days | 512 cards, days | usual / ours",
         times,
     )
     yield table(
-        "8B to 1.2B: the loss' memory beyond inputs and gradients, and the tokens that fit one card, length 4096",
-        f"loss | KB a token | GiB at 8192 tokens | GiB at {TOKENS} tokens | tokens that fit | with layers recomputed",
+        "8B to 1.2B: memory of the loss beyond inputs and gradients, and the tokens that fit one card, length 4096",
+        f"loss | KB per token | GiB at 8192 tokens | GiB at {TOKENS} tokens | tokens that fit | with layers recomputed",
         memory,
     )
 
@@ -511,21 +511,21 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
             ]
         )  # fmt: skip
     yield table(
-        f"8B to 1.2B: the {TOP_K} likeliest classes of each token, cached, instead of the teacher",
-        "length | bytes a token | TB | tokens/s of a card | MB/s of a card | GB/s of 512 cards | GFLOP saved a token "
+        f"8B to 1.2B: the {TOP_K} likeliest classes of each token from a cache instead of the teacher",
+        "length | bytes per token | TB | tokens/s per card | MB/s per card | GB/s of 512 cards | GFLOP saved per token "
         "| card-hours, teacher online | to write the cache | from the cache",
         rows,
     )
 
     rows = []
     seconds = llama_seconds("kl_div", 4096, card, mfu)
-    # Whole at one time: both vocabularies' weights during the loss, which are larger than any layer.
+    # Held whole at one time: both vocabulary weights during the loss, which are larger than any layer.
     whole = COPY * LLAMA_1B.vocabulary * (LLAMA_1B.width + LLAMA_8B.width)
     for cards in (1, 8, 64, 512):
         student, teacher = STATE * LLAMA_1B.parameters / cards, COPY * LLAMA_8B.parameters / cards
         if cards == 1:
             student = (STATE + COPY) * LLAMA_1B.parameters
-        # Student gathered for forward and backward, its float32 gradients scattered, teacher gathered once.
+        # Student gathered for forward and backward, its float32 gradients scattered; teacher gathered once.
         moved = (2 * COPY + 4) * LLAMA_1B.parameters + COPY * LLAMA_8B.parameters
         gather = gather_seconds(moved, cards, card.name)
         rows.append(
@@ -536,8 +536,8 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
             ]
         )  # fmt: skip
     yield table(
-        "8B to 1.2B: both models sharded over the cards, GiB of a card and bytes of a step, length 4096",
-        "cards | student | teacher | gathered | loss, ours | GB moved | ms | step, ms | hidden from tokens a card",
+        "8B to 1.2B: both models sharded over the cards, GiB per card and bytes per step, length 4096",
+        "cards | student | teacher | gathered | loss, ours | GB moved | ms | step, ms | hidden from tokens per card",
         rows,
     )
 
@@ -546,7 +546,7 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
 
 
 def fastest(run: Callable[[], object], rounds: int = 3) -> float:
-    """Seconds of the fastest of a few runs, after one that is not counted."""
+    """Returns the seconds of the fastest of a few runs, after one that is not counted."""
     run()
     times = []
     for _ in range(rounds):
@@ -557,7 +557,7 @@ def fastest(run: Callable[[], object], rounds: int = 3) -> float:
 
 
 def this_cpu() -> cost.Card:
-    """One thread's rates, of a large product and a large copy."""
+    """Measures the rates of one thread: large products and a large copy."""
     rates = {}
     for dtype in (torch.float32, torch.float64):
         a = torch.randn(2048, 2048, dtype=dtype)
@@ -569,7 +569,7 @@ def this_cpu() -> cost.Card:
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterator[Tensor]) -> int:
-    """What autograd keeps for the backward, without the parameters."""
+    """Returns the bytes that autograd keeps for the backward, without the parameters."""
     known, sizes = {_storage(p) for p in parameters}, {}
 
     def pack(x: Tensor) -> Tensor:
@@ -584,7 +584,7 @@ def saved_bytes(run: Callable[[], object], parameters: Iterator[Tensor]) -> int:
 
 
 def forward_peak(loss: Callable[[], Tensor]) -> int:
-    """Where the inner losses' memory is largest: the backward releases as it goes."""
+    """Returns the peak of the forward, where the inner losses need most: the backward releases memory as it goes."""
     with Count() as count:
         loss()
     return count.peak()
@@ -610,7 +610,7 @@ def bert(model: Model, attention: str = "sdpa"):  # type: ignore[no-untyped-def]
 
 
 def check() -> str:
-    """Predicted and measured, on one thread in float32: BERT-base, and TinyBERT-4."""
+    """Compares predictions and measurements of BERT-base and TinyBERT-4, on one thread in float32."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     card = this_cpu()
@@ -658,7 +658,7 @@ def check() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--card", default="H200", choices=list(cost.CARDS))
-    parser.add_argument("--mfu", type=float, default=0.4, help="of the card's 16-bit rate, in the models' products")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the card's 16-bit rate that the models reach")
     parser.add_argument("--check", action="store_true", help="compare the model with this CPU instead")
     options = parser.parse_args()
     if options.check:
