@@ -1,10 +1,10 @@
-"""Results of the benchmarks for people: pages of tables and plots, and what changed between two runs.
+"""Turns results of the benchmarks into pages of tables and plots, and compares two runs.
 
     python -m bench.report render RESULT.json [RESULT.json ...] --out docs
     python -m bench.report compare OLD.json NEW.json [--threshold 0.05]
 
-A result file is what one run wrote on one device; `read` says what must be in it. A record whose error is above its
-limit is red: its time is shown nowhere, and no ratio is made with it.
+A result file is what one run wrote on one device; `read` checks what must be in it. A record whose error is above its
+limit is red: its time is not shown, and it enters no ratio.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ MEASURED_FIELDS = {
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The result file at `path`. Raises ValueError, with the file's name and what is wrong, if it cannot be used."""
+    """Reads the result file at `path`. Raises ValueError, which names the file and the fault, if it cannot be used."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -124,7 +124,7 @@ def _check_times(where: str, record: Record) -> None:
 
 
 def key(record: Record) -> tuple[str, str, str, str, str]:
-    """What makes two records the same measurement: op, shape, dtype, direction and implementation."""
+    """Returns what identifies a measurement: op, shape, dtype, direction and implementation."""
     return record["op"], record["shape"], record["dtype"], record["direction"], record["implementation"]
 
 
@@ -143,7 +143,7 @@ def good(record: Record) -> bool:
 
 
 def _rows(records: Iterable[Record]) -> dict[Row, list[Record]]:
-    """Records of the same op, shape, dtype and direction, ours first."""
+    """Groups records by op, shape, dtype and direction, ours first."""
     rows: dict[Row, list[Record]] = {}
     for record in records:
         rows.setdefault(key(record)[:4], []).append(record)
@@ -151,7 +151,7 @@ def _rows(records: Iterable[Record]) -> dict[Row, list[Record]]:
 
 
 def _best(group: Iterable[Record]) -> Record | None:
-    """Our fastest backend among the records of a row."""
+    """Returns the record of our fastest backend in a row, or None."""
     return min((r for r in group if _ours(r) and good(r)), key=lambda r: r["seconds"], default=None)
 
 
@@ -160,7 +160,7 @@ def _best(group: Iterable[Record]) -> Record | None:
 
 
 def _figure(value: float) -> str:
-    """Three digits, and all of those before the point."""
+    """Writes a number with three digits, or with all digits before the point if there are more."""
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
@@ -179,7 +179,7 @@ def _cut(text: str, width: int) -> str:
 
 
 def _time(record: Record) -> str:
-    """The time, or in its place why there is none."""
+    """Writes the time, or the reason why there is none."""
     if record["status"] != "ok":
         return _cut(record["status"].split(":")[0], 20)
     return f"red (error {_error(record['error'])})" if _red(record) else _seconds(record["seconds"])
@@ -199,7 +199,7 @@ def _title(row: Iterable[str]) -> str:
 
 
 def _columns(rows: list[list[str]], sides: str, gap: str = "  ") -> list[str]:
-    """One line a row; `sides` has a < or > a column, for where its cells stand."""
+    """Aligns rows, one line each; `sides` has < (left) or > (right) for each column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         gap.join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows
@@ -207,7 +207,7 @@ def _columns(rows: list[list[str]], sides: str, gap: str = "  ") -> list[str]:
 
 
 def _blocks(header: list[str], blocks: dict[str, list[list[str]]], sides: str) -> list[str]:
-    """Lines under the titles they belong to, columns aligned over all of them."""
+    """Writes the rows of each block under its title, with columns aligned over all blocks."""
     aligned = iter(_columns([header, *(row for rows in blocks.values() for row in rows)], sides))
     lines = [f"  {next(aligned)}"]
     for title, rows in blocks.items():
@@ -216,7 +216,7 @@ def _blocks(header: list[str], blocks: dict[str, list[list[str]]], sides: str) -
 
 
 def summary(records: Iterable[Record]) -> str:
-    """A plain-text table of a run, at most 120 columns wide: one line a record, under the row that it belongs to."""
+    """Writes a run as a plain-text table of at most 120 columns: one line per record, under the title of its row."""
     blocks = {
         _cut(_title(row), 120): [
             [
@@ -240,7 +240,7 @@ def summary(records: Iterable[Record]) -> str:
 
 
 def render(paths: Iterable[str | Path], out: str | Path) -> list[Path]:
-    """Writes a page for every device into `out`/benchmarks; records of later runs replace those of earlier ones."""
+    """Writes a page for each device into `out`/benchmarks; records of later runs replace those of earlier ones."""
     runs: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for path in paths:
         result = read(path)
@@ -261,7 +261,7 @@ def slug(text: str) -> str:
 
 
 def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """The file appears with all of its content, or stays as it was."""
+    """Calls `write` on a temporary file and then renames it: `path` is complete, or stays as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
@@ -271,7 +271,7 @@ def whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _page(results: list[tuple[str, dict[str, Any]]], plots: Path) -> list[str]:
-    """The page's lines; its plots are written to the folder `plots` beside it."""
+    """Returns the lines of a page and writes its plots to the folder `plots` beside it."""
     shown: dict[tuple[str, ...], tuple[int, Record]] = {}  # with the number of the file that it is from
     for i, (_, result) in enumerate(results):
         shown.update((key(record), (i, record)) for record in result["records"])
@@ -280,12 +280,16 @@ def _page(results: list[tuple[str, dict[str, Any]]], plots: Path) -> list[str]:
     lines = [
         f"# Benchmarks: {results[-1][1]['device']}",
         "",
-        "Written by `python -m bench.report render`. Times are medians; `of ours` is the time over that of our fastest",
-        "backend in the same row; `extra` is the peak of what was allocated beyond inputs and gradients, of a training",
-        "step beyond the models. `red`: the error is above its limit, so the time counts for nothing. GB/s and GFLOP/s",
-        "are what the op cannot do without (`bench/cost.py`, `least`) over our time; `of floor` is the least time that",
-        "our algorithm could take on this card over the time it took. Lines in plots are dotted where other sizes than",
-        "that on the axis differ too.",
+        "`python -m bench.report render` writes this page.",
+        "",
+        "- *time* is a median.",
+        "- *of ours* is the time divided by that of our fastest backend in the same row.",
+        "- *extra* is the peak of the memory beyond inputs and gradients, or for a training step beyond the models.",
+        "- *red* means that the error is above its limit; such a time is not shown.",
+        "- *GB/s* and *GFLOP/s* are the bytes and operations that the op cannot avoid (`bench/cost.py`, `least`)",
+        "  divided by our time.",
+        "- *of floor* is the least time that our algorithm could take on this card, divided by our time.",
+        "- A dotted line in a plot joins points that also differ in sizes that are not on the axis.",
         "",
     ]
     for i, (name, result) in enumerate(results):
@@ -327,7 +331,7 @@ def _pairs(values: dict[str, str | None]) -> str:
 
 
 def _tables(section: list[Record]) -> list[str]:
-    """One row a shape and implementation: columns for every implementation would be wider than a page."""
+    """Writes one row per shape and implementation: columns for all implementations would be wider than a page."""
     steps = section[0]["direction"] == "training step"
     header = ["shape", "implementation", "time", "of ours", "extra MiB"] + ["tokens/s"] * steps
     compared, reached = [], []
@@ -361,7 +365,7 @@ def _tables(section: list[Record]) -> list[str]:
 
 
 def _reached(record: Record) -> list[str]:
-    """Rates and share of the floor of one of ours, and its error; of a red one the error alone."""
+    """Returns the rates, the share of the floor and the error of one of ours; of a red record the error alone."""
     rates = [record["least_bytes"], record["least_flops"]]
     cells = [_figure(amount / record["seconds"] / 1e9) if amount and good(record) else "" for amount in rates]
     floor = f"{record['floor_seconds'] / record['seconds']:.0%}" if record["floor_seconds"] and good(record) else ""
@@ -369,7 +373,7 @@ def _reached(record: Record) -> list[str]:
 
 
 def _markdown(header: list[str], rows: list[list[str]], sides: str) -> list[str]:
-    """Of columns that have a cell at all."""
+    """Writes a Markdown table without its empty columns."""
     filled = [i for i, column in enumerate(zip(*rows, strict=True)) if any(column)]
     rule = ["---" if side == "<" else "---:" for side in sides]
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -391,7 +395,7 @@ def _colours(names: Iterable[str]) -> dict[str, Any]:
 
 
 def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str | None:
-    """Time and memory against length or vocabulary, if there are two at least; the file's name."""
+    """Plots time and memory over length or vocabulary; returns the file's name, or None for fewer than two sizes."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -403,7 +407,8 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
     if len(ticks) < 2:
         return None
 
-    # Sizes that differ between shapes, beside the one on the axis: a marker each. Tokens of a step follow from others.
+    # Sizes that differ between shapes but are not on the axis: each combination gets a marker. A step's tokens follow
+    # from its other sizes.
     names = [name for name in first["sizes"] if name != along and not (name == "tokens" and along == "length")]
     varying = [name for name in names if len({record["sizes"].get(name) for record in shown}) > 1]
 
@@ -416,7 +421,7 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
         ("tokens a second", "linear", lambda r: r["sizes"]["tokens"] / r["seconds"])
         if steps
         else ("time, ms", "log", lambda r: r["seconds"] * 1e3),
-        # No zeros on a logarithmic axis: what is below a KiB is drawn as one.
+        # A logarithmic axis has no zero: less than a KiB is drawn as a KiB.
         ("peak memory, MiB" if steps else "extra memory, MiB", "log", lambda r: max(r["extra_bytes"], 2**10) / 2**20),
     ]
     figure = Figure(figsize=(11, 3.8), layout="constrained")
@@ -453,7 +458,7 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
 
 
 def _tick_places(axes: Any, values: list[int]) -> None:
-    """Ticks where the points are, but for those whose labels would overlap."""
+    """Puts ticks where the points are, except where their labels would overlap."""
     chosen = values[-1:]
     for value in reversed(values):
         room = 0.02 * (len(str(chosen[-1])) + 1) * math.log(values[-1] / values[0])
@@ -464,7 +469,7 @@ def _tick_places(axes: Any, values: list[int]) -> None:
 
 
 def _tick_figures(axes: Any, values: list[float]) -> None:
-    """Plain figures in place of powers of ten."""
+    """Labels ticks with plain numbers instead of powers of ten."""
     from matplotlib.ticker import LogLocator
 
     low, high = min(values) / 1.6, max(values) * 1.6  # there is always a 1, 2 or 5 in between
@@ -475,7 +480,7 @@ def _tick_figures(axes: Any, values: list[float]) -> None:
 
 
 def _roofline(records: list[Record], card_name: str | None, folder: Path) -> list[str]:
-    """Our fastest backend in every row, against the card's memory and units if they are known."""
+    """Plots our fastest backend in every row, under the card's roof if the card is known."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -522,12 +527,12 @@ def _roofline(records: list[Record], card_name: str | None, folder: Path) -> lis
         )
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
     whole(folder / "roofline.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
-    roof = "" if card_name else " What this device could reach is not known: no roof is drawn."
+    roof = "" if card_name else "\nThe limits of this device are unknown, so no roof is drawn."
     return [
         "## Roofline",
         "",
-        "Our fastest backend at every shape; FLOP and bytes are what the op cannot do without (`bench/cost.py`,",
-        f"`least`). Ops without matrix products have no place here: their GB/s stand above.{roof}",
+        "The plot shows our fastest backend at every shape, with the FLOP and bytes that the op cannot avoid",
+        f"(`bench/cost.py`, `least`). Ops without matrix products are left out: see their GB/s above.{roof}",
         "",
         f"![roofline]({folder.name}/roofline.png)",
         "",
@@ -539,7 +544,7 @@ def _roofline(records: list[Record], card_name: str | None, folder: Path) -> lis
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 0.05) -> tuple[str, list[str]]:
-    """What changed from one result to another, and the regressions of ours, a line each."""
+    """Returns a table of the changes between two results, and our regressions, one line each."""
     before = {key(record): record for record in old["records"]}
     after = {key(record): record for record in new["records"]}
     both = {k: (r, after[k]) for k, r in before.items() if k in after and good(r) and good(after[k])}
@@ -574,7 +579,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 0.05) -
     ):
         lines.append(f"{who}: {_spread(chosen)}")
     lines.append(
-        "What peers and baselines changed by is the noise and the machine's drift; `to baseline` is free of it."
+        "Changes of peers and baselines show the noise and drift of the machine; `to baseline` takes them out."
     )
     if added := len(after.keys() - before.keys()):
         lines.append(f"{added} records are new" if added > 1 else "1 record is new")
@@ -583,7 +588,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 0.05) -
 
 
 def _changes(old: Record, new: Record | None, threshold: float) -> tuple[list[str], list[str]]:
-    """What got worse from one record to another, and what else is worth a word."""
+    """Returns the regressions from one record to another, and other changes worth a mark."""
     if new is None:
         return (["VANISHED"], []) if good(old) else ([], [])
     if _red(new):
@@ -638,15 +643,17 @@ def _describe(path: str, result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Results of the benchmarks for people.")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description="Pages of benchmark results, and comparisons of two runs."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     renders = commands.add_parser("render", help="a page of tables and plots for every device")
     renders.add_argument("results", nargs="+", metavar="RESULT.json")
     renders.add_argument("--out", default="docs", help="folder that gets benchmarks/DEVICE.md (default: docs)")
-    compares = commands.add_parser("compare", help="what changed between two runs; 1 if one of ours got worse")
+    compares = commands.add_parser("compare", help="changes between two runs; exit code 1 if one of ours got worse")
     compares.add_argument("old", metavar="OLD.json")
     compares.add_argument("new", metavar="NEW.json")
-    compares.add_argument("--threshold", type=float, default=0.05, help="a change that counts (default: 0.05)")
+    compares.add_argument("--threshold", type=float, default=0.05, help="share of change that counts (default: 0.05)")
     options = parser.parse_args(arguments)
     try:
         if options.command == "render":
