@@ -1,4 +1,4 @@
-# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+# On a fresh machine, `make demo` and `make test` do all the set-up.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ MINUTES ?= 60
 demo: $(VENV)/ready
 	$(BIN)/fastdistill demo --output demo-output --overwrite
 
-# Two workers of one thread each: the tests are many small tensors.
+# The tests compute on many small tensors, so two workers of one thread each are fastest on two cores.
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
@@ -25,7 +25,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready-for-bench
 	$(BIN)/python -m pytest bench --benchmark-only --results bench/results
 
-# On a machine with a GPU, in an environment that has the library: nothing is installed.
+# For a machine with a GPU and an environment that has the library. This target installs nothing.
 gpu:
 	$(PYTHON) -m bench.gpu --out gpu-results --minutes $(MINUTES)
 
