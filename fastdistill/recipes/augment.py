@@ -530,14 +530,13 @@ def read_chunks(chunks: Sequence[Path]) -> Iterator[Any]:
 
 def write_tsv(path: Path, task: Task, batches: Iterator[Any]) -> None:
     """Rows in the layout of the task's own files; columns that are not read are empty."""
-    header = task.header or task.columns or (*task.texts, task.label_column)
-    places = [header.index(name) for name in (*task.texts, task.label_column)]
+    places = [task.columns.index(name) for name in (*task.texts, task.label_column)]
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        if task.header is None:
-            file.write("\t".join(header) + "\n")
+        if task.has_header:
+            file.write("\t".join(task.columns) + "\n")
         for batch in batches:
             for *texts, label in zip(*batch.to_pydict().values(), strict=True):
-                fields = [""] * len(header)
+                fields = [""] * len(task.columns)
                 # No field of these files can hold what ends it.
                 values = [re.sub(r"[\t\r\n]", " ", text) for text in texts]
                 values.append(repr(label) if task.is_regression else task.tsv_labels[label])

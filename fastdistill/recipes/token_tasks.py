@@ -1,14 +1,7 @@
 """Tasks on tokens: spans of a text that answer a question (SQuAD), and tags of words (named entities, parts of speech).
 
-They offer what `fastdistill.recipes.glue.Task` does, so that the stages and the command line go through them alike:
-
-    task = get_task("SQuAD").for_model(teacher.config)
-    train = task.tokenize(task.load_split("train", "squad"), tokenizer)
-    student = PredictionStage(dataset=train).run(student, teacher, tokenizer, "out/student")
-    task.evaluate(task.load_split("dev", "squad"), student, tokenizer)
-
-A text longer than the model reads becomes several windows. Where a token stands in its text is told by the offsets of
-fast tokenizers; slow ones are refused.
+`fastdistill.recipes.tasks` shows how they are used. A text that is longer than the model's input becomes several
+windows. The offsets of fast tokenizers tell where a token is in its text; slow tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -17,15 +10,18 @@ import json
 import logging
 import re
 import string
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
+from fastdistill.recipes.tasks import Recipe, are_placeholders, label_names, label_options, read_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,31 +30,67 @@ __all__ = ["TOKEN_TASKS", "SpanTask", "TaggingTask", "read_conll", "read_squad",
 
 logger = logging.getLogger(__name__)
 
+Columns = dict[str, list[Any]]
+
 
 @dataclass(frozen=True, kw_only=True)
-class _TokenTask:
-    """What both kinds share. The defaults of the recipe are those of the GLUE tasks."""
+class _TokenTask(Recipe, ABC):
+    """A task whose rows are cut into windows of at most `max_length` tokens."""
 
-    name: str
-    max_length: int  # tokens of a window
-    intermediate_epochs: int = 20
-    prediction_epochs: int = 3
-    batch_size: int = 32
-    intermediate_learning_rate: float = 5e-5
-    prediction_learning_rate: float = 3e-5
+    max_length: int
     evaluations: ClassVar[tuple[str, ...]] = ("dev",)
     is_regression: ClassVar[bool] = False
-    caches_logits: ClassVar[bool] = False  # one row for each token: the teacher runs along instead
+    caches_logits: ClassVar[bool] = False  # there is a row of logits for each token: the teacher runs along instead
 
     def check_length(self, config: Any, argument: str) -> None:
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and positions < self.max_length:
             raise ValueError(f"{argument} reads {positions} tokens at most; {self.name} needs {self.max_length}")
 
+    @abstractmethod
+    def _windows(self, tokenizer: Any, batch: Columns) -> tuple[Columns, list[int], Columns]:
+        """Returns the tokenizer's columns, each window's row in the batch, and columns that place its tokens."""
+
+    @abstractmethod
+    def _labels(self, tokenizer: Any, batch: Columns, ids: list[Any], sources: list[int], places: Columns) -> Columns:
+        """Returns the label columns of windows."""
+
+    def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
+        """Cuts rows into windows to train on: the tokenizer's columns and the labels."""
+        check_fast(tokenizer)
+
+        def cut(batch: Columns) -> Columns:
+            columns, sources, places = self._windows(tokenizer, batch)
+            return {**columns, **self._labels(tokenizer, batch, columns["input_ids"], sources, places)}
+
+        return rows.map(cut, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing for {self.name}")
+
+    def encode(self, rows: Dataset, tokenizer: Any) -> Dataset:
+        """Cuts rows into windows to predict on.
+
+        Their columns are the tokenizer's, the index of the window's `row`, and what places its tokens in the text.
+        """
+        check_fast(tokenizer)
+
+        def cut(batch: Columns, indices: list[int]) -> Columns:
+            columns, sources, places = self._windows(tokenizer, batch)
+            return {**columns, "row": [indices[source] for source in sources], **places}
+
+        options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
+        return rows.map(cut, desc=f"Tokenizing for {self.name}", **options)
+
+
+def check_fast(tokenizer: Any) -> None:
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer is a {type(tokenizer).__name__}, a slow one, which does not tell where its tokens stand in "
+            "the text; use a checkpoint with a tokenizer.json"
+        )
+
 
 # -- spans ---------------------------------------------------------------------------------------------------------
 
-PAIR_TOKENS = 4  # special tokens around a question and a text, at most: RoBERTa's
+PAIR_TOKENS = 4  # most special tokens around a question and a text: RoBERTa's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +98,7 @@ class SpanTask(_TokenTask):
     """Questions that a span of a text answers: SQuAD 1.1 (arXiv 1606.05250) and 2.0 (arXiv 1806.03822).
 
     Attributes:
-        version: in the names of SQuAD's own files: `train-v1.1.json`.
+        version: part of the names of SQuAD's own files: `train-v1.1.json`.
         has_unanswerable: whether a text may leave its question open, as in 2.0.
         max_length, stride: tokens of a window, question included, and tokens that neighbouring windows share.
         max_question: tokens that a question is cut to.
@@ -80,7 +112,7 @@ class SpanTask(_TokenTask):
     stride: int = 128
     max_question: int = 64
     max_answer: int = 30
-    intermediate_epochs: int = 10  # as of the larger GLUE tasks
+    intermediate_epochs: int = 10  # as for the larger GLUE tasks
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
 
     def __post_init__(self) -> None:
@@ -92,11 +124,11 @@ class SpanTask(_TokenTask):
             )
 
     def model_options(self, train: Dataset | None = None) -> dict[str, Any]:
-        """Keyword arguments of a transformers config: two outputs a token, whatever the checkpoint had."""
+        """Returns the keyword arguments of a transformers config: two outputs a token, whatever the checkpoint had."""
         return {"num_labels": 2}
 
     def for_model(self, config: Any, argument: str = "teacher") -> SpanTask:
-        """This task, if the model fits it: start and end as its outputs, positions for a window. Else ValueError."""
+        """Returns this task. Raises ValueError unless the model has a start and an end output and enough positions."""
         if config.num_labels != 2:
             raise ValueError(f"{argument} has {config.num_labels} outputs; {self.name} needs 2, a span's start and end")
         self.check_length(config, argument)
@@ -106,7 +138,7 @@ class SpanTask(_TokenTask):
         return f"{split}-{self.version}.json"
 
     def load_split(self, split: str, data_dir: str | Path | None = None) -> Dataset:
-        """`train` or `dev`, from SQuAD's own file in `data_dir` or else from the hub; columns as of `read_squad`."""
+        """Loads `train` or `dev` from SQuAD's own file in `data_dir`, or else from the hub, like `read_squad`."""
         if data_dir is not None:
             return read_squad(Path(data_dir) / self.file(split), has_unanswerable=self.has_unanswerable)
         from datasets import load_dataset
@@ -115,58 +147,30 @@ class SpanTask(_TokenTask):
         rows = rows.rename_columns({"answers.text": "answers", "answers.answer_start": "starts"})
         return rows.select_columns(["id", "question", "context", "answers", "starts"])
 
-    def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        """Windows to train on: the tokenizer's columns, `start_positions` and `end_positions`.
+    def _labels(self, tokenizer: Any, batch: Columns, ids: list[Any], sources: list[int], places: Columns) -> Columns:
+        """Returns `start_positions` and `end_positions`, those of the first answer's first and last token.
 
-        The positions are those of the first answer's first and last token. A window that does not hold the whole answer
-        points to its first token ([CLS]) instead, as do unanswerable questions.
+        Both are that of the first token ([CLS]) if the window does not hold the whole answer, or there is none.
         """
-        check_fast(tokenizer)
+        found = []
+        for source, tokens, *offsets in zip(sources, ids, *places.values(), strict=True):
+            answer = None
+            if batch["answers"][source]:
+                text, start = batch["answers"][source][0], batch["starts"][source][0]
+                start += len(text) - len(text.lstrip())
+                answer = answer_tokens(np.stack(offsets, 1), start, start + len(text.strip()))
+            found.append(answer or (null_position(tokens, tokenizer),) * 2)
+        return {"start_positions": [first for first, _ in found], "end_positions": [last for _, last in found]}
 
-        def label(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            columns, sources, offsets = self._windows(tokenizer, batch)
-            places = []
-            for source, ids, window in zip(sources, columns["input_ids"], offsets, strict=True):
-                null = null_position(ids, tokenizer)
-                answer = None
-                if batch["answers"][source]:
-                    text, start = batch["answers"][source][0], batch["starts"][source][0]
-                    start += len(text) - len(text.lstrip())
-                    answer = answer_tokens(window, start, start + len(text.strip()))
-                places.append((null, null) if answer is None else answer)
-            columns["start_positions"] = [first for first, _ in places]
-            columns["end_positions"] = [last for _, last in places]
-            return columns
-
-        return rows.map(label, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {self.name}")
-
-    def encode(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        """Windows to predict on: the tokenizer's columns, the index of the `row` that a window is of, and for each
-        token its characters of the context, `token_starts` to `token_ends` (exclusive), -1 if it is not of the context.
-        """
-        check_fast(tokenizer)
-
-        def cut(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-            columns, sources, offsets = self._windows(tokenizer, batch)
-            columns["row"] = [indices[source] for source in sources]
-            columns["token_starts"] = [window[:, 0].tolist() for window in offsets]
-            columns["token_ends"] = [window[:, 1].tolist() for window in offsets]
-            return columns
-
-        options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
-        return rows.map(cut, desc=f"Tokenizing {self.name}", **options)
-
-    def _windows(
-        self, tokenizer: Any, batch: dict[str, list[Any]]
-    ) -> tuple[dict[str, Any], list[int], list[np.ndarray]]:
-        """The tokenizer's columns, of each window the place of its row in the batch, and its offsets (L, 2)."""
+    def _windows(self, tokenizer: Any, batch: Columns) -> tuple[Columns, list[int], Columns]:
+        """Places each token by its characters in the context: `token_starts` to `token_ends` (exclusive), else -1."""
         questions = [question.strip() for question in batch["question"]]
         tokens = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         questions = [
-            question if len(places) <= self.max_question else question[: places[self.max_question - 1][1]]
-            for question, places in zip(questions, tokens, strict=True)
+            question if len(offsets) <= self.max_question else question[: offsets[self.max_question - 1][1]]
+            for question, offsets in zip(questions, tokens, strict=True)
         ]
-        found = tokenizer(
+        columns = tokenizer(
             questions,
             batch["context"],
             truncation="only_second",
@@ -175,23 +179,22 @@ class SpanTask(_TokenTask):
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        sources = found.pop("overflow_to_sample_mapping")
-        offsets = []
-        for window, places in enumerate(found.pop("offset_mapping")):
-            is_context = np.array([sequence == 1 for sequence in found.sequence_ids(window)])
-            offsets.append(np.where(is_context[:, None], np.array(places), -1))
-        return dict(found), sources, offsets
+        sources, places = columns.pop("overflow_to_sample_mapping"), []
+        for window, offsets in enumerate(columns.pop("offset_mapping")):
+            is_context = np.array([sequence == 1 for sequence in columns.sequence_ids(window)])
+            places.append(np.where(is_context, np.array(offsets).T, -1))  # (2, L)
+        return dict(columns), sources, {"token_starts": [x[0] for x in places], "token_ends": [x[1] for x in places]}
 
     def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
-        """`squad_metrics` of a model's answers to rows as `load_split` returns them."""
+        """Returns `squad_metrics` of a model's answers to rows from `load_split`."""
         answers = self.answer(rows, model, tokenizer)
         return squad_metrics(answers, rows["answers"][:], has_unanswerable=self.has_unanswerable)
 
     def answer(self, rows: Dataset, model: Any, tokenizer: Any) -> list[str]:
-        """A model's answer to each row: the text of the span with the highest start logit + end logit over all windows.
+        """Returns a model's answer to each row: the span with the highest start logit + end logit over all windows.
 
-        With `has_unanswerable` it is "" where the first token ([CLS]), as start and end, has more than that in every
-        window: Devlin et al. (arXiv 1810.04805, section 4.3) with threshold 0.
+        With `has_unanswerable` it is "" if that sum is less than [CLS]'s in every window: Devlin et al. (arXiv
+        1810.04805, section 4.3) with threshold 0.
         """
         contexts = rows["context"][:]
         answers = [""] * len(contexts)
@@ -213,12 +216,12 @@ class SpanTask(_TokenTask):
 
 
 def read_squad(path: str | Path, *, has_unanswerable: bool = False) -> Dataset:
-    """Read one of SQuAD's own JSON files.
+    """Reads one of SQuAD's own JSON files.
 
-    Returns a datasets.Dataset with the columns `id`, `question`, `context`, `answers` (list of str: of the training set
-    one, none for an unanswerable question) and `starts` (list of int: the character each starts at).
-    Raises FileNotFoundError, and ValueError for a file that is not one of them, naming the question where an answer
-    does not stand where it should, or where there is none without `has_unanswerable`.
+    Returns a datasets.Dataset with the columns `id`, `question`, `context`, `answers` (list of str: one in the training
+    set, none for an unanswerable question) and `starts` (list of int: the character at which each answer starts).
+    Raises FileNotFoundError, and ValueError for a file with another layout, or naming the question if an answer is not
+    where it should be, or if there is none without `has_unanswerable`.
     """
     from datasets import Dataset
 
@@ -227,30 +230,33 @@ def read_squad(path: str | Path, *, has_unanswerable: bool = False) -> Dataset:
         raise FileNotFoundError(f"{path}: no such file; it should be one of SQuAD's own")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:  # of UTF-8 as well
+    except ValueError as error:  # also raised for bytes that are not UTF-8
         raise ValueError(f"{path}: not JSON ({error})") from None
-    columns: dict[str, list[Any]] = {name: [] for name in ("id", "question", "context", "answers", "starts")}
     try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                context = paragraph["context"]
-                for question in paragraph["qas"]:
-                    where = f"{path}: question {question['id']}"
-                    answers = [] if question.get("is_impossible") else question["answers"]
-                    if not answers and not has_unanswerable:
-                        raise ValueError(f"{where} has no answer; unanswerable questions are of the task SQuAD2")
-                    for answer in answers:
-                        check_answer(context, answer["text"], answer["answer_start"], where)
-                    columns["id"].append(question["id"])
-                    columns["question"].append(question["question"])
-                    columns["context"].append(context)
-                    columns["answers"].append([answer["text"] for answer in answers])
-                    columns["starts"].append([answer["answer_start"] for answer in answers])
+        rows = list(_squad_rows(content, path, has_unanswerable))
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not laid out as SQuAD's own files, data, paragraphs, qas ({error!r})") from None
-    if not columns["id"]:
+    if not rows:
         raise ValueError(f"{path}: no questions")
-    return Dataset.from_dict(columns)
+    return Dataset.from_list(rows)
+
+
+def _squad_rows(content: Any, path: Path, has_unanswerable: bool) -> Iterator[dict[str, Any]]:
+    for paragraph in (paragraph for article in content["data"] for paragraph in article["paragraphs"]):
+        for question in paragraph["qas"]:
+            where = f"{path}: question {question['id']}"
+            answers = [] if question.get("is_impossible") else question["answers"]
+            if not answers and not has_unanswerable:
+                raise ValueError(f"{where} has no answer; unanswerable questions are of the task SQuAD2")
+            for answer in answers:
+                check_answer(paragraph["context"], answer["text"], answer["answer_start"], where)
+            yield {
+                "id": question["id"],
+                "question": question["question"],
+                "context": paragraph["context"],
+                "answers": [answer["text"] for answer in answers],
+                "starts": [answer["answer_start"] for answer in answers],
+            }
 
 
 def check_answer(context: str, text: str, start: int, where: str) -> None:
@@ -263,15 +269,15 @@ def check_answer(context: str, text: str, start: int, where: str) -> None:
 
 
 def null_position(ids: Sequence[int], tokenizer: Any) -> int:
-    """The token that stands for no answer: [CLS] where the tokenizer has it, else the first."""
+    """Returns the position of the token that stands for no answer: [CLS] if the tokenizer has it, else the first."""
     return ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0
 
 
 def answer_tokens(offsets: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
-    """The first and the last token of the characters `start` to `end` (exclusive); None: not all are in the window.
+    """Returns the first and last token of the characters `start` to `end` (exclusive), or None if some are outside.
 
     Args:
-        offsets: (L, 2) int, the characters of each token, -1 where it is not of the context.
+        offsets: (L, 2) int, the characters of each token, -1 if it is not in the context.
     """
     tokens = np.flatnonzero(offsets[:, 0] >= 0)
     starts, ends = offsets[tokens].T
@@ -283,9 +289,9 @@ def answer_tokens(offsets: np.ndarray, start: int, end: int) -> tuple[int, int] 
 
 
 def best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray, max_answer: int) -> tuple[float, int, int]:
-    """The score of the best span of allowed tokens, `start[i] + end[j]` with i <= j < i + max_answer, and its i and j.
+    """Returns the best score `start[i] + end[j]` with i <= j < i + max_answer over allowed tokens, and its i and j.
 
-    All (L) each. Where nothing is allowed the score is -inf.
+    The arguments are (L). The score is -inf if no token is allowed.
     """
     start, end = (np.where(allowed, logits, -np.inf) for logits in (start, end))
     end = np.pad(end, (0, max_answer - 1), constant_values=-np.inf)
@@ -297,11 +303,11 @@ def best_span(start: np.ndarray, end: np.ndarray, allowed: np.ndarray, max_answe
 def squad_metrics(
     predictions: Sequence[str], answers: Sequence[Sequence[str]], *, has_unanswerable: bool = False
 ) -> dict[str, float]:
-    """SQuAD's `exact_match` and `f1` as fractions, each prediction held against its best gold answer; `score` is F1.
+    """Computes SQuAD's `exact_match` and `f1` as fractions, comparing a prediction with its best gold answer.
 
-    Texts are compared as SQuAD's scripts do: in lower case, without punctuation, articles and further spaces; F1 is of
-    their words as multisets. With `has_unanswerable` no gold answer, or none that leaves a word, is the answer "".
-    Where neither side leaves a word, F1 is 1 with `has_unanswerable` and 0 without, as in either script.
+    Texts are compared as SQuAD's scripts do: in lower case, without punctuation, articles and extra spaces; F1 is that
+    of their words as multisets, and also the `score`. With `has_unanswerable` the gold answer is "" if no gold answer
+    has a word. If neither side has a word, F1 is 1 with `has_unanswerable` and 0 without, as in the two scripts.
     """
     exact, f1 = [], []
     for prediction, golds in zip(predictions, answers, strict=True):
@@ -336,8 +342,7 @@ class TaggingTask(_TokenTask):
 
     Attributes:
         labels: tags by index. They are the model's, see `for_model`.
-        max_length: tokens of a window. A longer sentence goes on in the next one, without overlap: no word
-            is lost.
+        max_length: tokens of a window. A longer sentence continues in the next one, without overlap: no word is lost.
     """
 
     max_length: int = 128
@@ -345,20 +350,16 @@ class TaggingTask(_TokenTask):
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
 
     def model_options(self, train: Dataset) -> dict[str, Any]:
-        """Keyword arguments of a transformers config that make a token classifier one for the tags of these rows."""
-        labels = sorted({tag for tags in train["tags"] for tag in tags})
+        """Returns the keyword arguments of a transformers config with the tags of these rows as its classes."""
+        labels = sorted(distinct(train["tags"]))
         if len(labels) < 2:
             raise ValueError(f"the training rows have the tags {labels}; there should be two or more to tell apart")
-        return {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
+        return label_options(labels)
 
     def for_model(self, config: Any, argument: str = "teacher") -> TaggingTask:
-        """This task with the model's labels, which its config must name. Else ValueError."""
-        labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
-        if labels == tuple(f"LABEL_{index}" for index in range(len(labels))):
+        """Returns this task with the model's labels. Raises ValueError if its config does not name them."""
+        labels = label_names(config)
+        if are_placeholders(labels):
             raise ValueError(
                 f"{argument} does not name its tags (id2label holds {', '.join(labels)}); train one that does with "
                 "`fastdistill finetune --task tagging`, or write their names into its config.json"
@@ -370,49 +371,28 @@ class TaggingTask(_TokenTask):
         return f"{split}.txt"
 
     def load_split(self, split: str, data_dir: str | Path | None = None) -> Dataset:
-        """`train` or `dev`, from `data_dir`; columns as of `read_conll`."""
+        """Loads `train` or `dev` from `data_dir` with `read_conll`."""
         if data_dir is None:
             raise ValueError("tagging has no data on the hub; data_dir (--data) should hold train.txt and dev.txt")
         return read_conll(Path(data_dir) / self.file(split))
 
     def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        """Windows to train on: the tokenizer's columns and `labels`, -100 at all but the first token of a word.
-
-        Raises ValueError for tags that `labels` lacks.
-        """
-        check_fast(tokenizer)
-        ids = {label: index for index, label in enumerate(self.labels)}
-        unknown = sorted({tag for tags in rows["tags"] for tag in tags} - ids.keys())
-        if unknown:
+        """Cuts rows into windows to train on; see `_TokenTask.tokenize`. Raises ValueError for tags not in `labels`."""
+        if unknown := sorted(distinct(rows["tags"]) - set(self.labels)):
             raise ValueError(f"the training rows have the tags {unknown}; the model's are {list(self.labels)}")
+        return super().tokenize(rows, tokenizer)
 
-        def label(batch: dict[str, list[Any]]) -> dict[str, Any]:
-            columns, sources, words = self._windows(tokenizer, batch)
-            columns["labels"] = [
-                [-100 if word < 0 else ids[batch["tags"][source][word]] for word in window]
-                for source, window in zip(sources, words, strict=True)
-            ]
-            return columns
+    def _labels(self, tokenizer: Any, batch: Columns, ids: list[Any], sources: list[int], places: Columns) -> Columns:
+        """Returns `labels`, -100 at all tokens but the first of each word."""
+        index = {label: index for index, label in enumerate(self.labels)}
+        tags = (batch["tags"][source] for source in sources)
+        pairs = zip(tags, places["word"], strict=True)
+        return {"labels": [[-100 if word < 0 else index[tag[word]] for word in window] for tag, window in pairs]}
 
-        return rows.map(label, batched=True, remove_columns=rows.column_names, desc="Tokenizing sentences")
-
-    def encode(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        """Windows to predict on: the tokenizer's columns, the index of the `row` that a window is of, and for each
-        token the `word` that it is the first token of (-1: none).
-        """
-        check_fast(tokenizer)
-
-        def cut(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, Any]:
-            columns, sources, words = self._windows(tokenizer, batch)
-            return {**columns, "row": [indices[source] for source in sources], "word": words}
-
-        options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
-        return rows.map(cut, desc="Tokenizing sentences", **options)
-
-    def _windows(self, tokenizer: Any, batch: dict[str, list[Any]]) -> tuple[dict[str, Any], list[int], list[Any]]:
-        """The tokenizer's columns, of each window the place of its row in the batch, and `word` as of `encode`."""
-        # Joined by spaces, sentences are tokenised as running text is, by byte-level vocabularies too.
-        found = tokenizer(
+    def _windows(self, tokenizer: Any, batch: Columns) -> tuple[Columns, list[int], Columns]:
+        """Places each token by the `word` of which it is the first token, else -1."""
+        # Sentences are joined with spaces, so that byte-level vocabularies too see them as running text.
+        columns = tokenizer(
             [" ".join(words) for words in batch["words"]],
             truncation=True,
             max_length=self.max_length,
@@ -420,28 +400,27 @@ class TaggingTask(_TokenTask):
             return_offsets_mapping=True,
         )
         starts = [list(accumulate((len(word) + 1 for word in words[:-1]), initial=0)) for words in batch["words"]]
-        sources = found.pop("overflow_to_sample_mapping")
-        reached = [-1] * len(starts)  # of each row the last word that has had its first token, in any window
+        sources = columns.pop("overflow_to_sample_mapping")
+        last = [-1] * len(starts)  # the last word of each row whose first token is in a window so far
         windows = []
-        for window, (source, offsets) in enumerate(zip(sources, found.pop("offset_mapping"), strict=True)):
+        for window, (source, offsets) in enumerate(zip(sources, columns.pop("offset_mapping"), strict=True)):
             places = []
-            for sequence, (_, end) in zip(found.sequence_ids(window), offsets, strict=True):
+            for sequence, (_, end) in zip(columns.sequence_ids(window), offsets, strict=True):
                 word = -1 if sequence is None else bisect_right(starts[source], end - 1) - 1
-                places.append(word if word > reached[source] else -1)
-                reached[source] = max(reached[source], word)
+                places.append(word if word > last[source] else -1)
+                last[source] = max(last[source], word)
             windows.append(places)
-        return dict(found), sources, windows
+        return dict(columns), sources, {"word": windows}
 
     def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
-        """`tag_metrics` of a model on rows as `load_split` returns them. Tags that it does not have count as missed."""
+        """Returns `tag_metrics` of a model on rows from `load_split`. Tags that the model does not have are misses."""
         golds = rows["tags"][:]
-        unknown = sorted({tag for tags in golds for tag in tags} - set(model.config.id2label.values()))
-        if unknown:
+        if unknown := sorted(distinct(golds) - set(model.config.id2label.values())):
             logger.warning("the model never predicts the tags %s, which the data has", ", ".join(unknown))
         return tag_metrics(self.tag(rows, model, tokenizer), golds)
 
     def tag(self, rows: Dataset, model: Any, tokenizer: Any) -> list[list[str]]:
-        """A model's tag of each word. A word that the tokenizer leaves nothing of is "O"."""
+        """Returns a model's tag of each word. A word for which the tokenizer has no token is "O"."""
         found = [["O"] * len(words) for words in rows["words"]]
         windows = self.encode(rows, tokenizer)
         for window, logits in zip(windows, window_logits(model, windows, tokenizer, "tags"), strict=True):
@@ -451,26 +430,24 @@ class TaggingTask(_TokenTask):
         return found
 
 
+def distinct(tags: Sequence[Sequence[str]]) -> set[str]:
+    return {tag for sentence in tags for tag in sentence}
+
+
 def read_conll(path: str | Path) -> Dataset:
-    """Read a file with a word a line, its columns between spaces or tabs: the word is the first, its tag the last.
+    """Reads a file with one word a line: the first of its columns is the word, the last its tag.
 
-    A blank line ends a sentence, and so does a `-DOCSTART-` line, which is dropped.
+    Spaces or tabs separate columns. A blank line ends a sentence, and so does a `-DOCSTART-` line, which is dropped.
 
-    Returns a datasets.Dataset with the columns `words` and `tags`, lists of str of the same length, a row a sentence.
-    Raises FileNotFoundError, and ValueError naming file and line where there are other columns than in the first line.
+    Returns a datasets.Dataset with a row for each sentence: `words` and `tags`, lists of str of the same length.
+    Raises FileNotFoundError, and ValueError naming file and line for a line with another number of columns than the
+    first.
     """
     from datasets import Dataset
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it should hold a word and its tag a line")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    sentences: list[list[tuple[str, str]]] = [[]]
+    sentences: list[list[list[str]]] = [[]]
     columns = 0
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "it should hold a word and its tag a line"), 1):
         line = line.strip(" \t\r")
         if not line or line.startswith("-DOCSTART-"):
             sentences.append([])
@@ -482,21 +459,21 @@ def read_conll(path: str | Path) -> Dataset:
                 f"{path}:{number}: {len(fields)} columns; a line has {columns} between spaces or tabs, the first a "
                 "word and the last its tag"
             )
-        sentences[-1].append((fields[0], fields[-1]))
+        sentences[-1].append(fields)
     sentences = [sentence for sentence in sentences if sentence]
     if not sentences:
         raise ValueError(f"{path}: no words")
-    words, tags = ([[pair[side] for pair in sentence] for sentence in sentences] for side in (0, 1))
+    words, tags = ([[fields[place] for fields in sentence] for sentence in sentences] for place in (0, -1))
     return Dataset.from_dict({"words": words, "tags": tags})
 
 
 def tag_metrics(predictions: Sequence[Sequence[str]], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Metrics of predicted tags, as fractions; both sides are lists of sentences of tags.
+    """Computes metrics of predicted tags as fractions; both sides are lists of sentences of tags.
 
-    Where every gold tag but "O" is of an entity (B-, I-, E-, S-): `precision`, `recall` and `f1` of whole entities, as
-    CoNLL's script counts them, and `score` is F1. Else `accuracy` over all words, and `score` is that.
+    If every gold tag but "O" is an entity's (B-, I-, E-, S-): `precision`, `recall` and `f1` of whole entities as
+    CoNLL's script counts them; `score` is F1. Otherwise `accuracy` over all words, which is also the `score`.
     """
-    tags = {tag for sentence in golds for tag in sentence} - {"O"}
+    tags = distinct(golds) - {"O"}
     if not tags or not all(tag.startswith(ENTITY_PREFIXES) for tag in tags):
         right = [p == g for pair in zip(predictions, golds, strict=True) for p, g in zip(*pair, strict=True)]
         accuracy = sum(right) / len(right)
@@ -506,16 +483,12 @@ def tag_metrics(predictions: Sequence[Sequence[str]], golds: Sequence[Sequence[s
         for side in (predictions, golds)
     )
     common = len(ours & theirs)
-    values = {
-        "precision": common / max(len(ours), 1),
-        "recall": common / len(theirs),
-        "f1": 2 * common / (len(ours) + len(theirs)),
-    }
-    return {**values, "score": values["f1"]}
+    f1 = 2 * common / (len(ours) + len(theirs))
+    return {"precision": common / max(len(ours), 1), "recall": common / len(theirs), "f1": f1, "score": f1}
 
 
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:
-    """A sentence's entities: first word, last word, kind. A tag begins one unless it `continues` the tag before."""
+    """Returns a sentence's entities: first word, last word, kind. A tag starts one unless it `continues` the last."""
     found, first = set(), 0
     for i, (before, tag, after) in enumerate(zip(["O", *tags], tags, [*tags[1:], "O"], strict=False)):
         if not continues(before, tag):
@@ -530,14 +503,6 @@ def continues(before: str, tag: str) -> bool:
 
 
 # -- both ----------------------------------------------------------------------------------------------------------
-
-
-def check_fast(tokenizer: Any) -> None:
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer is a {type(tokenizer).__name__}, a slow one, which does not tell where its tokens stand in "
-            "the text; use a checkpoint with a tokenizer.json"
-        )
 
 
 def window_logits(model: Any, windows: Dataset, tokenizer: Any, head: str, batch_size: int = 64) -> list[np.ndarray]:

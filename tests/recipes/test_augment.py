@@ -505,7 +505,7 @@ class TestFiles:
         if own.is_file():  # other readers know their columns by place
             lines = [path.read_text(encoding="utf-8").splitlines()[0] for path in (own, tmp_path / f"{name}.tsv")]
             assert lines[0].count("\t") == lines[1].count("\t")
-            assert task.header is not None or lines[0] == lines[1]
+            assert not task.has_header or lines[0] == lines[1]
         (tmp_path / "cut.arrow").write_bytes((tmp_path / f"{name}.arrow").read_bytes()[:-200])
         with pytest.raises(ValueError, match=r"cut\.arrow: damaged, or not what"):
             read_augmented(task, tmp_path / "cut.arrow")

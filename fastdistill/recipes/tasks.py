@@ -1,0 +1,65 @@
+"""What the tasks of `fastdistill.recipes.glue` and `fastdistill.recipes.token_tasks` share.
+
+The stages and the command line use every task alike:
+
+    task = get_task("SQuAD").for_model(teacher.config)
+    train = task.tokenize(task.load_split("train", "squad"), tokenizer)
+    student = PredictionStage(dataset=train).run(student, teacher, tokenizer, "out/student")
+    task.evaluate(task.load_split("dev", "squad"), student, tokenizer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The name of a task, and how TinyBERT trains on it (arXiv 1909.10351, section 4.2, and its code)."""
+
+    name: str
+    _: KW_ONLY
+    intermediate_epochs: int = 20
+    prediction_epochs: int = 3
+    batch_size: int = 32
+    intermediate_learning_rate: float = 5e-5
+    prediction_learning_rate: float = 3e-5
+
+
+def read_lines(path: str | Path, expected: str) -> list[str]:
+    """Reads the lines of a UTF-8 file, with or without a byte-order mark, without their line ends.
+
+    Only a line feed ends a line: sentences contain other characters at which str.splitlines would break.
+
+    Raises FileNotFoundError, which says what was `expected`, and ValueError for a file that is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {expected}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def label_options(labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the keyword arguments with which a transformers config has these classes in this order."""
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+def label_names(config: Any) -> tuple[str, ...]:
+    """Returns the names of a model's classes by index."""
+    return tuple(str(config.id2label[index]) for index in range(config.num_labels))
+
+
+def are_placeholders(labels: Sequence[str]) -> bool:
+    """Tells whether class names are those that transformers gives to classes without a name: `LABEL_0`, `LABEL_1`."""
+    return all(label == f"LABEL_{index}" for index, label in enumerate(labels))
