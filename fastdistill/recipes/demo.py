@@ -1,14 +1,15 @@
-"""The whole method on text that every Python carries: `fastdistill demo`. No network, no GPU, minutes on 2 cores.
+"""The whole method on text that comes with every Python: `fastdistill demo`. No network, no GPU, minutes on 2 cores.
 
-Text: the docstrings of the standard library and `pydoc_data.topics`. Label: the part of the library a passage is
-from. A small BERT trained on it on the spot is the teacher; its student is distilled in TinyBERT's stages and compared
-with the same student trained on the labels alone for as many steps.
+The text is the docstrings of the standard library and `pydoc_data.topics`; the label of a passage is the part of the
+library that it documents. A small BERT is trained on it as the teacher. Its student is distilled in TinyBERT's stages,
+and compared with the same student trained on the labels alone for as many steps. `Demo.run` is the pipeline.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import io
 import json
 import math
@@ -20,11 +21,12 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from datasets import Dataset
@@ -32,21 +34,17 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, TrainerCallback
 
 import fastdistill
+from fastdistill.recipes.glue import Task, compute_metrics
 from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus
 from fastdistill.train.finetune import finetune
 from fastdistill.train.outputs import whole_output
 from fastdistill.train.stages import GeneralStage, IntermediateStage, PredictionStage
 from fastdistill.train.students import count_parameters, init_from_teacher, measure_seconds, save_projections
 
-# Parts of the standard library: modules and packages, of which those that this Python has are read.
+# Parts of the standard library by their modules and packages. Those that this Python lacks are skipped.
 PARTS: dict[str, str] = {
     "code": "abc ast code codeop collections _collections_abc contextlib copy ctypes dataclasses dis enum functools "
     "importlib inspect modulefinder opcode operator pickle pickletools pkgutil pydoc runpy symtable tokenize types "
@@ -67,7 +65,7 @@ LANGUAGE = "language"  # pydoc_data.topics
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. The defaults are what `fastdistill demo` runs."""
+    """How much of everything. The defaults are those of `fastdistill demo`."""
 
     train_rows: int = 520  # of each part
     dev_rows: int = 130
@@ -85,24 +83,23 @@ class Size:
 
 
 def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Size | None = None) -> dict[str, Any]:
-    """Run the demo and write `report.md`, `losses.png`, `accuracy.png`, `results.json` and the folder `student`.
+    """Runs the demo and writes `report.md`, `losses.png`, `accuracy.png`, `results.json` and the folder `student`.
 
-    `output` appears whole or not at all. Returns what results.json holds.
-    Raises FileExistsError where `output` is not empty and `overwrite` is not set, FileNotFoundError where this Python
-    carries no library source.
+    `output` appears whole or not at all. Returns the content of results.json.
+    Raises FileExistsError if `output` is not empty and `overwrite` is not set, FileNotFoundError if this Python comes
+    without the source of its library.
     """
     start = time.perf_counter()
-    console = Console(file=sys.stdout)  # as it is now: `quiet` redirects it
+    console = Console(file=sys.stdout)  # taken before `quiet` redirects it
     columns = (TextColumn("{task.description:<44}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     with whole_output(output, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as work:
         with Progress(*columns, console=console) as progress, quiet():
-            demo = Demo(size or Size(), progress, Path(work))
-            results = demo.run(folder)
+            results = Demo(size or Size(), progress, Path(work)).run(folder)
         results["seconds"]["all"] = time.perf_counter() - start
-        plot(demo.losses, results, folder)
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(report(results), encoding="utf-8")
-    table = Table(box=SIMPLE)  # narrow enough for 80 columns
+        plot_accuracy(results, folder)
+    table = Table(box=SIMPLE)  # fits into 80 columns
     for head in TABLE_HEAD:
         table.add_column(head, no_wrap=True)
     for row in table_rows(results):
@@ -110,6 +107,222 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
     console.print(table)
     console.print(f"{results['seconds']['all'] / 60:.1f} minutes; wrote {Path(output) / 'report.md'}")
     return results
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------
+
+# Students by their key in the results.
+STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}
+# For transformers.TrainingArguments.
+OPTIONS: dict[str, Any] = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 10,
+    "logging_first_step": True,
+}
+POINTS = 8  # on a curve of dev accuracies
+
+
+class Demo:
+    """The steps of the pipeline, which share a text, its tokenizer and a folder for intermediate results."""
+
+    def __init__(self, size: Size, progress: Progress, work: Path) -> None:
+        self.size, self.progress, self.work = size, progress, work
+        self.seconds: dict[str, float] = {}
+        self.curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in STUDENTS}
+        with self.timed("text and tokenizer"):
+            text = self.text = read_text(size)
+            self.tokenizer = train_tokenizer(text.corpus, size)
+            self.task = Task("demo", columns=("sentence1", "label"), texts=("sentence1",), labels=tuple(text.labels))
+            self.train, self.dev = (self.task.tokenize(rows, self.tokenizer) for rows in (text.train, text.dev))
+            self.blocks = pack_corpus(Dataset.from_dict({"text": text.corpus}), self.tokenizer, size.max_length)
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        with self.timed("teacher"):
+            teacher = self.train_teacher()
+        with self.timed("distillation"):
+            start = self.start(teacher)
+            student, steps = self.distil_inner(copy.deepcopy(start), teacher, folder)
+            students = self.distil_predictions(student, teacher, steps)
+        steps = self.curves["distilled"][0][-1][0]
+        for name in ("folded", "labels"):
+            with self.timed(name):
+                self.train_on_labels(name, start, steps)
+
+        students[0].save_pretrained(folder / "student")
+        self.tokenizer.save_pretrained(folder / "student")
+        models = {"teacher": teacher, "student": students[0]}  # the students have one size and speed
+        middle = sorted(self.dev.remove_columns("labels"), key=lambda row: len(row["input_ids"]))[len(self.dev) // 2 :]
+        seconds = measure_seconds(models, PaddingCollator(self.tokenizer)(middle[:64]))
+        accuracies = {name: [points[-1][1] for points in runs] for name, runs in self.curves.items()}
+        return {
+            "size": asdict(self.size),
+            "labels": self.text.labels,
+            "rows": {"train": len(self.train), "dev": len(self.dev), "corpus": len(self.text.corpus)},
+            "steps": steps,
+            "parameters": {name: count_parameters(model) for name, model in models.items()},
+            "speed_up": seconds["teacher"] / seconds["student"],
+            "accuracy": {"teacher": [self.accuracy(teacher)], **accuracies},
+            "curves": self.curves,
+            "seconds": self.seconds,
+        }
+
+    def train_teacher(self) -> BertForSequenceClassification:
+        """Trains the teacher on the labels, starting from vectors of the corpus' words."""
+        torch.manual_seed(0)
+        teacher = self.new_model(*self.size.teacher)
+        embeddings = teacher.bert.embeddings.word_embeddings.weight
+        embeddings.data.copy_(word_vectors(self.blocks["input_ids"], *embeddings.shape))
+        self.finetune(teacher, self.size.teacher_epochs, 5e-4, 0, "teacher: labels")
+        return teacher
+
+    def start(self, teacher: BertForSequenceClassification) -> BertForSequenceClassification:
+        """Returns a student that starts from the teacher's weights; its projections are in the working folder."""
+        torch.manual_seed(0)
+        student = self.new_model(*self.size.student)
+        rows = self.blocks.select(range(min(len(self.blocks), 256))).select_columns(["input_ids"])
+        projection = init_from_teacher(student, teacher, calibration=PaddingCollator(self.tokenizer)(list(rows)))
+        save_projections(student, teacher, projection, self.work)
+        return student
+
+    def distil_inner(self, student: Any, teacher: Any, folder: Path) -> tuple[Any, int]:
+        """Runs the general and the intermediate stage, plots their losses, and returns the student and its steps.
+
+        One student serves all seeds of the last stage, as in published results.
+        """
+        stages = {
+            "general": GeneralStage(
+                corpus=self.blocks,
+                epochs=self.size.general_epochs,
+                batch_size=32,
+                learning_rate=2e-3,
+                projections=self.work,
+                arguments=OPTIONS,
+            ),
+            "intermediate": IntermediateStage(
+                dataset=self.train,
+                epochs=self.size.intermediate_epochs,
+                learning_rate=1e-3,
+                projections=self.work / "general",
+                arguments=OPTIONS,
+            ),
+        }
+        logs, steps = {}, 0
+        for name, stage in stages.items():
+            output = self.work / name
+            stage.run(student, teacher, self.tokenizer, output, callbacks=[Watch(self, f"student: {name} stage")])
+            state = json.loads((output / "trainer_state.json").read_text())
+            logs[name] = state["log_history"]
+            steps += state["global_step"]
+        plot_losses(logs, folder)
+        return student, steps
+
+    def distil_predictions(self, start: Any, teacher: Any, steps: int) -> list[Any]:
+        """Runs the prediction stage with each seed, and returns the students; they took `steps` before it."""
+        rows, students = add_teacher_logits(self.train, teacher, self.tokenizer), []
+        for seed in self.size.seeds:
+            watch = Watch(self, f"student: prediction stage, seed {seed}", measures=True)
+            stage = PredictionStage(
+                dataset=rows, epochs=self.size.prediction_epochs, learning_rate=1e-3, seed=seed, arguments=OPTIONS
+            )
+            output = self.work / f"prediction-{seed}"
+            students += [stage.run(copy.deepcopy(start), teacher, self.tokenizer, output, callbacks=[watch])]
+            self.curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
+        return students
+
+    def train_on_labels(self, name: str, start: Any, steps: int) -> None:
+        """Trains a student on the labels alone with each seed, from the distilled one's start or from scratch."""
+        epochs = steps / math.ceil(len(self.train) / 32)
+        for seed in self.size.seeds:
+            torch.manual_seed(seed)
+            model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
+            learning_rate = 1e-3 if name == "folded" else 2e-3
+            watch = self.finetune(model, epochs, learning_rate, seed, f"{STUDENTS[name]}, seed {seed}")
+            self.curves[name].append(watch.accuracies)
+
+    def finetune(self, model: Any, epochs: float, learning_rate: float, seed: int, name: str) -> Watch:
+        watch = Watch(self, name, measures=True)
+        schedule = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "arguments": OPTIONS}
+        folder = self.work / f"{name} {seed}".replace(" ", "-")
+        finetune(model, self.train, self.tokenizer, folder, **schedule, callbacks=[watch])
+        return watch
+
+    def new_model(self, layers: int, width: int) -> BertForSequenceClassification:
+        config = BertConfig(
+            vocab_size=len(self.tokenizer),
+            num_hidden_layers=layers,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_attention_heads=self.size.heads,
+            max_position_embeddings=self.size.max_length,
+            **self.task.model_options(),
+        )
+        return BertForSequenceClassification(config)
+
+    def accuracy(self, model: Any) -> float:
+        logits = add_teacher_logits(self.dev, model, self.tokenizer, batch_size=64)["teacher_logits"]
+        return compute_metrics(self.task, np.array(logits), np.array(self.dev["labels"]))["accuracy"]
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+class Watch(TrainerCallback):
+    """Shows the progress of one training, and measures the accuracy on the dev set `POINTS` times if it `measures`."""
+
+    def __init__(self, demo: Demo, name: str, measures: bool = False) -> None:
+        self.demo, self.name, self.measures = demo, name, measures
+        self.accuracies: list[tuple[int, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = self.demo.progress.add_task(self.name, total=state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.demo.progress.advance(self.bar)
+        step, every = state.global_step, math.ceil(state.max_steps / POINTS)
+        if self.measures and (step % every == 0 or step == state.max_steps):
+            student = getattr(model, "student", model)  # the distillation trainer's model holds the student
+            self.accuracies.append((step, self.demo.accuracy(student)))
+            model.train()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Hides the progress bars and messages of the libraries below; the demo shows its own."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+@torch.no_grad()
+def word_vectors(blocks: Sequence[Sequence[int]], vocabulary: int, width: int, window: int = 8) -> torch.Tensor:
+    """Returns vectors (vocabulary, width) that factorise the positive pointwise mutual information of tokens.
+
+    It is that of tokens at most `window` apart (Levy and Goldberg, 2014). This takes seconds, and here helps far more
+    than minutes of masked language modelling.
+    """
+    counts = torch.zeros(vocabulary, vocabulary)
+    for block in blocks:
+        tokens = torch.tensor(block)
+        for distance in range(1, min(window, len(tokens) - 1) + 1):
+            pair = (tokens[:-distance], tokens[distance:])
+            counts.index_put_(pair, torch.ones(len(tokens) - distance), accumulate=True)
+    counts += counts.T.clone()
+    total = counts.sum(1)
+    context = total**0.75
+    information = (counts * context.sum() / (total[:, None] * context).clamp_min(1e-9)).clamp_min(1).log()
+    u, s, _ = torch.svd_lowrank(information, q=width + 16, niter=4)
+    vectors = u[:, :width] * s[:width].sqrt()
+    return vectors * (0.05 / vectors.std())
 
 
 # -- text --------------------------------------------------------------------------------------------------------
@@ -124,30 +337,16 @@ class Text:
 
 
 def read_text(size: Size, seed: int = 0) -> Text:
-    """Passages of the standard library's documentation, labelled with the part of the library they are from.
+    """Reads passages of the standard library's documentation, labelled with the part of the library.
 
-    Train and dev passages come from different docstrings; a passage that repeats another is dropped, and so is a dev
-    passage half of whose four-word runs stand in the training text. Module names are struck out of every passage.
+    Train and dev passages come from different docstrings. Repeated passages are dropped, and so are dev passages more
+    than half of whose four-word runs occur in the training text. Module names are removed from every passage.
     """
-    rng = random.Random(seed)
-    library = Path(sysconfig.get_paths()["stdlib"])
-    part_of = {module: part for part, modules in PARTS.items() for module in modules.split()}
-    texts: dict[str, list[str]] = {part: [] for part in (*PARTS, "")}
-    for path in sorted(library.rglob("*.py")):
-        top = path.relative_to(library).parts[0].removesuffix(".py")
-        if top not in ("site-packages", "test") and not {"test", "tests"} & set(path.parts):
-            texts[part_of.get(top, "")] += docstrings(path)
-    if not all(texts[part] for part in PARTS):
-        raise FileNotFoundError(f"{library}: no source of the standard library, whose documentation the demo reads")
-    from pydoc_data.topics import topics
-
-    texts[LANGUAGE] = list(topics.values())
-
-    seen: set[str] = set()
+    rng, seen = random.Random(seed), set[str]()
+    texts = read_docstrings(Path(sysconfig.get_paths()["stdlib"]))
     corpus = [passage for text in texts.pop("") for passage in passages(text, size.words, seen)]
-    labels = sorted(texts)
     rows: dict[str, list[tuple[str, int]]] = {"train": [], "dev": []}
-    for label, part in enumerate(labels):
+    for label, part in enumerate(sorted(texts)):
         rng.shuffle(texts[part])
         cut = len(texts[part]) * 4 // 5
         for split, count, share in (
@@ -162,19 +361,31 @@ def read_text(size: Size, seed: int = 0) -> Text:
     known = set().union(*map(word_runs, corpus))
     rows["dev"] = [row for row in rows["dev"] if len(word_runs(row[0]) & known) * 2 <= len(word_runs(row[0]))]
     rng.shuffle(corpus)
+    columns = ("sentence1", "label")
+    train, dev = (Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows[split]]) for split in rows)
+    return Text(train, dev, corpus, sorted(texts))
 
-    def dataset(split: str) -> Dataset:
-        sentences, classes = zip(*rows[split], strict=True)
-        return Dataset.from_dict({"sentence1": list(sentences), "label": list(classes)})
 
-    return Text(dataset("train"), dataset("dev"), corpus, labels)
+def read_docstrings(library: Path) -> dict[str, list[str]]:
+    """Returns the texts of each part, and under "" those of modules that are in no part."""
+    part_of = {module: part for part, modules in PARTS.items() for module in modules.split()}
+    texts: dict[str, list[str]] = {part: [] for part in (*PARTS, "")}
+    for path in sorted(library.rglob("*.py")):
+        top = path.relative_to(library).parts[0].removesuffix(".py")
+        if top not in ("site-packages", "test") and not {"test", "tests"} & set(path.parts):
+            texts[part_of.get(top, "")] += docstrings(path)
+    if not all(texts[part] for part in PARTS):
+        raise FileNotFoundError(f"{library}: no source of the standard library, whose documentation the demo reads")
+    from pydoc_data.topics import topics
+
+    return {**texts, LANGUAGE: list(topics.values())}
 
 
 def docstrings(path: Path) -> list[str]:
-    """Of a source file, which is parsed and not imported."""
+    """Returns the docstrings of a source file, which is parsed and not imported."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
-    except (SyntaxError, ValueError):  # files that show what does not parse
+    except (SyntaxError, ValueError):  # the library has files that show syntax errors
         return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
@@ -187,7 +398,10 @@ MODULE_NAME = re.compile(
 
 
 def passages(text: str, words: int, seen: set[str]) -> Iterator[str]:
-    """Paragraphs without sessions and rulers, in pieces of 8 to `words` words, none like one in `seen`."""
+    """Yields the paragraphs of a text in pieces of 8 to `words` words, without those in `seen`, which it adds to.
+
+    Interactive sessions and rulers are left out.
+    """
     for paragraph in re.split(r"\n\s*\n", text):
         if re.search(r"^\s*(>>>|\.\.\. )", paragraph, re.M):
             continue
@@ -206,265 +420,10 @@ def word_runs(passage: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
 
 
-def train_tokenizer(corpus: Sequence[str], size: Size) -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(
-        corpus, trainers.WordPieceTrainer(vocab_size=size.vocabulary, special_tokens=special, show_progress=False)
-    )
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=size.max_length,
-        **{f"{name.strip('[]').lower()}_token": name for name in special},
-    )
-
-
-# -- training ----------------------------------------------------------------------------------------------------
-
-
-STUDENTS = {
-    "distilled": "distilled",
-    "folded": "same start, labels",
-    "labels": "from scratch, labels",
-}
-# Of transformers.TrainingArguments.
-OPTIONS: dict[str, Any] = {
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 10,
-    "logging_first_step": True,
-}
-POINTS = 8  # on a curve of dev accuracies
-
-
-class Watch(TrainerCallback):
-    """A progress bar for one training, what it logs, and now and then the accuracy on the dev set."""
-
-    def __init__(self, progress: Progress, name: str, accuracy: Callable[[Any], float] | None = None) -> None:
-        self.progress, self.name, self.accuracy = progress, name, accuracy
-        self.losses: list[dict[str, float]] = []
-        self.accuracies: list[tuple[int, float]] = []
-        self.steps = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps = state.max_steps
-        self.task = self.progress.add_task(self.name, total=self.steps)
-        self.every = math.ceil(self.steps / POINTS)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.advance(self.task)
-        if self.accuracy and (state.global_step % self.every == 0 or state.global_step == self.steps):
-            model = kwargs["model"]
-            student = getattr(model, "student", model)  # the distillation trainer's model holds the student
-            self.accuracies.append((state.global_step, self.accuracy(student)))
-            model.train()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append({"step": state.global_step, **logs})
-
-
-@torch.no_grad()
-def word_vectors(blocks: Sequence[Sequence[int]], vocabulary: int, width: int, window: int = 8) -> torch.Tensor:
-    """(vocabulary, width): the positive pointwise mutual information of tokens that stand at most `window` apart,
-    factorised (Levy and Goldberg, 2014). Seconds, and worth far more here than minutes of masked words.
-    """
-    counts = torch.zeros(vocabulary, vocabulary)
-    for block in blocks:
-        tokens = torch.tensor(block)
-        for distance in range(1, min(window, len(tokens) - 1) + 1):
-            pair = (tokens[:-distance], tokens[distance:])
-            counts.index_put_(pair, torch.ones(len(tokens) - distance), accumulate=True)
-    counts += counts.T.clone()
-    total = counts.sum(1)
-    context = total**0.75
-    information = (counts * context.sum() / (total[:, None] * context).clamp_min(1e-9)).clamp_min(1).log()
-    u, s, _ = torch.svd_lowrank(information, q=width + 16, niter=4)
-    vectors = u[:, :width] * s[:width].sqrt()
-    return vectors * (0.05 / vectors.std())
-
-
-class Demo:
-    """The legs of the demo, over one text, one tokenizer and one folder for the work in between."""
-
-    def __init__(self, size: Size, progress: Progress, work: Path) -> None:
-        self.size, self.progress, self.work = size, progress, work
-        self.seconds: dict[str, float] = {}
-        self.losses: dict[str, list[dict[str, float]]] = {}
-        with self.leg("text and tokenizer"):
-            self.text = read_text(size)
-            self.tokenizer = train_tokenizer(self.text.corpus, size)
-            self.train, self.dev = (self.tokenize(rows) for rows in (self.text.train, self.text.dev))
-            self.blocks = pack_corpus(Dataset.from_dict({"text": self.text.corpus}), self.tokenizer, size.max_length)
-            collate, order = PaddingCollator(self.tokenizer), sorted(self.dev, key=lambda row: len(row["input_ids"]))
-            self.dev_batches = [collate(order[i : i + 64]) for i in range(0, len(order), 64)]
-
-    def tokenize(self, rows: Dataset) -> Dataset:
-        options = {"truncation": True, "max_length": self.size.max_length, "return_token_type_ids": False}
-        found = self.tokenizer(rows["sentence1"][:], **options)
-        return Dataset.from_dict({**found, "labels": rows["label"][:]})
-
-    @contextlib.contextmanager
-    def leg(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def config(self, layers: int, width: int) -> BertConfig:
-        labels = self.text.labels
-        return BertConfig(
-            vocab_size=len(self.tokenizer),
-            num_hidden_layers=layers,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_attention_heads=self.size.heads,
-            max_position_embeddings=self.size.max_length,
-            id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)},
-        )
-
-    @torch.no_grad()
-    def accuracy(self, model: Any) -> float:
-        model.eval()
-        right = rows = 0
-        for batch in self.dev_batches:
-            inputs = {name: x for name, x in batch.items() if name != "labels"}
-            right += int((model(**inputs).logits.argmax(1) == batch["labels"]).sum())
-            rows += len(batch["labels"])
-        return right / rows
-
-    def train_teacher(self) -> BertForSequenceClassification:
-        """On the labels, from vectors of the corpus' words."""
-        torch.manual_seed(0)
-        teacher = BertForSequenceClassification(self.config(*self.size.teacher))
-        with self.leg("teacher"):
-            embeddings = teacher.bert.embeddings.word_embeddings.weight
-            embeddings.data.copy_(word_vectors(self.blocks["input_ids"], *embeddings.shape))
-            self.finetune(teacher, self.size.teacher_epochs, 5e-4, 0, "teacher: labels")
-        return teacher
-
-    def finetune(self, model: Any, epochs: float, learning_rate: float, seed: int, name: str) -> Watch:
-        watch = Watch(self.progress, name, self.accuracy)
-        finetune(
-            model,
-            self.train,
-            self.tokenizer,
-            self.work / f"{name} {seed}".replace(" ", "-"),
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            arguments=OPTIONS,
-            callbacks=[watch],
-        )
-        return watch
-
-    def run(self, folder: Path) -> dict[str, Any]:
-        size = self.size
-        teacher = self.train_teacher()
-        config = self.config(*size.student)
-        curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in STUDENTS}
-
-        # One student for all seeds up to the last stage, as published results are reported.
-        torch.manual_seed(0)
-        student = BertForSequenceClassification(config)
-        with self.leg("distillation"):
-            rows = self.blocks.select(range(min(len(self.blocks), 256)))
-            calibration = PaddingCollator(self.tokenizer)(list(rows.select_columns(["input_ids"])))
-            projection = init_from_teacher(student, teacher, calibration=calibration)
-            save_projections(student, teacher, projection, self.work)
-            folded = {name: x.clone() for name, x in student.state_dict().items()}
-            stages = {
-                "general": GeneralStage(
-                    corpus=self.blocks,
-                    epochs=size.general_epochs,
-                    batch_size=32,
-                    learning_rate=2e-3,
-                    projections=self.work,
-                    arguments=OPTIONS,
-                ),
-                "intermediate": IntermediateStage(
-                    dataset=self.train,
-                    epochs=size.intermediate_epochs,
-                    learning_rate=1e-3,
-                    projections=self.work / "general",
-                    arguments=OPTIONS,
-                ),
-            }
-            steps = 0
-            for name, stage in stages.items():
-                watch = Watch(self.progress, f"student: {name} stage")
-                stage.run(student, teacher, self.tokenizer, self.work / name, callbacks=[watch])
-                self.losses[name] = watch.losses
-                steps += watch.steps
-            rows = add_teacher_logits(self.train, teacher, self.tokenizer)
-            start = {name: x.clone() for name, x in student.state_dict().items()}
-            first: dict[str, torch.Tensor] = {}
-            for seed in size.seeds:
-                student.load_state_dict(start)
-                watch = Watch(self.progress, f"student: prediction stage, seed {seed}", self.accuracy)
-                PredictionStage(
-                    dataset=rows,
-                    epochs=size.prediction_epochs,
-                    learning_rate=1e-3,
-                    seed=seed,
-                    arguments=OPTIONS,
-                ).run(student, teacher, self.tokenizer, self.work / f"prediction-{seed}", callbacks=[watch])
-                curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
-                first = first or {name: x.clone() for name, x in student.state_dict().items()}
-        steps += watch.steps
-
-        epochs = steps / math.ceil(len(self.train) / 32)
-        for name in list(STUDENTS)[1:]:
-            with self.leg(name):
-                for seed in size.seeds:
-                    torch.manual_seed(seed)
-                    model = BertForSequenceClassification(config)
-                    learning_rate = 2e-3
-                    if name == "folded":
-                        model.load_state_dict(folded)
-                        learning_rate = 1e-3
-                    watch = self.finetune(model, epochs, learning_rate, seed, f"{STUDENTS[name]}, seed {seed}")
-                    curves[name].append(watch.accuracies)
-
-        # Every seed gives the same sizes and the same speed.
-        models = {"teacher": teacher, "student": student}
-        seconds = measure_seconds(models, self.dev_batches[len(self.dev_batches) // 2])
-        student.load_state_dict(first)
-        student.save_pretrained(folder / "student")
-        self.tokenizer.save_pretrained(folder / "student")
-        return {
-            "size": asdict(size),
-            "labels": self.text.labels,
-            "rows": {"train": len(self.train), "dev": len(self.dev), "corpus": len(self.text.corpus)},
-            "steps": steps,
-            "parameters": {name: count_parameters(model) for name, model in models.items()},
-            "speed_up": seconds["teacher"] / seconds["student"],
-            "accuracy": {
-                "teacher": [self.accuracy(teacher)],
-                **{name: [points[-1][1] for points in runs] for name, runs in curves.items()},
-            },
-            "curves": curves,
-            "seconds": self.seconds,
-        }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The progress bars and messages of the libraries underneath give way to the demo's own."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
+def train_tokenizer(corpus: Sequence[str], size: Size) -> Any:
+    tokenizer = BertTokenizer().train_new_from_iterator(corpus, size.vocabulary, show_progress=False)
+    tokenizer.model_max_length = size.max_length
+    return tokenizer
 
 
 # -- report ------------------------------------------------------------------------------------------------------
@@ -472,30 +431,26 @@ def quiet() -> Iterator[None]:
 TABLE_HEAD = ("model", "parameters", "encoder", "speed-up", "accuracy", "kept")
 
 
-def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     teacher = statistics.mean(results["accuracy"]["teacher"])
     for name, label in {"teacher": "teacher", **STUDENTS}.items():
         values, kind = results["accuracy"][name], "teacher" if name == "teacher" else "student"
         mean, parameters = statistics.mean(values), results["parameters"][kind]
         spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        rows.append(
-            (
-                label,
-                f"{parameters['total'] / 1e6:.2f}M",
-                f"{parameters['encoder'] / 1e6:.2f}M",
-                f"{results['speed_up'] if kind == 'student' else 1:.1f}x",
-                f"{100 * mean:.1f}{spread}",
-                f"{100 * mean / teacher:.1f}%",
-            )
+        yield (
+            label,
+            f"{parameters['total'] / 1e6:.2f}M",
+            f"{parameters['encoder'] / 1e6:.2f}M",
+            f"{results['speed_up'] if kind == 'student' else 1:.1f}x",
+            f"{100 * mean:.1f}{spread}",
+            f"{100 * mean / teacher:.1f}%",
         )
-    return rows
 
 
 def report(results: dict[str, Any]) -> str:
     rows, size, seconds = results["rows"], results["size"], results["seconds"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (TABLE_HEAD, ["---"] * len(TABLE_HEAD), *table_rows(results))]
-    legs = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "all")
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "all")
     return f"""# fastdistill demo
 
 {chr(10).join(lines)}
@@ -505,9 +460,9 @@ kept: the share of the teacher's. Speed-up: one batch, {torch.get_num_threads()}
 architecture and took {results["steps"]} steps. "Same start" begins with the teacher's weights as the distilled one does
 and learns from the labels alone; "from scratch" never saw the teacher.
 
-**Task.** Which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) a passage
-is from: {rows["train"]} passages to train on, {rows["dev"]} from other docstrings to test on, module names struck out.
-{rows["corpus"]} passages without labels are the corpus of the general stage.
+**Task.** Which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) is a
+passage from? There are {rows["train"]} passages to train on, {rows["dev"]} from other docstrings to test on, without
+module names. The corpus of the general stage has {rows["corpus"]} passages without labels.
 
 **Teacher.** {size["teacher"][0]} layers, {size["teacher"][1]} wide, {size["heads"]} heads, trained on the labels,
 from vectors of the corpus' words (factorised mutual information).
@@ -521,23 +476,28 @@ weights; then TinyBERT's general, intermediate and prediction stages.
 
 The student is in `student/`: `AutoModelForSequenceClassification.from_pretrained("student")`.
 
-{seconds["all"] / 60:.1f} minutes in all ({legs}), Python {platform.python_version()}, torch {torch.__version__},
+{seconds["all"] / 60:.1f} minutes in all ({parts}), Python {platform.python_version()}, torch {torch.__version__},
 transformers {transformers.__version__}, fastdistill {fastdistill.__version__}, {torch.get_num_threads()} threads.
 """
 
 
-def plot(losses: dict[str, list[dict[str, float]]], results: dict[str, Any], folder: Path) -> None:
-    """`losses.png`: the inner losses of the two stages that learn them. `accuracy.png`: dev accuracy over steps."""
+def plot_losses(logs: dict[str, list[dict[str, float]]], folder: Path) -> None:
+    """Plots the inner losses of each stage to `losses.png`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("general", "intermediate"), strict=True):
+    for axes, (name, history) in zip(figure.subplots(1, 2), logs.items(), strict=True):
         for term in ("embedding", "hidden", "attention"):
-            points = [(log["step"], log[term]) for log in losses[name] if term in log]
+            points = [(log["step"], log[term]) for log in history if term in log]
             axes.plot(*zip(*points, strict=True), label=term)
         axes.set(title=f"{name} stage", xlabel="step", ylabel="loss", yscale="log")
         axes.legend()
     figure.savefig(folder / "losses.png", dpi=120)
+
+
+def plot_accuracy(results: dict[str, Any], folder: Path) -> None:
+    """Plots the dev accuracy over steps to `accuracy.png`."""
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
