@@ -1,14 +1,14 @@
 """TinyBERT's data augmentation (arXiv 1909.10351, Algorithm 1): copies of a sentence with some of its words replaced.
 
-A word that is one piece of the masked language model's vocabulary is replaced by one of the words that model finds most
-likely in its place, any other by one of its nearest neighbours in GloVe:
+A word that is a single piece of the masked language model's vocabulary is replaced by one of the words which that model
+finds most likely in its place; any other word by one of its nearest neighbours in GloVe:
 
     glove = read_glove("glove.6B.300d.txt")
     augmenter = Augmenter(masked_lm, tokenizer, glove, copies=COPIES["SST-2"])
     augment(task, load_split(task, "train", "SST-2"), augmenter, "augmented.tsv")
 
-Defaults are the published ones. As in the published code the model sees `[CLS] masked [SEP] original [SEP]`, and only
-words of a to z that are not stop words are replaced. What surrounds them stays as it is: case, spaces, punctuation.
+Defaults are the published ones. As in the published code, the model sees `[CLS] masked [SEP] original [SEP]`, and only
+words of the letters a to z that are not stop words are replaced. Everything else stays: case, spaces, punctuation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from fastdistill.recipes.glue import SENTENCES, TASKS, Task, read_tsv
+from fastdistill.recipes.glue import TASKS, Task, read_tsv
 from fastdistill.train.outputs import check, claim, replace, working_folder, write_arrow, write_whole
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.students import positions
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
 
 __all__ = ["COPIES", "Augmenter", "Glove", "augment", "read_augmented", "read_glove"]
 
-# N_a of the published code; the paper has 20 for all.
+# N_a in the published code; the paper uses 20 for all tasks.
 COPIES: dict[str, int] = {
     task.name: {"MNLI": 10, "QQP": 10, "SST-2": 20, "QNLI": 20}.get(task.name, 30) for task in TASKS
 }
 
-# The Snowball project's English stop words, with the pieces that an apostrophe leaves of "don't" and the like.
+# The Snowball project's English stop words, and what an apostrophe leaves of words like "don't".
 STOP_WORDS = frozenset(
     """
     i me my myself we our ours ourselves you your yours yourself yourselves he him his himself she her hers herself it
@@ -71,7 +71,7 @@ BASIC_TOKENIZER, BASIC_NORMALIZER = BertPreTokenizer(), BertNormalizer(lowercase
 
 
 def replaceable_words(sentence: str) -> Iterator[tuple[Span, str]]:
-    """Where the words that may be replaced are, and each in lower case without accents."""
+    """Yields where the words are that may be replaced, and each in lower case without accents."""
     for word, span in BASIC_TOKENIZER.pre_tokenize_str(sentence):
         plain = BASIC_NORMALIZER.normalize_str(word)
         if re.fullmatch("[a-z]+", plain) and plain not in STOP_WORDS:
@@ -79,25 +79,23 @@ def replaceable_words(sentence: str) -> Iterator[tuple[Span, str]]:
 
 
 def whole_words(tokenizer: Any) -> tuple[list[int], list[str]]:
-    """The ids of a vocabulary's whole words, and the words: letters which after a space are read back as that one id.
+    """Returns the ids and texts of a vocabulary's whole words: letters that after a space are tokenized as that one id.
 
-    This is what tells a word from the piece of one, whether pieces are marked by `##`, or words by a sign of their own.
+    This works for vocabularies that mark word pieces (with `##`) and for those that mark the start of a word.
     """
     ids = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
-    words = [text.strip() for text in tokenizer.batch_decode([[i] for i in ids])]
-    found = [(i, word) for i, word in zip(ids, words, strict=True) if word.isalpha()]
-    if not found:
-        return [], []
-    pieces = tokenizer([" " + word for _, word in found], add_special_tokens=False)["input_ids"]
-    found = [(i, word) for (i, word), read in zip(found, pieces, strict=True) if read == [i]]
-    return [i for i, _ in found], [word for _, word in found]
+    texts = [text.strip() for text in tokenizer.batch_decode([[i] for i in ids])]
+    words = {i: text for i, text in zip(ids, texts, strict=True) if text.isalpha()}
+    pieces = tokenizer([" " + word for word in words.values()], add_special_tokens=False)["input_ids"] if words else []
+    whole = [i for i, read in zip(words, pieces, strict=True) if read == [i]]
+    return whole, [words[i] for i in whole]
 
 
 def best(scores: Tensor, k: int) -> Tensor:
-    """Columns (N, k) of the highest scores (N, V) a row, highest first; of equal scores the first column."""
+    """Returns the columns (N, k) of the highest scores (N, V) of each row, highest first, ties by column."""
     k = min(k, scores.shape[1])
     values, columns = scores.topk(min(k + 1, scores.shape[1]))
-    tied = (values[:, 1:] == values[:, :-1]).any(1)  # topk takes any of them
+    tied = (values[:, 1:] == values[:, :-1]).any(1)  # topk returns tied columns in any order
     columns = columns[:, :k]
     if tied.any():
         columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -109,7 +107,7 @@ def best(scores: Tensor, k: int) -> Tensor:
 
 @dataclass
 class Glove:
-    """Word vectors (V, d) of unit length, float32 or float16, on any device, and where each word's is."""
+    """Words and their vectors (V, d) of unit length, float32 or float16, on any device."""
 
     words: list[str]
     vectors: Tensor
@@ -120,7 +118,7 @@ class Glove:
         self.index = {word: i for i, word in enumerate(self.words)}
 
     def neighbours(self, words: Sequence[str], k: int) -> list[list[str]]:
-        """The k words nearest to each of `words`, which must be in `index`, by cosine, nearest first, not itself."""
+        """Returns the k other words nearest to each of `words` by cosine, nearest first. All must be in `index`."""
         if not words:
             return []
         rows = torch.tensor([self.index[word] for word in words], device=self.vectors.device)
@@ -141,10 +139,10 @@ class Glove:
 
 
 def read_glove(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Glove:
-    """Read GloVe's text format: UTF-8, a word and the d numbers of its vector on a line, separated by single spaces.
+    """Reads GloVe's text format: UTF-8, on each line a word and the d numbers of its vector between single spaces.
 
-    Line 1 says what d is. A word that holds spaces itself, of which glove.840B has a few, is left out; of a word that
-    comes twice the first counts.
+    Line 1 determines d. Words that contain spaces (glove.840B has a few) are skipped; a repeated word counts once, with
+    its first vector.
 
     Args:
         dtype: of the vectors kept: torch.float32, or torch.float16 for half the memory.
@@ -159,40 +157,45 @@ def read_glove(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it should be word vectors in GloVe's text format")
     words: dict[str, None] = {}
-    numbers = array("f")
-    size = 0
+    numbers, size = array("f"), 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                # Not str.split(): words hold other characters that count as white space.
-                fields = line.decode().rstrip(" \r\n").split(" ")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
-            size = size or len(fields) - 1
-            if size < 2:
-                raise ValueError(
-                    f"{where}: {len(fields)} columns; a line is a word and its vector, separated by spaces (a first "
-                    "line of two counts, as word2vec writes it, has to go)"
-                )
-            word, vector = fields[:-size], fields[-size:]
-            if not word or any(is_number(field) for field in word[1:]):
-                raise ValueError(f"{where}: {len(fields)} columns; line 1 has {size + 1}, a word and {size} numbers")
-            try:
-                values = [float(field) for field in vector]
-            except ValueError:
-                wrong = next(field for field in vector if not is_number(field))
-                raise ValueError(f"{where}: {wrong!r} is not a number; after the word come {size} numbers") from None
-            if not math.isfinite(sum(values)):
-                raise ValueError(f"{where}: the vector is not finite")
-            if len(word) == 1 and word[0] not in words:
-                words[word[0]] = None
+            word, values = _parse_vector(line, size, f"{path}:{number}")
+            size = size or len(values)
+            if word is not None and word not in words:
+                words[word] = None
                 numbers.extend(values)
     if not words:
         raise ValueError(f"{path}: no word vectors")
     vectors = torch.frombuffer(numbers, dtype=torch.float32).view(len(words), size)
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return Glove(list(words), vectors.to(device, dtype))
+
+
+def _parse_vector(line: bytes, size: int, where: str) -> tuple[str | None, list[float]]:
+    """Returns a line's word (None if it contains spaces) and the numbers of its vector; size 0: all after the first."""
+    try:
+        # Not str.split(): words contain other characters that count as white space.
+        fields = line.decode().rstrip(" \r\n").split(" ")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+    size = size or len(fields) - 1
+    if size < 2:
+        raise ValueError(
+            f"{where}: {len(fields)} columns; a line is a word and its vector, separated by spaces (a first line of "
+            "two counts, as word2vec writes it, has to go)"
+        )
+    word, vector = fields[:-size], fields[-size:]
+    if not word or any(map(is_number, word[1:])):
+        raise ValueError(f"{where}: {len(fields)} columns; line 1 has {size + 1}, a word and {size} numbers")
+    try:
+        values = [float(field) for field in vector]
+    except ValueError:
+        wrong = next(field for field in vector if not is_number(field))
+        raise ValueError(f"{where}: {wrong!r} is not a number; after the word come {size} numbers") from None
+    if not math.isfinite(sum(values)):
+        raise ValueError(f"{where}: the vector is not finite")
+    return word[0] if len(word) == 1 else None, values
 
 
 def is_number(field: str) -> bool:
@@ -211,16 +214,16 @@ class Augmenter:
 
     Args:
         model: a masked language model of transformers, on the device to run on.
-        tokenizer: its own.
-        glove: word vectors for the words that are several pieces of its vocabulary.
-        copies: N_a, how often a sentence is copied; copies that are equal are dropped. `COPIES` has each task's.
+        tokenizer: the model's own.
+        glove: word vectors for words that are several pieces of the vocabulary.
+        copies: N_a, how often a sentence is copied; equal copies are dropped. `COPIES` has each task's number.
         candidates: K, how many words may replace a word.
         probability: p_t, with which a word of a copy is replaced.
-        seed: of the draws. Each sentence has its own generator, of the seed and its number, so that the order of
-            the work does not matter.
-        batch_size: masked sentences the model sees at a time. The results do not depend on it, as far as the
-            model's float32 rounding does not reorder the K-th and the next candidate.
-        bf16: bfloat16 autocast in the model's encoder: quicker, and some of the K words are others.
+        seed: each sentence has its own generator, seeded by this and the sentence's number, so that the order of the
+            work does not matter.
+        batch_size: how many masked sentences the model sees at a time. It does not change the results, unless rounding
+            in the model swaps the K-th and the next candidate.
+        bf16: run the model's encoder under bfloat16 autocast: faster, with a few other candidates.
 
     Raises ValueError for numbers out of range, a slow tokenizer, one without a mask token, one of another vocabulary.
     """
@@ -243,97 +246,82 @@ class Augmenter:
                 raise ValueError(f"{name} is {value}; it should be at least 1")
         if not 0 < probability <= 1:
             raise ValueError(f"probability is {probability}; it should be above 0 and at most 1")
-        name = type(tokenizer).__name__
-        if not tokenizer.is_fast:
-            raise ValueError(f"tokenizer is a {name}, which does not tell where tokens are; it should be a fast one")
-        for kind in ("mask", "pad"):
-            if getattr(tokenizer, f"{kind}_token_id") is None:
-                raise ValueError(
-                    f"tokenizer is a {name} without a {kind} token; it should be a masked language model's"
-                )
-        largest = max(tokenizer.get_vocab().values())
-        if largest >= model.config.vocab_size:
-            raise ValueError(
-                f"tokenizer has token ids up to {largest}, the model {model.config.vocab_size} of them; they should be "
-                "of one checkpoint"
-            )
+        check_tokenizer(tokenizer, model)
         self.model, self.tokenizer, self.glove = model.eval(), tokenizer, glove
         self.copies, self.k, self.probability, self.seed = copies, candidates, probability, seed
         self.batch_size, self.bf16 = batch_size, bf16
         self.device = next(model.parameters()).device
         ids, self.words = whole_words(tokenizer)
         if not ids:
-            raise ValueError(f"tokenizer is a {name} without any whole word in its vocabulary")
+            raise ValueError(f"tokenizer is a {type(tokenizer).__name__} without any whole word in its vocabulary")
         self.word_ids = torch.tensor(ids, device=self.device)
         self.max_length = min(tokenizer.model_max_length, positions(model))
-        self.neighbours: dict[str, list[str]] = {}  # of every word that was looked up
+        self.neighbours: dict[str, list[str]] = {}  # of the words looked up so far
 
     @torch.inference_mode()
     def candidates(self, sentences: Sequence[str]) -> list[dict[Span, list[str]]]:
-        """For each sentence its words that can be replaced, as spans of characters, with K words each, best first."""
+        """Returns each sentence's replaceable words, as spans of characters, with K words for each, best first."""
         if not sentences:
             return []
-        # After a space the first word is written as any other, in vocabularies that tell the two apart.
+        # After a space, vocabularies that mark the start of a word write the first word like any other.
         texts = [" " + sentence for sentence in sentences]
         encodings = self.tokenizer(texts, texts, truncation="longest_first", max_length=self.max_length).encodings
         found: list[dict[Span, list[str]]] = [{} for _ in sentences]
-        masked: list[tuple[int, int, Span]] = []  # sentence, token, characters
-        unmasked: list[tuple[int, Span, str]] = []
+        masked: list[tuple[int, Span, int]] = []  # sentence, characters, token
+        looked_up: list[tuple[int, Span, str]] = []
         for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
             pieces = single_pieces(text, encoding)
             for span, plain in replaceable_words(text):
-                found[row][span] = []  # in the order of the sentence
-                word = text[slice(*span)]
-                token = pieces.get(span)
-                if token is not None:
-                    masked.append((row, token, span))
-                elif word in self.glove.index or plain in self.glove.index:
-                    unmasked.append((row, span, word if word in self.glove.index else plain))
-
-        new = sorted({word for _, _, word in unmasked} - self.neighbours.keys())
+                found[row][span] = []  # keeps the order of the sentence
+                known = [word for word in (text[slice(*span)], plain) if word in self.glove.index]
+                if (token := pieces.get(span)) is not None:
+                    masked.append((row, span, token))
+                elif known:
+                    looked_up.append((row, span, known[0]))
+        new = sorted({word for *_, word in looked_up} - self.neighbours.keys())
         self.neighbours.update(zip(new, self.glove.neighbours(new, self.k), strict=True))
-        for row, span, word in unmasked:
+        for row, span, word in looked_up:
             found[row][span] = self.neighbours[word]
-
-        ids = [torch.tensor(encoding.ids) for encoding in encodings]
-        types = [torch.tensor(encoding.type_ids) for encoding in encodings]
-        masked.sort(key=lambda place: len(ids[place[0]]))  # rows of like length need little padding
-        # The outermost autocast, when it is left, forgets the weights that were cast: this one keeps them so long.
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=False):
-            for start in range(0, len(masked), self.batch_size):
-                batch = masked[start : start + self.batch_size]
-                words = self.likely_words(
-                    [ids[row] for row, _, _ in batch],
-                    [types[row] for row, _, _ in batch],
-                    [token for _, token, _ in batch],
-                )
-                for (row, _, span), likely in zip(batch, words, strict=True):
-                    found[row][span] = likely
+        masked.sort(key=lambda place: len(encodings[place[0]]))  # rows of similar length need little padding
+        likely = self.likely_words([(encodings[row], token) for row, _, token in masked])
+        for (row, span, _), words in zip(masked, likely, strict=True):
+            found[row][span] = words
         return [{(a - 1, b - 1): words for (a, b), words in spans.items() if words} for spans in found]
 
-    def likely_words(self, ids: Sequence[Tensor], types: Sequence[Tensor], tokens: Sequence[int]) -> list[list[str]]:
-        """The K likeliest words at one masked token of each row."""
-        rows, places = torch.arange(len(ids)), torch.tensor(tokens)
-        input_ids = pad_sequence(list(ids), batch_first=True, padding_value=self.tokenizer.pad_token_id)  # (B, L)
-        input_ids[rows, places] = self.tokenizer.mask_token_id
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        }
+    def likely_words(self, masked: Sequence[tuple[Any, int]]) -> list[list[str]]:
+        """Returns the K likeliest words at one masked token of each encoded text."""
+        found: list[list[str]] = []
+        # Leaving the outermost autocast drops its cache of cast weights; this one keeps the cache over the batches.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=False):
+            for start in range(0, len(masked), self.batch_size):
+                encodings, tokens = zip(*masked[start : start + self.batch_size], strict=True)
+                logits = self.masked_logits(encodings, torch.tensor(tokens))
+                likely = best(logits.float().index_select(1, self.word_ids), self.k)
+                found += [[self.words[i] for i in row] for row in likely.tolist()]
+        return found
+
+    def masked_logits(self, encodings: Sequence[Any], tokens: Tensor) -> Tensor:
+        """Returns the model's logits (B, V) at one masked token of each encoded text."""
+        ids, types, ones = (
+            [torch.tensor(getattr(encoding, name)) for encoding in encodings]
+            for name in ("ids", "type_ids", "attention_mask")
+        )
+        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)  # (B, L)
+        input_ids[torch.arange(len(tokens)), tokens] = self.tokenizer.mask_token_id
+        batch = {"input_ids": input_ids, "attention_mask": pad_sequence(ones, batch_first=True)}
         if "token_type_ids" in self.tokenizer.model_input_names:
-            batch["token_type_ids"] = pad_sequence(list(types), batch_first=True)
-        with only_at(self.model, places.to(self.device), self.bf16):
+            batch["token_type_ids"] = pad_sequence(types, batch_first=True)
+        with only_at(self.model, tokens.to(self.device), self.bf16):
             logits = self.model(**{name: x.to(self.device) for name, x in batch.items()}).logits
         if logits.shape[1] != 1:
             raise ValueError(f"model is a {type(self.model).__name__}, whose logits are not its base model's output's")
-        likely = best(logits[:, 0].float().index_select(1, self.word_ids), self.k)
-        return [[self.words[i] for i in row] for row in likely.tolist()]
+        return logits[:, 0]
 
     def copy(self, sentence: str, candidates: dict[Span, list[str]], row: int, side: int = 0) -> list[str]:
-        """The sentence, and its copies that differ. Its number and side of a pair seed the draws."""
-        # Of a generator random() alone is the same in every Python.
+        """Returns the sentence and its copies that differ; its number and its side of a pair seed the draws."""
+        # Only random() gives the same numbers in every Python version.
         draw = random.Random(f"{self.seed} {row} {side}").random
-        # In an order that rounding cannot change.
+        # Sorting makes the draws independent of rounding in the model.
         choices = [(span, sorted(words)) for span, words in candidates.items()]
         texts = {sentence: None}
         for _ in range(self.copies):
@@ -348,10 +336,10 @@ class Augmenter:
     def rows(
         self, columns: Sequence[Sequence[str]], first: int = 0, legacy: bool = False
     ) -> list[list[tuple[str, ...]]]:
-        """The augmented rows of each row: its texts as they are, then with one of them replaced by a copy.
+        """Returns the augmented rows of each row: its texts, then its texts with one of them replaced by a copy.
 
         Args:
-            columns: the texts of the rows; of pairs, the first of each and the second of each.
+            columns: the texts of the rows; for pairs, the first texts and the second texts.
             first: the number of the first row.
             legacy: pair the copies of a second sentence with the last copy of the first, as the published code does.
         """
@@ -359,19 +347,30 @@ class Augmenter:
         candidates = dict(zip(texts, self.candidates(texts), strict=True))
         found: list[list[tuple[str, ...]]] = []
         for row, sides in enumerate(zip(*columns, strict=True), first):
-            copies = [self.copy(text, candidates[text], row, side) for side, text in enumerate(sides)]
-            found.append([])
-            if legacy and len(sides) == 2:
-                found[-1] += [(text, sides[1]) for text in copies[0]] + [(copies[0][-1], text) for text in copies[1]]
-            elif len(sides) == 2:
-                found[-1] += [(text, sides[1]) for text in copies[0]] + [(sides[0], text) for text in copies[1][1:]]
-            else:
-                found[-1] += [(text,) for text in copies[0]]
+            ones, *others = (self.copy(text, candidates[text], row, side) for side, text in enumerate(sides))
+            found.append([(text, *sides[1:]) for text in ones])
+            if others:
+                found[-1] += [(ones[-1] if legacy else sides[0], text) for text in others[0][0 if legacy else 1 :]]
         return found
 
 
+def check_tokenizer(tokenizer: Any, model: PreTrainedModel) -> None:
+    name = type(tokenizer).__name__
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer is a {name}, which does not tell where tokens are; it should be a fast one")
+    for kind in ("mask", "pad"):
+        if getattr(tokenizer, f"{kind}_token_id") is None:
+            raise ValueError(f"tokenizer is a {name} without a {kind} token; it should be a masked language model's")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer has token ids up to {largest}, the model {model.config.vocab_size} of them; they should be of "
+            "one checkpoint"
+        )
+
+
 def single_pieces(text: str, encoding: Any) -> dict[Span, int | None]:
-    """The tokens of the first text of a pair by the characters they stand for; None for characters of several."""
+    """Returns the tokens of the first text of a pair by their characters; None for characters with several tokens."""
     found: dict[Span, int | None] = {}
     for token, ((start, end), sequence) in enumerate(zip(encoding.offsets, encoding.sequence_ids, strict=True)):
         if sequence == 0:
@@ -382,10 +381,10 @@ def single_pieces(text: str, encoding: Any) -> dict[Span, int | None]:
 
 @contextmanager
 def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None]:
-    """The model's head sees one place (B) of each row: the product with the vocabulary costs as much as the encoder.
+    """Lets the model's head see one place (B) of each row, as its product with the vocabulary costs a whole encoder.
 
-    In BERT's kin so does the last layer from its attention on, which nothing but the head reads. With `bf16` the
-    encoder runs under bfloat16 autocast, the head in the model's own precision.
+    In BERT and its relatives, the last layer after its attention also sees that place alone, since only the head reads
+    it. With `bf16` the encoder runs under bfloat16 autocast, and the head in the model's own precision.
     """
     encoder, rows = model.base_model, torch.arange(len(places), device=places.device)
     forward = encoder.forward
@@ -400,7 +399,7 @@ def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None
         output[name] = (output[name] if hook else at_places(output[name])).to(model.dtype)
         return output
 
-    # There its arguments are what attention found and what it found it for, both (B, L, d).
+    # The module's arguments are attention's output and its input, both (B, L, d).
     after_attention = last_after_attention(model)
     hook = after_attention and after_attention.register_forward_pre_hook(
         lambda _, arguments: tuple(at_places(x) for x in arguments)
@@ -415,17 +414,17 @@ def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None
 
 
 def last_after_attention(model: PreTrainedModel) -> nn.Module | None:
-    """What follows attention in the last layer of BERT and the models written after it; None for others."""
+    """Returns the module after attention in the last layer of BERT and models with its layout; None for others."""
     if model.config.model_type not in ("bert", "camembert", "electra", "roberta", "xlm-roberta"):
         return None
-    if model.config.chunk_size_feed_forward:  # which cuts L, and 1 cannot be cut
+    if model.config.chunk_size_feed_forward:  # splits the length L, and a length of 1 cannot be split
         return None
     return model.base_model.encoder.layer[-1].attention.output
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
 
-CHUNK = 512  # rows; what an interruption can cost
+CHUNK = 512  # rows; an interruption loses at most so many
 
 
 def augment(
@@ -438,71 +437,53 @@ def augment(
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write the augmented rows of a data set to `output`, whole or not at all. `read_augmented` reads them.
+    """Writes the augmented rows of a data set to `output`, whole or not at all. `read_augmented` reads them.
 
-    Work goes on in `<output>.partial` beside it, which an interrupted run leaves behind. Processes that `torchrun` or
-    `accelerate launch` starts share the work. Labels are those of the rows that copies are of.
+    Work in progress is kept in `<output>.partial`, which an interrupted run leaves behind. Processes started with
+    `torchrun` or `accelerate launch` share the work. A copy has the label of its original.
 
     Args:
-        task: whose columns the rows have.
+        task: the GLUE task of the rows.
         dataset: `sentence1`, (`sentence2`), `label`, as `fastdistill.recipes.glue.load_split` returns them.
-        output: `NAME.tsv`, laid out as the task's own train.tsv, or `NAME.arrow`, an Arrow stream with the columns of
+        output: `NAME.tsv`, laid out like the task's own train.tsv, or `NAME.arrow`, an Arrow stream with the columns of
             `dataset`, which `datasets.Dataset.from_file` maps into memory.
         legacy: pair the copies of a second sentence with the last copy of the first, as the published code does,
             instead of the first sentence itself.
-        resume: continue an interrupted run; where `output` is there already, do nothing.
+        resume: continue an interrupted run; do nothing if `output` exists.
         overwrite: replace `output`, and drop an interrupted run.
 
     Raises:
-        FileExistsError: `output` exists, or an interrupted run lies beside it, and neither flag is set.
+        FileExistsError: `output` or an interrupted run exists, and neither flag is set.
         ValueError: another ending of `output`, columns that are not the task's, an interrupted run of other data, of
             another model or of other options.
     """
     output, state = Path(output), processes()
     on_main(lambda: check_output(output, resume=resume, overwrite=overwrite))
-    names = [*SENTENCES[: len(task.texts)], "label"]
-    if dataset.column_names != names:
-        raise ValueError(f"dataset has the columns {dataset.column_names}; {task.name} has {names}")
+    if dataset.column_names != task.row_columns:
+        raise ValueError(f"dataset has the columns {dataset.column_names}; {task.name} has {task.row_columns}")
     if resume and output.exists():
         return
-    work = working_folder(output)
 
-    def start() -> None:
-        claim(output, resume=resume, overwrite=overwrite)
-        mark = fingerprint(task, dataset, augmenter, legacy)
-        if not (work / "run").exists():
-            write_whole(work / "run", mark)
-        elif (work / "run").read_text(encoding="utf-8") != mark:
-            raise ValueError(
-                f"{work} holds an interrupted run of other data, of another model or of other options; pass "
-                "overwrite=True to drop it"
-            )
+    def begin() -> None:
+        work = claim(output, resume=resume, overwrite=overwrite)
+        check_run(work, fingerprint(task, dataset, augmenter, legacy))
 
-    on_main(start)
-    schema = dataset.features.arrow_schema
-    chunks = [work / f"{start:09}.arrow" for start in range(0, len(dataset), CHUNK)]
-    mine = range(state.process_index, len(chunks), state.num_processes)
-    options = {"desc": f"Augmenting {task.name}", "unit": f" x {CHUNK} rows", "disable": not state.is_main_process}
-    for chunk in logging.tqdm(mine, **options):
-        if not chunks[chunk].exists():
-            rows = dataset[chunk * CHUNK : (chunk + 1) * CHUNK]
-            copies = augmenter.rows([rows[name] for name in names[:-1]], chunk * CHUNK, legacy)
-            table = [(*texts, label) for row, label in zip(copies, rows["label"], strict=True) for texts in row]
-            columns = dict(zip(names, map(list, zip(*table, strict=True)), strict=True))
-            write_arrow(chunks[chunk], schema, [pa.RecordBatch.from_pydict(columns, schema)])
+    on_main(begin)
+    chunks = write_chunks(working_folder(output), task, dataset, augmenter, legacy)
     state.wait_for_everyone()
     if state.is_main_process:
+        whole = working_folder(output) / "whole"
         if output.suffix == ".tsv":
-            write_tsv(work / "whole", task, read_chunks(chunks))
+            write_tsv(whole, task, read_chunks(chunks))
         else:
-            write_arrow(work / "whole", schema, read_chunks(chunks))
-        replace(work / "whole", output)
-        shutil.rmtree(work)
+            write_arrow(whole, dataset.features.arrow_schema, read_chunks(chunks))
+        replace(whole, output)
+        shutil.rmtree(working_folder(output))
     state.wait_for_everyone()
 
 
 def check_output(output: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """What `augment` says of `output` before any work."""
+    """Refuses an `output` before any work, as `augment` does."""
     if output.suffix not in (".tsv", ".arrow"):
         raise ValueError(f"output is {output}; its name should end in .tsv or .arrow")
     if output.is_dir():
@@ -512,7 +493,7 @@ def check_output(output: Path, *, resume: bool = False, overwrite: bool = False)
 
 
 def fingerprint(task: Task, dataset: Dataset, augmenter: Augmenter, legacy: bool) -> str:
-    """Of everything the rows depend on."""
+    """Returns a digest of everything that the augmented rows depend on."""
     options = (augmenter.copies, augmenter.k, augmenter.probability, augmenter.seed, augmenter.bf16, legacy, CHUNK)
     digest = hashlib.sha256(
         repr((task.name, dataset.to_dict(), augmenter.words, augmenter.glove.words, options)).encode()
@@ -522,6 +503,33 @@ def fingerprint(task: Task, dataset: Dataset, augmenter: Augmenter, legacy: bool
     return digest.hexdigest()
 
 
+def check_run(work: Path, mark: str) -> None:
+    """Marks the working folder with the run's fingerprint, and refuses an interrupted run with another one."""
+    if not (work / "run").exists():
+        write_whole(work / "run", mark)
+    elif (work / "run").read_text(encoding="utf-8") != mark:
+        raise ValueError(
+            f"{work} holds an interrupted run of other data, of another model or of other options; pass overwrite=True "
+            "to drop it"
+        )
+
+
+def write_chunks(work: Path, task: Task, dataset: Dataset, augmenter: Augmenter, legacy: bool) -> list[Path]:
+    """Writes the augmented rows in Arrow files of `CHUNK` original rows. Each process writes its share of them."""
+    schema, state = dataset.features.arrow_schema, processes()
+    chunks = [work / f"{start:09}.arrow" for start in range(0, len(dataset), CHUNK)]
+    mine = range(state.process_index, len(chunks), state.num_processes)
+    options = {"desc": f"Augmenting {task.name}", "unit": f" x {CHUNK} rows", "disable": not state.is_main_process}
+    for chunk in logging.tqdm(mine, **options):
+        if not chunks[chunk].exists():
+            *texts, labels = dataset[chunk * CHUNK : (chunk + 1) * CHUNK].values()
+            copies = augmenter.rows(texts, chunk * CHUNK, legacy)
+            table = [(*row, label) for rows, label in zip(copies, labels, strict=True) for row in rows]
+            columns = dict(zip(schema.names, map(list, zip(*table, strict=True)), strict=True))
+            write_arrow(chunks[chunk], schema, [pa.RecordBatch.from_pydict(columns, schema)])
+    return chunks
+
+
 def read_chunks(chunks: Sequence[Path]) -> Iterator[Any]:
     for path in chunks:
         with pa.ipc.open_stream(path) as reader:
@@ -529,7 +537,7 @@ def read_chunks(chunks: Sequence[Path]) -> Iterator[Any]:
 
 
 def write_tsv(path: Path, task: Task, batches: Iterator[Any]) -> None:
-    """Rows in the layout of the task's own files; columns that are not read are empty."""
+    """Writes rows in the layout of the task's own files; the columns that its reader ignores are empty."""
     places = [task.columns.index(name) for name in (*task.texts, task.label_column)]
     with path.open("w", encoding="utf-8", newline="\n") as file:
         if task.has_header:
@@ -537,7 +545,7 @@ def write_tsv(path: Path, task: Task, batches: Iterator[Any]) -> None:
         for batch in batches:
             for *texts, label in zip(*batch.to_pydict().values(), strict=True):
                 fields = [""] * len(task.columns)
-                # No field of these files can hold what ends it.
+                # A field of these files cannot contain the characters that end it.
                 values = [re.sub(r"[\t\r\n]", " ", text) for text in texts]
                 values.append(repr(label) if task.is_regression else task.tsv_labels[label])
                 for place, value in zip(places, values, strict=True):
@@ -546,9 +554,9 @@ def write_tsv(path: Path, task: Task, batches: Iterator[Any]) -> None:
 
 
 def read_augmented(task: Task, path: str | Path) -> Dataset:
-    """The rows that `augment` wrote, from either kind of file.
+    """Reads the rows that `augment` wrote, from either kind of file.
 
-    Raises FileNotFoundError, and ValueError for a file that is not of this task.
+    Raises FileNotFoundError, and ValueError for a file of another task or with other content.
     """
     from datasets import Dataset
 
@@ -560,14 +568,16 @@ def read_augmented(task: Task, path: str | Path) -> Dataset:
         dataset = Dataset.from_file(str(in_cache(path)))
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path}: damaged, or not what `augment` wrote ({error})") from error
-    names = [*SENTENCES[: len(task.texts)], "label"]
-    if dataset.column_names != names:
-        raise ValueError(f"{path}: the columns are {dataset.column_names}; {task.name} has {names}")
+    if dataset.column_names != task.row_columns:
+        raise ValueError(f"{path}: the columns are {dataset.column_names}; {task.name} has {task.row_columns}")
     return dataset
 
 
 def in_cache(path: str | Path) -> Path:
-    """The same file in the cache of `datasets`, which writes what it makes of a file, tokens say, beside it."""
+    """Links a file into the cache of `datasets`, so that what `datasets` derives from it is written there.
+
+    Otherwise tokenized rows, for example, would be written beside the file.
+    """
     from datasets import config
 
     path = Path(path).resolve()
@@ -575,7 +585,7 @@ def in_cache(path: str | Path) -> Path:
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    except FileExistsError:  # of an earlier run, or another process's
+    except FileExistsError:  # from an earlier run, or another process
         pass
     except OSError:  # Windows lets only some users make links
         return path

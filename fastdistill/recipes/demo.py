@@ -244,7 +244,12 @@ class Demo:
 
     def finetune(self, model: Any, epochs: float, learning_rate: float, seed: int, name: str) -> Watch:
         watch = Watch(self, name, measures=True)
-        schedule = {"epochs": epochs, "learning_rate": learning_rate, "seed": seed, "arguments": OPTIONS}
+        schedule: dict[str, Any] = {
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "arguments": OPTIONS,
+        }
         folder = self.work / f"{name} {seed}".replace(" ", "-")
         finetune(model, self.train, self.tokenizer, folder, **schedule, callbacks=[watch])
         return watch

@@ -1,4 +1,4 @@
-"""A task's last training over learning rates, batch sizes and seeds; the best student on the dev sets is kept.
+"""Searches a task's last training over learning rates, batch sizes and seeds; keeps the best student on the dev sets.
 
 TinyBERT's recipe (arXiv 1909.10351, section 4.2) searches the prediction stage over the learning rates 1e-5, 2e-5 and
 3e-5 and batches of 16 and 32.
@@ -25,15 +25,14 @@ Metrics = dict[str, dict[str, float]]  # by evaluation set, as `fastdistill.reci
 
 
 def check_grid(*, learning_rates: Sequence[float], batch_sizes: Sequence[int], seeds: Sequence[int]) -> None:
-    """ValueError for a list that is empty or holds a value twice, for rates and batch sizes not above 0, and for seeds
-    that are none."""
+    """Raises ValueError for an empty list, repeated values, rates and sizes not above 0, and seeds out of range."""
     for name, values in {"learning_rates": learning_rates, "batch_sizes": batch_sizes, "seeds": seeds}.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(f"{name} is {list(values)}; it should hold one value or more, each once")
         if name != "seeds" and not all(0 < value < math.inf for value in values):
             raise ValueError(f"{name} is {list(values)}; its values should be above 0")
-        if name == "seeds" and not all(0 <= value < 2**32 for value in values):
-            raise ValueError(f"seeds is {list(values)}; they should be from 0 to 2**32 - 1")
+    if not all(0 <= value < 2**32 for value in seeds):
+        raise ValueError(f"seeds is {list(seeds)}; they should be from 0 to 2**32 - 1")
 
 
 def search(
@@ -46,20 +45,20 @@ def search(
     batch_sizes: Sequence[int],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """Train for each learning rate, batch size and seed; copy the best combination's best seed into `folder`.
+    """Trains for each learning rate, batch size and seed; copies the best combination's best seed into `folder`.
 
-    The best combination has the highest mean over its seeds of the score, which is the mean over the evaluation sets
-    (`fastdistill.recipes.glue.mean_score`); of equals the first.
+    The best combination has the highest score, averaged over its seeds and over the evaluation sets
+    (`fastdistill.recipes.glue.mean_score`); the first one wins a tie.
 
     Args:
         train: `train(learning_rate, batch_size, seed, run)` writes a model to the folder `run` and returns it. It
-            should resume: after an interruption the search starts again, and what is there already returns at once.
-        evaluate: the metrics of a model on each evaluation set.
-        folder: receives each run's folder under `runs`, in the end the best run's files and `results.json`. Of many
-            processes the main one writes.
-        name: of the task.
+            should resume: an interrupted search starts again, and models that are already there return at once.
+        evaluate: returns the metrics of a model on each evaluation set.
+        folder: receives each run's folder under `runs`, and in the end the best run's files and `results.json`. Only
+            the main process writes.
+        name: the task's name.
 
-    Returns what `results.json` holds:
+    Returns the content of `results.json`:
 
         {"task": name,
          "combinations": [{"learning_rate": ..., "batch_size": ...,
@@ -71,15 +70,11 @@ def search(
     """
     check_grid(learning_rates=learning_rates, batch_sizes=batch_sizes, seeds=seeds)
     folder, is_main = Path(folder), processes().is_main_process
-
-    def run_folder(learning_rate: float, batch_size: int, seed: int) -> Path:
-        return folder / "runs" / f"rate{learning_rate}-batch{batch_size}-seed{seed}"
-
     combinations: list[dict[str, Any]] = []
     for learning_rate, batch_size in itertools.product(learning_rates, batch_sizes):
         runs: dict[str, Any] = {}
         for seed in seeds:
-            metrics = evaluate(train(learning_rate, batch_size, seed, run_folder(learning_rate, batch_size, seed)))
+            metrics = evaluate(train(learning_rate, batch_size, seed, _run(folder, learning_rate, batch_size, seed)))
             score = mean_score(metrics)
             runs[str(seed)] = {"metrics": metrics, "score": score}
             if is_main:
@@ -87,26 +82,34 @@ def search(
         scores = [run["score"] for run in runs.values()]
         combination = {"learning_rate": learning_rate, "batch_size": batch_size, "seeds": runs}
         combinations.append({**combination, "mean": statistics.mean(scores), "spread": spread(scores)})
-
-    best = max(combinations, key=lambda combination: combination["mean"])
-    seed = max(seeds, key=lambda seed: best["seeds"][str(seed)]["score"])
-    chosen = {"learning_rate": best["learning_rate"], "batch_size": best["batch_size"], "seed": seed}
-    score = best["seeds"][str(seed)]["score"]
-    results = {"task": name, "combinations": combinations, "best": {**chosen, "score": score}}
-    processes().wait_for_everyone()  # from here on nobody reads a run
+    best = _best(combinations)
+    results = {"task": name, "combinations": combinations, "best": best}
+    processes().wait_for_everyone()  # from here on no process reads a run
     if is_main:
-        shutil.copytree(run_folder(**chosen), folder, dirs_exist_ok=True)
+        run = _run(folder, best["learning_rate"], best["batch_size"], best["seed"])
+        shutil.copytree(run, folder, dirs_exist_ok=True)
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
+def _run(folder: Path, learning_rate: float, batch_size: int, seed: int) -> Path:
+    return folder / "runs" / f"rate{learning_rate}-batch{batch_size}-seed{seed}"
+
+
+def _best(combinations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    best = max(combinations, key=lambda combination: combination["mean"])
+    seed, run = max(best["seeds"].items(), key=lambda item: item[1]["score"])
+    pair = {name: best[name] for name in ("learning_rate", "batch_size")}
+    return {**pair, "seed": int(seed), "score": run["score"]}
+
+
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation over seeds; 0 for one."""
+    """Returns the standard deviation over seeds, or 0 for a single one."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    """A row for each combination: every metric of every evaluation set, in per cent, mean ± standard deviation."""
+    """Prints every metric of every evaluation set, in per cent, as mean ± standard deviation, a row a combination."""
     from rich.console import Console
     from rich.table import Table
 
