@@ -1,4 +1,4 @@
-"""Data augmentation against the algorithm a word at a time, whatever the batches; its files, and the command line."""
+"""Tests data augmentation against the algorithm run one word at a time; its files, and the command line."""
 
 import copy
 import re
@@ -48,7 +48,7 @@ PIECES = [
     "t",
     "don",
 ]
-SPLIT = ["unwatchable", "melodrama", "unfunny"]  # several pieces of WORDS and PIECES
+SPLIT = ["unwatchable", "melodrama", "unfunny"]  # words that are several of WORDS and PIECES
 SENTENCES = [
     "the film is a great unwatchable melodrama",
     "A clever plot, a dull actor (and not a good Story).",
@@ -84,13 +84,13 @@ def roberta_tokenizer(folder):
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     core.train_from_iterator([" ".join(WORDS)] * 20, vocab_size=600, min_frequency=2, special_tokens=special)
     core.save_model(str(folder))
-    mask = AddedToken("<mask>", lstrip=True, special=True)  # as in the published one
+    mask = AddedToken("<mask>", lstrip=True, special=True)  # as in the published tokenizer
     return RobertaTokenizer.from_pretrained(folder, mask_token=mask)
 
 
 @pytest.fixture(scope="session")
 def lm(tmp_path_factory):
-    """By name of the family: a masked language model, and its tokenizer."""
+    """Returns a masked language model and its tokenizer for each family."""
 
     def make(family, tokenizer, **options):
         torch.manual_seed(0)
@@ -134,7 +134,7 @@ class TestGlove:
 
     @pytest.mark.parametrize("block", [1, 3, 1000])
     def test_neighbours(self, glove, block, monkeypatch):
-        """By cosine, nearest first, itself left out, whatever block of words is compared at a time."""
+        """Neighbours are ordered by cosine and exclude the word itself, for any number of words compared at a time."""
         monkeypatch.setattr(Glove, "BLOCK", block)
         cosines = (glove.vectors @ glove.vectors.T).numpy()
         for k in (1, 4, len(GLOVE) - 1, 50):
@@ -144,7 +144,7 @@ class TestGlove:
                 assert nearest == [GLOVE[i] for i in order if GLOVE[i] != word][:k]
         assert glove.neighbours([], 3) == []
 
-    def test_equal_cosines_go_to_the_first_word(self):
+    def test_ties_of_cosines_go_to_the_first_word(self):
         vectors = torch.tensor([[1.0, 0.0]] + [[0.6, 0.8]] * 40 + [[0.0, 1.0]])
         words = ["query", *(f"w{i}" for i in range(40)), "last"]
         for block in (1 << 16, 7):
@@ -156,7 +156,7 @@ class TestGlove:
 
     @pytest.mark.data
     @pytest.mark.skipif(not REAL_GLOVE.is_file(), reason="GloVe's file is not at ../shared/data/glove")
-    def test_of_the_real_file(self):
+    def test_neighbours_in_the_real_file(self):
         glove = read_glove(REAL_GLOVE)
         assert glove.vectors.shape == (9163, 50)
         movie, actor = glove.neighbours(["movie", "actor"], 4)
@@ -164,7 +164,7 @@ class TestGlove:
         assert "actress" in actor
 
     def test_unusual_lines(self, tmp_path):
-        """White space that is no space, words that hold spaces or come twice, numbers as words, ends of lines."""
+        """Lines may have other white space, words with spaces, repeated words, numbers as words, any line ends."""
         path = tmp_path / "glove.txt"
         path.write_bytes("a 1 0\r\n\x85 0 1\n. . . 1 1\na 0 1\n12 3 4\n\xa0 1 2 \nat me@x.org 1 1".encode())
         glove = read_glove(path)
@@ -206,24 +206,24 @@ class TestGlove:
 class TestCandidates:
     @pytest.mark.parametrize("batch_size", [1, 7, 64])
     @pytest.mark.parametrize("family", ["bert", "roberta"])
-    def test_against_one_word_at_a_time(self, lm, glove, family, batch_size):
-        """The same words in the same order; `one_at_a_time` masks text where the library masks tokens."""
+    def test_equal_to_one_word_at_a_time(self, lm, glove, family, batch_size):
+        """Both find the same words in the same order. `one_at_a_time` masks text; the library masks tokens."""
         augmenter = Augmenter(*lm[family], glove, candidates=5, batch_size=batch_size)
         expected = [one_at_a_time(sentence, *lm[family], glove, 5) for sentence in SENTENCES]
         found = augmenter.candidates(SENTENCES)
         assert found == expected
         assert sum(map(len, found)) > 20
-        for sentence, words in zip(SENTENCES, found, strict=True):  # in their order
+        for sentence, words in zip(SENTENCES, found, strict=True):  # in the order of the sentence
             assert list(words) == sorted(words), sentence
 
-    def test_which_words(self, augmenter):
+    def test_which_words_are_replaceable(self, augmenter):
         found = augmenter.candidates(SENTENCES)
         words = [[s[a:b] for a, b in spans] for s, spans in zip(SENTENCES, found, strict=True)]
         assert words[0] == ["film", "great", "unwatchable", "melodrama"]
         assert words[1] == ["clever", "plot", "dull", "actor", "good", "Story"]
         assert words[2] == words[3] == []
         assert words[4] == ["funny", "comedy", "finds", "music"]
-        assert words[7] == ["unknownword", "takes", "old", "movie"]  # [UNK] is one token
+        assert words[7] == ["unknownword", "takes", "old", "movie"]  # an unknown word is one token, [UNK]
         assert not any(word.lower() in STOP_WORDS for row in words for word in row)
 
     def test_words_of_several_pieces_take_neighbours(self, augmenter, glove):
@@ -232,7 +232,7 @@ class TestCandidates:
         assert set(spans[18, 22]) <= set(WORDS) | {"un", "mel", "t", "don"}
 
     def test_capitals_in_glove(self, lm, glove):
-        """glove.840B tells them apart, and the word as it is written comes first."""
+        """glove.840B is cased: the word as written comes first, then the word in lower case."""
         cased = Glove(
             ["melodrama", "Melodrama", "x", "y"], torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
         )
@@ -258,7 +258,7 @@ class TestCandidates:
                 assert len(tokenizer.tokenize(" " + word)) == 1
         extra = set(every[4, 8]) - set(WORDS)
         assert extra == ({"un", "mel", "t", "don"} if family == "bert" else extra)
-        assert not extra & {"ovie", "ctor", "cene"}  # pieces that the byte-level vocabulary has
+        assert not extra & {"ovie", "ctor", "cene"}  # pieces in the byte-level vocabulary
 
     @pytest.mark.parametrize(
         ("family", "options"),
@@ -269,7 +269,7 @@ class TestCandidates:
         ],
     )
     def test_the_head_at_one_place(self, lm, family, options):
-        """What the head makes of one place, with the logits of all; for every family's kind of head."""
+        """The logits at one place equal those of a full forward pass, for every family's kind of head."""
         tokenizer = lm["bert"][1]
         settings = config(family, 2, 24, vocab_size=len(tokenizer), **options)
         model = AutoModelForMaskedLM.from_config(settings).eval()
@@ -282,10 +282,10 @@ class TestCandidates:
             again = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert found.shape == (3, 1, len(tokenizer))
         assert torch.allclose(found[:, 0], whole[torch.arange(3), places], atol=1e-5)
-        assert torch.equal(whole, again)  # the model is as it was
+        assert torch.equal(whole, again)  # the model is unchanged
 
     def test_the_last_layer_at_one_place(self, lm):
-        """Its feed-forward network, three of five parts of a layer, sees one token a row; the first layer's all."""
+        """The last layer's feed-forward network sees one token a row; the first layer's sees all."""
         model, _ = lm["bert"]
         ids = torch.randint(5, 40, (3, 9))
         seen = []
@@ -299,7 +299,7 @@ class TestCandidates:
             hook.remove()
         assert seen == [(3, 9, 24), (3, 1, 24)]
 
-    def test_equal_logits_go_to_the_first_id(self):
+    def test_ties_of_logits_go_to_the_first_id(self):
         scores = torch.randint(0, 3, (50, 40)).float()
         for k in (1, 5, 39, 40, 60):
             expected = [sorted(range(40), key=lambda i: (-row[i].item(), i))[:k] for row in scores]
@@ -309,8 +309,8 @@ class TestCandidates:
         spans = Augmenter(*lm["bert"], glove).candidates(["Fílm Melodrama naïveté"])[0]
         assert list(spans) == [(0, 4), (5, 14), (15, 22)]
 
-    def test_what_tokenizers_say_of_characters(self, lm, glove):
-        """Some count the space before a word to it; a letter of two bytes is two tokens, each of the whole letter."""
+    def test_offsets_of_other_tokenizers(self, lm, glove):
+        """Some tokenizers count the space before a word to it; the two tokens of a two-byte letter share its offsets."""
         model, tokenizer = lm["roberta"]
         expected = Augmenter(model, tokenizer, glove, candidates=5).candidates(SENTENCES)
         other = copy.deepcopy(tokenizer)
@@ -323,29 +323,29 @@ class TestCandidates:
         assert list(Augmenter(model, tokenizer, glove).candidates(["film é music"])[0]) == [(0, 4), (7, 12)]
 
     @pytest.mark.parametrize("family", ["bert", "roberta"])
-    def test_longer_than_the_model_takes(self, lm, glove, family):
-        """What is cut off goes to GloVe, or stays."""
+    def test_sentences_longer_than_the_model_reads(self, lm, glove, family):
+        """Words after the cut take their candidates from GloVe, or are not replaced."""
         sentence = "great film " * 40 + "melodrama"
         spans = list(Augmenter(*lm[family], glove).candidates([sentence])[0])
         assert 20 < len(spans) < 70
         assert spans[-1] == (440, 449)
 
     def test_length_of_every_family(self, lm):
-        """A padding token of a high id, as ModernBERT's, takes nothing from its length."""
+        """Only RoBERTa counts positions from the padding id; a high padding id, as in ModernBERT, costs no length."""
         families = (("bert", 0, 64), ("bert", 30, 64), ("modernbert", 30, 64), ("roberta", 1, 62), ("roberta", 0, 63))
         for family, pad, expected in families:
             model = AutoModelForMaskedLM.from_config(config(family, pad_token_id=pad))
             assert module.positions(model) == expected
-            model(input_ids=torch.full((1, expected), 5))  # not one too many
+            model(input_ids=torch.full((1, expected), 5))  # fails if it is one too many
         assert module.positions(lm["roberta"][0]) == 126
 
-    def test_no_dropout(self, lm, glove):
+    def test_dropout_is_off(self, lm, glove):
         model, tokenizer = lm["bert"]
         augmenter = Augmenter(model.train(), tokenizer, glove)
         assert augmenter.candidates(SENTENCES) == augmenter.candidates(SENTENCES)
 
     def test_bf16(self, lm, glove):
-        """Most candidates are the same; the head is as it was."""
+        """Most candidates are the same as in float32."""
         augmenters = [Augmenter(*lm["bert"], glove, candidates=15, bf16=bf16) for bf16 in (False, True)]
         one, other = (augmenter.candidates(SENTENCES) for augmenter in augmenters)
         assert one != other
@@ -371,8 +371,8 @@ class TestCandidates:
 
 class TestCopies:
     def test_share_of_words_replaced(self, augmenter):
-        """Each word of a copy is replaced with probability 0.4, by each of its candidates as often."""
-        augmenter.copies = 1  # of more, those that are equal would be dropped
+        """Each word of a copy is replaced with probability 0.4, and all of its candidates are equally likely."""
+        augmenter.copies = 1  # with more, equal copies would be dropped
         spans = {(0, 3): ["a", "b"], (10, 15): ["x", "y", "z"]}
         texts = [augmenter.copy("one: two, three", spans, row)[-1] for row in range(500)]
         first, last = zip(*(re.fullmatch(r"(\w+): two, (\w+)", text).groups() for text in texts), strict=True)
@@ -384,20 +384,20 @@ class TestCopies:
             for count in counts.values():
                 assert count / 500 == pytest.approx(0.4 / k, abs=0.06)
 
-    def test_the_original_first_and_none_twice(self, augmenter):
+    def test_the_original_comes_first_and_no_copy_twice(self, augmenter):
         augmenter.copies = 50
         copies = augmenter.copy("a b", {(0, 1): ["a", "c"], (2, 3): ["b", "d"]}, 0)
         assert copies[0] == "a b"
         assert sorted(copies) == ["a b", "a d", "c b", "c d"]
         assert augmenter.copy("a b", {}, 0) == ["a b"]
 
-    def test_what_is_between_words_stays(self, lm, glove):
+    def test_text_between_words_is_unchanged(self, lm, glove):
         augmenter = Augmenter(*lm["bert"], glove, probability=1.0, copies=4)
         sentence = "  The FILM,  isn't (great) ."
         for text in augmenter.copy(sentence, augmenter.candidates([sentence])[0], 0):
             assert re.fullmatch(r"  The \w+,  isn't \(\w+\) \.", text)
 
-    def test_seeds(self, lm, glove):
+    def test_seed_row_and_side_change_the_draws(self, lm, glove):
         candidates = Augmenter(*lm["bert"], glove).candidates(SENTENCES[:1])[0]
 
         def copies(seed, row, side):
@@ -408,7 +408,7 @@ class TestCopies:
         assert len({copies(1, 2, 0), *(copies(*other) for other in others)}) == 6
 
     def test_rounding_does_not_reorder_draws(self, augmenter):
-        """Two candidates whose likelihoods are equal but for rounding may change places."""
+        """The draws do not depend on the order of candidates, which rounding may swap."""
         one, other = (augmenter.copy("a", {(0, 1): words}, 3) for words in (["x", "y", "z"], ["y", "x", "z"]))
         assert one == other
 
@@ -423,7 +423,7 @@ class TestRows:
         assert rows[3] == [("",)]
 
     def test_pairs(self, augmenter):
-        """A copy of either side stands beside the other side as it was."""
+        """A copy of one side is paired with the unchanged other side."""
         for first, second in ((SENTENCES[0], SENTENCES[6]), (SENTENCES[6], SENTENCES[6])):
             (rows,) = augmenter.rows([[first], [second]])
             assert rows[0] == (first, second)
@@ -431,10 +431,12 @@ class TestRows:
             changed = Counter((a != first, b != second) for a, b in rows)
             assert changed.keys() == {(False, False), (True, False), (False, True)}
             assert changed[True, False] > 10 < changed[False, True]
-            assert {a for a, b in rows if a != first} != {b for a, b in rows if b != second}  # draws of their own
+            assert {a for a, b in rows if a != first} != {
+                b for a, b in rows if b != second
+            }  # each side has its own draws
 
     def test_legacy_pairs(self, augmenter):
-        """As published: the second side's copies, its original among them, go with the first side's last copy."""
+        """As published, the second side and its copies are paired with the first side's last copy."""
         first, second = SENTENCES[0], SENTENCES[6]
         candidates = augmenter.candidates([first, second])
         ones, others = (augmenter.copy(s, candidates[i], 5, i) for i, s in enumerate((first, second)))
@@ -474,20 +476,20 @@ def small_chunks(monkeypatch):
 @pytest.mark.usefixtures("small_chunks")
 class TestFiles:
     def test_nothing_is_left_beside_the_file(self, augmenter, lm, tmp_path):
-        """What `datasets` makes of it goes to its cache, and of a file in its place something else is made."""
+        """Files that `datasets` derives go to its cache, and are derived anew if the file is replaced."""
         _, tokenizer = lm["bert"]
         lengths = []
         for rows in (5, 9):
             found = written(SST2, dataset(SST2, rows), augmenter, tmp_path / "out.arrow", overwrite=rows == 9)
             tokens = SST2.tokenize(found, tokenizer)
-            assert tokens.cache_files  # it was not made in memory
+            assert tokens.cache_files  # the tokens are in a file, not only in memory
             lengths.append(len(tokens))
         assert lengths[0] < lengths[1]
         assert [path.name for path in tmp_path.iterdir()] == ["out.arrow"]
 
     @pytest.mark.parametrize("name", [task.name for task in TASKS])
     def test_tsv_and_arrow_of_every_task(self, augmenter, name, tmp_path):
-        """Both files hold the same rows, in the layout that the task's own reader reads, with their labels."""
+        """Both files have the same rows and labels; the tsv file has the layout that the task's own reader expects."""
         task = get_task(name)
         rows = dataset(task, 8)
         expected = []
@@ -502,7 +504,7 @@ class TestFiles:
             assert read_augmented(task, output).to_dict() == found.to_dict()
         assert read_tsv(task, tmp_path / f"{name}.tsv").to_dict() == found.to_dict()
         own = GLUE / name / "train.tsv"
-        if own.is_file():  # other readers know their columns by place
+        if own.is_file():  # other readers find columns by position
             lines = [path.read_text(encoding="utf-8").splitlines()[0] for path in (own, tmp_path / f"{name}.tsv")]
             assert lines[0].count("\t") == lines[1].count("\t")
             assert not task.has_header or lines[0] == lines[1]
@@ -514,7 +516,7 @@ class TestFiles:
         assert len(list(tmp_path.iterdir())) == 2
 
     @pytest.mark.parametrize("ending", ["tsv", "arrow"])
-    def test_the_same_bytes_for_any_batch_size(self, lm, glove, tmp_path, ending):
+    def test_the_batch_size_does_not_change_the_bytes(self, lm, glove, tmp_path, ending):
         found = set()
         for batch_size in (1, 7, 64):
             output = tmp_path / f"{batch_size}.{ending}"
@@ -523,7 +525,7 @@ class TestFiles:
         assert len(found) == 1
 
     @pytest.mark.parametrize("chunk", [1, 1000])
-    def test_the_same_rows_for_any_chunk(self, augmenter, tmp_path, monkeypatch, chunk):
+    def test_the_chunk_size_does_not_change_the_rows(self, augmenter, tmp_path, monkeypatch, chunk):
         one = written(RTE, dataset(RTE), augmenter, tmp_path / "one.tsv").to_dict()
         monkeypatch.setattr(module, "CHUNK", chunk)
         assert written(RTE, dataset(RTE), augmenter, tmp_path / "other.tsv").to_dict() == one
@@ -535,7 +537,7 @@ class TestFiles:
         pairs = list(zip(found["sentence1"][:], found["sentence2"][:], strict=True))
         assert pairs == [pair for row in expected for pair in row]
 
-    def test_characters_that_end_a_field(self, augmenter, tmp_path):
+    def test_tabs_and_line_ends_in_a_text(self, augmenter, tmp_path):
         rows = Dataset.from_dict({"sentence1": ["a\tb\r\n3"], "label": [1]})
         assert written(SST2, rows, augmenter, tmp_path / "x.tsv")["sentence1"][0] == "a b  3"
         assert written(SST2, rows, augmenter, tmp_path / "x.arrow")["sentence1"][0] == "a\tb\r\n3"
@@ -543,7 +545,7 @@ class TestFiles:
     @pytest.mark.parametrize("ending", ["tsv", "arrow"])
     @pytest.mark.parametrize("stop", ["candidates", "write", "end"])
     def test_killed_and_resumed(self, augmenter, tmp_path, monkeypatch, ending, stop):
-        """Nothing half written is left in the output's place, and the rest gives the same bytes."""
+        """A killed run leaves no partial output, and a resumed run writes the same bytes as an uninterrupted one."""
         rows, output = dataset(SST2, 27), tmp_path / f"out.{ending}"
         augment(SST2, rows, augmenter, tmp_path / f"whole.{ending}")
         done = []
@@ -560,10 +562,10 @@ class TestFiles:
         with monkeypatch.context() as patch:
             if stop == "candidates":
                 patch.setattr(augmenter, "rows", killed(augmenter.rows, 3))
-            elif stop == "write":  # with a chunk written in part
+            elif stop == "write":  # stops while a chunk is partly written
                 write = module.pa.RecordBatchStreamWriter.write_batch
                 patch.setattr(module.pa.RecordBatchStreamWriter, "write_batch", killed(write, 3))
-            else:  # the last file written in part, all chunks there
+            else:  # stops while the output is partly written, with all chunks complete
                 patch.setattr(module, "read_chunks", lambda chunks: half(read_chunks(chunks)))
             read_chunks = module.read_chunks if stop != "end" else READ_CHUNKS
             with pytest.raises(KeyboardInterrupt):
@@ -576,13 +578,13 @@ class TestFiles:
         find = augmenter.rows
         monkeypatch.setattr(augmenter, "rows", lambda *args: again.append(args) or find(*args))
         augment(SST2, rows, augmenter, output, resume=True)
-        assert len(again) == {"candidates": 3, "write": 3, "end": 0}[stop]  # of 5 chunks two, or all, were whole
+        assert len(again) == {"candidates": 3, "write": 3, "end": 0}[stop]  # two of 5 chunks, or all, were complete
         assert output.read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
         assert sorted(path.name for path in tmp_path.iterdir()) == [f"out.{ending}", f"whole.{ending}"]
-        augment(SST2, rows, augmenter, output, resume=True)  # there is nothing left to do
+        augment(SST2, rows, augmenter, output, resume=True)  # does nothing
         assert len(again) == {"candidates": 3, "write": 3, "end": 0}[stop]
 
-    def test_resumed_with_something_else(self, lm, glove, augmenter, tmp_path, monkeypatch):
+    def test_resuming_another_run_is_refused(self, lm, glove, augmenter, tmp_path, monkeypatch):
         rows, output = dataset(SST2), tmp_path / "out.tsv"
         with monkeypatch.context() as patch:
             patch.setattr(augmenter, "rows", lambda *args: 1 / 0)
@@ -602,7 +604,7 @@ class TestFiles:
         for other, data, legacy in others:
             with pytest.raises(ValueError, match=r"holds an interrupted run of other data.*pass overwrite=True"):
                 augment(SST2, data, other, output, legacy=legacy, resume=True)
-        batches = Augmenter(*lm["bert"], glove, candidates=5, batch_size=3)  # it changes nothing
+        batches = Augmenter(*lm["bert"], glove, candidates=5, batch_size=3)  # the batch size may change
         expected = written(SST2, rows, augmenter, tmp_path / "whole.tsv").to_dict()
         assert written(SST2, rows, batches, output, resume=True).to_dict() == expected
 
@@ -643,7 +645,7 @@ def half(batches):
 
 @pytest.fixture(scope="module")
 def files(lm, tmp_path_factory):
-    """A masked language model, and SST-2's and RTE's training data."""
+    """Writes a masked language model, and training data of SST-2 and RTE."""
     root = tmp_path_factory.mktemp("augment")
     for part in lm["bert"]:
         part.save_pretrained(root / "lm")
@@ -665,7 +667,7 @@ def arguments(files, glove_file, output, task="SST-2"):
 class TestCommand:
     @pytest.mark.parametrize("task", ["SST-2", "RTE"])
     def test_writes_what_the_library_does(self, lm, glove, glove_file, files, tmp_path, task, capsys):
-        """With the task's published number of copies."""
+        """The command uses the task's published number of copies."""
         output = tmp_path / "out.tsv"
         assert cli.main(arguments(files, glove_file, output, task)) == 0
         copies = {"SST-2": 20, "RTE": 30}[task]

@@ -1,4 +1,4 @@
-"""The demo: its text (labels, no leaks), and the whole run at a tiny size."""
+"""Tests the demo: its text (labels, no leaks), and the whole run at a tiny size."""
 
 import json
 import re
@@ -55,12 +55,12 @@ class TestText:
         shares = [len(demo.word_runs(row) & known) / len(demo.word_runs(row)) for row in text.dev["sentence1"]]
         assert max(shares) <= 0.5
 
-    def test_module_names_are_struck_out(self, text):
+    def test_module_names_are_removed(self, text):
         names = {module.lstrip("_") for modules in demo.PARTS.values() for module in modules.split()}
         for passage in (*text.corpus, *text.dev["sentence1"]):
             assert not names & set(re.findall(r"\w+", passage))
 
-    def test_it_is_the_same_every_time(self, monkeypatch, tmp_path):
+    def test_it_is_reproducible(self, monkeypatch, tmp_path):
         for module in ("abc", "queue", "glob", "smtplib", "random", "bdb", "textwrap", "socket", "turtle"):
             shutil.copy(Path(demo.sysconfig.get_paths()["stdlib"]) / f"{module}.py", tmp_path)
         monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
@@ -123,7 +123,7 @@ class TestRun:
         assert f"{results['speed_up']:.1f}x" in row
         assert f"took {results['steps']} steps" in text
 
-    def test_both_students_take_as_many_steps(self, done):
+    def test_all_students_take_the_same_number_of_steps(self, done):
         _, results = done
         for runs in results["curves"].values():
             assert [points[-1][0] for points in runs] == [results["steps"]] * 2
@@ -137,14 +137,14 @@ class TestRun:
         logits = student(**tokenizer(["Return the sum of two integers."], return_tensors="pt")).logits
         assert logits.shape == (1, len(results["labels"]))
 
-    def test_output_is_kept_unless_told(self, done, capsys):
+    def test_output_is_not_overwritten(self, done, capsys):
         folder, _ = done
         before = (folder / "report.md").read_bytes()
         assert cli.main(["demo", "--output", str(folder)]) == 2
         assert "--overwrite" in capsys.readouterr().err
         assert (folder / "report.md").read_bytes() == before
 
-    def test_a_failure_leaves_nothing_in_the_way(self, tmp_path, monkeypatch):
+    def test_a_failure_leaves_no_output(self, tmp_path, monkeypatch):
         def fails(*arguments):
             raise RuntimeError("no teacher")
 
@@ -152,5 +152,5 @@ class TestRun:
         with pytest.raises(RuntimeError, match="no teacher"):
             demo.run(tmp_path / "out", size=TINY)
         assert not (tmp_path / "out").exists()
-        with demo.whole_output(tmp_path / "out") as folder:  # as the next run will
+        with demo.whole_output(tmp_path / "out") as folder:  # the next run can start
             assert list(folder.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The search over learning rates, batch sizes and seeds: what it trains, what it chooses, what a killed one repeats."""
+"""Tests the search over learning rates, batch sizes and seeds: its runs, its choice, and how a killed one resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def evaluate(run: Run) -> dict[str, dict[str, float]]:
 
 
 def trainer(done: list[Run], killed_at: int | None = None) -> Callable[..., Run]:
-    """A training that notes what it trained, and like the stages returns at once where there is something already."""
+    """Returns a training that records its runs and, like the stages, returns at once if a model is already there."""
 
     def train(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Run:
         run = (learning_rate, batch_size, seed)
@@ -61,7 +61,7 @@ def test_the_best_mean_over_seeds_and_sets_wins(tmp_path: Path, capsys: pytest.C
     assert len(list((tmp_path / "runs").iterdir())) == 8
     found = {(c["learning_rate"], c["batch_size"]): c for c in results["combinations"]}
     assert found[2e-5, 16]["mean"] == pytest.approx(0.75)
-    assert found[2e-5, 16]["spread"] == pytest.approx(0.1 / math.sqrt(2))  # of 0.7 and 0.8
+    assert found[2e-5, 16]["spread"] == pytest.approx(0.1 / math.sqrt(2))  # the scores are 0.7 and 0.8
     assert found[1e-5, 32]["spread"] == pytest.approx(0.6 / math.sqrt(2))
     assert found[1e-5, 16]["spread"] == 0
     assert found[2e-5, 32]["seeds"]["2"] == {"metrics": evaluate((2e-5, 32, 2)), "score": pytest.approx(0.7)}
@@ -79,7 +79,7 @@ def test_the_best_mean_over_seeds_and_sets_wins(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("killed_at", [0, 3, 7])
-def test_a_killed_search_goes_on_where_it_stopped(tmp_path: Path, killed_at: int) -> None:
+def test_a_killed_search_resumes(tmp_path: Path, killed_at: int) -> None:
     whole = search(trainer([]), evaluate, tmp_path / "whole", **GRID)
     done: list[Run] = []
     with pytest.raises(KeyboardInterrupt):
@@ -87,11 +87,11 @@ def test_a_killed_search_goes_on_where_it_stopped(tmp_path: Path, killed_at: int
     assert len(done) == killed_at
     assert not (tmp_path / "out" / "results.json").exists()
     assert search(trainer(done), evaluate, tmp_path / "out", **GRID) == whole
-    assert done == list(SCORES)  # each once
+    assert done == list(SCORES)  # each is trained once
 
 
 def test_one_run(tmp_path: Path) -> None:
-    """Its folder stays for a killed run to find; once the output is whole, the command removes it."""
+    """The run's folder stays so that a killed search can resume; the command removes it once the output is whole."""
     results = search(trainer([]), evaluate, tmp_path, name="MNLI", learning_rates=[2e-5], batch_sizes=[32], seeds=[2])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "results.json", "runs"]
     assert results["combinations"][0]["spread"] == 0

@@ -1,4 +1,4 @@
-"""GLUE tasks: readers on real and on broken files, label order, metrics by hand."""
+"""Tests the GLUE tasks: readers on real and broken files, label order, metrics by hand."""
 
 import csv
 import math
@@ -43,10 +43,10 @@ class TestTable:
         ("name", "expected"),
         [("SST-2", "SST-2"), ("sst2", "SST-2"), ("sts-B", "STS-B"), ("mnli", "MNLI"), ("squad2", "SQuAD2")],
     )
-    def test_names_are_forgiving(self, name, expected):
+    def test_case_and_hyphens_in_names_do_not_matter(self, name, expected):
         assert get_task(name).name == expected
 
-    def test_unknown_name_lists_the_known(self):
+    def test_an_unknown_name_lists_the_known_ones(self):
         known = r"CoLA, SST-2, .*WNLI, SQuAD, SQuAD2, tagging"
         with pytest.raises(ValueError, match=rf"task is 'snli'; it should be one of {known}"):
             get_task("snli")
@@ -93,14 +93,14 @@ class TestRealFiles:
             ("STS-B", "dev", 1500, None),
         ],
     )
-    def test_every_row_arrives(self, name, split, rows, labels):
+    def test_every_row_is_read(self, name, split, rows, labels):
         task = get_task(name)
         data = load_split(task, split, GLUE / name)
         assert data.num_rows == rows
         assert data.column_names == ["sentence1", "sentence2", "label"][: len(task.texts)] + ["label"]
         if labels is not None:
             assert np.bincount(data["label"]).tolist() == labels
-        # A second reader that shares no code with ours.
+        # Compare with a second reader that shares no code with ours.
         with (GLUE / name / f"{split}.tsv").open(encoding="utf-8-sig", newline="") as file:
             table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
         place = {"SST-2": [0], "CoLA": [3], "MRPC": [3, 4], "STS-B": [7, 8]}.get(name, [1, 2])
@@ -124,7 +124,7 @@ class TestReaders:
         for split, text in {"train": "t", "dev_matched": "m", "dev_mismatched": "mm"}.items():
             assert load_split(task, split, tmp_path)[0] == {"sentence1": text, "sentence2": "b", "label": 2}
 
-    def test_qqp_drops_the_lines_its_authors_broke(self, tmp_path, caplog):
+    def test_qqp_drops_lines_that_are_cut_short(self, tmp_path, caplog):
         path = write(
             tmp_path,
             "train.tsv",
@@ -170,17 +170,17 @@ class TestReaders:
             ("STS-B", "sentence1\tsentence2\tscore\na\tb\t5.1\n", r":2: score '5\.1'"),
         ],
     )
-    def test_malformed_lines_are_named(self, tmp_path, name, text, message):
+    def test_errors_name_the_malformed_line(self, tmp_path, name, text, message):
         path = write(tmp_path, "dev.tsv", text)
         with pytest.raises(ValueError, match=message):
             read_tsv(get_task(name), path)
 
-    def test_not_text(self, tmp_path):
+    def test_a_file_that_is_not_utf8(self, tmp_path):
         path = write(tmp_path, "dev.tsv", "sentence\tlabel\né\t1\n", "latin-1")
         with pytest.raises(ValueError, match=r"not UTF-8 text \(byte 15\)"):
             read_tsv(get_task("SST-2"), path)
 
-    def test_missing_file_folder_split(self, tmp_path):
+    def test_missing_files_folders_and_splits(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"train\.tsv: no such file; SST-2"):
             load_split(get_task("SST-2"), "train", tmp_path)
         with pytest.raises(FileNotFoundError, match="no such folder"):
@@ -255,11 +255,11 @@ class TestMetrics:
         assert values["spearman"] == pytest.approx(1.0)
         assert values["score"] == pytest.approx((values["pearson"] + 1) / 2)
 
-    def test_constant_predictions_correlate_with_nothing(self):
+    def test_the_correlation_of_constant_predictions_is_zero(self):
         values = compute_metrics(get_task("STS-B"), np.full(4, 2.0), np.arange(4.0))
         assert values == {"pearson": 0.0, "spearman": 0.0, "score": 0.0}
 
-    def test_predictions_of_a_diverged_training_score_nothing(self):
+    def test_the_correlation_of_nan_and_inf_is_zero(self):
         for wrong in (np.nan, np.inf):
             values = compute_metrics(get_task("STS-B"), np.array([1.0, 2.0, wrong, 3.0]), np.arange(4.0))
             assert values == {"pearson": 0.0, "spearman": 0.0, "score": 0.0}
@@ -270,7 +270,7 @@ class TestMetrics:
 
 
 class TestLabelOrder:
-    def test_another_order_is_refused_with_both_orders(self):
+    def test_another_order_is_refused(self):
         labels = ["contradiction", "entailment", "neutral"]
         config = transformers.BertConfig(num_labels=3, id2label=dict(enumerate(labels)))
         with pytest.raises(ValueError, match=r"\['contradiction', 'entailment', 'neutral'\]; MNLI here has"):

@@ -1,4 +1,4 @@
-"""Tasks on tokens: files, windows, answers and tags from logits, metrics by hand, losses in float64, the CLI."""
+"""Tests tasks on tokens: files, windows, answers and tags from logits, metrics by hand, losses in float64, the CLI."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def tagger(labels: list[str], layers: int = 1, width: int = 16, seed: int = 0, *
 
 
 def write_squad(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Each row with an article and a paragraph of its own: context, question, answers, perhaps more keys."""
+    """Writes each row (context, question, answers, more keys) as an article of its own."""
     data = []
     for i, row in enumerate(rows):
         answers = [{"text": text, "answer_start": start} for text, start in row["answers"]]
@@ -87,7 +87,7 @@ def write_squad(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def marked_questions(count: int, seed: int, unanswerable: bool = False) -> list[dict[str, Any]]:
-    """The answer runs from the one word of w2..w5 to the one of w6..w9; where neither is there, there is none."""
+    """Makes questions whose answer runs from a word of w2..w5 to one of w6..w9; without these there is no answer."""
     draw = random.Random(seed)
     rows = []
     for i in range(count):
@@ -104,7 +104,7 @@ def marked_questions(count: int, seed: int, unanswerable: bool = False) -> list[
 
 
 def write_conll(path: Path, sentences: int, seed: int) -> Path:
-    """Words w0..w9 are persons (of two words where two follow each other), w10..w19 places, others nothing."""
+    """Writes sentences in which w0..w9 are persons, w10..w19 places; neighbours of one kind form one entity."""
     lines = ["-DOCSTART- -X- O", ""]
     for text in _tiny.texts(sentences, seed):
         previous = "O"
@@ -141,7 +141,7 @@ class TestReadSquad:
         assert rows["context"][:] == [context, "b"]
         assert read_squad(path)["answers"][:] == rows["answers"][:]
 
-    def test_unanswerable_questions_are_of_the_second_version(self, tmp_path: Path) -> None:
+    def test_only_squad2_has_unanswerable_questions(self, tmp_path: Path) -> None:
         open_question = {
             "context": "a b",
             "question": "Why?",
@@ -175,7 +175,7 @@ class TestReadSquad:
                 read_squad(path)
 
     def test_from_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The hub's copy has answers in a struct. A stand-in: nothing is downloaded here."""
+        """The hub's copy has answers in a struct. `load_dataset` is replaced: nothing is downloaded."""
         asked = []
 
         def load_dataset(name: str, split: str) -> Dataset:
@@ -193,7 +193,7 @@ class TestReadSquad:
 
 
 def long_row(first: int, last: int) -> Dataset:
-    """40 words between two spaces, of which `first`..`last` are the answer; a question of 3 tokens."""
+    """Returns a context of 40 words, of which `first`..`last` are the answer, and a question of 3 tokens."""
     words = [f"w{i}" for i in range(40)]
     text = "  ".join(words)
     answer = "  ".join(words[first : last + 1])
@@ -204,7 +204,7 @@ def long_row(first: int, last: int) -> Dataset:
 
 
 class TestWindows:
-    ROOM = 24 - 3 - 3  # context words in a window: 3 special tokens, 3 of the question
+    ROOM = 24 - 3 - 3  # context words in a window of 24: without 3 special tokens and the question
     STEP = ROOM - 5
 
     @pytest.mark.parametrize(("first", "last"), [(0, 0), (12, 14), (13, 17), (16, 19), (39, 39), (3, 30)])
@@ -213,12 +213,12 @@ class TestWindows:
         assert len(windows) == 3
         found = list(zip(windows["start_positions"], windows["end_positions"], strict=True))
         expected = []
-        for window in range(3):  # word i is token i - window * STEP of the context, which begins at token 5
+        for window in range(3):  # word i is token 5 + i - window * STEP
             begin, end = window * self.STEP, min(window * self.STEP + self.ROOM, 40)
             whole = begin <= first and last < end
             expected.append((5 + first - begin, 5 + last - begin) if whole else (0, 0))
         assert found == expected
-        # (16, 19) crosses from the first window into the second, which alone holds it; (3, 30) fits in none
+        # Only the second window holds all of (16, 19); no window holds (3, 30).
         assert (found.count((0, 0)) == 3) == ((first, last) == (3, 30))
 
     def test_columns_to_predict_on(self) -> None:
@@ -234,7 +234,7 @@ class TestWindows:
                 if is_context:
                     assert context[first:last] == words[place]
 
-    def test_spaces_around_an_answer_and_half_tokens(self) -> None:
+    def test_answers_with_spaces_or_parts_of_tokens(self) -> None:
         rows = Dataset.from_list(
             [
                 {"id": "1", "question": "w1", "context": "w5 w6 w7", "answers": [" w6 "], "starts": [2]},
@@ -257,7 +257,7 @@ class TestWindows:
         ids = SMALL.tokenize(rows, _tiny.tokenizer())["input_ids"][0]
         assert ids == [2, *[5] * 8, 3, 9, 10, 3]
 
-    def test_a_window_must_hold_something_new(self) -> None:
+    def test_a_window_must_have_room_for_a_new_token(self) -> None:
         with pytest.raises(ValueError, match=r"max_length is 24; .*max_question 8.*, a stride of 12 and .* need 25"):
             SpanTask(name="s", hub_name="s", version="v", max_length=24, stride=12, max_question=8)
 
@@ -270,7 +270,7 @@ class TestWindows:
 
 
 @pytest.mark.parametrize("max_answer", [1, 3, 40])
-def test_the_best_span_is_the_best_of_all(max_answer: int) -> None:
+def test_best_span_equals_a_search_over_all_spans(max_answer: int) -> None:
     draw = np.random.default_rng(0)
     for length in (1, 2, 9, 30):
         start, end = draw.normal(size=(2, length))
@@ -286,7 +286,7 @@ def test_the_best_span_is_the_best_of_all(max_answer: int) -> None:
 
 
 class Pointer(nn.Module):
-    """Logits looked up by token id; the first token's also has the bonus of every other token in its window."""
+    """Looks logits up by token id; those of the first token also get the bonus of all tokens in the window."""
 
     def __init__(self, starts: dict[str, float], ends: dict[str, float], bonus: dict[str, float] | None = None) -> None:
         super().__init__()
@@ -302,7 +302,7 @@ class Pointer(nn.Module):
         start, end = start.clone(), end.clone()
         start[:, 0] += bonus.sum(1)
         end[:, 0] += bonus.sum(1)
-        if attention_mask is not None:  # padding would win
+        if attention_mask is not None:  # padding would win if it counted
             start, end = start.masked_fill(attention_mask == 0, 99.0), end.masked_fill(attention_mask == 0, 99.0)
         return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
 
@@ -312,21 +312,21 @@ class TestAnswers:
         rows = [{"id": "", "question": "w1", "context": c, "answers": [], "starts": []} for c in contexts]
         return task.answer(Dataset.from_list(rows), pointer, _tiny.tokenizer())
 
-    def test_text_by_character_offsets(self) -> None:
+    def test_answers_are_cut_from_the_text(self) -> None:
         pointer = Pointer({"w8": 3.0}, {"w9": 3.0})
         contexts = ["w7 w8 ,  w9 w7", "w9 w8", "w5,w8-w9!", ""]
         assert self.answer(SMALL, contexts, pointer) == ["w8 ,  w9", "w9", "w8-w9", ""]
 
-    def test_an_answer_has_at_most_so_many_tokens(self) -> None:
+    def test_max_answer_limits_the_tokens_of_an_answer(self) -> None:
         pointer = Pointer({"w8": 3.0, "w10": 1.0}, {"w9": 3.0})
         context = ["w8 w7 w10 w7 w9"]
         assert self.answer(SMALL, context, pointer) == context
         short = SpanTask(name="s", hub_name="s", version="v", max_length=24, stride=5, max_question=8, max_answer=4)
         assert self.answer(short, context, pointer) == ["w10 w7 w9"]
 
-    def test_the_best_of_several_windows(self) -> None:
+    def test_the_best_window_wins(self) -> None:
         words = [f"w{20 + i}" for i in range(35)]
-        words[18:21] = ["w8", "w7", "w9"]  # the last of them is in the second window alone
+        words[18:21] = ["w8", "w7", "w9"]  # only the second window has the last of them
         words[2] = "w11"
         contexts = [" ".join(words), "w11"]
         for single, expected in ((2.9, ["w8 w7 w9", "w11"]), (3.1, ["w11", "w11"])):
@@ -334,16 +334,16 @@ class TestAnswers:
             assert self.answer(SMALL, contexts, pointer) == expected
 
     def test_no_answer(self) -> None:
-        """The null score is start + end of [CLS], the least of all windows'; the question's tokens are no answer."""
+        """The null score is the least start + end of [CLS] over all windows; question tokens cannot be the answer."""
         task = SpanTask(
             name="s", hub_name="s", version="v", max_length=24, stride=5, max_question=8, has_unanswerable=True
         )
         starts, ends = {"w8": 3.0, "w1": 50.0, "[CLS]": 1.0}, {"w9": 3.0, "w1": 50.0, "[CLS]": 1.0}
         pointer = Pointer(starts, ends, bonus={"w12": 1.9, "w13": 2.1})
-        contexts = ["w8 w9", "w12 w8 w9", "w13 w8 w9", ""]  # null 2, 5.8, 6.2 against 6
+        contexts = ["w8 w9", "w12 w8 w9", "w13 w8 w9", ""]  # null scores 2, 5.8 and 6.2 against an answer of 6
         assert self.answer(task, contexts, pointer) == ["w8 w9", "w8 w9", "", ""]
         assert self.answer(SMALL, contexts, pointer) == ["w8 w9"] * 3 + [""]
-        words = ["w13", *["w20"] * 25, "w8", "w9"]  # the first window's null is 6.2, the second's 2
+        words = ["w13", *["w20"] * 25, "w8", "w9"]  # null scores 6.2 in the first window, 2 in the second
         assert self.answer(task, [" ".join(words)], pointer) == ["w8 w9"]
 
     def test_another_model_is_refused(self) -> None:
@@ -356,12 +356,14 @@ def test_squad_metrics_by_hand() -> None:
         ["The  Cat sat.", "black cat", "x", "cat cat dog"],
         [["dog", "cat sat"], ["the black cat sat"], ["y", "z"], ["cat dog dog"]],
     )
-    # F1: 1; 2 common of 2 and 3 words: 4/5; 0; as multisets cat and dog are common: 4/6
+    # F1 of each row: 1; 2 common words of 2 and 3, so 4/5; 0; the multisets share cat and dog, so 4/6.
     assert values["exact_match"] == pytest.approx(1 / 4)
     assert values["f1"] == values["score"] == pytest.approx((1 + 0.8 + 0 + 2 / 3) / 4)
     values = squad_metrics(["", "x", "", "An!"], [[], [], ["x"], ["the", "x"]], has_unanswerable=True)
-    assert values["exact_match"] == values["f1"] == pytest.approx(1 / 4)  # "the" is no answer, where there is another
-    for has_unanswerable in (False, True):  # nothing left on either side: by the first script no common word
+    assert (
+        values["exact_match"] == values["f1"] == pytest.approx(1 / 4)
+    )  # "the" has no word left, so only "x" is an answer
+    for has_unanswerable in (False, True):  # no word on either side: F1 0 by the first script, 1 by the second
         values = squad_metrics(["The"], [["A", "an"]], has_unanswerable=has_unanswerable)
         assert values == {"exact_match": 1, "f1": has_unanswerable, "score": has_unanswerable}
     assert squad_metrics(["x's a-b"], [["Xs ab"]])["exact_match"] == 1
@@ -413,7 +415,7 @@ class TestTagWindows:
         assert len(windows["input_ids"][0]) == 9
 
     def test_no_word_is_lost_nor_counted_twice(self) -> None:
-        """Windows of 5 tokens; the third word goes from the first window into the second."""
+        """Windows have 5 tokens of text; the third word starts in the first window and ends in the second."""
         task = TaggingTask(name="t", labels=("a", "b", "c", "d", "e"), max_length=7)
         rows = tagged([["w1", "w2", "w3-w4-w5", "w6", "w7"], ["w8"] * 12], [["a", "b", "c", "d", "e"], ["a"] * 12])
         labels = task.tokenize(rows, _tiny.tokenizer())["labels"][:]
@@ -424,7 +426,7 @@ class TestTagWindows:
         assert windows["word"][1] == [-1, -1, -1, 3, 4, -1]
 
     def test_tags_of_words(self) -> None:
-        """A model that gives each token the tag of its id's parity; a word without a token is O."""
+        """The model tags each token by whether its id is even; a word without tokens is O."""
 
         class Parity(nn.Module):
             def __init__(self) -> None:
@@ -443,7 +445,7 @@ class TestTagWindows:
         golds = [["odd", "even", "odd", "odd", "odd", "odd"], ["even"]]
         assert task.evaluate(tagged(words, golds), model, _tiny.tokenizer())["accuracy"] == pytest.approx(5 / 7)
 
-    def test_labels_are_the_models(self) -> None:
+    def test_labels_come_from_the_model(self) -> None:
         rows = tagged([["w1", "w2"]], [["B-X", "O"]])
         task = get_task("tagging")
         options = task.model_options(rows)
@@ -463,13 +465,13 @@ class TestTagWindows:
 def test_tag_metrics_by_hand() -> None:
     golds = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "B-PER", "B-PER"]]
     found = [["B-PER", "I-PER", "O", "O"], ["B-LOC", "B-PER", "I-PER"]]
-    # gold: PER 0-1, LOC 3, PER 1, PER 2; found: PER 0-1, LOC 0, PER 1-2; one is right
+    # Gold entities: PER 0-1, LOC 3, PER 1, PER 2. Found: PER 0-1, LOC 0, PER 1-2. One is right.
     values = tag_metrics(found, golds)
     assert values == pytest.approx({"precision": 1 / 3, "recall": 1 / 4, "f1": 2 / 7, "score": 2 / 7})
     iob1 = [["I-A", "I-A", "B-A", "O"]]  # two entities
     assert tag_metrics([["B-A", "I-A", "B-A", "O"]], iob1)["f1"] == 1
     assert tag_metrics([["I-A", "I-A", "I-A", "O"]], iob1)["f1"] == 0
-    # IOBES: after E and S another begins; a kind of its own begins another
+    # In IOBES an entity ends after E and S; another kind starts a new entity.
     assert entities(["I-A", "E-A", "E-A", "S-B", "I-B", "O", "B-A", "I-B", "X", "I-A"]) == {
         (0, 1, "A"), (2, 2, "A"), (3, 3, "B"), (4, 4, "B"), (6, 6, "A"), (7, 7, "B"), (9, 9, "A")
     }  # fmt: skip
@@ -483,7 +485,7 @@ def test_tag_metrics_by_hand() -> None:
 
 
 def trained(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Subwords as RoBERTa's (byte-level BPE), T5's (Unigram with spaces in the tokens) and BERT's (lower case)."""
+    """Trains a tokenizer like RoBERTa's (byte-level BPE), T5's (Unigram, spaces in tokens) or BERT's (lower case)."""
     special = ["<pad>", "<unk>", "<s>", "</s>"]
     if kind == "bytes":
         core, trainer = (
@@ -514,8 +516,8 @@ def trained(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "spaces in tokens", "lower case"])
-def test_positions_and_back_to_the_text_with_other_tokenizers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits made of the labels of `tokenize` give every answer and every tag back, over windows."""
+def test_labels_as_logits_give_the_answers_and_tags_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits made from the labels of `tokenize` give every answer and tag back, over several windows."""
     draw = random.Random(0)
     known = [
         "The",
@@ -572,7 +574,7 @@ def test_positions_and_back_to_the_text_with_other_tokenizers(kind: str, monkeyp
 def plain_loss(
     student: nn.Module, teacher: nn.Module, rows: Dataset, temperature: float, counts: bool = True
 ) -> Tensor:
-    """Row by row, so that nothing is padded: mean over rows of start and end, or over labelled tokens."""
+    """Computes the loss row by row, without padding: the mean over rows of start and end, or over labelled tokens."""
     total, items = torch.zeros((), dtype=torch.float64), 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
@@ -633,8 +635,8 @@ CASES = [(8, 1.0, "masked"), (2, 2.5, "masked"), (2, 1.0, "official")]
 
 @pytest.mark.parametrize(("size", "temperature", "parity"), CASES)
 @pytest.mark.parametrize("kind", ["spans", "tags"])
-def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, kind: str, size: int, temperature: float, parity: str) -> None:
-    """Padded batches, accumulated or not, against float64 without padding. Both parities are the same here."""
+def test_a_step_equals_plain_pytorch(tmp_path: Path, kind: str, size: int, temperature: float, parity: str) -> None:
+    """Padded batches, accumulated or not, match float64 without padding. The two parities do not differ here."""
     student, teacher, rows = kinds()[kind]
     doubles = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     expected = plain_loss(*doubles, rows, temperature)
@@ -660,12 +662,12 @@ def test_a_step_is_that_of_plain_pytorch(tmp_path: Path, kind: str, size: int, t
     truth = torch.cat([p.grad.flatten() for p in doubles[0].parameters()])
     assert error(found, truth) < 1e-4
     assert trainer.state.log_history[0]["prediction"] == pytest.approx(expected.item(), rel=1e-5)
-    if kind == "tags":  # what the loss would be if special tokens and later tokens of a word counted
+    if kind == "tags":  # the loss differs if special tokens and later tokens of a word count
         assert abs(plain_loss(*doubles, rows, temperature, counts=False) / expected - 1) > 0.001
 
 
-def test_padding_takes_no_part_in_a_span() -> None:
-    """Whatever the logits of padding are: value and gradient are the same, and those of padding are 0."""
+def test_padding_does_not_change_the_span_loss() -> None:
+    """Value and gradient do not depend on the logits of padding, whose own gradient is 0."""
     torch.manual_seed(0)
     student, teacher, rows = kinds()["spans"]
     objective = Objective(student.config, terms=("prediction",))
@@ -705,7 +707,7 @@ def test_evaluation_of_the_trainer_joins_batches_of_any_length(tmp_path: Path) -
     assert seen["labels"][0].tolist() == rows["start_positions"][:]
 
 
-def test_labels_of_tokens_are_padded_where_the_tokens_are() -> None:
+def test_token_labels_are_padded_like_their_tokens() -> None:
     collate = PaddingCollator(_tiny.tokenizer())
     rows = [{"input_ids": [2, 5, 3], "labels": [-100, 1, -100]}, {"input_ids": [2, 5, 6, 3], "labels": [-100, 1, 0, 2]}]
     assert collate([dict(row) for row in rows])["labels"].tolist() == [[-100, 1, -100, -100], [-100, 1, 0, 2]]
@@ -739,7 +741,7 @@ def test_a_student_learns_spans_from_a_teacher(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For each task a folder of data; a checkpoint without a head; a student's config."""
+    """Writes data for each task, a checkpoint without a head, and a student's config."""
     root = tmp_path_factory.mktemp("token")
     for name, version in (("SQuAD", "v1.1"), ("SQuAD2", "v2.0")):
         (root / name).mkdir()
@@ -772,7 +774,7 @@ def fails(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
 def test_the_command_line(
     files: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A teacher trained on the labels; a student through both stages, interrupted and resumed; both evaluated."""
+    """Trains a teacher on the labels and a student in both stages, interrupted and resumed, and evaluates both."""
     teacher, student, short = tmp_path / "teacher", tmp_path / "student", ("--max-steps", 2)
     assert cli.main(command(files, name, "finetune", "--model", files / "plain", "--output", teacher, *short)) == 0
     kind = AutoModelForTokenClassification if name == "tagging" else AutoModelForQuestionAnswering
