@@ -310,7 +310,7 @@ class TestCandidates:
         assert list(spans) == [(0, 4), (5, 14), (15, 22)]
 
     def test_offsets_of_other_tokenizers(self, lm, glove):
-        """Some tokenizers count the space before a word to it; the two tokens of a two-byte letter share its offsets."""
+        """Some tokenizers count the space before a word to it; both tokens of a two-byte letter have its offsets."""
         model, tokenizer = lm["roberta"]
         expected = Augmenter(model, tokenizer, glove, candidates=5).candidates(SENTENCES)
         other = copy.deepcopy(tokenizer)
