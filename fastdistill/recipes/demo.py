@@ -33,7 +33,7 @@ from datasets import Dataset
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, TrainerCallback
 
 import fastdistill
@@ -99,9 +99,7 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(report(results), encoding="utf-8")
         plot_accuracy(results, folder)
-    table = Table(box=SIMPLE)  # fits into 80 columns
-    for head in TABLE_HEAD:
-        table.add_column(head, no_wrap=True)
+    table = Table(*(Column(head, no_wrap=True) for head in TABLE_HEAD), box=SIMPLE)  # fits into 80 columns
     for row in table_rows(results):
         table.add_row(*row)
     console.print(table)
@@ -144,9 +142,10 @@ class Demo:
             teacher = self.train_teacher()
         with self.timed("distillation"):
             start = self.start(teacher)
-            student, steps = self.distil_inner(copy.deepcopy(start), teacher, folder)
+            student = copy.deepcopy(start)
+            steps = self.distil_inner(student, teacher, folder)
             students = self.distil_predictions(student, teacher, steps)
-        steps = self.curves["distilled"][0][-1][0]
+        steps = self.curves["distilled"][0][-1][0]  # of all stages
         for name in ("folded", "labels"):
             with self.timed(name):
                 self.train_on_labels(name, start, steps)
@@ -175,7 +174,7 @@ class Demo:
         teacher = self.new_model(*self.size.teacher)
         embeddings = teacher.bert.embeddings.word_embeddings.weight
         embeddings.data.copy_(word_vectors(self.blocks["input_ids"], *embeddings.shape))
-        self.finetune(teacher, self.size.teacher_epochs, 5e-4, 0, "teacher: labels")
+        self.finetune(teacher, "teacher: labels", epochs=self.size.teacher_epochs, learning_rate=5e-4, seed=0)
         return teacher
 
     def start(self, teacher: BertForSequenceClassification) -> BertForSequenceClassification:
@@ -187,46 +186,34 @@ class Demo:
         save_projections(student, teacher, projection, self.work)
         return student
 
-    def distil_inner(self, student: Any, teacher: Any, folder: Path) -> tuple[Any, int]:
-        """Runs the general and the intermediate stage, plots their losses, and returns the student and its steps.
+    def distil_inner(self, student: Any, teacher: Any, folder: Path) -> int:
+        """Runs the general and the intermediate stage, plots their losses, and returns their number of steps.
 
         One student serves all seeds of the last stage, as in published results.
         """
+        size, work = self.size, self.work
+        general: dict[str, Any] = {"epochs": size.general_epochs, "batch_size": 32, "learning_rate": 2e-3}
+        intermediate: dict[str, Any] = {"epochs": size.intermediate_epochs, "learning_rate": 1e-3}
         stages = {
-            "general": GeneralStage(
-                corpus=self.blocks,
-                epochs=self.size.general_epochs,
-                batch_size=32,
-                learning_rate=2e-3,
-                projections=self.work,
-                arguments=OPTIONS,
-            ),
+            "general": GeneralStage(corpus=self.blocks, **general, projections=work, arguments=OPTIONS),
             "intermediate": IntermediateStage(
-                dataset=self.train,
-                epochs=self.size.intermediate_epochs,
-                learning_rate=1e-3,
-                projections=self.work / "general",
-                arguments=OPTIONS,
+                dataset=self.train, **intermediate, projections=work / "general", arguments=OPTIONS
             ),
         }
-        logs, steps = {}, 0
         for name, stage in stages.items():
-            output = self.work / name
-            stage.run(student, teacher, self.tokenizer, output, callbacks=[Watch(self, f"student: {name} stage")])
-            state = json.loads((output / "trainer_state.json").read_text())
-            logs[name] = state["log_history"]
-            steps += state["global_step"]
-        plot_losses(logs, folder)
-        return student, steps
+            watch = Watch(self, f"student: {name} stage")
+            stage.run(student, teacher, self.tokenizer, work / name, callbacks=[watch])
+        states = {name: json.loads((work / name / "trainer_state.json").read_text()) for name in stages}
+        plot_losses({name: state["log_history"] for name, state in states.items()}, folder)
+        return sum(state["global_step"] for state in states.values())
 
     def distil_predictions(self, start: Any, teacher: Any, steps: int) -> list[Any]:
         """Runs the prediction stage with each seed, and returns the students; they took `steps` before it."""
         rows, students = add_teacher_logits(self.train, teacher, self.tokenizer), []
+        schedule: dict[str, Any] = {"epochs": self.size.prediction_epochs, "learning_rate": 1e-3}
         for seed in self.size.seeds:
             watch = Watch(self, f"student: prediction stage, seed {seed}", measures=True)
-            stage = PredictionStage(
-                dataset=rows, epochs=self.size.prediction_epochs, learning_rate=1e-3, seed=seed, arguments=OPTIONS
-            )
+            stage = PredictionStage(dataset=rows, **schedule, seed=seed, arguments=OPTIONS)
             output = self.work / f"prediction-{seed}"
             students += [stage.run(copy.deepcopy(start), teacher, self.tokenizer, output, callbacks=[watch])]
             self.curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
@@ -238,21 +225,15 @@ class Demo:
         for seed in self.size.seeds:
             torch.manual_seed(seed)
             model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
-            learning_rate = 1e-3 if name == "folded" else 2e-3
-            watch = self.finetune(model, epochs, learning_rate, seed, f"{STUDENTS[name]}, seed {seed}")
-            self.curves[name].append(watch.accuracies)
+            rate = 1e-3 if name == "folded" else 2e-3
+            curve = self.finetune(model, f"{STUDENTS[name]}, seed {seed}", epochs=epochs, learning_rate=rate, seed=seed)
+            self.curves[name].append(curve)
 
-    def finetune(self, model: Any, epochs: float, learning_rate: float, seed: int, name: str) -> Watch:
-        watch = Watch(self, name, measures=True)
-        schedule: dict[str, Any] = {
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "arguments": OPTIONS,
-        }
-        folder = self.work / f"{name} {seed}".replace(" ", "-")
-        finetune(model, self.train, self.tokenizer, folder, **schedule, callbacks=[watch])
-        return watch
+    def finetune(self, model: Any, name: str, **schedule: Any) -> list[tuple[int, float]]:
+        """Trains a model on the labels, and returns its accuracies on the dev set by step."""
+        watch, folder = Watch(self, name, measures=True), self.work / re.sub(r"\W+", "-", name)
+        finetune(model, self.train, self.tokenizer, folder, **schedule, arguments=OPTIONS, callbacks=[watch])
+        return watch.accuracies
 
     def new_model(self, layers: int, width: int) -> BertForSequenceClassification:
         config = BertConfig(
