@@ -278,15 +278,18 @@ class Augmenter:
                     masked.append((row, span, token))
                 elif known:
                     looked_up.append((row, span, known[0]))
-        new = sorted({word for *_, word in looked_up} - self.neighbours.keys())
-        self.neighbours.update(zip(new, self.glove.neighbours(new, self.k), strict=True))
-        for row, span, word in looked_up:
-            found[row][span] = self.neighbours[word]
         masked.sort(key=lambda place: len(encodings[place[0]]))  # rows of similar length need little padding
         likely = self.likely_words([(encodings[row], token) for row, _, token in masked])
-        for (row, span, _), words in zip(masked, likely, strict=True):
+        near = self.near_words([word for _, _, word in looked_up])
+        for (row, span, _), words in zip([*masked, *looked_up], [*likely, *near], strict=True):
             found[row][span] = words
         return [{(a - 1, b - 1): words for (a, b), words in spans.items() if words} for spans in found]
+
+    def near_words(self, words: Sequence[str]) -> list[list[str]]:
+        """Returns the K nearest neighbours in GloVe of each word. Each word is looked up only once."""
+        new = sorted(set(words) - self.neighbours.keys())
+        self.neighbours.update(zip(new, self.glove.neighbours(new, self.k), strict=True))
+        return [self.neighbours[word] for word in words]
 
     def likely_words(self, masked: Sequence[tuple[Any, int]]) -> list[list[str]]:
         """Returns the K likeliest words at one masked token of each encoded text."""

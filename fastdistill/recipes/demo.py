@@ -65,7 +65,7 @@ LANGUAGE = "language"  # pydoc_data.topics
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. The defaults are those of `fastdistill demo`."""
+    """Sizes of the data, the models and the training. The defaults are those of `fastdistill demo`."""
 
     train_rows: int = 520  # of each part
     dev_rows: int = 130
@@ -99,10 +99,7 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(report(results), encoding="utf-8")
         plot_accuracy(results, folder)
-    table = Table(*(Column(head, no_wrap=True) for head in TABLE_HEAD), box=SIMPLE)  # fits into 80 columns
-    for row in table_rows(results):
-        table.add_row(*row)
-    console.print(table)
+    console.print(table(results))
     console.print(f"{results['seconds']['all'] / 60:.1f} minutes; wrote {Path(output) / 'report.md'}")
     return results
 
@@ -332,13 +329,10 @@ def read_text(size: Size, seed: int = 0) -> Text:
     texts = read_docstrings(Path(sysconfig.get_paths()["stdlib"]))
     corpus = [passage for text in texts.pop("") for passage in passages(text, size.words, seen)]
     rows: dict[str, list[tuple[str, int]]] = {"train": [], "dev": []}
-    for label, part in enumerate(sorted(texts)):
-        rng.shuffle(texts[part])
-        cut = len(texts[part]) * 4 // 5
-        for split, count, share in (
-            ("train", size.train_rows, texts[part][:cut]),
-            ("dev", size.dev_rows, texts[part][cut:]),
-        ):
+    for label, (_, part) in enumerate(sorted(texts.items())):
+        rng.shuffle(part)
+        cut = len(part) * 4 // 5
+        for split, count, share in (("train", size.train_rows, part[:cut]), ("dev", size.dev_rows, part[cut:])):
             found = [passage for text in share for passage in passages(text, size.words, seen)]
             if split == "train":
                 corpus += found
@@ -433,6 +427,14 @@ def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         )
 
 
+def table(results: dict[str, Any]) -> Table:
+    """Returns the table for a terminal of 80 columns."""
+    found = Table(*(Column(head, no_wrap=True) for head in TABLE_HEAD), box=SIMPLE)
+    for row in table_rows(results):
+        found.add_row(*row)
+    return found
+
+
 def report(results: dict[str, Any]) -> str:
     rows, size, seconds = results["rows"], results["size"], results["seconds"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (TABLE_HEAD, ["---"] * len(TABLE_HEAD), *table_rows(results))]
@@ -467,25 +469,27 @@ transformers {transformers.__version__}, fastdistill {fastdistill.__version__}, 
 """
 
 
-def plot_losses(logs: dict[str, list[dict[str, float]]], folder: Path) -> None:
-    """Plots the inner losses of each stage to `losses.png`."""
+def new_figure(*inches: float) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    return Figure(figsize=inches, layout="constrained", dpi=120)
+
+
+def plot_losses(logs: dict[str, list[dict[str, float]]], folder: Path) -> None:
+    """Plots the inner losses of each stage to `losses.png`."""
+    figure = new_figure(9, 3.5)
     for axes, (name, history) in zip(figure.subplots(1, 2), logs.items(), strict=True):
         for term in ("embedding", "hidden", "attention"):
             points = [(log["step"], log[term]) for log in history if term in log]
             axes.plot(*zip(*points, strict=True), label=term)
         axes.set(title=f"{name} stage", xlabel="step", ylabel="loss", yscale="log")
         axes.legend()
-    figure.savefig(folder / "losses.png", dpi=120)
+    figure.savefig(folder / "losses.png")
 
 
 def plot_accuracy(results: dict[str, Any], folder: Path) -> None:
     """Plots the dev accuracy over steps to `accuracy.png`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     for (name, runs), color in zip(results["curves"].items(), ("tab:blue", "tab:green", "tab:orange"), strict=True):
         for i, points in enumerate(runs):
@@ -493,4 +497,4 @@ def plot_accuracy(results: dict[str, Any], folder: Path) -> None:
     axes.axhline(results["accuracy"]["teacher"][0], color="gray", linestyle="--", label="teacher")
     axes.set(xlabel="step, all stages counted", ylabel="dev accuracy")
     axes.legend()
-    figure.savefig(folder / "accuracy.png", dpi=120)
+    figure.savefig(folder / "accuracy.png")

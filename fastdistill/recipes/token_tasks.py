@@ -502,7 +502,7 @@ def continues(before: str, tag: str) -> bool:
     return before[:2] in ("B-", "I-") and tag[:2] in ("I-", "E-") and before[2:] == tag[2:]
 
 
-# -- both ----------------------------------------------------------------------------------------------------------
+# -- predictions ---------------------------------------------------------------------------------------------------
 
 
 def window_logits(model: Any, windows: Dataset, tokenizer: Any, head: str, batch_size: int = 64) -> list[np.ndarray]:
