@@ -469,10 +469,10 @@ transformers {transformers.__version__}, fastdistill {fastdistill.__version__}, 
 """
 
 
-def new_figure(*inches: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=inches, layout="constrained", dpi=120)
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
 def plot_losses(logs: dict[str, list[dict[str, float]]], folder: Path) -> None:
