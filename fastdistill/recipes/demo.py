@@ -135,6 +135,7 @@ class Demo:
             self.blocks = pack_corpus(Dataset.from_dict({"text": text.corpus}), self.tokenizer, size.max_length)
 
     def run(self, folder: Path) -> dict[str, Any]:
+        """Trains all models, writes the first distilled student to `folder`, and returns the results."""
         with self.timed("teacher"):
             teacher = self.train_teacher()
         with self.timed("distillation"):
@@ -149,7 +150,11 @@ class Demo:
 
         students[0].save_pretrained(folder / "student")
         self.tokenizer.save_pretrained(folder / "student")
-        models = {"teacher": teacher, "student": students[0]}  # the students have one size and speed
+        return self.results(teacher, students[0], steps)
+
+    def results(self, teacher: Any, student: Any, steps: int) -> dict[str, Any]:
+        """Returns the content of results.json. All students have one size and speed."""
+        models = {"teacher": teacher, "student": student}
         middle = sorted(self.dev.remove_columns("labels"), key=lambda row: len(row["input_ids"]))[len(self.dev) // 2 :]
         seconds = measure_seconds(models, PaddingCollator(self.tokenizer)(middle[:64]))
         accuracies = {name: [points[-1][1] for points in runs] for name, runs in self.curves.items()}
