@@ -506,29 +506,17 @@ def continues(before: str, tag: str) -> bool:
 
 
 def window_logits(model: Any, windows: Dataset, tokenizer: Any, head: str, batch_size: int = 64) -> list[np.ndarray]:
-    """The logits of each window's tokens, (L, 2) of "spans" or (L, C) of "tags", float32, without padding."""
-    import torch
+    """Returns the logits of each window's tokens, (L, 2) of "spans" or (L, C) of "tags", float32, without padding."""
     from transformers.utils import logging as hf_logging
 
-    from fastdistill.train.capture import capture
-    from fastdistill.train.data import PaddingCollator
+    from fastdistill.train.data import batches_by_length, predict
 
-    model.eval()
-    device = next(model.parameters()).device
-    collate = PaddingCollator(tokenizer)
-    inputs = windows.select_columns([name for name in tokenizer.model_input_names if name in windows.column_names])
-    lengths = [len(ids) for ids in windows["input_ids"]]
-    order = sorted(range(len(windows)), key=lengths.__getitem__)
+    batches = batches_by_length([len(ids) for ids in windows["input_ids"]], batch_size)
     found: list[Any] = [None] * len(windows)
-    for start in hf_logging.tqdm(range(0, len(order), batch_size), desc="Predicting"):
-        rows = order[start : start + batch_size]
-        batch = collate([inputs[row] for row in rows])
-        with torch.no_grad():
-            states = capture(model, {name: x.to(device) for name, x in batch.items()})
+    for rows, states, mask in predict(model, windows, tokenizer, hf_logging.tqdm(batches, desc="Predicting")):
         if states.logits is None or states.head != head:
             raise ValueError(f"the model is a {type(model).__name__}, which predicts no {head}")
         logits = (states.logits.mT if head == "spans" else states.logits).float().cpu()  # (B, L, C)
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         for row, values, counted in zip(rows, logits, mask, strict=True):
             found[row] = values[counted].numpy()
     return found

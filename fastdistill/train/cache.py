@@ -1,20 +1,20 @@
-"""Offline teachers: what a teacher says of a data set, computed once, written to files, and trained from without it.
+"""Offline teachers: runs a teacher over a data set once, writes its outputs to files, and reads them for training.
 
     write_cache(pack_corpus(["corpus.txt"], tokenizer), teacher, tokenizer, "cache", top_k=16, hidden=[0, 3, 6])
     rows = read_cache("cache")  # a datasets.Dataset, mapped into memory
     CachedStage(cache="cache").run(student, None, tokenizer, "student")  # of fastdistill.train.stages
 
-The rows keep their order and columns. What is added to a row of L tokens:
+Rows keep their order and their columns. These columns are added to a row of L tokens:
 
-| column | shape | stored as | |
+| column | shape | stored as | content |
 | --- | --- | --- | --- |
 | `topk_logprobs` | (L, k) | float16 | a language model's k largest log-probabilities at temperature 1, highest first |
-| `topk_indices` | (L, k) | uint16; int32 beyond 65536 classes | their classes |
-| `teacher_logits` | (C) | float32 | of a sequence classifier |
-| `hidden_i` | (L, d) | float16 | hidden state i, 0 being the embedding output |
+| `topk_indices` | (L, k) | uint16; int32 above 65536 classes | the classes of these |
+| `teacher_logits` | (C) | float32 | the logits of a sequence classifier |
+| `hidden_i` | (L, d) | float16 | hidden state i; 0 is the embedding output |
 
-Why float16 and not bfloat16: it is eight times as exact, and Arrow has no bfloat16. Hidden states beyond its 65504 are
-refused, never clipped. docs/cache.md has the error that rounding brings, and the files.
+float16 is eight times as exact as bfloat16, and Arrow has no bfloat16. Hidden states above its largest number, 65504,
+are refused, never clipped. docs/cache.md describes the files and the error that rounding brings.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from fastdistill.train.capture import States, capture
-from fastdistill.train.checks import check_classes
-from fastdistill.train.data import pad_rows
+from fastdistill.train.capture import States
+from fastdistill.train.checks import check_classes, check_vocabularies
+from fastdistill.train.data import batches_by_length, predict
 from fastdistill.train.outputs import check, whole_output, write_arrow, write_whole
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.students import positions
@@ -46,7 +47,7 @@ __all__ = ["check_cache", "read_cache", "read_manifest", "write_cache"]
 
 FORMAT = 1  # of the files; a reader refuses any other
 MANIFEST = "manifest.json"
-SHARD_BYTES = 1 << 28  # 256 MB: what an interruption can cost, and what a writer keeps in memory
+SHARD_BYTES = 1 << 28  # 256 MB: the work an interruption can cost, and the memory a writer needs
 
 
 def write_cache(
@@ -64,36 +65,33 @@ def write_cache(
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Run a teacher over a data set and write the folder `output`, whole or not at all. `read_cache` reads it.
+    """Runs a teacher over a data set and writes the folder `output`, whole or not at all. `read_cache` reads it.
 
-    Work goes on in `<output>.partial` beside it, which an interrupted run leaves behind. Processes that `torchrun` or
-    `accelerate launch` starts share the shards. The teacher reads rows of like length together; the rows come out in
-    the data's order.
+    Files are written to `<output>.partial`, which stays if the run is interrupted. Processes started by `torchrun` or
+    `accelerate launch` share the shards. Each batch holds rows of similar length; the output keeps the data's order.
 
     Args:
-        dataset: tokenised rows with `input_ids`, such as `fastdistill.train.data.pack_corpus` makes.
-        teacher: a transformers model, on the device to run on. A causal or masked language model for `top_k`; the
-            logits of a sequence classifier are kept without being asked for.
-        tokenizer: its own. Classes beyond its vocabulary, which pad the logits of some models, take no part.
-        top_k: classes to keep of each token's distribution, 1 to V. Log-probabilities are those of a float32
+        dataset: tokenised rows with `input_ids`, such as `fastdistill.train.data.pack_corpus` returns.
+        teacher: a transformers model, on the device to run on. `top_k` needs a causal or masked language model. The
+            logits of a sequence classifier are always kept.
+        tokenizer: the teacher's. Logits beyond its vocabulary, which some models add as padding, are left out.
+        top_k: classes to keep of each token's distribution, 1 to V. The log-probabilities come from a float32
             log-softmax over the whole vocabulary.
         hidden: hidden states to keep, from 0, the embedding output, to the number of layers.
         files: the text files that the rows were read from, for the manifest.
-        batch_size: rows that the teacher reads at a time.
-        bf16: bfloat16 autocast in the teacher.
-        shard_bytes: of a file, about; at most 2 GB.
-        resume: continue an interrupted run from its first missing shard; where `output` is whole, do nothing.
+        batch_size: rows in a batch of the teacher.
+        bf16: run the teacher under bfloat16 autocast.
+        shard_bytes: the approximate size of a file, at most 2 GB.
+        resume: continue an interrupted run at its first missing shard; do nothing if `output` is whole.
         overwrite: replace `output`, and drop an interrupted run.
 
     Raises:
         FileExistsError: `output` is not empty, or an interrupted run lies beside it, and neither flag is set.
-        ValueError: nothing to keep, numbers out of range, rows longer than the teacher takes or without tokens, a
-            tokenizer of another vocabulary, an interrupted run of something else, and, while writing, logits that
-            are not numbers or hidden states that float16 cannot hold.
+        ValueError: nothing is to be kept, a number is out of range, a row has no tokens or more than the teacher takes,
+            the tokenizer has another vocabulary, or the interrupted run had other arguments. While writing: logits are
+            NaN, or hidden states do not fit float16.
     """
-    from datasets import Features, Value
-
-    output, state = Path(output), processes()
+    output = Path(output)
     if resume and not overwrite and (output / MANIFEST).is_file():
         return
     on_main(lambda: check(output, resume=resume, overwrite=overwrite))
@@ -103,58 +101,94 @@ def write_cache(
         raise ValueError(f"shard_bytes is {shard_bytes}; it should be 1 to {1 << 31}")
     lengths, digest = measure(dataset, positions(teacher))
     columns = TeacherColumns(dataset, teacher, tokenizer, top_k, hidden, batch_size, bf16)
-    manifest = {
+    data = {"files": [file_identity(Path(path)) for path in files], "input_ids_sha256": digest}
+    manifest = describe(columns, data, lengths, shard_bytes)
+    shards = cut(columns.row_bytes(lengths), shard_bytes)
+    with whole_output(output, resume=resume, overwrite=overwrite) as work:
+        on_main(lambda: begin(work, manifest))
+        write_shards(work, dataset, lengths, columns, shards)
+        processes().wait_for_everyone()
+        on_main(lambda: finish(work, manifest, columns, len(shards)))
+    if processes().is_main_process:
+        for number in range(len(shards)):
+            entry(output, number).unlink()
+
+
+def describe(columns: TeacherColumns, data: Mapping[str, Any], lengths: np.ndarray, shard_bytes: int) -> dict[str, Any]:
+    """Returns what the manifest says before the first shard is written. Only the main process hashes the teacher."""
+    return {
         "format": FORMAT,
-        "teacher": identity(teacher) if state.is_main_process else {},
-        "tokenizer": vocabulary(tokenizer),
-        "data": {"files": [file_identity(Path(path)) for path in files], "input_ids_sha256": digest},
-        "top_k": top_k,
+        "teacher": identity(columns.teacher) if processes().is_main_process else {},
+        "tokenizer": vocabulary(columns.tokenizer),
+        "data": data,
+        "top_k": columns.top_k,
         "classes": columns.classes,
         "hidden": columns.hidden,
         "columns": {name: {"size": size, "dtype": dtype} for name, (size, dtype) in columns.sizes.items()},
-        "bf16": bf16,
+        "bf16": columns.bf16,
         "shard_bytes": shard_bytes,
         "rows": len(lengths),
         "tokens": int(lengths.sum()),
     }
-    schema = Features({**dataset.features, "length": Value("int64"), **columns.features()}).arrow_schema
-    shards = cut(columns.row_bytes(lengths), shard_bytes)
 
-    with whole_output(output, resume=resume, overwrite=overwrite) as work:
-        on_main(lambda: begin(work, manifest))
-        paths = [work / f"{number:05}.arrow" for number in range(len(shards))]
-        mine = range(state.process_index, len(shards), state.num_processes)
-        todo = [number for number in mine if not entry(paths[number]).exists()]
-        options = {"desc": "Teacher", "unit": " rows", "disable": not state.is_main_process}
-        with logging.tqdm(total=sum(len(shards[number]) for number in todo), **options) as bar:
-            for number in todo:
-                rows, path = shards[number], paths[number]
-                some, tokens = dataset.select(rows), lengths[rows.start : rows.stop]
-                found = columns.values(some, tokens, rows.start, bar)
-                write_arrow(path, schema, [record_batch(some, tokens, found, schema)])
-                write_whole(entry(path), json.dumps({**file_identity(path), "rows": len(rows)}))
-        state.wait_for_everyone()
-        if state.is_main_process:
-            teacher.config.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-            entries = [json.loads(entry(path).read_text(encoding="utf-8")) for path in paths]
-            write_whole(work / MANIFEST, json.dumps({**manifest, "shards": entries}, indent=2) + "\n")
-    if state.is_main_process:
-        for path in paths:
-            entry(output / path.name).unlink()
+
+def begin(work: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes the manifest of a new run. Raises ValueError if `work` holds an interrupted run of something else."""
+    path = work / MANIFEST
+    if not path.exists():
+        write_whole(path, json.dumps(manifest, indent=2) + "\n")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    different = [name for name, value in manifest.items() if found.get(name) != value]
+    if different:
+        raise ValueError(
+            f"{work} holds an interrupted run with another {', '.join(different)}; pass overwrite=True to drop it"
+        )
+
+
+def write_shards(
+    work: Path, dataset: Dataset, lengths: np.ndarray, columns: TeacherColumns, shards: Sequence[range]
+) -> None:
+    """Writes this process's shards that are not there yet, each with a JSON file that describes it."""
+    from datasets import Features, Value
+
+    state = processes()
+    schema = Features({**dataset.features, "length": Value("int64"), **columns.features()}).arrow_schema
+    mine = range(state.process_index, len(shards), state.num_processes)
+    todo = [number for number in mine if not entry(work, number).exists()]
+    options = {"desc": "Teacher", "unit": " rows", "disable": not state.is_main_process}
+    with logging.tqdm(total=sum(len(shards[number]) for number in todo), **options) as bar:
+        for number in todo:
+            rows, path = shards[number], work / f"{number:05}.arrow"
+            some, tokens = dataset.select(rows), lengths[rows.start : rows.stop]
+            found = columns.values(some, tokens, rows.start, bar)
+            write_arrow(path, schema, [record_batch(some, tokens, found, schema)])
+            write_whole(entry(work, number), json.dumps({**file_identity(path), "rows": len(rows)}))
+
+
+def finish(work: Path, manifest: Mapping[str, Any], columns: TeacherColumns, shards: int) -> None:
+    """Saves the teacher's config and tokenizer, and describes the shards in the manifest."""
+    columns.teacher.config.save_pretrained(work)
+    columns.tokenizer.save_pretrained(work)
+    entries = [json.loads(entry(work, number).read_text(encoding="utf-8")) for number in range(shards)]
+    write_whole(work / MANIFEST, json.dumps({**manifest, "shards": entries}, indent=2) + "\n")
+
+
+def entry(work: Path, number: int) -> Path:
+    """Returns the path of the file that describes a shard. It exists once the shard is whole."""
+    return work / f"{number:05}.json"
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------
 
 
 class TeacherColumns:
-    """What is kept of a teacher: columns, and their numbers for any rows. Arguments are `write_cache`'s.
+    """The columns that are kept of a teacher, and their values for any rows. Its arguments are those of `write_cache`.
 
-    One row is run to see what the teacher returns.
+    The constructor runs one row to see what the teacher returns.
 
     Attributes:
-        sizes: numbers a token (of `teacher_logits`, a row) and their dtype, by column.
-        classes: V, of the distribution that the k classes are of; None without.
+        sizes: for each column, how many numbers it has for a token (`teacher_logits`: for a row), and their dtype.
+        classes: V, the number of classes that the k are chosen from; None without `top_k`.
     """
 
     def __init__(
@@ -167,36 +201,30 @@ class TeacherColumns:
         batch_size: int,
         bf16: bool,
     ) -> None:
+        self.teacher = self.model = teacher
+        self.tokenizer, self.batch_size, self.bf16 = tokenizer, batch_size, bf16
+        self.top_k, self.hidden = top_k, sorted(set(hidden))
+        self.classes: int | None = None
+        self.sizes: dict[str, tuple[int, str]] = {}
         tokens = max(tokenizer.get_vocab().values()) + 1
         if tokens > teacher.config.vocab_size:
             raise ValueError(
                 f"tokenizer has token ids up to {tokens - 1}, the teacher {teacher.config.vocab_size} of them; they "
                 "should be of one checkpoint"
             )
-        self.model, self.batch_size, self.bf16 = teacher.eval(), batch_size, bf16
-        self.top_k, self.hidden = top_k, sorted(set(hidden))
-        self.classes: int | None = None
-        self.pad_id = tokenizer.pad_token_id or 0
-        self.inputs = [name for name in tokenizer.model_input_names if name in dataset.column_names]
-        self.sizes: dict[str, tuple[int, str]] = {}
-
-        states = self.states(dataset.with_format("numpy", columns=self.inputs)[:1])
+        # Padding on the right, whatever the tokenizer's side: positions count from the first token, and a causal model
+        # never sees the padding.
+        self.options: dict[str, Any] = {"hidden": self.hidden, "bf16": bf16, "padding_side": "right"}
+        _, states, _ = next(predict(teacher, dataset, tokenizer, [[0]], **self.options))
         shape = () if states.logits is None else tuple(states.logits.shape)
         if top_k is not None:
-            if len(shape) != 3:
-                raise ValueError(
-                    f"top_k is {top_k}, but {type(teacher).__name__} returns "
-                    f"{f'logits {shape}' if shape else 'no logits'}; it should be a language model, whose are (B, L, V)"
-                )
-            self.classes = min(shape[2], tokens)
-            if not 1 <= top_k <= self.classes:
-                raise ValueError(f"top_k is {top_k}; it should be 1 to {self.classes}, the teacher's classes")
+            self.classes = self.check_top_k(shape, tokens)
             self.sizes["topk_logprobs"] = top_k, "float16"
             self.sizes["topk_indices"] = top_k, index_dtype(self.classes)
         elif len(shape) == 2:
             self.sizes["teacher_logits"] = shape[1], "float32"
         else:
-            self.model = teacher.base_model  # logits nobody keeps
+            self.model = teacher.base_model  # nobody needs the logits
         for i in self.hidden:
             self.sizes[f"hidden_{i}"] = states.hidden[i].shape[2], "float16"
         if not self.sizes:
@@ -205,7 +233,20 @@ class TeacherColumns:
                 "top_k for a language model, hidden, or both"
             )
 
+    def check_top_k(self, shape: tuple[int, ...], tokens: int) -> int:
+        """Returns how many classes there are to choose from. Raises ValueError if `top_k` does not fit the logits."""
+        if len(shape) != 3:
+            raise ValueError(
+                f"top_k is {self.top_k}, but {type(self.teacher).__name__} returns "
+                f"{f'logits {shape}' if shape else 'no logits'}; it should be a language model, whose are (B, L, V)"
+            )
+        classes = min(shape[2], tokens)
+        if self.top_k is None or not 1 <= self.top_k <= classes:
+            raise ValueError(f"top_k is {self.top_k}; it should be 1 to {classes}, the teacher's classes")
+        return classes
+
     def features(self) -> dict[str, Any]:
+        """Returns the `datasets` feature of each column."""
         from datasets import Array2D, Sequence, Value
 
         return {
@@ -214,61 +255,48 @@ class TeacherColumns:
         }
 
     def row_bytes(self, lengths: np.ndarray) -> np.ndarray:
-        """About; an offset of 4 bytes for each token and column, and 8 for its id and whatever else the row has."""
+        """Returns about how many bytes each row takes: for a token, 4 more in each column and 8 for the data's own."""
         of_tokens = [kept for name, kept in self.sizes.items() if name != "teacher_logits"]
         return lengths * (8 + sum(4 + size * np.dtype(dtype).itemsize for size, dtype in of_tokens))
 
-    def states(self, rows: Mapping[str, Any]) -> States:
-        """Of rows given as columns of arrays (L). Padding is on the right whatever the tokenizer's side is: positions
-        then count from the first token, and a causal model sees none of it."""
-        batch = {
-            name: pad_rows(list(rows[name]), value=self.pad_id if name == "input_ids" else 0) for name in self.inputs
-        }
-        if "attention_mask" not in batch:
-            batch["attention_mask"] = pad_rows([np.ones_like(row) for row in rows["input_ids"]])
-        if bool(batch["attention_mask"].all()):
-            del batch["attention_mask"]
-        device = next(self.model.parameters()).device
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            return capture(self.model, {name: x.to(device) for name, x in batch.items()}, hidden=self.hidden)
-
     def values(self, rows: Dataset, lengths: np.ndarray, first: int, bar: Any) -> dict[str, np.ndarray]:
-        """Each column's numbers (tokens, n) for rows of `lengths` tokens, one row after the other; `teacher_logits`
-        (rows, C). `first` is the first row's number, for messages; `bar` counts rows."""
+        """Returns the values of each column for `rows`: (tokens, n), row after row, and `teacher_logits` as (rows, C).
+
+        `lengths` are the tokens of each row, `first` is the number of the first row, for messages; `bar` counts rows.
+        """
         starts = offsets(lengths)
         found = {
             name: np.empty((len(lengths) if name == "teacher_logits" else starts[-1], size), dtype)
             for name, (size, dtype) in self.sizes.items()
         }
-        rows = rows.with_format("numpy", columns=self.inputs)
-        order = np.argsort(lengths, kind="stable")  # rows of like length need little padding
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size].tolist()
-            states = self.states(rows[chosen])
+        batches = batches_by_length(lengths, self.batch_size)
+        for chosen, states, _ in predict(self.model, rows, self.tokenizer, batches, **self.options):
             for place, row in enumerate(chosen):
-                tokens, length = slice(starts[row], starts[row + 1]), lengths[row]
-                if self.top_k is not None:
-                    assert states.logits is not None
-                    logits = states.logits[place, :length, : self.classes].float()
-                    highest, indices = logits.topk(self.top_k)
-                    found["topk_logprobs"][tokens] = (highest - logits.logsumexp(-1, keepdim=True)).half().cpu().numpy()
-                    found["topk_indices"][tokens] = indices.cpu().numpy()
-                elif "teacher_logits" in found:
-                    assert states.logits is not None
-                    found["teacher_logits"][row] = states.logits[place].float().cpu().numpy()
-                for i in self.hidden:
-                    found[f"hidden_{i}"][tokens] = states.hidden[i][place, :length].half().cpu().numpy()
+                for name, x in self.kept(states, place, lengths[row]).items():
+                    where = row if name == "teacher_logits" else slice(starts[row], starts[row + 1])
+                    found[name][where] = x.cpu().numpy()
             bar.update(len(chosen))
         check_numbers(found, starts, first)
         return found
 
+    def kept(self, states: States, place: int, length: int) -> dict[str, Tensor]:
+        """Returns the columns of one row, `length` tokens at `place` in the batch."""
+        columns = {f"hidden_{i}": x[place, :length].half() for i, x in states.hidden.items()}  # (L, d)
+        if states.logits is not None and self.top_k is not None:
+            logits = states.logits[place, :length, : self.classes].float()  # (L, V)
+            highest, columns["topk_indices"] = logits.topk(self.top_k)
+            columns["topk_logprobs"] = (highest - logits.logsumexp(-1, keepdim=True)).half()
+        elif states.logits is not None:
+            columns["teacher_logits"] = states.logits[place].float()  # (C)
+        return columns
+
 
 def check_numbers(found: Mapping[str, np.ndarray], starts: np.ndarray, first: int) -> None:
-    """ValueError naming row and column of what is no number, or none that its dtype holds."""
+    """Raises ValueError naming row and column of the first value that is NaN or does not fit its dtype."""
     for name, values in found.items():
         if name == "topk_indices":
             continue
-        # A log-probability of -inf is a class that cannot be.
+        # A log-probability may be -inf: the class is impossible.
         wrong = np.isnan(values) if name == "topk_logprobs" else ~np.isfinite(values)
         if wrong.any():
             place = int(np.flatnonzero(wrong.any(1))[0])
@@ -282,7 +310,10 @@ def index_dtype(classes: int) -> str:
 
 
 def measure(dataset: Dataset, most: int) -> tuple[np.ndarray, str]:
-    """The tokens of each row, int64, and the SHA-256 of all token ids; ValueError for a row of none, or too many."""
+    """Returns the number of tokens of each row, int64, and the SHA-256 of all token ids.
+
+    Raises ValueError for a row without tokens or with more than `most`.
+    """
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"dataset has the columns {dataset.column_names}; it should have input_ids: tokenise it")
     if not len(dataset):
@@ -306,24 +337,19 @@ def measure(dataset: Dataset, most: int) -> tuple[np.ndarray, str]:
 
 
 def offsets(lengths: np.ndarray) -> np.ndarray:
-    """Where each row begins among the tokens, and where the last ends."""
+    """Returns where each row begins among all tokens, and last where the last row ends."""
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def cut(row_bytes: np.ndarray, shard_bytes: int) -> list[range]:
-    """The rows of each shard: a row is in the shard that its first byte falls into."""
+    """Returns the rows of each shard. A row is in the shard that its first byte falls into."""
     shard = (np.cumsum(row_bytes) - row_bytes) // shard_bytes
     starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(row_bytes)], strict=True)]
 
 
-def entry(shard: Path) -> Path:
-    """What the manifest will say of a shard; there once the shard is whole."""
-    return shard.with_suffix(".json")
-
-
 def record_batch(rows: Dataset, lengths: np.ndarray, found: Mapping[str, np.ndarray], schema: Any) -> Any:
-    """The rows' own columns and the teacher's as one Arrow batch, without a copy of the numbers."""
+    """Returns the rows' own columns and the teacher's as one Arrow batch, without copying the numbers."""
     table, starts = rows.with_format("arrow")[:], offsets(lengths)
 
     def array(field: Any) -> Any:
@@ -342,23 +368,6 @@ def record_batch(rows: Dataset, lengths: np.ndarray, found: Mapping[str, np.ndar
     return pa.RecordBatch.from_arrays([array(field) for field in schema], schema=schema)
 
 
-def begin(work: Path, manifest: Mapping[str, Any]) -> None:
-    """Write down what this run is; ValueError where an interrupted one was something else."""
-    path = work / MANIFEST
-    if not path.exists():
-        write_whole(path, json.dumps(manifest, indent=2) + "\n")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    different = [name for name, value in manifest.items() if found.get(name) != value]
-    if different:
-        raise ValueError(
-            f"{work} holds an interrupted run with another {', '.join(different)}; pass overwrite=True to drop it"
-        )
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def file_identity(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -368,9 +377,9 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def identity(teacher: PreTrainedModel) -> dict[str, Any]:
-    """Name, class, and what tells its config and weights from any other's."""
+    """Returns the teacher's name and class, and hashes that tell its config and weights from any other's."""
     config = teacher.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):  # say nothing of what it computes
+    for name in ("_name_or_path", "transformers_version"):  # these do not change its outputs
         config.pop(name, None)
     weights = hashlib.sha256()
     for name, x in sorted(teacher.state_dict().items()):
@@ -381,54 +390,56 @@ def identity(teacher: PreTrainedModel) -> dict[str, Any]:
         "class": type(teacher).__name__,
         "revision": getattr(teacher.config, "_commit_hash", None),
         "vocab_size": teacher.config.vocab_size,
-        "config_sha256": sha256(json.dumps(config, sort_keys=True, default=str).encode()),
+        "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "weights_sha256": weights.hexdigest(),
     }
 
 
 def vocabulary(tokenizer: Any) -> dict[str, Any]:
     tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
-    return {"tokens": len(tokens), "sha256": sha256(json.dumps(tokens).encode())}
+    return {"tokens": len(tokens), "sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """What `manifest.json` says: teacher, tokenizer, data, columns, rows, tokens, shards.
+    """Returns the content of `manifest.json`: teacher, tokenizer, data, columns, rows, tokens, shards.
 
-    Raises FileNotFoundError, and ValueError for files of another format or of a run that did not end.
+    Raises FileNotFoundError without one, and ValueError for another format or an unfinished run.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {folder} should be what `fastdistill cache` wrote")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}: write it anew")
+        raise ValueError(
+            f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}: write the cache again"
+        )
     if "shards" not in manifest:
         raise ValueError(f"{folder} is what an interrupted run left; finish that run first")
     return manifest
 
 
 def read_cache(folder: str | Path, *, verify: bool = False) -> Dataset:
-    """The rows of a cache in numpy format, mapped into memory: nothing is read before it is asked for.
+    """Returns the rows of a cache in numpy format, mapped into memory: nothing is read before it is used.
 
-    Columns are those of the data, `length`, and the teacher's as in the table above. Floating numbers arrive as
+    The columns are the data's own, `length`, and the teacher's (see the table above). Floating-point numbers arrive as
     float32, integers as int64, (L, n) a row.
 
     Args:
-        verify: read every file and compare its SHA-256; sizes are compared always.
+        verify: read every file and compare its SHA-256. Sizes are always compared.
 
     Raises:
-        FileNotFoundError: `folder` is no cache, or lacks a file.
-        ValueError: another format, a run that did not end, or a file that is not the one written; named.
+        FileNotFoundError: `folder` is no cache, or a file is missing.
+        ValueError: the format is another, the run did not end, or a file is not the one that was written.
     """
     from datasets import Dataset, concatenate_datasets
 
     shards = read_manifest(folder)["shards"]
     for shard in logging.tqdm(shards, desc="Verifying", disable=not verify):
         path = Path(folder) / shard["name"]
-        mend = "copy it again, or write the cache anew"
+        mend = "copy it again, or write the cache again"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; {mend}")
         if path.stat().st_size != shard["bytes"]:
@@ -440,22 +451,22 @@ def read_cache(folder: str | Path, *, verify: bool = False) -> Dataset:
 
 
 def terms_served(folder: str | Path) -> list[str]:
-    """The objective's terms for which a cache stands in for the teacher."""
+    """Returns the terms of the objective that a cache can serve without the teacher."""
     columns = read_manifest(folder)["columns"]
-    states = [name for name in columns if name.startswith("hidden_")]
+    states = {name for name in columns if name.startswith("hidden_")}
     served = {
         "embedding": "hidden_0" in states,
-        "hidden": bool(set(states) - {"hidden_0"}),
+        "hidden": bool(states - {"hidden_0"}),
         "prediction": "topk_logprobs" in columns or "teacher_logits" in columns,
     }
     return [term for term, is_served in served.items() if is_served]
 
 
 def weightless_teacher(folder: str | Path) -> PreTrainedModel:
-    """A model of the teacher's class and config without weights, on the device "meta": all that
-    `fastdistill.train.students.build_student` needs of a teacher for a student that does not start from it.
+    """Returns a model of the teacher's class and config on the device "meta", without weights.
 
-    Raises ValueError where the class is not one of transformers' own.
+    `fastdistill.train.students.build_student` needs no more of a teacher for a student that does not start from it.
+    Raises ValueError if the class is not one of transformers' own.
     """
     name = read_manifest(folder)["teacher"]["class"]
     if not hasattr(transformers, name):
@@ -465,25 +476,18 @@ def weightless_teacher(folder: str | Path) -> PreTrainedModel:
 
 
 def teacher_config(folder: str | Path) -> Any:
-    """The transformers config of the teacher whose cache this is."""
+    """Returns the transformers config of the teacher that a cache was made from."""
     return AutoConfig.from_pretrained(folder)
 
 
 def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
-    """Refuse a student or a tokenizer that a cache is not for.
-
-    Raises ValueError naming both where the vocabularies differ, or the classes of a classifier or their order.
-    """
+    """Raises ValueError if a student or a tokenizer has another vocabulary than a cache, or a student other classes."""
     manifest = read_manifest(folder)
     if student is not None:
-        teacher, size = manifest["teacher"], student.config.vocab_size
-        if size != teacher["vocab_size"]:
-            raise ValueError(
-                f"the student's vocabulary has {size} tokens, that of {folder} ({teacher['class']} {teacher['name']}) "
-                f"{teacher['vocab_size']}; both read the same token ids, so give the student that vocab_size"
-            )
+        teacher, config = manifest["teacher"], teacher_config(folder)
+        check_vocabularies(student.config, config, whose=f"that of {folder} ({teacher['class']} {teacher['name']})")
         if "teacher_logits" in manifest["columns"]:
-            check_classes(student.config, teacher_config(folder))
+            check_classes(student.config, config)
     if tokenizer is not None:
         ours, theirs = vocabulary(tokenizer), manifest["tokenizer"]
         if ours != theirs:

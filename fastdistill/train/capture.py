@@ -1,14 +1,14 @@
-"""Queries, keys and hidden states of a transformers model, without an attention matrix.
+"""Captures queries, keys and hidden states of a transformers model, without an attention matrix.
 
 transformers dispatches attention by name, and keyword arguments of `model.forward` reach the function behind the
-name. The one registered here as "fastdistill" calls the ordinary SDPA path, with its bits, and hands the query and
-the key it was called with, and the value if it is asked for, to a sink that `capture` puts into the forward call.
+name. The function registered here as "fastdistill" calls the ordinary SDPA path, whose bits it keeps, and hands its
+query and key, and its value if asked for, to a sink that `capture` passes through the forward call.
 
     with capturable(model):
         states = capture(model, batch, hidden=[0, 2, 4], attention=[2, 4])
 
-The block switches the model to that function and back at its end; nothing else of the model is touched. Keep
-`backward()` inside it: recomputation under activation checkpointing runs the attention again.
+The block switches the model to that function and back at its end, and changes nothing else. Keep `backward()` inside
+it: under activation checkpointing, backward runs the attention again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ __all__ = ["LayerAttention", "States", "capturable", "capture", "forward_argumen
 
 NAME = "fastdistill"
 LABELS = ("labels", "start_positions", "end_positions")
+WAY_OUT = 'distil it without the attention term (terms=("embedding", "hidden"))'
 
 
 @dataclass
 class LayerAttention:
-    """What one attention layer computed its scores from: `scale * query @ key.T`, where the masks allow it.
+    """Holds what one attention layer computes its scores from: `scale * query @ key.T`, where every mask allows it.
 
-    `is_causal`, `key_mask` and `attn_mask` hold together, each where it is given. `attn_mask` appears only where
-    the other two cannot say it (a sliding window shorter than the sequence, packed sequences).
+    A key is attended if `is_causal`, `key_mask` and `attn_mask` all allow it; a mask of None allows everything.
+    `attn_mask` is given only where the other two cannot express the mask (a sliding window shorter than the sequence,
+    packed sequences).
     """
 
     query: Tensor  # (B, H, L, D), after rotary embedding
@@ -46,28 +48,27 @@ class LayerAttention:
     key_mask: Tensor | None  # (B, S) bool, True = may be attended
     attn_mask: Tensor | None  # (B, 1 or H, L, S) bool, True = may be attended
     is_causal: bool
-    value: Tensor | None = None  # (B, H_kv, S, D_v), where it was asked for
+    value: Tensor | None = None  # (B, H_kv, S, D_v), if asked for
 
 
 @dataclass
 class States:
-    """What one forward pass left behind. Hidden state 0 is the embedding output; attention layers count from 1."""
+    """Holds the results of one forward pass. Hidden state 0 is the embedding output; attention layers count from 1."""
 
     hidden: dict[int, Tensor]  # (B, L, d) each
     attention: dict[int, LayerAttention]
-    logits: Tensor | None  # (B, C), (B, L, V), or of spans (B, 2, L): start and end; None for a model without a head
-    head: str = ""  # "spans": a question answering model; "tags": a token classifier; else ""
+    logits: Tensor | None  # (B, C), (B, L, V), or for spans (B, 2, L), start and end; None without a head
+    head: str = ""  # "spans" for question answering, "tags" for a token classifier, else ""
 
 
 class _Sink:
-    """Collects the layers asked for, numbered from 1 by call order: layers have no dependable index of their own.
+    """Collects the layers asked for. It numbers them from 1 in the order of calls: not every layer knows its index.
 
-    Recomputation under activation checkpointing calls again, in backward, and counts on past the last layer.
+    Under activation checkpointing, backward calls the attention again, which counts on past the last layer.
     """
 
     def __init__(self, wanted: Collection[int], values: bool) -> None:
-        self.wanted = wanted
-        self.values = values
+        self.wanted, self.values = wanted, values
         self.calls = 0
         self.layers: dict[int, LayerAttention] = {}
 
@@ -76,20 +77,20 @@ class _Sink:
     ) -> None:
         self.calls += 1
         if self.calls in self.wanted:
-            is_padding = mask is not None and _is_padding(mask)
+            padding = mask if _is_padding(mask) else None
             self.layers[self.calls] = LayerAttention(
                 query=query,
                 key=key,
                 scale=scale,
-                key_mask=mask[:, 0, 0] if mask is not None and is_padding else None,
-                attn_mask=None if is_padding else mask,
+                key_mask=None if padding is None else padding[:, 0, 0],
+                attn_mask=mask if padding is None else None,
                 is_causal=is_causal,
                 value=value if self.values else None,
             )
 
 
-def _is_padding(mask: Tensor) -> bool:
-    return mask.shape[1] == 1 and mask.shape[2] == 1  # (B, 1, 1, S), the form `_padding_mask` returns
+def _is_padding(mask: Tensor | None) -> bool:
+    return mask is not None and mask.shape[1:3] == (1, 1)  # (B, 1, 1, S), the form `_padding_mask` returns
 
 
 def _capturing_attention(
@@ -110,9 +111,8 @@ def _capturing_attention(
             "model a (B, L) mask of 0 and 1, or a bool mask (B, 1, L, S)"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    is_padding = attention_mask is not None and _is_padding(attention_mask)
-    # A dense mask already holds the causal part, as in the SDPA path.
-    causal = bool(causal and query.shape[2] > 1 and (attention_mask is None or is_padding))
+    # A dense mask already contains the causal part, as in the SDPA path.
+    causal = bool(causal and query.shape[2] > 1 and (attention_mask is None or _is_padding(attention_mask)))
     if fastdistill_sink is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         fastdistill_sink.add(query, key, value, scale, attention_mask, causal)
@@ -125,18 +125,18 @@ def _capturing_attention(
 
 
 def _padding_mask(attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
-    """The mask of a forward pass: None, the padding as (B, 1, 1, S), or SDPA's (B, 1, L, S) where neither is enough.
+    """Returns the mask of a forward pass: None, the padding as (B, 1, 1, S), or else SDPA's own (B, 1, L, S).
 
-    SDPA broadcasts the padding over queries, so that no L x S tensor exists for bidirectional models. The library's
-    own function drops a mask without padding, for which it must read it: done here on the CPU only, since on
-    an accelerator it would wait for the device in every forward. Leave a full mask out of the batch there.
+    SDPA broadcasts the padding over queries, so that bidirectional models need no L x S tensor. transformers' own
+    function reads the mask in order to drop one without padding. This one does so on the CPU only: on an accelerator
+    it would be a host sync in every forward. Leave a full mask out of the batch there.
     """
-    # Up to 5.1 the queries are described by `cache_position`, later by their number.
+    # transformers up to 5.1 passes `cache_position` instead of the number of queries.
     queries = arguments.get("q_length")
     if queries is None:
         queries = arguments["cache_position"].shape[0]
     keys, window = arguments["kv_length"], arguments.get("local_size")
-    # The skip flags are off when the mask has more to say than padding and causality (packed sequences, overlays).
+    # The skip flags are off if the mask holds more than padding and causality (packed sequences, overlays).
     is_plain = arguments.get("allow_is_causal_skip", True) or arguments.get("allow_is_bidirectional_skip", False)
     if (
         attention_mask is not None
@@ -158,13 +158,12 @@ AttentionMaskInterface.register(NAME, _padding_mask)
 
 @contextmanager
 def capturable(*models: PreTrainedModel) -> Iterator[None]:
-    """Switch models to the attention function that can hand over queries and keys; switch back at the end.
+    """Switches models to the attention function that hands over queries and keys, and back at the end.
 
-    Outputs are those of `attn_implementation="sdpa"`, to the bit. May be nested.
+    Outputs equal those of `attn_implementation="sdpa"` to the bit. Blocks may be nested.
 
-    Raises:
-        ValueError: the model computes its attention without transformers' attention interface (DeBERTa, MPNet
-            and others) or cannot use SDPA. Such a model can be distilled without the attention term.
+    Raises ValueError if a model computes its attention without transformers' attention interface (DeBERTa, MPNet and
+    others) or cannot use SDPA. Such a model can be distilled without the attention term.
     """
     with ExitStack() as stack:
         for model in models:
@@ -174,15 +173,14 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _switched(model: PreTrainedModel) -> Iterator[None]:
-    way_out = 'distil it without the attention term (terms=("embedding", "hidden"))'
     name = type(model).__name__
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{name} does not compute its attention through transformers' attention interface, so its queries and "
-            f"keys cannot be captured; {way_out}"
+            f"keys cannot be captured; {WAY_OUT}"
         )
     if not model._supports_sdpa:
-        raise ValueError(f"{name} cannot use SDPA attention, on which capturing stands; {way_out}")
+        raise ValueError(f"{name} cannot use SDPA attention, which capturing needs; {WAY_OUT}")
     previous = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
@@ -192,12 +190,10 @@ def _switched(model: PreTrainedModel) -> Iterator[None]:
 
 
 def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `batch` that `model.forward` names, without labels: a loss of the model's own costs time."""
+    """Returns the entries of `batch` that `model.forward` names, without labels: with them it computes a loss too."""
     names = inspect.signature(model.forward).parameters
-    batch = {name: value for name, value in batch.items() if name not in LABELS}
-    if "input_ids" not in names:  # a wrapper that passes everything on
-        return batch
-    return {name: value for name, value in batch.items() if name in names}
+    passes_all = "input_ids" not in names  # a wrapper that passes everything on
+    return {name: x for name, x in batch.items() if name not in LABELS and (passes_all or name in names)}
 
 
 def capture(
@@ -208,66 +204,73 @@ def capture(
     attention: Collection[int] = (),
     values: bool = False,
 ) -> States:
-    """Run `model` once and return the hidden states and attention layers asked for. Only those are kept.
+    """Runs `model` once and returns its logits and the hidden states and attention layers asked for, no others.
 
     Gradients, dtype and autocast are the caller's: wrap a teacher in `torch.no_grad()`.
 
     Args:
         model: a transformers model, with or without a head.
-        batch: what a tokenizer returns (`input_ids` (B, L), `attention_mask` (B, L), ...). Entries that the model's
-            forward does not name are left out, and so are labels.
-        hidden: indices from 0, the embedding output, to the number of layers. The last one comes after the final
-            norm on models that have one.
-        attention: layers, from 1. Needs `with capturable(model):` around.
+        batch: what a tokenizer returns (`input_ids` (B, L), `attention_mask` (B, L), ...). Labels and entries that the
+            model's forward does not name are left out.
+        hidden: indices from 0, the embedding output, to the number of layers. The last state comes after the final
+            norm of models that have one.
+        attention: layers, from 1. Needs `with capturable(model):` around the call.
         values: keep the values of those layers as well.
 
-    Raises:
-        ValueError: an index out of range, `attention` outside `capturable`, reentrant activation checkpointing, or
-            a model whose attention calls are not one per layer.
+    Raises ValueError for an index out of range, `attention` outside `capturable`, reentrant activation checkpointing,
+    or a model that does not call its attention once per layer.
     """
     layers = model.config.num_hidden_layers
-    for name, indices, first in (("hidden", hidden, 0), ("attention", attention, 1)):
-        wrong = [index for index in indices if not first <= index <= layers]
-        if wrong:
-            raise ValueError(f"{name} holds {wrong}; {type(model).__name__} has {first}..{layers}")
-
-    arguments = forward_arguments(model, batch)
-    sink = None
+    _check_indices(model, "hidden", hidden, 0)
+    _check_indices(model, "attention", attention, 1)
     if attention:
-        if model.config._attn_implementation != NAME:
-            raise ValueError(f"capture of attention needs `with capturable(model):` around it ({type(model).__name__})")
-        if model.training and torch.is_grad_enabled():
-            refuse_reentrant_checkpointing(model)
-        sink = arguments["fastdistill_sink"] = _Sink(frozenset(attention), values)
+        _check_attention(model)
+
+    sink = _Sink(frozenset(attention), values)
+    arguments = forward_arguments(model, batch)
+    if attention:
+        arguments["fastdistill_sink"] = sink
     if hidden:
         arguments["output_hidden_states"] = sorted(hidden)
     if getattr(model.config, "use_cache", False):
         arguments["use_cache"] = False
     outputs = model(**arguments, return_dict=True)
 
-    if sink is not None and sink.calls != layers:
+    if attention and sink.calls != layers:
         raise ValueError(
             f"{type(model).__name__} called the attention function {sink.calls} times for its {layers} layers, so "
-            "layers cannot be told apart; distil it without the attention term "
-            '(terms=("embedding", "hidden"))'
+            f"layers cannot be told apart; {WAY_OUT}"
         )
-    states = outputs.hidden_states if hidden else ()
-    logits, head = outputs.get("logits"), ""
+    logits, head = _read_head(outputs)
+    return States({i: outputs.hidden_states[i] for i in hidden}, sink.layers, logits, head)
+
+
+def _check_indices(model: PreTrainedModel, name: str, indices: Collection[int], first: int) -> None:
+    layers = model.config.num_hidden_layers
+    wrong = [index for index in indices if not first <= index <= layers]
+    if wrong:
+        raise ValueError(f"{name} holds {wrong}; {type(model).__name__} has {first}..{layers}")
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    if model.config._attn_implementation != NAME:
+        raise ValueError(f"capture of attention needs `with capturable(model):` around it ({type(model).__name__})")
+    if model.training and torch.is_grad_enabled():
+        refuse_reentrant_checkpointing(model)
+
+
+def _read_head(outputs: Any) -> tuple[Tensor | None, str]:
+    """Returns the logits and the kind of head, as `States` describes them."""
     if "start_logits" in outputs:
-        logits, head = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1), "spans"
-    elif isinstance(outputs, TokenClassifierOutput):
-        head = "tags"
-    return States(
-        hidden={index: states[index] for index in hidden},
-        attention=sink.layers if sink is not None else {},
-        logits=logits,
-        head=head,
-    )
+        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1), "spans"
+    return outputs.get("logits"), "tags" if isinstance(outputs, TokenClassifierOutput) else ""
 
 
 def refuse_reentrant_checkpointing(model: torch.nn.Module) -> None:
-    """ValueError where `model` recomputes activations in reentrant mode: it detaches what a forward pass captures,
-    so losses on it would silently train nothing."""
+    """Raises ValueError if `model` uses reentrant activation checkpointing.
+
+    It detaches what a forward pass captures, so that losses on it would train nothing.
+    """
     for name, module in model.named_modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(module, "gradient_checkpointing", False) and getattr(function, "keywords", {}).get("use_reentrant"):

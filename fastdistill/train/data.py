@@ -1,11 +1,11 @@
-"""The rows that models train on: reading, packing, measuring and padding them, and the teacher's logits for each."""
+"""The rows that models train on: reads, packs, measures and pads them, and runs models over them."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedModel
 from transformers.utils import logging
 
-from fastdistill.train.capture import capture
+from fastdistill.train.capture import States, capture
 from fastdistill.train.processes import processes
 
 if TYPE_CHECKING:
@@ -29,12 +31,10 @@ __all__ = ["PaddingCollator", "add_length", "add_teacher_logits", "pack_corpus",
 def read_corpus(
     corpus: Sequence[str | Path] | Dataset | IterableDataset, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Text files (UTF-8, one sentence or paragraph a line) as a data set with a `text` column; data sets as they are.
+    """Returns text files (UTF-8, one sentence or paragraph a line) as a data set with the column `text`.
 
-    Args:
-        streaming: return an IterableDataset, of which nothing is read yet.
-
-    Raises FileNotFoundError, and ValueError for anything else.
+    A data set is returned as it is. With `streaming` the result is an IterableDataset, which reads nothing yet.
+    Raises FileNotFoundError for a missing file, and ValueError for anything that is not text.
     """
     from datasets import Dataset, IterableDataset, load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -65,22 +65,22 @@ def pack_corpus(
     max_length: int = 128,
     column: str = "text",
 ) -> Dataset | IterableDataset:
-    """Tokenise text and pack it into blocks of `max_length` tokens, each with the tokenizer's special tokens.
+    """Tokenises text and packs it into blocks of `max_length` tokens, each with the tokenizer's special tokens.
 
-    Blocks run on over line ends; the rest of every 10000 lines is a shorter block.
+    A block may span several lines. The last block of every 10,000 lines may be shorter.
 
     Args:
-        corpus: text files (UTF-8, one sentence or paragraph a line), or a data set with that text column. A data
-            set with `input_ids` is taken as it is. An IterableDataset is packed while it is read.
+        corpus: text files (UTF-8, one sentence or paragraph a line), or a data set whose text is in `column`. A data
+            set that has `input_ids` is not tokenised again. An IterableDataset is packed while it is read.
 
-    Returns `input_ids` (lists of at most `max_length` ints) and `length`, in a data set of the kind given.
-    Raises FileNotFoundError, and ValueError where no text or no room for it is left.
+    Returns a data set of the kind given, with `input_ids` (lists of at most `max_length` ints) and `length`.
+    Raises FileNotFoundError for a missing file, and ValueError if there is no text or no room for it in a block.
     """
     from datasets import IterableDataset
 
     dataset = read_corpus(corpus)
     is_stream = isinstance(dataset, IterableDataset)
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them beforehand
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns
     if "input_ids" in columns:
         return dataset if is_stream else add_length(dataset)
     prefix, suffix = special_tokens(tokenizer)
@@ -105,7 +105,7 @@ def pack_corpus(
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids a tokenizer puts before and after a single text."""
+    """Returns the ids that a tokenizer puts before and after a single text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):
@@ -115,7 +115,7 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def add_length(dataset: Dataset) -> Dataset:
-    """Add the `length` of each row's `input_ids`, by which batches are grouped."""
+    """Adds the column `length`, the number of each row's `input_ids`, by which the sampler groups batches."""
     if "length" in dataset.column_names:
         return dataset
     return dataset.map(
@@ -123,59 +123,121 @@ def add_length(dataset: Dataset) -> Dataset:
     )
 
 
+def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[list[int]]:
+    """Returns the row numbers of each batch. Rows of similar length share a batch, so that little is padded."""
+    order = np.argsort(lengths, kind="stable").tolist()
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def predict(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    tokenizer: Any,
+    batches: Iterable[list[int]],
+    *,
+    hidden: Sequence[int] = (),
+    bf16: bool = False,
+    padding_side: str | None = None,
+) -> Iterator[tuple[list[int], States, Tensor]]:
+    """Runs a model in eval mode, without gradients, over batches of tokenised rows.
+
+    Yields, for each batch, its row numbers in `dataset`, what `capture` returned for it, and its mask (B, L), True at
+    tokens: entry b of every tensor belongs to row `rows[b]`. Batches keep their order, rows need not, so that callers
+    store each result under its row number.
+
+    Args:
+        batches: the row numbers of each batch, as `batches_by_length` returns them.
+        hidden: the hidden states to return beside the logits.
+        bf16: run the model under bfloat16 autocast.
+        padding_side: "right" or "left"; None for the tokenizer's own.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    columns = [name for name in tokenizer.model_input_names if name in dataset.column_names]
+    inputs = dataset.with_format("torch", columns=columns)
+    for rows in batches:
+        batch, mask = pad_inputs(inputs[rows], tokenizer, padding_side or tokenizer.padding_side)
+        batch = {name: x.to(device) for name, x in batch.items()}
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            states = capture(model, batch, hidden=hidden)
+        yield rows, states, mask
+
+
+def pad_inputs(rows: dict[str, Any], tokenizer: Any, side: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Pads a model's inputs, given as columns of tensors (L,), to (B, L). Returns them and the mask (B, L) of tokens.
+
+    A tokenizer without a padding token will do: padding is masked, so that any id may stand there.
+    """
+    if "attention_mask" not in rows:
+        rows = {**rows, "attention_mask": [torch.ones_like(ids) for ids in rows["input_ids"]]}
+    values = {"input_ids": tokenizer.pad_token_id or 0}
+    batch = {
+        name: pad_sequence(list(x), batch_first=True, padding_value=values.get(name, 0), padding_side=side)
+        for name, x in rows.items()
+    }
+    mask = batch["attention_mask"].bool()
+    return without_full_mask(batch), mask
+
+
+def without_full_mask(batch: Any) -> Any:
+    """Drops an `attention_mask` that masks nothing.
+
+    Attention then takes its fastest path, and nobody needs to read the mask back from the device.
+    """
+    if "attention_mask" in batch and bool(batch["attention_mask"].all()):
+        del batch["attention_mask"]
+    return batch
+
+
 def add_teacher_logits(
     dataset: Dataset, teacher: PreTrainedModel, tokenizer: Any, batch_size: int = 128, bf16: bool = False
 ) -> Dataset:
-    """Run the teacher once over a data set and keep its logits in the column `teacher_logits`, float32 (C) a row.
+    """Runs a sequence classifier over a data set and adds its logits as the column `teacher_logits`, float32 (C) a row.
 
-    A teacher in eval mode gives the same logits in every epoch and for every seed, so that the prediction stage need
-    not run it again. `bf16`: bfloat16 autocast, as in a stage that trains so. Of many processes each runs its share of
-    the batches and all return the same, so that all must call it, with the same rows. For sequence classifiers: raises
-    ValueError where the logits are not (B, C).
+    A teacher in eval mode returns the same logits in every epoch and for every seed, so the prediction stage need not
+    run it again. Under several processes all must call this function with the same rows; each runs its share of the
+    batches, and all return the same data set.
+
+    Args:
+        bf16: run the teacher under bfloat16 autocast, as a stage that trains in bfloat16 does.
+
+    Raises ValueError if the logits are not (B, C).
     """
-    teacher.eval()
-    device = next(teacher.parameters()).device
-    collate = PaddingCollator(tokenizer)
-    columns = [name for name in tokenizer.model_input_names if name in dataset.column_names]
-    inputs = dataset.select_columns(columns)
-    lengths = np.asarray(add_length(dataset)["length"][:])
-    order = np.argsort(lengths, kind="stable").tolist()
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    state, found = processes(), []
-    for rows in logging.tqdm(batches[state.process_index :: state.num_processes], desc="Teacher logits"):
-        batch = {name: x.to(device) for name, x in collate([inputs[row] for row in rows]).items()}
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = capture(teacher, batch).logits  # (B, C)
+    state = processes()
+    found: list[tuple[int, np.ndarray]] = []
+    batches = batches_by_length(add_length(dataset)["length"][:], batch_size)[
+        state.process_index :: state.num_processes
+    ]
+    for rows, states, _ in predict(
+        teacher, dataset, tokenizer, logging.tqdm(batches, desc="Teacher logits"), bf16=bf16
+    ):
+        logits = states.logits
         if logits is None or logits.dim() != 2:
             shape = None if logits is None else tuple(logits.shape)
             raise ValueError(
                 f"the teacher's logits are {shape}; add_teacher_logits needs a sequence classifier, (B, C)"
             )
-        found.append((rows, logits.float().cpu().numpy()))
-    column: list[Any] = [None] * len(dataset)
-    for rows, values in gather_object(found):
-        for row, row_logits in zip(rows, values, strict=True):
-            column[row] = row_logits
+        found.extend(zip(rows, logits.float().cpu().numpy(), strict=True))
+    logits_by_row = dict(gather_object(found))
     if "teacher_logits" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_logits")
-    return dataset.add_column("teacher_logits", column)
+    return dataset.add_column("teacher_logits", [logits_by_row[row] for row in range(len(dataset))])
 
 
-# What fastdistill.train.cache adds to each token, (L, n) a row.
+# The columns that fastdistill.train.cache adds for each token, (L, n) a row.
 TOKEN_COLUMN = re.compile(r"topk_logprobs|topk_indices|hidden_\d+")
 
 
 class PaddingCollator(DataCollatorWithPadding):
-    """Pads a batch to its longest row, labels of tokens with -100; leaves out an `attention_mask` that masks nothing.
+    """Pads a batch to its longest row, and labels of tokens with -100. Drops an `attention_mask` that masks nothing.
 
-    Without one, attention takes its fastest path and nobody needs to read the mask back from the device.
     The columns of an offline teacher, (L, n) a row, are padded with zeros to (B, L, n). Their rows are padded on the
-    right, as when the teacher saw them: on the left GPT-2 has other positions.
+    right, as they were when the teacher read them: with padding on the left, GPT-2 counts other positions.
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         cached = [name for name in features[0] if TOKEN_COLUMN.fullmatch(name)]
-        plain = [{name: x for name, x in row.items() if name not in cached} for row in features] if cached else features
+        plain = [{name: x for name, x in row.items() if name not in cached} for row in features]
         are_tags = all(
             np.ndim(row.get("labels", 0)) == 1 and len(row["labels"]) == len(row["input_ids"]) for row in features
         )
@@ -186,28 +248,18 @@ class PaddingCollator(DataCollatorWithPadding):
         kind = DataCollatorForTokenClassification if are_tags else DataCollatorWithPadding
         batch = kind(tokenizer, self.padding, self.max_length, self.pad_to_multiple_of)(plain)
         for name in cached:
-            dtype = np.int64 if name == "topk_indices" else np.float32
-            rows = [np.asarray(row[name], dtype) for row in features]
-            batch[name] = pad_rows(rows, batch["input_ids"].shape[1])
-        if "attention_mask" in batch and bool(batch["attention_mask"].all()):
-            del batch["attention_mask"]
-        return batch
-
-
-def pad_rows(rows: Sequence[np.ndarray], length: int | None = None, *, value: float = 0, side: str = "right") -> Tensor:
-    """Rows (L_i, ...) as one tensor (B, length, ...) of their dtype, filled up with `value`; None: of the longest."""
-    length = max(map(len, rows)) if length is None else length
-    padded = np.full((len(rows), length, *rows[0].shape[1:]), value, rows[0].dtype)
-    for into, row in zip(padded, rows, strict=True):
-        into[slice(len(row)) if side == "right" else slice(length - len(row), None)] = row
-    return torch.from_numpy(padded)
+            dtype = torch.int64 if name == "topk_indices" else torch.float32
+            rows = [torch.tensor(np.asarray(row[name]), dtype=dtype) for row in features]
+            padded = pad_sequence(rows, batch_first=True)  # (B, longest row, n)
+            batch[name] = F.pad(padded, (0, 0, 0, batch["input_ids"].shape[1] - padded.shape[1]))
+        return without_full_mask(batch)
 
 
 class OwnRows(TorchIterableDataset[Any]):
-    """A datasets.IterableDataset pass after pass, in another order each; every process has rows of its own.
+    """Repeats a datasets.IterableDataset without end, shuffled anew in each pass. Each process reads its own rows.
 
-    Its length being unknown, a resumed run can only skip the rows it has seen: without an end there is one count of
-    them, however often it went round.
+    The length of a stream is unknown, so a resumed run can only skip the rows that it has seen. Since the passes never
+    end, one count of rows is enough for that.
     """
 
     def __init__(self, rows: Any) -> None:

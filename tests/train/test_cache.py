@@ -43,6 +43,7 @@ from fastdistill import cli
 from fastdistill.recipes.glue import get_task
 from fastdistill.train import cache
 from fastdistill.train.cache import check_cache, index_dtype, read_cache, read_manifest, write_cache
+from fastdistill.train.capture import capture
 from fastdistill.train.data import PaddingCollator
 from fastdistill.train.objective import Objective
 from fastdistill.train.stages import CachedStage
@@ -250,7 +251,7 @@ def test_an_interrupted_run_goes_on_at_the_first_missing_shard(tmp_path: Path, m
     options: dict[str, Any] = {"top_k": 3, "hidden": [0]}
     whole, output = write(tmp_path / "whole", **options), tmp_path / "out"
     calls: list[int] = []
-    stop, capture = [5], cache.capture
+    stop = [5]
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
@@ -258,7 +259,7 @@ def test_an_interrupted_run_goes_on_at_the_first_missing_shard(tmp_path: Path, m
             raise KeyboardInterrupt
         return capture(*args, **kwargs)
 
-    monkeypatch.setattr(cache, "capture", counted)
+    monkeypatch.setattr("fastdistill.train.data.capture", counted)
     with pytest.raises(KeyboardInterrupt):
         write(output, **options)
     assert not output.exists()
