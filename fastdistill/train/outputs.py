@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all: work goes on in `<output>.partial`, which is renamed at the end."""
+"""Writes outputs whole or not at all: in `<output>.partial`, which is renamed at the end."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ def working_folder(output: str | Path) -> Path:
 
 
 def check(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Check that `output` may be written.
+    """Checks that `output` may be written.
 
     Raises:
         FileExistsError: `output` is not empty, or an interrupted run lies beside it, and neither flag is set.
         ValueError: both flags are set.
     """
-    output = Path(output)
-    work = working_folder(output)
+    output, work = Path(output), working_folder(output)
     if resume and overwrite:
         raise ValueError("resume and overwrite are both set; choose one")
     if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
@@ -36,7 +35,7 @@ def check(output: str | Path, *, resume: bool = False, overwrite: bool = False) 
 
 
 def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """`check`, and make the folder to work in, which an interrupted run leaves behind for `resume`."""
+    """Checks `output` and makes the folder to work in. With `resume` it keeps the one of an interrupted run."""
     check(output, resume=resume, overwrite=overwrite)
     work = working_folder(output)
     if work.exists() and not resume:
@@ -46,8 +45,8 @@ def claim(output: str | Path, *, resume: bool = False, overwrite: bool = False) 
 
 
 def replace(work: Path, output: Path) -> None:
-    """Put `work` in the place of `output`, which is never half written."""
-    old = output.with_name(output.name + ".partial.old")  # no name that a user would take
+    """Moves `work` to `output`, whose old content stays whole until then."""
+    old = output.with_name(output.name + ".partial.old")  # a name that no user would choose
     if old.exists():
         shutil.rmtree(old)
     if output.exists():
@@ -61,7 +60,7 @@ def replace(work: Path, output: Path) -> None:
 
 @contextmanager
 def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """`claim` at the start of the block, `replace` at its end if it ends well; of many processes, the main one."""
+    """Calls `claim` before the block and, unless it raises, `replace` after it, both on the main process."""
     on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
     yield working_folder(output)
     processes().wait_for_everyone()
@@ -69,13 +68,14 @@ def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = 
 
 
 def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that appears whole or not at all."""
     work = working_folder(path)
     work.write_text(text, encoding="utf-8")
     work.replace(path)
 
 
 def write_arrow(path: Path, schema: Any, batches: Iterable[Any]) -> None:
-    """Write `batches` (pyarrow.RecordBatch) of one `schema` to an Arrow stream that appears whole or not at all."""
+    """Writes `batches` (pyarrow.RecordBatch) of one `schema` to an Arrow stream that appears whole or not at all."""
     import pyarrow as pa  # type: ignore[import-untyped]
 
     partial = working_folder(path)
@@ -87,17 +87,17 @@ def write_arrow(path: Path, schema: Any, batches: Iterable[Any]) -> None:
 
 # -- checkpoints of a run ----------------------------------------------------------------------------------
 
-WHOLE = "whole"  # an empty file, the last that is written to a checkpoint
+WHOLE = "whole"  # the empty file that is written last to a checkpoint
 
 
 def last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint that is whole: a run may be killed while it writes one."""
+    """Returns the newest checkpoint that is whole. A run may have been killed while it wrote a newer one."""
     whole = whole_checkpoints(work)
     return str(whole[-1]) if whole else None
 
 
 def whole_checkpoints(work: Path) -> list[Path]:
-    """Oldest first, by their steps."""
+    """Returns the whole checkpoints, oldest first."""
     whole = [path.parent for path in work.glob(f"checkpoint-*/{WHOLE}")]
     return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
 

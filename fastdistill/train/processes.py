@@ -1,7 +1,7 @@
-"""The processes that `torchrun` or `accelerate launch` started together.
+"""Coordinates the processes that `torchrun` or `accelerate launch` started together.
 
-What one of them does for all (claiming an output) or before the others (filling a cache) goes through here, so that an
-error of one is an error of all, and none waits for a process that gave up.
+Work that one process does for all (claiming an output) or before the others (filling a cache) goes through this file,
+so that an error in one process is raised in all, and none waits for a process that gave up.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Result = TypeVar("Result")
 
 
 def processes() -> PartialState:
-    """This process among those that were launched together, on machines without an accelerator as well.
+    """Returns the state of this process among those launched together, with or without an accelerator.
 
-    There PartialState must be told so, or every process takes itself for the only one.
+    Without one, PartialState must be told so, or each process would take itself for the only one.
     """
     has_accelerator = torch.accelerator.current_accelerator(check_available=True) is not None
-    # The others wait while one tokenises a corpus; by default NCCL gives up after 10 minutes.
+    # All others wait while one process tokenises a corpus; by default NCCL gives up after 10 minutes.
     return PartialState(cpu=not has_accelerator, timeout=timedelta(hours=2))
 
 
 def check_gpus() -> None:
-    """ValueError where one process sees several GPUs, which transformers' Trainer would train on with DataParallel."""
+    """Raises ValueError if one process sees several GPUs: transformers' Trainer would use DataParallel on them."""
     gpus = torch.cuda.device_count()
     if gpus > 1 and processes().distributed_type is DistributedType.NO:
         raise ValueError(
@@ -39,16 +39,16 @@ def check_gpus() -> None:
 
 
 def on_main(function: Callable[[], Result]) -> Result:
-    """What `function` returns on the main process, on every process. What it raises there is raised everywhere."""
+    """Runs `function` on the main process, and returns its result or raises its error on every process."""
     result, error = _attempt(function) if processes().is_main_process else (None, None)
     _raise_together(error)
     return broadcast_object_list([result])[0]
 
 
 def main_first(function: Callable[[], Result]) -> Result:
-    """`function` on every process; one of each machine goes first, and the others find what it left in caches.
+    """Runs `function` on every process. One process of each machine goes first and fills caches for the others.
 
-    What it raises on any is raised on all.
+    An error on any process is raised on all.
     """
     result: Result | None = None
     for first in (True, False):
@@ -67,9 +67,9 @@ def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception |
 
 
 def _raise_together(error: Exception | None) -> None:
-    """Raise on every process what any of them brings: its own error, or the first of the others' with its message."""
+    """Raises an error on every process if any has one: its own, or else the first of the others' with its message."""
     message = None
-    if error is not None:  # bad input stays bad input, and any exception can be sent
+    if error is not None:  # a known kind, so that it can be pickled and bad input stays bad input
         known = (FileExistsError, FileNotFoundError, OSError, ValueError)
         kind = next((kind for kind in known if isinstance(error, kind)), RuntimeError)
         message = kind(str(error))

@@ -1,4 +1,4 @@
-"""The checkpoints of TinyBERT's authors, read as transformers models.
+"""Reads the checkpoints of TinyBERT's authors as transformers models.
 
 Such a folder holds a `config.json` without `model_type`, `pytorch_model.bin` and `vocab.txt`. The weights are BERT's
 under `bert.`, heads under `cls.`, `classifier.` or `qa_outputs.`, and the projections of the hidden states:
@@ -27,36 +27,51 @@ CONFIG, WEIGHTS, VOCABULARY = "config.json", "pytorch_model.bin", "vocab.txt"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 FIT = re.compile(r"fit_dense(?:s\.(\d+))?\.(weight|bias)")
 HEADS = ("classifier", "qa_outputs")  # of tasks
-# What a checkpoint may hold and the model to make has no place for.
+# Weights that a checkpoint may hold although the model has no place for them.
 SPARE = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.", "bert.embeddings.position_ids")
 
 
 def is_published(folder: str | Path) -> bool:
-    """Whether `folder` is one whose config.json names no `model_type`, so that transformers cannot read it."""
+    """Returns whether the config.json in `folder` lacks `model_type`, so that transformers cannot read the folder."""
     return (Path(folder) / CONFIG).is_file() and "model_type" not in _read_config(folder)
 
 
 def load_published(
     folder: str | Path, auto_class: str = "AutoModel", *, relu: bool = True, **options: Any
 ) -> PreTrainedModel:
-    """A published checkpoint as a transformers BERT: float32, in eval mode, on the CPU.
+    """Reads a published checkpoint as a transformers BERT: float32, in eval mode, on the CPU.
 
-    A `classifier` or `qa_outputs` that the checkpoint does not have gets random weights, with a warning.
+    A `classifier` or `qa_outputs` that the checkpoint lacks gets random weights, with a warning.
 
     Args:
         auto_class: the transformers Auto class of the model to make, such as "AutoModelForSequenceClassification".
         relu: put a ReLU between the pooler and a classifier that comes with projections. The published code has it
-            there; a transformers BERT has not, and `save_pretrained` does not keep it. False for a model to train on.
+            there; a transformers BERT does not, and `save_pretrained` does not keep it. Pass False for a model that
+            will be trained, whose new head then needs no warning.
         options: settings that win over config.json, such as `num_labels` and `id2label`. Without any there are as many
             labels as the checkpoint's classifier has rows.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: config.json is not a BERT's; the weights are not plain tensors; some are missing, unexpected or of
-            another shape, all of which the message names.
+            another shape, and the message names them.
     """
-    weights = _read_weights(folder)
-    path = Path(folder) / WEIGHTS
+    weights, path = _read_weights(folder), Path(folder) / WEIGHTS
+    config = _bert_config(folder, weights, auto_class, options)
+    model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+    untrained = _untrained_head(model, weights)
+    _fill(model, weights, untrained, path)
+    has_projections = any(FIT.fullmatch(name) for name in weights)
+    if untrained and relu:
+        logger.warning("%s has no %s; the model's is random until it is trained", path, untrained)
+    elif relu and has_projections and isinstance(model, BertForSequenceClassification):
+        model.bert.pooler.activation = nn.Sequential(nn.Tanh(), nn.ReLU())
+    return model.eval()
+
+
+def _bert_config(
+    folder: str | Path, weights: dict[str, Tensor], auto_class: str, options: dict[str, Any]
+) -> BertConfig:
     values = _read_config(folder)
     missing = [name for name in SIZES if not isinstance(values.get(name), int)]
     if missing:
@@ -64,32 +79,22 @@ def load_published(
             f"{Path(folder) / CONFIG}: no model_type, and no {', '.join(missing)}; it is neither transformers' nor "
             "that of a published TinyBERT"
         )
-    known = BertConfig()  # drops what the published code added: pre_trained, training, cell, structure, emb_size
-    values = {name: value for name, value in values.items() if hasattr(known, name)}
-    if auto_class == "AutoModelForQuestionAnswering":  # its two outputs are no labels
-        values = {name: value for name, value in values.items() if name not in ("num_labels", "id2label", "label2id")}
-    elif "classifier.weight" in weights and not {"num_labels", "id2label"} & {*values, *options}:
+    known = BertConfig()  # does not have the published code's pre_trained, training, cell, structure, emb_size
+    # The two outputs of a span head are no labels.
+    dropped = ("num_labels", "id2label", "label2id") if auto_class == "AutoModelForQuestionAnswering" else ()
+    values = {name: value for name, value in values.items() if hasattr(known, name) and name not in dropped}
+    if not dropped and "classifier.weight" in weights and not {"num_labels", "id2label"} & {*values, *options}:
         values["num_labels"] = len(weights["classifier.weight"])
-    config = BertConfig(**{**values, **options})
-    model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
-
-    untrained = _untrained_head(model, weights)
-    _fill(model, weights, untrained, path)
-    has_projections = any(FIT.fullmatch(name) for name in weights)
-    if untrained:
-        logger.warning("%s has no %s; the model's is random until it is trained", path, untrained)
-    elif relu and has_projections and isinstance(model, BertForSequenceClassification):
-        model.bert.pooler.activation = nn.Sequential(nn.Tanh(), nn.ReLU())
-    return model.eval()
+    return BertConfig(**{**values, **options})
 
 
 def untrained_head(model: PreTrainedModel, folder: str | Path) -> str | None:
-    """The name of the model's head for a task, where the checkpoint it was made from has no weights of it."""
+    """Returns the name of the model's head for a task if its checkpoint has no weights for it, else None."""
     return _untrained_head(model, _read_weights(folder))
 
 
 def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenizer:
-    """BERT's tokenizer over the folder's vocab.txt; `options` are its own, such as `do_lower_case` (default True).
+    """Returns BERT's tokenizer over the folder's vocab.txt. `options` are its own, such as `do_lower_case` (True).
 
     Raises FileNotFoundError without vocab.txt.
     """
@@ -101,10 +106,10 @@ def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenize
 
 
 def load_published_projections(folder: str | Path) -> dict[str, Tensor]:
-    """The projections of a checkpoint under the names in an `Objective`'s state: empty where there are none.
+    """Returns the projections of a checkpoint, if it has any, under the names in an `Objective`'s state.
 
-    `projections.shared.weight` (d_teacher, d_student) and `.bias` (d_teacher), or `projections.0.weight` and so on for
-    each hidden state.
+    These are `projections.shared.weight` (d_teacher, d_student) and `.bias` (d_teacher), or `projections.0.weight` and
+    so on for each hidden state.
     """
     if not (Path(folder) / WEIGHTS).is_file():
         return {}
@@ -118,12 +123,12 @@ def _untrained_head(model: PreTrainedModel, weights: dict[str, Tensor]) -> str |
 
 
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | None, path: Path) -> None:
-    """Copy the weights into the model's parameters. ValueError naming every one that does not fit."""
+    """Copies the weights into the model's parameters. Raises ValueError naming every one that does not fit."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if model.base_model is model:
         parameters = {f"bert.{name}": parameter for name, parameter in parameters.items()}
     found = {name: x for name, x in weights.items() if name in parameters}
-    filled = {id(parameters[name]) for name in found}  # with those that are tied to others
+    filled = {id(parameters[name]) for name in found}  # includes tied parameters
     wrong = {
         "missing": [
             name
@@ -161,7 +166,7 @@ def _read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The tensors by name; LayerNorm's `gamma` and `beta`, as early BERTs have them, as `weight` and `bias`."""
+    """Returns the tensors by name. LayerNorm's `gamma` and `beta` of early BERTs become `weight` and `bias`."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a published TinyBERT has its weights there")
@@ -169,7 +174,7 @@ def _read_weights(folder: str | Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # damage shows in many ways
+    except Exception as error:  # a damaged file raises many kinds of error
         raise ValueError(f"{path}: damaged, or holds more than tensors, which is not read") from error
     if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: not a dictionary of tensors")

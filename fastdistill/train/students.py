@@ -1,7 +1,7 @@
-"""Students: from a preset, a config file or a checkpoint; with random weights or with the teacher's folded into them.
+"""Makes students from a preset, a config file or a checkpoint, with random weights or weights from the teacher.
 
-TinyBERT's students start from a general distillation on Wikipedia that nobody repeats for a teacher of their own.
-`init_from_teacher` gives a smaller BERT-like student a start in seconds instead.
+TinyBERT's students start from a general distillation on Wikipedia, which is costly to repeat for another teacher.
+`init_from_teacher` gives a smaller BERT-like student a start within seconds.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 import statistics
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastdistill.train.capture import forward_arguments
+from fastdistill.train.checks import check_vocabularies
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published
 
@@ -35,7 +38,9 @@ __all__ = [
     "save_projections",
 ]
 
-# arXiv 1909.10351, section 4.1. Everything else is the teacher's: vocabulary, positions, dropout, labels.
+logger = logging.getLogger(__name__)
+
+# From arXiv 1909.10351, section 4.1. The teacher's config gives the rest: vocabulary, positions, dropout, labels.
 PRESETS: dict[str, dict[str, int]] = {
     "tinybert-4l-312": {
         "num_hidden_layers": 4,
@@ -63,7 +68,7 @@ def build_student(
     calibration: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Make a student with the teacher's kind of head, vocabulary and labels (names and order).
+    """Makes a student with the teacher's kind of head, vocabulary and labels (names and order).
 
     Args:
         spec: a preset (`tinybert-4l-312`, `tinybert-6l-768`); a JSON file, either a whole transformers config (with
@@ -71,87 +76,110 @@ def build_student(
             checkpoint, as a folder (a published TinyBERT's too: `fastdistill.train.published`) or a name on the Hugging
             Face hub.
         init: "random", or "teacher" (`init_from_teacher`, with `layer_map` and `calibration`), the default for a
-            preset or a config. A checkpoint brings its own weights: None only; its classifier is made anew where the
-            teacher has another number of labels.
+            preset or a config. A checkpoint brings its own weights and takes None only; its classifier is made anew if
+            the teacher has another number of labels.
         trust_remote_code: run the model code that a checkpoint brings along.
 
     Returns a float32 model in eval mode, on the CPU.
-    Raises FileNotFoundError for a folder that holds no model; OSError for a name that stands for none; ValueError for
-    a vocabulary other than the teacher's, a config key that the teacher's family does not have, and what
-    `init_from_teacher` refuses.
+    Raises FileNotFoundError for a folder without a model; OSError for an unknown name; ValueError for a vocabulary
+    other than the teacher's, a config key that the teacher's family does not have, and whatever `init_from_teacher`
+    refuses.
     """
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
-    options = {}
+    labels = {}
     if auto_name(teacher) in LABELLED:
-        options = {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
+        labels = {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
     if is_config(spec):
-        config = read_config(spec, teacher, options, trust_remote_code)
-        check_vocabulary(config, teacher)
+        config = read_config(spec, teacher, labels, trust_remote_code)
+        check_vocabularies(config, teacher.config)
         if type(config) is type(teacher.config):
             student = type(teacher)(config).float()
         else:
             student = auto_class(teacher).from_config(config, dtype=torch.float32)
         if init != "random":
             init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
-        return student.eval()
-    if init is not None:
-        raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
+    else:
+        if init is not None:
+            raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
+        student = read_student(spec, teacher, trust_remote_code=trust_remote_code, labels=labels)
+        check_vocabularies(student.config, teacher.config)
+    return student.eval()
+
+
+def read_student(
+    spec: str | Path, teacher: PreTrainedModel, *, trust_remote_code: bool, labels: Mapping[str, Any]
+) -> PreTrainedModel:
+    """Reads a checkpoint as a model with the teacher's kind of head."""
     path = Path(spec)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json; it is not a transformers checkpoint")
     if is_published(path):
-        student = load_published(path, auto_name(teacher), relu=False, **options)
-    else:
-        try:
-            student, _ = load_checkpoint(auto_class(teacher), spec, trust_remote_code=trust_remote_code, **options)
-        except OSError as error:
-            presets = ", ".join(PRESETS)
-            raise OSError(f"{spec}: no preset ({presets}), no file, and no checkpoint: {error}") from error
-    check_vocabulary(student.config, teacher)
-    return student.eval()
+        return load_published(path, auto_name(teacher), relu=False, **labels)
+    try:
+        return load_checkpoint(auto_class(teacher), spec, trust_remote_code=trust_remote_code, **labels)[0]
+    except OSError as error:
+        presets = ", ".join(PRESETS)
+        raise OSError(f"{spec}: no preset ({presets}), no file, and no checkpoint: {error}") from error
 
 
 def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
-    """A checkpoint as a float32 model of an Auto class, and the names of weights that it did not have, made at random.
+    """Returns a checkpoint as a float32 model of an Auto class, and the names of its weights that are random.
 
-    Among these are a head's whose `num_labels` the options change. Any other weight of another shape than the config
-    asks for is a ValueError, and so are missing ones of the encoder.
+    Random weights are those that the checkpoint lacks, and a head's if `options` change its `num_labels`. Raises
+    ValueError if weights of the encoder are missing, or if any other weight has another shape than the config says.
     """
-    model, loaded = kind.from_pretrained(
-        str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
-    )
+    with without_load_report():
+        model, loaded = kind.from_pretrained(
+            str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    encoder = {child for child, _ in model.base_model.named_children()} - {"pooler"}
+    prefix = f"{model.base_model_prefix}."
+
+    def of_encoder(keys: Collection[str]) -> str:
+        found = sorted(key for key in keys if key.removeprefix(prefix).split(".")[0] in encoder)
+        return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+
     missing = set(loaded["missing_keys"])
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    lost = sorted(key for key in missing if key.startswith(prefix) and "pooler" not in key)
-    if lost:
-        names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if lost[3:] else "")
+    if names := of_encoder(missing):
         raise ValueError(f"{name}: its weights are no {type(model).__name__}'s; there is no {names}")
+    if names := of_encoder(loaded["unexpected_keys"]):
+        logger.warning("%s holds weights that a %s of its config does not use: %s", name, type(model).__name__, names)
     for key, found, expected in sorted(loaded["mismatched_keys"]):
-        if "num_labels" not in options or key.startswith(f"{model.base_model_prefix}."):
+        if "num_labels" not in options or key.startswith(prefix):
             raise ValueError(f"{name}: {key} is {tuple(found)}, and by its config {tuple(expected)}")
         missing.add(key)
     return model, missing
 
 
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Hides the table in which transformers warns of every weight that is missing, unused or of another shape.
+
+    `load_checkpoint` raises or warns where it matters; the rest is a head that is new on purpose.
+    """
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in (text := record.getMessage()) or "CONVERSION" in text  # an error refers to these
+
+    source = logging.getLogger("transformers.modeling_utils")
+    source.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_kept)
+
+
 def is_config(spec: str | Path) -> bool:
-    """Whether a student comes without weights: a preset or a config file."""
+    """Returns whether `spec` is a preset or a config file, which come without weights."""
     return str(spec) in PRESETS or Path(spec).is_file()
 
 
-def read_config(spec: str | Path, teacher: PreTrainedModel, options: dict[str, Any], trust_remote_code: bool) -> Any:
-    """The config a preset or a JSON file describes, with the teacher's labels."""
-    if str(spec) in PRESETS:
-        values: dict[str, Any] = dict(PRESETS[str(spec)])
-    else:
-        try:
-            values = json.loads(Path(spec).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{spec}: not a JSON config ({error})") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{spec}: not a JSON object")
+def read_config(spec: str | Path, teacher: PreTrainedModel, labels: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """Returns the config that a preset or a JSON file describes, with the teacher's labels."""
+    values = PRESETS.get(str(spec)) or read_json(spec)
     if "model_type" in values:
-        return AutoConfig.from_pretrained(str(spec), trust_remote_code=trust_remote_code, **options)
+        return AutoConfig.from_pretrained(str(spec), trust_remote_code=trust_remote_code, **labels)
     config = copy.deepcopy(teacher.config)
     for name in values:
         if not hasattr(config, name):
@@ -164,7 +192,7 @@ def read_config(spec: str | Path, teacher: PreTrainedModel, options: dict[str, A
             config = type(config).from_dict({name: x for name, x in config.to_dict().items() if name not in derived})
         if hasattr(config, "validate"):
             config.validate()
-    except Exception as error:  # of huggingface_hub's own kind
+    except Exception as error:  # huggingface_hub raises errors of its own kind
         raise ValueError(f"{spec}: {error}") from error
     if config.num_hidden_layers < 1:
         raise ValueError(f"{spec}: num_hidden_layers is {config.num_hidden_layers}; it should be 1 or more")
@@ -172,45 +200,49 @@ def read_config(spec: str | Path, teacher: PreTrainedModel, options: dict[str, A
     return config
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON config ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return values
+
+
 def derived_settings(config: Any, changed: Collection[str]) -> set[str]:
-    """Settings that a family's config works out from those `changed`, and that are to be worked out anew."""
+    """Returns the settings that a family's config computes from those `changed`, and has to compute again."""
     derived = set()
     if "num_hidden_layers" in changed and getattr(config, "layer_types", None) is not None:
-        derived.add("layer_types")  # windows or full attention, a name for each layer
+        derived.add("layer_types")  # full attention or a window, one name a layer
     is_resized = not {"hidden_size", "num_attention_heads"}.isdisjoint(changed)
-    # Another head_dim, as Qwen3's, is a choice of its own.
+    # A head_dim that differs from this quotient, as Qwen3's does, was chosen freely and stays.
     if is_resized and getattr(config, "head_dim", None) == config.hidden_size // config.num_attention_heads:
         derived.add("head_dim")
     return derived - set(changed)
 
 
+AUTO_CLASSES = {
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+}
+
+
 def auto_name(model: PreTrainedModel) -> str:
-    """The name of the transformers Auto class that makes this kind of model (`AutoModel` for one without a head)."""
-    kinds = {
-        "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-        "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-    }
-    for name, classes in kinds.items():
+    """Returns the name of the transformers Auto class that makes this kind of model (`AutoModel` without a head)."""
+    for name, classes in AUTO_CLASSES.items():
         if type(model).__name__ == classes.get(model.config.model_type):
             return name
-    known = ", ".join(kinds)
+    known = ", ".join(AUTO_CLASSES)
     raise ValueError(f"teacher is a {type(model).__name__}; build_student knows what {known} make")
 
 
 def auto_class(model: PreTrainedModel) -> Any:
     return getattr(modeling_auto, auto_name(model))
-
-
-def check_vocabulary(config: Any, teacher: PreTrainedModel) -> None:
-    if config.vocab_size != teacher.config.vocab_size:
-        raise ValueError(
-            f"the student's vocabulary has {config.vocab_size} tokens, the teacher's {teacher.config.vocab_size}; "
-            "both read the same token ids, so they must be one vocabulary"
-        )
 
 
 # -- the teacher folded into a smaller student -----------------------------------------------------------------
@@ -237,26 +269,27 @@ def init_from_teacher(
     layer_map: str | Sequence[int | None] = "uniform",
     calibration: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Start a BERT-like student (BERT, RoBERTa, ELECTRA) from its teacher's weights, in place.
+    """Initialises a BERT-like student (BERT, RoBERTa, ELECTRA) from its teacher's weights, in place.
 
-    Of the same width and FFN: the mapped layers and everything beside the layers are copied. Else the student's
-    hidden states are to be the teacher's on their first principal components over the calibration text, and each
-    linear map of the student, in the order of its forward pass, is the ridge regression of what the teacher has
-    there on what the student has there. The queries and keys of a head are cut to the student's head dimension by
-    the truncated SVD of their scores, the values by that of what they add to the output; the FFN keeps the neurons
-    that add most. A head on top of the encoder stays random.
+    If width and FFN are equal, the mapped layers and everything beside the layers are copied. Otherwise the goal for
+    the student's hidden states is the projection of the teacher's onto their first principal components over the
+    calibration text. In the order of the forward pass, each linear map of the student is fitted by ridge regression
+    from the student's inputs to the teacher's outputs. Queries and keys of a head are reduced to the student's head
+    dimension by the truncated SVD of their scores, values by that of what they add to the output; the FFN keeps the
+    neurons that add most. A head on top of the encoder stays random.
 
     Measured on a real BERT (6 layers, 384 wide) folded into 4 layers, 156 wide: before any training its hidden and
     attention losses are half those of a random student after 200 steps of general distillation.
 
     Args:
-        layer_map: as in `fastdistill.train.objective.resolve_layer_map`; None counts as evenly between its neighbours.
+        layer_map: as in `fastdistill.train.objective.resolve_layer_map`. A layer mapped to None starts from the teacher
+            layer halfway between its neighbours'.
         calibration: a batch `input_ids` (N, L), with `attention_mask` and whatever else the tokenizer returns: ten
             thousand tokens or more of the text to distil on. None: random tokens, which serve half as well.
 
-    Returns the projection (d_teacher, d_student) from the student's hidden states to the teacher's, float32: a start
-    for the projections of an `Objective` (their weight, with bias 0).
-    Raises ValueError for another architecture, another number of heads, a student wider than its teacher.
+    Returns the projection (d_teacher, d_student) from the student's hidden states to the teacher's, float32. It can
+    initialise the projections of an `Objective` (weight; bias 0).
+    Raises ValueError for another architecture, another number of heads, or a student wider than its teacher.
     """
     source, target = teacher.base_model, student.base_model
     check_foldable(target, source)
@@ -268,47 +301,51 @@ def init_from_teacher(
         copy_layers(student, teacher, places)
         return torch.eye(d_t)
 
-    if calibration is None:
-        length = min(128, source.config.max_position_embeddings // 2)
-        calibration = {"input_ids": torch.randint(source.config.vocab_size, (8192 // length, length))}
-    device, most = next(source.parameters()).device, min(positions(student), positions(teacher))
-    batch = {name: x[:, :most].to(device) for name, x in forward_arguments(source, calibration).items()}
+    batch = calibration_batch(source, calibration, min(positions(student), positions(teacher)))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().cpu()  # (N, L)
+    with eval_mode(source, target):
+        hidden, attended = teacher_states(source, batch, mask, [first, *places])
+        projection = principal_projection([hidden[place] for place in (first, *places)], d_s)
+        x = fold_embeddings(target, source, batch, mask, hidden[first] @ projection, projection)
+        for layer, place in zip(target.encoder.layer, places, strict=True):
+            theirs = copy.deepcopy(source.encoder.layer[place - 1]).float().cpu()
+            x = fold_layer(layer, theirs, x, hidden[place - 1], attended[place], hidden[place], projection, mask)
+    return projection
 
-    def tokens(x: Tensor) -> Tensor:  # (N, L, d) -> (T, d), without padding
+
+def calibration_batch(teacher: Any, calibration: Mapping[str, Tensor] | None, most: int) -> dict[str, Tensor]:
+    """Returns the teacher's inputs on its device, cut to `most` tokens a row. Without a calibration they are random."""
+    if calibration is None:
+        length = min(128, teacher.config.max_position_embeddings // 2)
+        calibration = {"input_ids": torch.randint(teacher.config.vocab_size, (8192 // length, length))}
+    return {name: x[:, :most].to(teacher.device) for name, x in forward_arguments(teacher, calibration).items()}
+
+
+def teacher_states(
+    teacher: Any, batch: Mapping[str, Tensor], mask: Tensor, places: Sequence[int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Returns, by layer, the hidden states and the states between attention and FFN, (T, d) without padding."""
+    attended: dict[int, Tensor] = {}
+
+    def tokens(x: Tensor) -> Tensor:  # (N, L, d) -> (T, d)
         return x.float().cpu()[mask]
-
-    attended: dict[int, Tensor] = {}  # by teacher layer: its state between attention and FFN
 
     def keep(place: int) -> Any:
         return lambda _module, _inputs, output: attended.__setitem__(place, tokens(output))
 
-    modes = source.training, target.training
-    source.eval()
-    target.eval()
-    hooks = [
-        source.encoder.layer[place - 1].attention.output.register_forward_hook(keep(place)) for place in set(places)
-    ]
-    states = source(**batch, output_hidden_states=True).hidden_states
+    layers = teacher.encoder.layer
+    hooks = [layers[place - 1].attention.output.register_forward_hook(keep(place)) for place in set(places) - {0}]
+    states = teacher(**batch, output_hidden_states=True).hidden_states
     for hook in hooks:
         hook.remove()
-    wanted = {0, first, *places, *(place - 1 for place in places)}
-    hidden = {i: tokens(x) for i, x in enumerate(states) if i in wanted}
-
-    projection = principal_projection([hidden[place] for place in (first, *places)], d_s)
-    x = fold_embeddings(target, source, batch, mask, hidden[first] @ projection, projection)
-    for layer, place in zip(target.encoder.layer, places, strict=True):
-        theirs = copy.deepcopy(source.encoder.layer[place - 1]).float().cpu()
-        x = fold_layer(layer, theirs, x, hidden[place - 1], attended[place], hidden[place], projection, mask)
-    source.train(modes[0])
-    target.train(modes[1])
-    return projection
+    wanted = {*places, *(place - 1 for place in places if place)}
+    return {i: tokens(states[i]) for i in wanted}, attended
 
 
 def save_projections(
     student: PreTrainedModel, teacher: PreTrainedModel, weight: Tensor, folder: str | Path, **options: Any
 ) -> None:
-    """Write what `init_from_teacher` returned, for a stage whose argument `projections` is this folder.
+    """Writes what `init_from_teacher` returned, for a stage whose argument `projections` is this folder.
 
     `options` are the stage's options of `Objective`: `method`, `terms`, `layer_map`, `projection` and so on.
     """
@@ -321,6 +358,7 @@ def save_projections(
 
 
 def check_foldable(student: Any, teacher: Any) -> None:
+    """Raises ValueError if the student cannot start from the teacher's weights."""
     for side, model in (("student", student), ("teacher", teacher)):
         layers = getattr(getattr(model, "encoder", None), "layer", None)
         is_bert = isinstance(layers, nn.ModuleList) and all(
@@ -337,12 +375,10 @@ def check_foldable(student: Any, teacher: Any) -> None:
             f"the student's model_type is {kinds[0]!r}, the teacher's {kinds[1]!r}; init='teacher' folds models of one "
             "family. Use init='random'"
         )
-    names = ["num_attention_heads", "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size"]
     equal = ["num_attention_heads"]
-    if hasattr(student, "embeddings_project"):  # ELECTRA's tables are copied
-        names.append("embedding_size")
+    if hasattr(student, "embeddings_project"):  # ELECTRA, whose embedding tables are copied
         equal.append("embedding_size")
-    for name in names:
+    for name in (*equal, "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size"):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours > theirs or (ours != theirs and name in equal):
             relation = "" if name in equal else "at most "
@@ -353,7 +389,7 @@ def check_foldable(student: Any, teacher: Any) -> None:
 
 
 def fill_gaps(places: Sequence[int | None]) -> list[int]:
-    """A layer map without None: an unmapped layer starts from one evenly between its mapped neighbours."""
+    """Returns a layer map in which each None became the layer halfway between its mapped neighbours."""
     known = [i for i, place in enumerate(places) if place is not None]
     if not known:
         raise ValueError("layer_map maps no layer; init='teacher' needs one")
@@ -362,6 +398,7 @@ def fill_gaps(places: Sequence[int | None]) -> list[int]:
 
 
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, places: Sequence[int]) -> None:
+    """Copies the teacher's layers `places`, and every other parameter that fits."""
     for layer, place in zip(student.base_model.encoder.layer, places, strict=True):
         layer.load_state_dict(teacher.base_model.encoder.layer[place - 1].state_dict())
     theirs = dict(teacher.named_parameters())
@@ -370,15 +407,15 @@ def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, places: Sequ
             continue
         x = theirs[name]
         if "embeddings." in name:
-            x = x[: len(parameter)]  # of positions and types the first
+            x = x[: len(parameter)]  # the first positions and types
         if x.shape == parameter.shape:
             parameter.copy_(x)
 
 
 def principal_projection(states: Sequence[Tensor], width: int) -> Tensor:
-    """Orthonormal columns (d_t, width) that keep most of the states' energy, each state (T, d_t) counted alike.
+    """Returns orthonormal columns (d_t, width) that keep most of the states' energy, weighting states (T, d_t) alike.
 
-    One direction of the student is left empty: a vector of equal entries, which LayerNorm would take off.
+    One direction of the student stays empty: the vector of equal entries, which LayerNorm would remove.
     """
     energy = torch.stack([x.T @ x / x.square().sum() for x in states]).double().sum(0)
     principal = torch.linalg.eigh(energy)[1].flip(1)  # (d_t, d_t), strongest first
@@ -393,11 +430,11 @@ def principal_projection(states: Sequence[Tensor], width: int) -> Tensor:
 def fold_embeddings(
     student: Any, teacher: Any, batch: Mapping[str, Tensor], mask: Tensor, goal: Tensor, projection: Tensor
 ) -> Tensor:
-    """Fit the student's embedding output to `goal` (T, d_s), and return what it is (T, d_s)."""
+    """Fits the student's embedding output to `goal` (T, d_s), and returns that output (T, d_s)."""
     ours, theirs = student.embeddings, copy.deepcopy(teacher.embeddings).float().cpu()
     names = inspect.signature(ours.forward).parameters
     inputs = {name: x.cpu() for name, x in batch.items() if name in names}
-    if hasattr(student, "embeddings_project"):  # ELECTRA: tables of a width of their own, then a Linear
+    if hasattr(student, "embeddings_project"):  # ELECTRA: tables of another width, then a Linear
         for name, table in theirs.named_parameters():
             mine = ours.get_parameter(name)
             mine.copy_(table[: len(mine)])
@@ -410,9 +447,9 @@ def fold_embeddings(
     scale = theirs.LayerNorm.weight / theirs.LayerNorm.weight.mean()
     for name, table in theirs.named_parameters():
         if not name.startswith("LayerNorm"):
-            centred = table - table.mean(1, keepdim=True)  # the teacher's LayerNorm takes the mean off
+            centred = table - table.mean(1, keepdim=True)  # the teacher's LayerNorm removes the mean
             mine = ours.get_parameter(name)
-            mine.copy_((centred * scale @ narrow)[: len(mine)])  # of positions and types the first
+            mine.copy_((centred * scale @ narrow)[: len(mine)])  # the first positions and types
     sums: list[Tensor] = []
     hook = ours.LayerNorm.register_forward_pre_hook(lambda _module, inputs: sums.append(inputs[0]))
     ours(**inputs)
@@ -432,11 +469,14 @@ def fold_layer(
     projection: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Fit one layer. `x` (T, d_s) is its input; `teacher_x`, `attended`, `output` (T, d_t) are the teacher's states
-    before its layer, after the attention and after the FFN. Returns the student's output (T, d_s)."""
+    """Fits one layer and returns the student's output (T, d_s).
+
+    `x` (T, d_s) is the student's input; `teacher_x`, `attended` and `output` (T, d_t) are the teacher's states before
+    its layer, after the attention and after the FFN.
+    """
     ours, theirs = student.attention.self, teacher.attention.self
     heads, d, d_t = ours.num_attention_heads, ours.attention_head_size, theirs.attention_head_size
-    # What the student can know of the teacher's queries, keys and values.
+    # The teacher's queries, keys and values, as far as they are linear in the student's input.
     fits = {name: solve(x, getattr(theirs, name)(teacher_x)) for name in ("query", "key", "value")}
     query, key, value = (append_one(x) @ fit.float() for fit in fits.values())  # (T, H * d_t)
     to_student = projection.T @ teacher.attention.output.dense.weight  # (d_s, H * d_t)
@@ -445,7 +485,7 @@ def fold_layer(
         query_root, query_inverse = roots(query[:, wide])
         key_root, key_inverse = roots(key[:, wide])
         value_root, value_inverse = roots(value[:, wide] - value[:, wide].mean(0))
-        u, s, v = torch.linalg.svd(query_root @ key_root)  # the scores, of whitened queries and keys
+        u, s, v = torch.linalg.svd(query_root @ key_root)  # the scores of whitened queries and keys
         scale = s[:d].sqrt() * (d / d_t) ** 0.25  # the student divides its scores by sqrt(d)
         strongest = torch.linalg.svd(to_student[:, wide].double() @ value_root)[2][:d]
         reductions = {  # (d_t, d)
@@ -475,7 +515,7 @@ def fold_layer(
 
 
 def fit_residual(block: Any, inputs: Tensor, residual: Tensor, goal: Tensor) -> Tensor:
-    """Fit `LayerNorm(dense(inputs) + residual)` to `goal`, and return what it is."""
+    """Fits `LayerNorm(dense(inputs) + residual)` to `goal`, and returns its value."""
     fit_linear(block.dense, inputs, goal - residual)
     x = block.dense(inputs) + residual
     fit_norm(block.LayerNorm, x, goal)
@@ -483,7 +523,7 @@ def fit_residual(block: Any, inputs: Tensor, residual: Tensor, goal: Tensor) -> 
 
 
 def fit_norm(norm: nn.LayerNorm, inputs: Tensor, goal: Tensor) -> None:
-    """Scale and bias of each dimension by least squares."""
+    """Fits scale and bias of each dimension by least squares."""
     x = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
     x_mean, goal_mean = x.mean(0), goal.mean(0)
     variance = (x - x_mean).square().mean(0).clamp_min(1e-12)
@@ -505,7 +545,7 @@ def append_one(x: Tensor) -> Tensor:
 
 
 def solve(inputs: Tensor, goal: Tensor) -> Tensor:
-    """Ridge regression with an intercept, which comes last: (T, a), (T, b) -> (a + 1, b), float64."""
+    """Solves a ridge regression with an intercept, which comes last: (T, a), (T, b) -> (a + 1, b), float64."""
     x = append_one(inputs).double()
     gram = x.T @ x
     gram.diagonal()[:-1].add_(RIDGE * gram.diagonal()[:-1].mean())
@@ -513,7 +553,7 @@ def solve(inputs: Tensor, goal: Tensor) -> Tensor:
 
 
 def roots(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of the second moment of x (T, d), and its inverse, (d, d) float64."""
+    """Returns the symmetric square root of the second moment of x (T, d), and its inverse, (d, d) float64."""
     x = x.double()
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     root = values.clamp_min(values.max() * 1e-6 + 1e-30).sqrt()
@@ -524,7 +564,7 @@ def roots(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def positions(model: PreTrainedModel) -> int:
-    """How many tokens a model takes: RoBERTa's kin count positions from the padding's on, which is in their table."""
+    """Returns how many tokens a model takes. RoBERTa's family counts positions from its padding index + 1."""
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     paddings = [getattr(table, "padding_idx", None) for table in tables]
     first = max((0 if padding is None else padding + 1 for padding in paddings), default=0)
@@ -532,39 +572,47 @@ def positions(model: PreTrainedModel) -> int:
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """`total` parameters, tied ones once, and those of the `encoder`: without embeddings, pooler and heads."""
+    """Counts the `total` parameters, tied ones once, and those of the `encoder`: no embeddings, pooler or heads."""
     beside = ("embeddings", "pooler", "embed_tokens", "wte", "wpe")
-    encoder = [p for name, p in model.base_model.named_parameters() if name.split(".")[0] not in beside]
-    return {"total": sum(p.numel() for p in model.parameters()), "encoder": sum(p.numel() for p in encoder)}
+    encoder = [p.numel() for name, p in model.base_model.named_parameters() if name.split(".")[0] not in beside]
+    return {"total": model.num_parameters(), "encoder": sum(encoder)}
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Switches models to eval mode, and each back to its own mode at the end."""
+    modes = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model, mode in zip(models, modes, strict=True):
+            model.train(mode)
 
 
 @torch.no_grad()
 def measure_seconds(
     models: Mapping[str, PreTrainedModel], batch: Mapping[str, Tensor], runs: int = 15
 ) -> dict[str, float]:
-    """Seconds of one forward pass of each model on the same batch, on the device each model is on.
+    """Measures the seconds of one forward pass of each model on the same batch, on the device each model is on.
 
-    The median of `runs` after two to warm up; the models take turns, so that whatever else the machine does slows
-    all of them alike.
+    Returns the median of `runs` after two warm-up passes. The models take turns, so that other load on the machine
+    slows all of them alike.
     """
     if runs < 1:
         raise ValueError(f"runs is {runs}; it should be at least 1")
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    modes = {name: model.training for name, model in models.items()}
-    for run in range(runs + 2):
-        for name, model in models.items():
-            model.eval()
-            device = next(model.parameters()).device
-            inputs = {key: x.to(device) for key, x in forward_arguments(model, batch).items()}
-            synchronize(device)
-            start = time.perf_counter()
-            model(**inputs)
-            synchronize(device)
-            if run >= 2:
+    with eval_mode(*models.values()):
+        for _ in range(runs + 2):
+            for name, model in models.items():
+                inputs = {key: x.to(model.device) for key, x in forward_arguments(model, batch).items()}
+                synchronize(model.device)
+                start = time.perf_counter()
+                model(**inputs)
+                synchronize(model.device)
                 seconds[name].append(time.perf_counter() - start)
-    for name, model in models.items():
-        model.train(modes[name])
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values[2:]) for name, values in seconds.items()}
 
 
 def synchronize(device: torch.device) -> None:
