@@ -1,4 +1,4 @@
-"""Offline teachers: the files against the live teacher, damage and resuming, and training without a teacher."""
+"""Tests offline teachers: files against the live teacher, damage, resuming, and training without a teacher."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ QUICK = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1}
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing of another test: cached data sets, processes."""
+    """Isolates each test from the cached data sets and process states of others."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     hf_logging.disable_progress_bar()
     yield
@@ -79,7 +79,7 @@ def rows(count: int = 24) -> Dataset:
 
 
 def write(folder: Path, teacher: PreTrainedModel | None = None, **options: Any) -> Path:
-    """A cache of the 24 rows, in several shards."""
+    """Writes a cache of the 24 rows, in several shards."""
     arguments = {"batch_size": 7, "shard_bytes": 3000, **options}
     dataset, tokenizer = arguments.pop("dataset", rows()), arguments.pop("tokenizer", _tiny.tokenizer())
     write_cache(dataset, causal() if teacher is None else teacher, tokenizer, folder, **arguments)
@@ -89,7 +89,7 @@ def write(folder: Path, teacher: PreTrainedModel | None = None, **options: Any) 
 def distribution(
     teacher: PreTrainedModel, row: dict[str, Any], hidden: Sequence[int] = ()
 ) -> tuple[Tensor, list[Tensor]]:
-    """The log-probabilities (L, V) of one row that the teacher reads alone, float64, and its hidden states (L, d)."""
+    """Returns the teacher's log-probabilities (L, V), float64, and hidden states (L, d) for one row alone."""
     with torch.no_grad():
         out = teacher(torch.tensor([row["input_ids"]]), output_hidden_states=True)
     return out.logits[0].double().log_softmax(-1), [out.hidden_states[i][0] for i in hidden]
@@ -113,12 +113,15 @@ def test_a_row_has_what_the_teacher_says_of_it_alone(tmp_path: Path, make: Any) 
         truth, states = distribution(teacher, row, (0, 2, 4))
         logprobs, indices = (torch.tensor(cached[name]) for name in ("topk_logprobs", "topk_indices"))
         assert logprobs.shape == indices.shape == (len(row["input_ids"]), 5)
-        for expected in (truth.topk(5).values, truth.gather(-1, indices)):  # half a unit in float16's last place
+        for expected in (
+            truth.topk(5).values,
+            truth.gather(-1, indices),
+        ):  # rounding: half a unit in the last place of float16
             assert ((logprobs - expected).abs() <= 2**-11 * expected.abs() + 1e-5).all()
         for i, state in zip((0, 2, 4), states, strict=True):
             assert error(torch.tensor(cached[f"hidden_{i}"]), state) < 2**-11
     first, second = (torch.tensor(found[i]["hidden_4"][:4]) for i in (0, 1))
-    assert error(first, second) > 0.1  # another row's would not pass
+    assert error(first, second) > 0.1  # another row's values would not pass
 
 
 def test_a_classifiers_logits_and_columns(tmp_path: Path) -> None:
@@ -147,7 +150,7 @@ def test_classes_beyond_the_vocabulary_take_no_part(tmp_path: Path) -> None:
 
 
 def test_padding_of_the_tokenizer_on_the_left_changes_nothing(tmp_path: Path) -> None:
-    """GPT-2 counts positions from the first column, whatever stands there."""
+    """GPT-2 counts positions from the first column, even if that is padding."""
     torch.manual_seed(0)
     teacher, tokenizer = GPT2LMHeadModel(_tiny.config("gpt2", 2)).eval(), _tiny.tokenizer()
     tokenizer.padding_side = "left"
@@ -276,13 +279,15 @@ def test_an_interrupted_run_goes_on_at_the_first_missing_shard(tmp_path: Path, m
     calls.clear()
     stop[0] = 0
     write(output, **options, resume=True)
-    assert len(calls) == 1 + len(read_manifest(whole)["shards"]) - done  # 7 rows are more than a shard has
-    assert read_manifest(output) == read_manifest(whole)  # and so the files, to the bit
+    assert (
+        len(calls) == 1 + len(read_manifest(whole)["shards"]) - done
+    )  # one batch a shard, which has fewer than 7 rows
+    assert read_manifest(output) == read_manifest(whole)  # hashes included, so the files are equal to the bit
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert not (tmp_path / "out.partial").exists()
 
     calls.clear()
-    write(output, **options, resume=True)  # finished: nothing runs
+    write(output, **options, resume=True)  # the run has finished, so nothing runs
     assert not calls
     with pytest.raises(FileExistsError, match="out is not empty; pass overwrite=True"):
         write(output, **options)
@@ -339,7 +344,7 @@ def flat(gradients: Sequence[Tensor]) -> Tensor:
 @pytest.mark.parametrize("make", [causal, masked])
 @pytest.mark.parametrize("k, tail", [(60, "renormalize"), (7, "renormalize"), (7, "bucket")])
 def test_loss_and_gradients_are_those_of_plain_pytorch_in_float64(tmp_path: Path, make: Any, k: int, tail: str) -> None:
-    """Of each row alone; with all classes kept, also those against the live teacher, but for float16's rounding."""
+    """Compares with the sum over rows alone, and, if all classes are kept, with the live teacher's loss."""
     teacher, student = make(), make(2, 16, seed=1)
     found = read_cache(write(tmp_path / "cache", teacher, top_k=k))
     batch = PaddingCollator(_tiny.tokenizer())([found[i] for i in range(6)])
@@ -351,7 +356,7 @@ def test_loss_and_gradients_are_those_of_plain_pytorch_in_float64(tmp_path: Path
     hook = student.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
     loss = model(**batch)["loss"]
     hook.remove()
-    assert len(calls) == (make is not causal)  # without a call there are no logits
+    assert len(calls) == (make is not causal)  # no call of the head, no logits
     gradients = torch.autograd.grad(loss, tuple(student.parameters()), allow_unused=True)
 
     exact = copy.deepcopy(student).double()
@@ -375,7 +380,7 @@ def test_loss_and_gradients_are_those_of_plain_pytorch_in_float64(tmp_path: Path
         assert len(pairs) > 10
         assert error(flat([a for a, _ in pairs]), flat([b for _, b in pairs])) < 10 * within
     if k < 60:
-        assert error(live, rounded) > 1e-4  # the teacher's other classes are not the same
+        assert error(live, rounded) > 1e-4  # the teacher's other classes matter
 
 
 COMMON = {
@@ -413,7 +418,7 @@ def test_the_head_is_taken_apart_only_where_it_is_linear(family: str) -> None:
     assert student.training
     student.eval()
     assert has_linear_head(student, {"input_ids": batch["input_ids"][:1]}) is is_linear
-    if not is_linear:  # what it would have been taken for is something else
+    if not is_linear:  # treating it as linear would change the logits
         with torch.no_grad():
             out = student(**batch, output_hidden_states=True)
             assert error(F.linear(out.hidden_states[-1], head.weight, head.bias), out.logits) > 1e-4
@@ -448,7 +453,7 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 def test_a_stage_has_the_live_teachers_losses_without_it(tmp_path: Path) -> None:
-    """One step over all rows, in three parts: each term in plain PyTorch, row by row, from the teacher."""
+    """Compares one step over all rows, in three micro-batches, with each term computed row by row from the teacher."""
     teacher, student = masked(), masked(2, 16, seed=1)
     folder = write(tmp_path / "cache", teacher, top_k=60, hidden=[0, 2, 4])
     terms = ("embedding", "hidden", "prediction")
@@ -489,7 +494,7 @@ def test_training_without_the_teacher_follows_training_with_it(tmp_path: Path, m
         run.train()
         curves.append([entry["prediction"] for entry in run.state.log_history if "prediction" in entry])
         assert run.model.linear_head is (make is causal and not is_live)
-        predictions = run.predict(read_cache(folder)).predictions  # logits, though the loss may do without them
+        predictions = run.predict(read_cache(folder)).predictions  # logits, although the loss may not need them
         assert predictions.shape[-1] == (2 if make is _tiny.classifier else 60)
     assert curves[0][-1] < curves[0][0]
     assert curves[1] == pytest.approx(curves[0], rel=2e-3)
@@ -513,7 +518,7 @@ def test_what_a_cache_cannot_serve(tmp_path: Path) -> None:
             )
     assert not (tmp_path / "out").exists()
     stage = CachedStage(cache=folder, terms=("attention", "prediction"), epochs=1, arguments=QUICK)
-    stage.run(masked(2, 16), masked(), _tiny.tokenizer(), tmp_path / "out")  # the teacher runs for the scores
+    stage.run(masked(2, 16), masked(), _tiny.tokenizer(), tmp_path / "out")  # the live teacher gives the scores
     assert {"attention", "prediction"} <= history(tmp_path / "out")[0].keys()
 
 

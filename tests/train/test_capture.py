@@ -1,4 +1,4 @@
-"""Capturing changes no output, and what it hands over are the model's own scores and hidden states."""
+"""Tests that capturing changes no output and returns the model's own scores and hidden states."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
 
 
 def probabilities(layer: LayerAttention) -> Tensor:
-    """The attention matrix (B, H, L, S) that a captured layer stands for, by the definition."""
+    """Computes the attention matrix (B, H, L, S) of a captured layer by the definition."""
     heads, length, keys = layer.query.shape[1], layer.query.shape[2], layer.key.shape[2]
     key = layer.key.repeat_interleave(heads // layer.key.shape[1], dim=1)
     scores = layer.scale * layer.query @ key.mT
@@ -60,7 +60,7 @@ def test_outputs_keep_their_bits_and_scores_are_the_models_own(family: str, padd
         eager = twin(model, "eager")(**batch, output_attentions=True, output_hidden_states=True)
     real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     for i, layer in states.attention.items():
-        found = probabilities(layer).transpose(1, 2)[real]  # rows of padding see nothing, or everything: not compared
+        found = probabilities(layer).transpose(1, 2)[real]  # rows of padding may attend to nothing or everything
         assert error(found, eager.attentions[i - 1].transpose(1, 2)[real]) < 1e-5
     for i, state in states.hidden.items():
         assert error(state[real], eager.hidden_states[i][real]) < 1e-5
@@ -122,7 +122,7 @@ def test_packed_sequences_keep_their_borders() -> None:
     model, batch = _tiny.model("llama"), _tiny.batch(rows=1, length=6, padded=None)
     batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with torch.no_grad():
-        expected = model(**batch, use_cache=False)[0]  # with a cache the library takes it for one sequence
+        expected = model(**batch, use_cache=False)[0]  # with a cache, transformers reads it as one sequence
     with capturable(model), torch.no_grad():
         states = capture(model, batch, hidden=[3], attention=[1])
     assert torch.equal(states.hidden[3], expected)
@@ -142,12 +142,12 @@ def test_a_mask_that_says_more_than_padding_is_kept_whole() -> None:
     with capturable(model):
         assert create_causal_mask(model.config, **inputs).shape == (3, 1, 1, 11)
         mask = create_causal_mask(model.config, **inputs, **every_second)
-    assert torch.equal(mask, create_causal_mask(model.config, **inputs, **every_second))  # that of "sdpa"
+    assert torch.equal(mask, create_causal_mask(model.config, **inputs, **every_second))  # the mask of "sdpa"
     assert mask.shape == (3, 1, 11, 11)
 
 
 class LargestTensor(TorchDispatchMode):
-    """The most elements any operation gave back."""
+    """Records the largest number of elements that any operation returned."""
 
     numel = 0
 
@@ -165,11 +165,11 @@ def test_no_length_by_length_tensor_for_padded_rows() -> None:
     batch = _tiny.batch(rows=2, length=length)
     with LargestTensor() as plain:
         model.train()(**batch)[0].sum().backward()
-    assert plain.numel >= 2 * length**2  # the library's own mask, so the measure can see one
+    assert plain.numel >= 2 * length**2  # transformers' own mask, so the measure can see one
     with capturable(model), LargestTensor() as lean:
         states = capture(model, batch, hidden=[0, 3], attention=[1, 3])
         (states.hidden[3].sum() + states.attention[3].query.sum()).backward()
-    assert lean.numel <= 2 * length * 60  # (B, L, intermediate) is the largest thing there is
+    assert lean.numel <= 2 * length * 60  # (B, L, intermediate) is the largest tensor
 
 
 def test_captured_tensors_carry_gradients_to_the_weights() -> None:
@@ -186,7 +186,7 @@ def test_captured_tensors_carry_gradients_to_the_weights() -> None:
     assert error(weight.grad, expected) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])  # llama: padding and causality become one mask on the way
+@pytest.mark.parametrize("family", ["bert", "llama"])  # llama merges padding and causality into one mask
 def test_recomputation_adds_nothing_and_gives_the_same_gradients(family: str) -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of TinyBERT's authors, written here, against the BERT whose weights they hold."""
+"""Tests checkpoints in the layout of TinyBERT's authors against the BERT whose weights they hold."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def bert(seed: int = 1, **options: Any) -> BertForSequenceClassification:
 
 
 def projections(count: int = 0) -> dict[str, Tensor]:
-    """`fit_dense`, or so many `fit_denses`, to a teacher 24 wide."""
+    """Returns `fit_dense`, or `count` of `fit_denses`, to a teacher 24 wide."""
     names = [f"fit_denses.{i}" for i in range(count)] or ["fit_dense"]
     return {name: x for prefix in names for name, x in linear(prefix, 24).items()}
 
@@ -66,7 +66,7 @@ def body(source: nn.Module) -> dict[str, Tensor]:
 
 
 def write(folder: Path, weights: Any, legacy: bool = True, **config: Any) -> Path:
-    """`legacy`: in the file format of torch before 1.6, of the time when TinyBERT was published."""
+    """Writes a checkpoint. `legacy` selects the file format of torch before 1.6, when TinyBERT was published."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SIZES, **EXTRA, **config}))
     torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
@@ -90,7 +90,7 @@ def test_a_general_student_of_every_kind(tmp_path: Path, legacy: bool, caplog: p
     source = BertForMaskedLM(BertConfig(**SIZES)).eval()
     pooler = linear("bert.pooler.dense", 16)
     heads = {name: x for name, x in source.state_dict().items() if name.startswith("cls.")}
-    del heads["cls.predictions.decoder.bias"]  # which the published code does not have
+    del heads["cls.predictions.decoder.bias"]  # the published code has none
     heads |= linear("cls.seq_relationship", 2)
     positions = {"bert.embeddings.position_ids": torch.arange(64)[None]}
     folder = write(tmp_path / "tiny", {**body(source), **pooler, **heads, **positions, **projections()}, legacy)
@@ -114,6 +114,9 @@ def test_a_general_student_of_every_kind(tmp_path: Path, legacy: bool, caplog: p
     span = load_published(folder, "AutoModelForQuestionAnswering")
     assert torch.equal(span.bert.encoder.layer[1].output.dense.weight, source.bert.encoder.layer[1].output.dense.weight)
     assert "has no qa_outputs; the model's is random" in caplog.text
+    caplog.clear()
+    assert build_student(folder, classifier(num_labels=3)).classifier.out_features == 3  # a head that will be trained
+    assert not caplog.text
 
     plain.save_pretrained(tmp_path / "out")
     assert_equal(AutoModel.from_pretrained(tmp_path / "out"), plain)
@@ -145,7 +148,7 @@ def test_a_published_classifier_computes_what_the_published_code_does(tmp_path: 
     truth = pooled.relu() @ weights["classifier.weight"].T + weights["classifier.bias"]
     assert error(found(**batch()).logits, truth) < 1e-6
     assert error(source(**batch()).logits, truth) > 0.1
-    # A BERT of other code, without projections, has no ReLU; nor has a student, which would lose it in its files.
+    # A BERT without projections comes from other code and has no ReLU. A student has none either: saving drops it.
     folder = write(tmp_path / "bert", weights)
     other = load_published(folder, "AutoModelForSequenceClassification")
     assert torch.equal(other(**batch()).logits, source(**batch()).logits)
@@ -242,7 +245,7 @@ def test_the_command_line_takes_such_folders(tmp_path: Path, capsys: pytest.Capt
     assert "holds 'per_layer' projections" in (line := capsys.readouterr().err)
     assert "Use --projection per_layer" in line
     assert (tmp_path / "out.partial" / "runs").is_dir()
-    assert command(*task, "--overwrite") == 0  # with those that the student brings
+    assert command(*task, "--overwrite") == 0  # with the student's own projections
     found = read_projections(tmp_path / "out" / "intermediate")
     assert error(found["projections.2.weight"], weights["fit_denses.2.weight"]) < 1e-6
     student = AutoModel.from_pretrained(tmp_path / "out")

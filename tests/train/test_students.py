@@ -12,6 +12,7 @@ from transformers import (  # noqa: E402
     AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
@@ -22,6 +23,7 @@ from transformers import (  # noqa: E402
     RobertaConfig,
     RobertaModel,
 )
+from transformers.utils import logging  # noqa: E402
 
 from fastdistill.train import students  # noqa: E402
 from fastdistill.train.students import (  # noqa: E402
@@ -62,6 +64,16 @@ def distance(student, teacher, projection, places, batch):
     return float((wrong / sum(b.square().sum() for _, b in pairs)).sqrt())
 
 
+@pytest.fixture
+def propagated():
+    """Lets caplog see the messages of transformers, without its progress bars."""
+    logging.enable_propagation()
+    logging.disable_progress_bar()
+    yield
+    logging.disable_propagation()
+    logging.enable_progress_bar()
+
+
 class TestSpecs:
     def test_presets_have_the_published_sizes(self):
         teacher = BertModel(BertConfig(num_hidden_layers=1))
@@ -92,7 +104,7 @@ class TestSpecs:
     @pytest.mark.parametrize("family", ["qwen2", "modernbert", "mistral", "llama", "gemma3_text"])
     @pytest.mark.parametrize("layers", [2, 6])
     def test_layer_types_follow_the_depth(self, tmp_path, family, layers):
-        """A config that names each layer's kind is its family's own at the student's depth, and can be saved."""
+        """Layer types and head_dim equal those of the family's own config at the student's size."""
         kind = type(AutoConfig.for_model(family))
         options = {**SMALL, "num_key_value_heads": 2, "pad_token_id": 0, "num_hidden_layers": 4}
         teacher = AutoModel.from_config(kind(**options))
@@ -143,6 +155,29 @@ class TestSpecs:
         assert student.config.id2label == LABELS["id2label"]
         assert student.classifier.out_features == 3
 
+    def test_a_new_head_is_quiet_and_lost_weights_are_not(self, tmp_path, propagated, capsys, caplog):
+        BertForMaskedLM(BertConfig(**SMALL)).save_pretrained(tmp_path / "masked")
+        BertForSequenceClassification(BertConfig(**SMALL, num_labels=2)).save_pretrained(tmp_path / "classes")
+        teacher = BertForSequenceClassification(BertConfig(**SMALL, **LABELS))
+        for name in ("masked", "classes"):  # a head of another kind, and one for other labels
+            build_student(tmp_path / name, teacher)
+        assert not caplog.text
+        assert not any(capsys.readouterr())
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked")
+        assert "newly initialized" in caplog.text  # transformers reports it by itself
+
+        caplog.clear()
+        (tmp_path / "classes" / "config.json").write_text(
+            json.dumps({**BertConfig(**{**SMALL, "num_hidden_layers": 3}).to_dict(), "model_type": "bert"})
+        )
+        build_student(tmp_path / "classes", teacher)
+        assert "does not use: bert.encoder.layer.3.attention" in caplog.text
+        (tmp_path / "masked" / "config.json").write_text(
+            json.dumps(BertConfig(**{**SMALL, "num_hidden_layers": 5}).to_dict())
+        )
+        with pytest.raises(ValueError, match=r"there is no .*encoder\.layer\.4\.attention.* and 13 more"):
+            build_student(tmp_path / "masked", teacher)
+
     def test_an_exported_student_loads_with_auto_classes(self, tmp_path):
         teacher = BertForSequenceClassification(BertConfig(**SMALL, **LABELS))
         student = build_student(spec(tmp_path, hidden_size=16, num_hidden_layers=2), teacher)
@@ -172,11 +207,11 @@ class TestSpecs:
 
 
 def widened(narrow):
-    """A BERT twice as wide that computes what `narrow` does, each hidden dimension standing there twice."""
+    """Returns a BERT twice as wide that computes what `narrow` does, with each hidden dimension doubled."""
     config = BertConfig(**{**narrow.config.to_dict(), "hidden_size": 32, "intermediate_size": 64})
     wide = BertModel(config, add_pooling_layer=False).eval()
 
-    def columns(weight):  # inputs stand there twice
+    def columns(weight):  # for doubled inputs
         return torch.cat([weight, weight], dim=1) / 2
 
     heads, d = 2, 8
@@ -191,7 +226,7 @@ def widened(narrow):
                 # Scores are divided by sqrt(2 d) instead of sqrt(d).
                 rows = rows if "value" in name else rows * 2**0.25
                 parameter.copy_(torch.cat([rows, torch.zeros_like(rows)], dim=1).flatten(0, 1))
-            elif "intermediate" in name:  # neurons that never do anything added
+            elif "intermediate" in name:  # adds neurons that never fire
                 rows = theirs if theirs.dim() == 1 else columns(theirs)
                 parameter.copy_(torch.cat([torch.zeros_like(rows), rows]))
             elif "attention.output.dense" in name:
@@ -215,18 +250,18 @@ class TestFold:
         return model
 
     def test_a_teacher_that_fits_is_recovered(self, monkeypatch):
-        # The widened teacher's states have the rank a student of the narrow shape can hold.
+        # The states of the widened teacher have a rank that the narrow student can represent.
         narrow = self.narrow()
         teacher, batch = widened(narrow), {"input_ids": tokens(8, 12, seed=1)}
         assert distance(narrow, teacher, torch.eye(16).repeat(2, 1), range(5), batch) < 1e-5
         monkeypatch.setattr(students, "RIDGE", 1e-9)
         student = self.narrow(seed=1)
         projection = init_from_teacher(student, teacher, calibration={"input_ids": tokens(64, 24)})
-        # Linear in what the student has, so exact: embeddings, and the first layer's scores.
+        # The embeddings and the first layer's scores are linear in the student's input, so the fit is exact.
         assert distance(student, teacher, projection, [0], batch) < 1e-3
         ours, theirs = (self.scores(model, batch["input_ids"]) for model in (student, teacher))
         assert float((ours - theirs).norm() / theirs.norm()) < 1e-3
-        # LayerNorm is not linear: near.
+        # LayerNorm is not linear, so the fit is only near.
         assert distance(student, teacher, projection, range(5), batch) < 0.25
 
     def scores(self, model, ids):
@@ -304,7 +339,9 @@ class TestFold:
         tables = dict(whole.embeddings.named_parameters())
         for name, table in short.embeddings.named_parameters():
             assert torch.equal(table, tables[name][: len(table)]), name
-        init_from_teacher(short, teacher, calibration={"input_ids": tokens(16, 38)})  # cut to what it takes
+        init_from_teacher(
+            short, teacher, calibration={"input_ids": tokens(16, 38)}
+        )  # is cut to the student's positions
 
     def test_unmapped_layers_start_between_their_neighbours(self):
         assert students.fill_gaps((0, None, None, 6)) == [0, 2, 4, 6]
@@ -314,7 +351,7 @@ class TestFold:
 
     def test_the_teacher_is_left_as_it_was(self):
         teacher = BertModel(BertConfig(**SMALL)).train()
-        teacher(input_ids=tokens(), output_hidden_states=True)  # transformers itself leaves hooks behind
+        teacher(input_ids=tokens(), output_hidden_states=True)  # leaves hooks of transformers itself
         hooks = [len(module._forward_hooks) for module in teacher.modules()]
         before = {name: p.clone() for name, p in teacher.state_dict().items()}
         student = BertModel(BertConfig(**{**SMALL, "hidden_size": 16, "num_hidden_layers": 2}))
