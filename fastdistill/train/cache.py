@@ -218,7 +218,14 @@ class TeacherColumns:
         _, states, _ = next(predict(teacher, dataset, tokenizer, [[0]], **self.options))
         shape = () if states.logits is None else tuple(states.logits.shape)
         if top_k is not None:
-            self.classes = self.check_top_k(shape, tokens)
+            if len(shape) != 3:
+                raise ValueError(
+                    f"top_k is {top_k}, but {type(teacher).__name__} returns "
+                    f"{f'logits {shape}' if shape else 'no logits'}; it should be a language model, whose are (B, L, V)"
+                )
+            self.classes = min(shape[2], tokens)
+            if not 1 <= top_k <= self.classes:
+                raise ValueError(f"top_k is {top_k}; it should be 1 to {self.classes}, the teacher's classes")
             self.sizes["topk_logprobs"] = top_k, "float16"
             self.sizes["topk_indices"] = top_k, index_dtype(self.classes)
         elif len(shape) == 2:
@@ -232,18 +239,6 @@ class TeacherColumns:
                 f"top_k is None and hidden is empty, and {type(teacher).__name__} is no sequence classifier; give "
                 "top_k for a language model, hidden, or both"
             )
-
-    def check_top_k(self, shape: tuple[int, ...], tokens: int) -> int:
-        """Returns how many classes there are to choose from. Raises ValueError if `top_k` does not fit the logits."""
-        if len(shape) != 3:
-            raise ValueError(
-                f"top_k is {self.top_k}, but {type(self.teacher).__name__} returns "
-                f"{f'logits {shape}' if shape else 'no logits'}; it should be a language model, whose are (B, L, V)"
-            )
-        classes = min(shape[2], tokens)
-        if self.top_k is None or not 1 <= self.top_k <= classes:
-            raise ValueError(f"top_k is {self.top_k}; it should be 1 to {classes}, the teacher's classes")
-        return classes
 
     def features(self) -> dict[str, Any]:
         """Returns the `datasets` feature of each column."""

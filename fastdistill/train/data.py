@@ -170,11 +170,10 @@ def pad_inputs(rows: dict[str, Any], tokenizer: Any, side: str) -> tuple[dict[st
     """
     if "attention_mask" not in rows:
         rows = {**rows, "attention_mask": [torch.ones_like(ids) for ids in rows["input_ids"]]}
-    values = {"input_ids": tokenizer.pad_token_id or 0}
-    batch = {
-        name: pad_sequence(list(x), batch_first=True, padding_value=values.get(name, 0), padding_side=side)
-        for name, x in rows.items()
-    }
+    batch = {}
+    for name, x in rows.items():
+        value = (tokenizer.pad_token_id or 0) if name == "input_ids" else 0
+        batch[name] = pad_sequence(list(x), batch_first=True, padding_value=value, padding_side=side)  # (B, L)
     mask = batch["attention_mask"].bool()
     return without_full_mask(batch), mask
 

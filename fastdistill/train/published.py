@@ -33,7 +33,7 @@ SPARE = ("cls.", "classifier.", "qa_outputs.", "bert.pooler.", "bert.embeddings.
 
 def is_published(folder: str | Path) -> bool:
     """Returns whether the config.json in `folder` lacks `model_type`, so that transformers cannot read the folder."""
-    return (Path(folder) / CONFIG).is_file() and "model_type" not in _read_config(folder)
+    return (Path(folder) / CONFIG).is_file() and "model_type" not in read_json(Path(folder) / CONFIG)
 
 
 def load_published(
@@ -72,7 +72,7 @@ def load_published(
 def _bert_config(
     folder: str | Path, weights: dict[str, Tensor], auto_class: str, options: dict[str, Any]
 ) -> BertConfig:
-    values = _read_config(folder)
+    values = read_json(Path(folder) / CONFIG)
     missing = [name for name in SIZES if not isinstance(values.get(name), int)]
     if missing:
         raise ValueError(
@@ -101,7 +101,7 @@ def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenize
     path = Path(folder) / VOCABULARY
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is a published TinyBERT's tokenizer")
-    options = {"model_max_length": _read_config(folder).get("max_position_embeddings", 512), **options}
+    options = {"model_max_length": read_json(Path(folder) / CONFIG).get("max_position_embeddings", 512), **options}
     return BertTokenizer.from_pretrained(str(folder), **options)
 
 
@@ -154,10 +154,10 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | N
             parameters[name].copy_(x)
 
 
-def _read_config(folder: str | Path) -> dict[str, Any]:
-    path = Path(folder) / CONFIG
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a config file. Raises ValueError naming it if it does not hold a JSON object."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(values, dict):

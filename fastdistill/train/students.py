@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import logging
 import statistics
 import time
@@ -27,7 +26,7 @@ from transformers.models.auto import modeling_auto
 from fastdistill.train.capture import forward_arguments
 from fastdistill.train.checks import check_vocabularies
 from fastdistill.train.objective import Objective, resolve_layer_map
-from fastdistill.train.published import is_published, load_published
+from fastdistill.train.published import is_published, load_published, read_json
 
 __all__ = [
     "PRESETS",
@@ -198,16 +197,6 @@ def read_config(spec: str | Path, teacher: PreTrainedModel, labels: Mapping[str,
         raise ValueError(f"{spec}: num_hidden_layers is {config.num_hidden_layers}; it should be 1 or more")
     config.dtype = torch.float32
     return config
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON config ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return values
 
 
 def derived_settings(config: Any, changed: Collection[str]) -> set[str]:

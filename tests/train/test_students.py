@@ -197,7 +197,7 @@ class TestSpecs:
         with pytest.raises(FileNotFoundError, match=r"no config\.json"):
             build_student(tmp_path, teacher)
         (tmp_path / "broken.json").write_text("{")
-        with pytest.raises(ValueError, match=r"broken\.json: not a JSON config"):
+        with pytest.raises(ValueError, match=r"broken\.json: not JSON"):
             build_student(tmp_path / "broken.json", teacher)
         BertModel(BertConfig(**{**SMALL, "vocab_size": 99})).save_pretrained(tmp_path / "other")
         with pytest.raises(ValueError, match="vocabulary has 99 tokens"):
