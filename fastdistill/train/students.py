@@ -11,7 +11,7 @@ import inspect
 import logging
 import statistics
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -132,23 +132,26 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
         model, loaded = kind.from_pretrained(
             str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    encoder = {child for child, _ in model.base_model.named_children()} - {"pooler"}
-    prefix = f"{model.base_model_prefix}."
-
-    def of_encoder(keys: Collection[str]) -> str:
-        found = sorted(key for key in keys if key.removeprefix(prefix).split(".")[0] in encoder)
-        return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
-
-    missing = set(loaded["missing_keys"])
-    if names := of_encoder(missing):
-        raise ValueError(f"{name}: its weights are no {type(model).__name__}'s; there is no {names}")
-    if names := of_encoder(loaded["unexpected_keys"]):
-        logger.warning("%s holds weights that a %s of its config does not use: %s", name, type(model).__name__, names)
+    prefix, kind_name, missing = f"{model.base_model_prefix}.", type(model).__name__, set(loaded["missing_keys"])
+    is_headless = model.base_model is model
+    if names := first_names(key for key in missing if is_headless or key.startswith(prefix)):
+        raise ValueError(f"{name}: its weights are no {kind_name}'s; there is no {names}")
+    parts = {part for part, _ in model.base_model.named_children()}
+    if names := first_names(
+        key for key in loaded["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in parts
+    ):
+        logger.warning("%s holds weights that a %s of its config does not use: %s", name, kind_name, names)
     for key, found, expected in sorted(loaded["mismatched_keys"]):
         if "num_labels" not in options or key.startswith(prefix):
             raise ValueError(f"{name}: {key} is {tuple(found)}, and by its config {tuple(expected)}")
         missing.add(key)
     return model, missing
+
+
+def first_names(weights: Iterable[str]) -> str:
+    """Lists up to three weights, without poolers and the buffers that older checkpoints hold."""
+    names = sorted(name for name in weights if not any(part in name for part in ("pooler", "position_ids", "inv_freq")))
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 @contextmanager
@@ -271,8 +274,8 @@ def init_from_teacher(
     attention losses are half those of a random student after 200 steps of general distillation.
 
     Args:
-        layer_map: as in `fastdistill.train.objective.resolve_layer_map`. A layer mapped to None starts from the teacher
-            layer halfway between its neighbours'.
+        layer_map: as in `fastdistill.train.objective.resolve_layer_map`. A layer mapped to None starts from a teacher
+            layer evenly spaced between those of its neighbours.
         calibration: a batch `input_ids` (N, L), with `attention_mask` and whatever else the tokenizer returns: ten
             thousand tokens or more of the text to distil on. None: random tokens, which serve half as well.
 
@@ -378,7 +381,7 @@ def check_foldable(student: Any, teacher: Any) -> None:
 
 
 def fill_gaps(places: Sequence[int | None]) -> list[int]:
-    """Returns a layer map in which each None became the layer halfway between its mapped neighbours."""
+    """Returns a layer map in which layers evenly spaced between the mapped neighbours replace None."""
     known = [i for i, place in enumerate(places) if place is not None]
     if not known:
         raise ValueError("layer_map maps no layer; init='teacher' needs one")
