@@ -25,8 +25,8 @@ from torch import Tensor
 from fastdistill.train.cache import file_identity, read_cache, read_manifest, write_cache
 from fastdistill.train.capture import capture
 from fastdistill.train.data import PaddingCollator, pack_corpus
+from fastdistill.train.model import DistillationModel, has_linear_head
 from fastdistill.train.objective import Objective
-from fastdistill.train.trainer import DistillationModel, has_linear_head
 
 CHECKED = 16  # rows whose rounding is looked at
 

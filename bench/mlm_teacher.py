@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertForMaskedLM, DataCollatorForLanguageModeling, Trainer
 
 from fastdistill.train.data import pack_corpus
+from fastdistill.train.options import Schedule
 from fastdistill.train.outputs import whole_output
-from fastdistill.train.stages import training_arguments
+from fastdistill.train.resumable import training_arguments
 
 LENGTH, BATCH = 64, 32
 HEAD_RATE, ENCODER_RATE = 1e-3, 2e-4
@@ -71,12 +72,10 @@ def main() -> None:
     ]
     with whole_output(arguments.out, overwrite=arguments.overwrite) as work:
         options = {"max_steps": arguments.steps, "bf16": True, "save_strategy": "no", "report_to": "none"}
-        schedule = {"warmup": 0.1, "scheduler": "linear", "weight_decay": 0.01}
+        schedule = Schedule(epochs=1, batch_size=BATCH, learning_rate=HEAD_RATE, warmup=0.1, seed=0, arguments=options)
         trainer = MaskedTrainer(
             model,
-            training_arguments(
-                work, epochs=1, batch_size=BATCH, learning_rate=HEAD_RATE, seed=0, arguments=options, **schedule
-            ),
+            training_arguments(work, schedule),
             data_collator=DataCollatorForLanguageModeling(tokenizer),
             train_dataset=blocks["train"],
             eval_dataset=blocks["test"],

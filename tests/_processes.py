@@ -26,12 +26,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from fastdistill.cli import main
 from fastdistill.train.data import add_teacher_logits
 from fastdistill.train.finetune import finetune
-from fastdistill.train.objective import INNER_TERMS, Objective
+from fastdistill.train.objective import Objective, resolve_terms
 from fastdistill.train.processes import main_first, on_main
 from fastdistill.train.resumable import Terminated
 from fastdistill.train.stages import GeneralStage, IntermediateStage, PredictionStage
 from fastdistill.train.trainer import DistillationTrainer
 
+INNER_TERMS = resolve_terms("tinybert")
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 

@@ -1,6 +1,6 @@
-"""Options of the objective and of a schedule, each spelled once: the stages and the command line inherit them.
+"""The options of the objective and of a schedule. The stages and the command line inherit them.
 
-Only the standard library is imported here, so that the command line can describe itself without loading PyTorch.
+This module imports the standard library only, so that the command line can print its help without loading PyTorch.
 """
 
 from __future__ import annotations
@@ -11,25 +11,27 @@ from typing import Any, Literal
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the sentence that `--help` prints."""
+    """Returns a dataclass field with a default and the sentence that `--help` prints."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
-    """What a student learns from its teacher; `fastdistill.train.objective.Objective` takes these as keywords.
+    """What a student learns from its teacher. `fastdistill.train.objective.Objective` takes these as keywords.
 
     Attributes:
         method: what the inner terms compare: "tinybert", "minilm" or "minilmv2".
-        terms: which losses to compute: inner terms of the method (None: all of them) and "prediction".
-        layer_map: of "tinybert" (None: "uniform"); see `fastdistill.train.objective.resolve_layer_map`.
+        terms: the losses to compute: inner terms of the method (None: all of them) and "prediction".
+        layer_map: for "tinybert" (None: "uniform"); see `fastdistill.train.objective.resolve_layer_map`. Attention
+            layer i learns from the same teacher layer as hidden state i.
         projection: "shared", one Linear with bias for all hidden states as published, or "per_layer".
         parity: "masked": padding never counts. "official": as TinyBERT's published code computes it, padding counted
-            in the denominators of the inner terms, the prediction's mean taken over rows and classes.
-        temperature: of the prediction term; there is no factor temperature^2.
-        teacher_layer: of "minilm" and "minilmv2": the teacher's layer, from 1, that the student's last layer learns
+            in the denominators of the inner terms, the prediction's mean taken over rows and classes. Nothing is
+            published for spans and tags: their prediction term is the same in both.
+        temperature: for the prediction term; there is no factor temperature^2.
+        teacher_layer: for "minilm" and "minilmv2": the teacher's layer, from 1, that the student's last layer learns
             from; None: the last.
-        relation_heads: of "minilmv2"; None: `fastdistill.train.minilm.RELATION_HEADS`.
+        relation_heads: for "minilmv2"; None: `fastdistill.train.terms.RELATION_HEADS`.
         tail: "renormalize" or "bucket": how the prediction term takes an offline teacher's k classes, see
             `fastdistill.topk_soft_cross_entropy`.
     """
@@ -38,16 +40,16 @@ class ObjectiveOptions:
     terms: Sequence[str] | None = option(None, "losses to compute (default: all inner losses of the method)")
     layer_map: str | Sequence[int | None] | None = option(
         None,
-        "of tinybert: uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the "
+        "for tinybert: uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the "
         "embedding output on: 0,3,6,9,12 (- for none; default: uniform)",
     )
     projection: Literal["shared", "per_layer"] = option("shared", "one projection of hidden states, or one a layer")
     parity: Literal["masked", "official"] = option(
         "masked", "masked: padding never counts; official: as the published code computes it"
     )
-    temperature: float = option(1.0, "of the prediction loss")
-    teacher_layer: int | None = option(None, "of minilm and minilmv2, from 1 (default: the last layer)")
-    relation_heads: int | None = option(None, "of minilmv2 (default: 48)")
+    temperature: float = option(1.0, "temperature of the prediction loss")
+    teacher_layer: int | None = option(None, "for minilm and minilmv2, from 1 (default: the last layer)")
+    relation_heads: int | None = option(None, "for minilmv2 (default: 48)")
     tail: Literal["renormalize", "bucket"] = option(
         "renormalize", "the classes that a cached teacher does not list: left out, or one class together"
     )
@@ -58,12 +60,12 @@ class Schedule:
     """How long and how fast a stage trains.
 
     Attributes:
-        epochs, learning_rate: the schedule.
+        epochs, learning_rate: number of passes and peak rate.
         batch_size: rows of each process and step.
         warmup: share of the steps.
         scheduler: a name that transformers.TrainingArguments takes as `lr_scheduler_type`.
         weight_decay: not applied to biases and norms.
-        seed: of shuffling, dropout and new projections.
+        seed: for shuffling, dropout and new projections.
         arguments: anything else that transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"},
             ...); it wins over the attributes here.
     """
@@ -74,5 +76,5 @@ class Schedule:
     warmup: float = option(0.0, "share of the steps")
     scheduler: str = option("linear", "lr_scheduler_type of transformers")
     weight_decay: float = option(0.01, "not applied to biases and norms")
-    seed: int = option(42, "of shuffling, dropout and new weights")
+    seed: int = option(42, "seed of shuffling, dropout and new weights")
     arguments: Mapping[str, Any] = field(default_factory=dict)

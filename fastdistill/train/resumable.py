@@ -1,5 +1,5 @@
 """A Trainer that may be stopped at any moment: by SIGTERM, which schedulers send before they take a machine away, or
-harder. A resumed run sees the rows that the whole run would have seen.
+by a kill. A resumed run sees the rows that the whole run would have seen.
 """
 
 from __future__ import annotations
@@ -9,31 +9,41 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from fastdistill.train.data import OwnRows
-from fastdistill.train.outputs import WHOLE, last_checkpoint, whole_checkpoints
-from fastdistill.train.processes import check_gpus
+from fastdistill.train.options import Schedule
+from fastdistill.train.outputs import (
+    WHOLE,
+    drop_checkpoints,
+    last_checkpoint,
+    replace,
+    whole_checkpoints,
+    working_folder,
+)
+from fastdistill.train.processes import check_gpus, on_main, processes
 
-__all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm"]
+__all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm", "load_student", "training_arguments"]
 
 logger = logging.get_logger(__name__)
 
 
 class EpochSampler(Sampler[int]):
-    """The order of another sampler, drawn anew from the seed and the epoch's number alone.
+    """Draws the order of another sampler from the seed and the epoch's number alone.
 
-    Samplers that draw from the global generator start a resumed epoch in another order than it began with. `epoch`
-    is asked at each start: accelerate's `set_epoch` gets lost where batches are skipped and dealt out as well.
+    A sampler that draws from the global generator would give a resumed epoch another order than it began with. `epoch`
+    is called at each start, because accelerate's `set_epoch` gets lost where batches are skipped or dealt out.
     """
 
     def __init__(self, sampler: Sampler[int], seed: int, epoch: Callable[[], int]) -> None:
@@ -52,10 +62,10 @@ class EpochSampler(Sampler[int]):
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that may be stopped at any moment, by SIGTERM or harder.
+    """A Trainer that may be stopped at any moment. A resumed run sees the rows that the whole run would have seen.
 
-    A resumed run sees the rows that the whole run would have seen. A checkpoint is marked once all files of all
-    processes are there, and only then older ones go. ValueError for several GPUs in one process.
+    A checkpoint is marked once all files of all processes are there, and only then are older ones deleted. Several
+    GPUs in one process are a ValueError.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -64,7 +74,7 @@ class ResumableTrainer(Trainer):
             check_gpus()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's. On SIGTERM the step is finished, a checkpoint written, and `Terminated` raised."""
+        """Trains as Trainer does. On SIGTERM it finishes the step, writes a checkpoint and raises `Terminated`."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -72,9 +82,23 @@ class ResumableTrainer(Trainer):
         with checkpoint_on_sigterm(self):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def train_whole(self, student: PreTrainedModel, output: Path, checkpoint: str | None) -> PreTrainedModel:
+        """Trains `student`, moves the working folder to `output`, and returns the student, in one piece under FSDP."""
+        kind, dtype = type(student), student.dtype  # FSDP changes the class
+        self.train(resume_from_checkpoint=checkpoint)
+        self.save_model()
+        self.save_state()
+        self.accelerator.wait_for_everyone()
+        on_main(lambda: replace(working_folder(output), output))
+        on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
+        if self.is_fsdp_enabled:
+            student = read_student(kind, output, dtype).to(self.args.device)
+        return student.eval()
+
     def get_train_dataloader(self) -> DataLoader[Any]:
-        if not isinstance(self.train_dataset, OwnRows):  # which Trainer would deal out once more
+        if not isinstance(self.train_dataset, OwnRows):
             return super().get_train_dataloader()
+        # Trainer's own would deal the rows out to the processes a second time.
         loader = DataLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
@@ -87,7 +111,7 @@ class ResumableTrainer(Trainer):
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Trainer's, but nothing after the last step: resumed from there, in the middle of an epoch, it would go on."""
+        """Returns no batches after the last step: Trainer, resumed there in the middle of an epoch, would go on."""
         if self.state.global_step >= self.state.max_steps:
             return [], None
         return super().get_batch_samples(*args, **kwargs)
@@ -96,7 +120,7 @@ class ResumableTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if sampler is None:
             return None
-        if hasattr(sampler, "lengths"):  # a lazy column, of which each look-up reads Arrow
+        if hasattr(sampler, "lengths"):  # a lazy column: each look-up would decode a row of Arrow
             sampler.lengths = np.asarray(sampler.lengths[:]).tolist()
         return EpochSampler(sampler, self.args.data_seed or self.args.seed, lambda: int(self.state.epoch or 0))
 
@@ -121,14 +145,14 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, which writes no model where FSDP keeps its state in shards."""
+        """Writes the model also where FSDP keeps its state in shards, as Trainer does not."""
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
 
 class Terminated(SystemExit):
-    """Training stopped on SIGTERM, after a checkpoint. Uncaught, it ends the process with exit code 143 (128 + 15)."""
+    """Says that SIGTERM stopped the training after a checkpoint. Uncaught, it exits with code 143 (128 + 15)."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -137,11 +161,12 @@ class Terminated(SystemExit):
 
 @contextmanager
 def checkpoint_on_sigterm(trainer: Trainer) -> Iterator[None]:
-    """In this block SIGTERM makes `trainer` finish its step, write a checkpoint and raise `Terminated`.
+    """Makes SIGTERM in this block finish the step of `trainer`, write a checkpoint and raise `Terminated`.
 
-    Where several processes train together, all stop after the same step, whichever of them got the signal. Handlers
-    belong to the main thread: in another one nothing changes. transformers' own `enable_jit_checkpoint` waits for 3
-    seconds, may save in the middle of a step, lets each process decide alone, and then ends as if training were done.
+    Processes that train together all stop after the same step, whichever of them got the signal. Signal handlers
+    belong to the main thread, so the block does nothing in other threads. transformers' own `enable_jit_checkpoint`
+    waits for 3 seconds, may save in the middle of a step, lets each process decide alone, and then ends as if training
+    were done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -162,7 +187,7 @@ class _Checkpoint(TrainerCallback):
     def __init__(self, processes: int) -> None:
         self.received = False
         self.stops = False
-        # The processes ask each other after every step from host to host: no device is waited for.
+        # gloo exchanges the flag between hosts after every step, without a host sync.
         self.group = distributed.new_group(backend="gloo") if processes > 1 else None
 
     def receive(self, *signal_and_frame: Any) -> None:
@@ -182,3 +207,45 @@ class _Checkpoint(TrainerCallback):
             if state.is_world_process_zero:
                 logger.warning("%s; run again with resume=True (--resume) to go on from there", message)
             raise Terminated(message)
+
+
+# -- arguments, and students read back ---------------------------------------------------------------------
+
+
+def training_arguments(work: Path, schedule: Schedule) -> TrainingArguments:
+    """Returns the Trainer's arguments for a schedule; `schedule.arguments` holds any others and wins."""
+    options: dict[str, Any] = {
+        "output_dir": str(work),
+        "num_train_epochs": schedule.epochs,
+        "per_device_train_batch_size": schedule.batch_size,
+        "per_device_eval_batch_size": max(schedule.batch_size, 64),
+        "learning_rate": schedule.learning_rate,
+        "warmup_steps": schedule.warmup,  # below 1: a share of all steps
+        "lr_scheduler_type": schedule.scheduler,
+        "weight_decay": schedule.weight_decay,
+        "seed": schedule.seed,
+        "save_total_limit": 1,
+        "logging_steps": 50,
+        # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
+        "logging_nan_inf_filter": False,
+        # Without it Trainer refuses bf16 on a machine without an accelerator.
+        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
+    }
+    processes()  # before TrainingArguments, whose shorter timeout would end a process that waits for long tokenising
+    # Batches of similar length need little padding. transformers 5.0 names it `group_by_length`.
+    if "train_sampling_strategy" in {option.name for option in fields(TrainingArguments)}:
+        options["train_sampling_strategy"] = "group_by_length"
+    else:
+        options["group_by_length"] = True
+    return TrainingArguments(**{**options, **schedule.arguments})
+
+
+def load_student(student: PreTrainedModel, folder: str | Path) -> None:
+    """Reads a student's weights back in place, whatever transformers did to write them (ties, shards, renames)."""
+    student.load_state_dict(read_student(type(student), folder, student.dtype).state_dict())
+
+
+def read_student(kind: type[PreTrainedModel], folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a student that a stage wrote, with its weights in every process."""
+    disable_fsdp_ram_efficient_loading()
+    return kind.from_pretrained(str(folder), dtype=dtype)

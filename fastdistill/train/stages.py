@@ -13,7 +13,7 @@ Defaults are the published recipe's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,55 +24,30 @@ from transformers import PreTrainedModel, TrainingArguments
 from fastdistill.train.cache import check_cache, read_cache, teacher_config
 from fastdistill.train.data import OwnRows, add_length, pack_corpus, read_corpus
 from fastdistill.train.objective import Objective
-from fastdistill.train.outputs import claim, drop_checkpoints, last_checkpoint, replace, working_folder
+from fastdistill.train.options import ObjectiveOptions, Schedule
+from fastdistill.train.outputs import claim, drop_checkpoints, last_checkpoint, working_folder
 from fastdistill.train.processes import main_first, on_main, processes
-from fastdistill.train.trainer import DistillationTrainer, load_student, read_student
+from fastdistill.train.resumable import load_student, training_arguments
+from fastdistill.train.trainer import DistillationTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-__all__ = [
-    "CachedStage",
-    "GeneralStage",
-    "IntermediateStage",
-    "PredictionStage",
-]
+__all__ = ["CachedStage", "GeneralStage", "IntermediateStage", "PredictionStage"]
+
+SHUFFLED = 10_000  # blocks of a stream that the next one is drawn from
 
 
-@dataclass(kw_only=True)
-class _Stage(ABC):
-    """What the stages share.
+@dataclass(frozen=True, kw_only=True)
+class _Stage(ObjectiveOptions, Schedule, ABC):
+    """The run that the stages share; their options are those of `ObjectiveOptions` and `Schedule`.
 
     Attributes:
-        epochs, batch_size (per process), learning_rate, warmup (share of the steps), scheduler, weight_decay (not
-            on biases and norms): the schedule.
-        method, terms, layer_map, projection, parity, temperature, teacher_layer, relation_heads, tail: see
-            `fastdistill.train.objective.Objective`.
-        projections: a folder written by an earlier stage, whose projections this one continues from, as far as its
-            terms have any.
-        seed: of shuffling, dropout and new projections.
-        arguments: anything else transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"}, ...);
-            it wins over the attributes here.
+        projections: a folder written by an earlier stage. This stage continues from the projections there that its
+            terms have.
     """
 
-    epochs: float
-    batch_size: int
-    learning_rate: float
-    warmup: float = 0.0
-    scheduler: str = "linear"
-    weight_decay: float = 0.01
-    method: str = "tinybert"
-    terms: Sequence[str] | None
-    layer_map: str | Sequence[int | None] | None = None
-    projection: str = "shared"
-    parity: str = "masked"
-    temperature: float = 1.0
-    teacher_layer: int | None = None
-    relation_heads: int | None = None
-    tail: str = "renormalize"
     projections: str | Path | None = None
-    seed: int = 42
-    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def run(
         self,
@@ -87,98 +62,83 @@ class _Stage(ABC):
         resume: bool = False,
         overwrite: bool = False,
     ) -> PreTrainedModel:
-        """Train `student` in place and write it to `output_dir`, whole or not at all.
+        """Trains `student` in place and writes it to `output_dir`, whole or not at all.
 
-        FSDP leaves the given one in shards; the one that is returned is whole.
+        FSDP leaves the given student in shards; the returned one is whole.
 
         `output_dir` receives the student as a plain transformers model, the tokenizer, `objective.json`,
         `projections.safetensors` where there are any, and `trainer_state.json` with the losses over the steps.
-        Work goes on in `<output_dir>.partial` beside it, which an interrupted run leaves behind.
+        The run works in `<output_dir>.partial`, which stays behind when it is interrupted.
 
         Args:
             resume: continue an interrupted run; return the finished student where there is one.
-            overwrite: replace what is in `output_dir`, and drop an interrupted run.
+            overwrite: replace the contents of `output_dir`, and drop an interrupted run.
 
         Raises:
             FileExistsError: `output_dir` is not empty, or an interrupted run lies beside it, and neither `resume`
                 nor `overwrite` is set.
-            ValueError: what `Objective` and `DistillationTrainer.check` refuse; with `resume`, a run with other
-                settings of the objective.
+            ValueError: `Objective` or `DistillationTrainer.check` refuses the models or options; with `resume`, the
+                settings of the objective differ from the run's.
             Terminated: SIGTERM came; the last step's checkpoint is written, for `resume`.
         """
         output = Path(output_dir)
-        work = working_folder(output)
-        args = self._training_arguments(work)  # which sets the processes up
+        args = self._training_arguments(working_folder(output))  # sets the processes up
         torch.manual_seed(args.seed)  # new projections
-        objective = Objective(
-            student.config,
-            self._teacher_config(teacher),
-            method=self.method,
-            terms=self.terms,
-            layer_map=self.layer_map,
-            projection=self.projection,
-            parity=self.parity,
-            temperature=self.temperature,
-            teacher_layer=self.teacher_layer,
-            relation_heads=self.relation_heads,
-            tail=self.tail,
-        )
-        if on_main(lambda: resume and not overwrite and output.is_dir() and any(output.iterdir())):
-            on_main(lambda: objective.check_settings(output))
-            on_main(lambda: drop_checkpoints(output))
-            load_student(student, output)
-            return student.eval()
-        if self.projections is not None and len(objective.projections):
-            objective.load_projections(self.projections)
-        checkpoint = on_main(lambda: last_checkpoint(work)) if resume else None
-        if checkpoint is not None:
-            on_main(lambda: objective.check_settings(checkpoint))
-        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
-        dataset = main_first(lambda: self.prepare(tokenizer))
+        objective = self._objective(student, teacher)
+        if resume and not overwrite and _is_finished(output):
+            return _read_finished(student, objective, output)
+        checkpoint = self._start(objective, output, resume=resume, overwrite=overwrite)
         trainer = DistillationTrainer(
             student,
             teacher,
             objective,
             args,
             processing_class=tokenizer,
-            train_dataset=dataset,
+            train_dataset=main_first(lambda: self.prepare(tokenizer)),
             eval_dataset=eval_dataset,
             compute_metrics=compute_metrics,
             callbacks=list(callbacks),
         )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-        trainer.accelerator.wait_for_everyone()
-        on_main(lambda: replace(work, output))
-        on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
-        if trainer.is_fsdp_enabled:
-            student = read_student(type(student), output, student.dtype).to(args.device)
-        return student.eval()
+        return trainer.train_whole(student, output, checkpoint)
 
     @abstractmethod
     def prepare(self, tokenizer: Any) -> Dataset | OwnRows:
-        """The rows to train on, tokenised, with a `length` column."""
+        """Returns the rows to train on, tokenised, with a `length` column."""
+
+    def _objective(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
+        options = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
+        return Objective(student.config, self._teacher_config(teacher), **options)
 
     def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
-        """The teacher's transformers config; None where nothing is asked of a teacher."""
+        """Returns the teacher's transformers config; None where the stage needs no teacher."""
         return None if teacher is None else teacher.config
 
     def _training_arguments(self, work: Path) -> TrainingArguments:
-        return training_arguments(
-            work,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            scheduler=self.scheduler,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-            arguments=self.arguments,
-        )
+        return training_arguments(work, self)
+
+    def _start(self, objective: Objective, output: Path, *, resume: bool, overwrite: bool) -> str | None:
+        """Reads an earlier stage's projections, claims `output`, and returns the checkpoint to go on from."""
+        if self.projections is not None and len(objective.projections):
+            objective.load_projections(self.projections)
+        checkpoint = on_main(lambda: last_checkpoint(working_folder(output))) if resume else None
+        if checkpoint is not None:
+            on_main(lambda: objective.check_settings(checkpoint))
+        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
+        return checkpoint
 
 
-@dataclass(kw_only=True)
+def _is_finished(output: Path) -> bool:
+    return on_main(lambda: output.is_dir() and any(output.iterdir()))
+
+
+def _read_finished(student: PreTrainedModel, objective: Objective, output: Path) -> PreTrainedModel:
+    on_main(lambda: objective.check_settings(output))
+    on_main(lambda: drop_checkpoints(output))
+    load_student(student, output)
+    return student.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
 class GeneralStage(_Stage):
     """Stage 1: inner losses on a corpus of plain text. Defaults: 3 epochs, batches of 256, learning rate 5e-5, linear
     with warm-up over the first 10%.
@@ -186,9 +146,9 @@ class GeneralStage(_Stage):
     Attributes:
         corpus: text files, or a data set with a `text` column or with `input_ids` already.
         max_length: tokens in a block; sentences are packed into blocks.
-        streaming: read the corpus while it trains, without end, instead of tokenising it before the first step; needs
-            `arguments={"max_steps": N}`, of which `warmup` is a share, and takes no notice of `epochs`. Each process
-            reads lines of its own. Always so for an IterableDataset.
+        streaming: read the corpus while it trains, without end, instead of tokenising it before the first step. It
+            needs `arguments={"max_steps": N}`, ignores `epochs`, and takes `warmup` as a share of N. Each process
+            reads lines of its own. An IterableDataset is always streamed.
 
     Raises ValueError where a streamed corpus comes without `max_steps`.
     """
@@ -196,16 +156,13 @@ class GeneralStage(_Stage):
     corpus: Sequence[str | Path] | Dataset | IterableDataset
     max_length: int = 128
     streaming: bool = False
-    epochs: float = 3
     batch_size: int = 256
-    learning_rate: float = 5e-5
     warmup: float = 0.1
-    terms: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         from datasets import IterableDataset
 
-        self.streaming = self.streaming or isinstance(self.corpus, IterableDataset)
+        object.__setattr__(self, "streaming", self.streaming or isinstance(self.corpus, IterableDataset))
         max_steps = self.arguments.get("max_steps", -1)
         if self.streaming and max_steps < 1:
             raise ValueError(
@@ -218,6 +175,7 @@ class GeneralStage(_Stage):
             return pack_corpus(self.corpus, tokenizer, self.max_length)
         corpus, here = read_corpus(self.corpus, streaming=True), processes()
         index, number = here.process_index, here.num_processes
+        # split_dataset_by_node splits after packing and shuffling, so that every process would tokenise all lines.
         mine = corpus.filter(lambda _, line: line % number == index, with_indices=True)
         blocks = pack_corpus(mine, tokenizer, self.max_length)
         if next(iter(blocks), None) is None:
@@ -227,14 +185,11 @@ class GeneralStage(_Stage):
     def _training_arguments(self, work: Path) -> TrainingArguments:
         args = super()._training_arguments(work)
         if self.streaming and hasattr(args, "group_by_length"):
-            args.group_by_length = False  # transformers 5.0 refuses it for streams, later versions pass over it
+            args.group_by_length = False  # transformers 5.0 refuses it for streams; later versions ignore it
         return args
 
 
-SHUFFLED = 10_000  # blocks of a stream that a random one is drawn from
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class IntermediateStage(_Stage):
     """Stage 2, first half: the same losses on the task's (augmented) text. Defaults: 20 epochs, batches of 32,
     learning rate 5e-5, constant. With "prediction" among the terms it trains the head as well.
@@ -245,16 +200,13 @@ class IntermediateStage(_Stage):
 
     dataset: Dataset
     epochs: float = 20
-    batch_size: int = 32
-    learning_rate: float = 5e-5
     scheduler: str = "constant"
-    terms: Sequence[str] | None = None
 
     def prepare(self, tokenizer: Any) -> Dataset:
         return add_length(self.dataset)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PredictionStage(_Stage):
     """Stage 2, second half: the teacher's soft predictions, or the gold scores of a regression. Defaults: 3 epochs,
     batches of 32, learning rate 3e-5, linear with warm-up over the first 10%.
@@ -264,8 +216,6 @@ class PredictionStage(_Stage):
     """
 
     dataset: Dataset
-    epochs: float = 3
-    batch_size: int = 32
     learning_rate: float = 3e-5
     warmup: float = 0.1
     terms: Sequence[str] | None = field(default=("prediction",), init=False)
@@ -274,25 +224,23 @@ class PredictionStage(_Stage):
         return add_length(self.dataset)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CachedStage(_Stage):
-    """Learning from an offline teacher: what `fastdistill.train.cache` wrote. Defaults: the prediction term, and the
+    """Learns from an offline teacher, which `fastdistill.train.cache` wrote. Defaults: the prediction term, and the
     general stage's schedule.
 
-    `run` takes None for the teacher. One that is given runs for the inner terms, the attention term among them, which
-    no cache can serve.
+    `run` takes None for the teacher. A given teacher runs for the inner terms, including the attention term, which no
+    cache can serve.
 
     Attributes:
-        cache: the folder. Its tokenizer is the one to pass to `run`; a student or a tokenizer with another vocabulary,
-            or a classifier with other classes, is a ValueError.
+        cache: the folder. Pass its tokenizer to `run`; a student or a tokenizer with another vocabulary, or a
+            classifier with other classes, is a ValueError.
     """
 
     cache: str | Path
-    epochs: float = 3
     batch_size: int = 256
-    learning_rate: float = 5e-5
     warmup: float = 0.1
-    terms: Sequence[str] = ("prediction",)
+    terms: Sequence[str] | None = ("prediction",)
 
     def run(
         self,
@@ -310,43 +258,3 @@ class CachedStage(_Stage):
 
     def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
         return teacher_config(self.cache)
-
-
-def training_arguments(
-    work: Path,
-    *,
-    epochs: float,
-    batch_size: int,
-    learning_rate: float,
-    warmup: float,
-    scheduler: str,
-    weight_decay: float,
-    seed: int,
-    arguments: Mapping[str, Any],
-) -> TrainingArguments:
-    """The Trainer's arguments for a schedule; `arguments` holds any others and wins."""
-    options: dict[str, Any] = {
-        "output_dir": str(work),
-        "num_train_epochs": epochs,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": max(batch_size, 64),
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup,  # below 1: a share of all steps
-        "lr_scheduler_type": scheduler,
-        "weight_decay": weight_decay,
-        "seed": seed,
-        "save_total_limit": 1,
-        "logging_steps": 50,
-        # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
-        "logging_nan_inf_filter": False,
-        # Else Trainer refuses bf16 on a machine without an accelerator.
-        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
-    }
-    processes()  # before TrainingArguments, with whose shorter timeout the others would give up on a long tokenising
-    # Batches of similar length need little padding. Named `group_by_length` in transformers 5.0.
-    names = {option.name for option in fields(TrainingArguments)}
-    if "train_sampling_strategy" in names:
-        options["train_sampling_strategy"] = "group_by_length"
-    else:
-        options["group_by_length"] = True
-    return TrainingArguments(**{**options, **arguments})

@@ -1,7 +1,7 @@
 """DistillationTrainer: transformers' Trainer with a teacher and an objective.
 
-The student and its projections are one module, so that the optimiser, DDP, FSDP and checkpoints see both, and the
-loss is computed inside that module's forward. The teacher stays outside, in eval mode, without gradients.
+The loss is computed inside the forward of `DistillationModel`, which holds the student and its projections. The
+teacher stays outside, in eval mode, without gradients.
 """
 
 from __future__ import annotations
@@ -15,123 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, TrainingArguments
 
-from fastdistill.train.capture import (
-    States,
-    capturable,
-    capture,
-    refuse_reentrant_checkpointing,
-)
+from fastdistill.train.capture import States, capturable, capture, refuse_reentrant_checkpointing
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
+from fastdistill.train.model import DistillationModel, has_linear_head
 from fastdistill.train.objective import Objective
-from fastdistill.train.resumable import ResumableTrainer
+from fastdistill.train.resumable import ResumableTrainer, load_student
 
-__all__ = ["DistillationModel", "DistillationTrainer"]
-
-
-class DistillationModel(nn.Module):
-    """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}.
-
-    Attributes:
-        linear_head: whether the loss against an offline teacher may take the student's last hidden state and head
-            instead of its logits, which then never exist (`has_linear_head`).
-    """
-
-    accepts_loss_kwargs = True  # losses are divided by num_items, not again by the accumulation steps
-
-    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
-        super().__init__()
-        self.student = student
-        self.objective = objective
-        self.linear_head = False
-
-    def forward(
-        self,
-        teacher: States | None = None,
-        teacher_logits: Tensor | None = None,
-        topk_logprobs: Tensor | None = None,
-        topk_indices: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items: Tensor | None = None,
-        with_loss: bool = True,
-        **batch: Tensor,
-    ) -> dict[str, Tensor | None]:
-        objective = self.objective
-        predicts = "prediction" in objective.terms
-        topk = None if topk_logprobs is None or topk_indices is None else (topk_logprobs, topk_indices)
-        head = self.student.get_output_embeddings() if self.linear_head and topk and predicts and with_loss else None
-        # The head of a student that learns inner states only would compute logits nobody reads.
-        student = self.student if (predicts and head is None) or not with_loss else self.student.base_model
-        last = self.student.config.num_hidden_layers  # the hidden state that a head takes
-        hidden = set(objective.hidden) if with_loss else set()
-        states = capture(
-            student,
-            batch,
-            hidden=hidden if head is None else hidden | {last},
-            attention=tuple(objective.attention) if with_loss else (),
-            values=objective.needs_values,
-        )
-        if not with_loss:
-            return {"logits": states.logits}
-        losses = objective(
-            states,
-            teacher,
-            mask=batch.get("attention_mask"),
-            labels=labels,
-            teacher_logits=teacher_logits,
-            topk=topk,
-            head=None if head is None else (states.hidden[last], head.weight, head.bias),
-            num_items=num_items,
-        )
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses, "logits": states.logits}
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Called by Trainer; `gradient_checkpointing_enable` is the older name."""
-        if hasattr(self.student, "activation_checkpointing_enable"):
-            self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
-        else:
-            self.student.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-
-@torch.no_grad()
-def has_linear_head(student: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-    """Whether the student's logits are its last hidden state times the head's weight, plus its bias, and nothing else.
-
-    Judged by a forward pass: what the head was given is the last hidden state, and what it made are the logits, to the
-    bit. A softcap, a scale, or a transform before the head, whatever a config calls it, makes them differ.
-    """
-    head = student.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return False
-    seen: list[tuple[Tensor, Tensor]] = []
-    hook = head.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output.clone())))
-    was_training = student.training
-    student.eval()
-    last = student.config.num_hidden_layers
-    try:
-        logits = capture(student, batch).logits
-        hidden = capture(student.base_model, batch, hidden=[last]).hidden[last]
-    finally:
-        hook.remove()
-        student.train(was_training)
-    if not seen or logits is None:
-        return False
-    given, made = seen[0]  # a base model that is the student itself calls the head again
-    return torch.equal(given, hidden) and torch.equal(made.to(logits.dtype), logits)
+__all__ = ["DistillationTrainer"]
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -146,7 +40,7 @@ class DistillationTrainer(ResumableTrainer):
         model: the student.
         teacher: a transformers model; may be None where nothing needs it: a regression on gold scores, or a data set
             with the columns of a cache (`teacher_logits`; `topk_logprobs`, `topk_indices`; `hidden_i`).
-        objective: what to compare, with the projections to learn.
+        objective: the terms to compute, with the projections to learn.
         data_collator: `PaddingCollator(processing_class)` by default.
     """
 
@@ -166,7 +60,7 @@ class DistillationTrainer(ResumableTrainer):
         if data_collator is None and processing_class is not None:
             data_collator = PaddingCollator(processing_class)
         if args is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # what gets no gradient is frozen before the first step
+            args.ddp_find_unused_parameters = False  # parameters without a gradient are frozen before the first step
         for name, given in (("model", model), ("teacher", teacher)):
             if given is not None and any(p.is_meta for p in given.parameters()):
                 raise ValueError(
@@ -185,8 +79,8 @@ class DistillationTrainer(ResumableTrainer):
             teacher.eval()
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(self.args.device)
-        self._sums: dict[str, Tensor] = {}  # of each term since the last log, on the device
-        self._sums_start = 0  # the optimiser step they began at
+        self._sums: dict[str, Tensor] = {}  # each term's losses since the last log, on the device
+        self._sums_start = 0  # the optimiser step at which they began
 
     # -- loss ----------------------------------------------------------------------------------------------
 
@@ -200,17 +94,15 @@ class DistillationTrainer(ResumableTrainer):
 
     def _teacher_states(self, inputs: Mapping[str, Any]) -> States | None:
         objective = self.objective
-        if self.teacher is None and objective.hidden:
-            return States({i: inputs[f"hidden_{i}"] for i in objective.hidden.values()}, {}, None)
-        if self.teacher is None or not objective.needs_teacher:
+        if self.teacher is None:
+            hidden = {i: inputs[f"hidden_{i}"] for i in objective.hidden.values()}
+            return States(hidden, {}, None) if hidden else None
+        needs_logits = objective.needs_teacher_logits and not _holds_logits(inputs)
+        if not (objective.hidden or objective.attention or needs_logits):
             return None
-        is_known = "teacher_logits" in inputs or "topk_logprobs" in inputs
-        if not objective.layer_map and is_known:
-            return None
-        teacher = self.teacher if "prediction" in objective.terms and not is_known else self.teacher.base_model
         with torch.no_grad(), self.accelerator.autocast():
             return capture(
-                teacher,
+                self.teacher if needs_logits else self.teacher.base_model,
                 inputs,
                 hidden=set(objective.hidden.values()),
                 attention=set(objective.attention.values()),
@@ -225,15 +117,14 @@ class DistillationTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         outputs = model(**inputs, teacher=self._teacher_states(inputs), num_items=num_items_in_batch)
-        # Counted over all processes, whose gradients DDP and FSDP average.
+        # Items are counted over all processes, and DDP and FSDP average the gradients of the processes.
         is_global = num_items_in_batch is not None and self.args.average_tokens_across_devices
         scale = self.args.world_size if is_global else 1
         if model.training:
             if not self._sums:
                 self._sums_start = self.state.global_step
             for term in self.objective.terms:
-                loss = outputs[term].detach() * scale
-                self._sums[term] = self._sums[term] + loss if term in self._sums else loss
+                self._sums[term] = self._sums.get(term, 0) + outputs[term].detach() * scale
         loss = outputs["loss"] * scale
         return (loss, outputs) if return_outputs else loss
 
@@ -244,19 +135,17 @@ class DistillationTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
-        """The distillation loss where it can be had, the student's logits, the labels."""
+        """Returns the distillation loss where it has a target, the student's logits, and the labels."""
         inputs = self._prepare_inputs(inputs)
         has_target = self.teacher is not None or not (self.objective.attention or self._missing(inputs))
+        loss, outputs = None, {"logits": None}
         with torch.no_grad():
             if has_target:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-            else:
-                loss, outputs = None, model(**inputs, with_loss=False)
-        if prediction_loss_only:
-            return loss, None, None
-        if outputs["logits"] is None and "prediction" in self.objective.terms:  # the loss did without them
-            with torch.no_grad():
-                outputs = model(**inputs, with_loss=False)
+            if prediction_loss_only:
+                return loss, None, None
+            if outputs["logits"] is None and (self.objective.needs_logits or not has_target):
+                outputs = model(**inputs, with_loss=False)  # the loss did without them
         logits, labels = outputs["logits"], inputs.get("labels")
         if logits is not None and "start_positions" in inputs:  # (B, 2, L), and Trainer joins batches along (B, L)
             logits, labels = logits.unbind(1), (inputs["start_positions"], inputs["end_positions"])
@@ -273,35 +162,37 @@ class DistillationTrainer(ResumableTrainer):
     # -- before the first step -----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse what would fail late or train nothing. `train` calls it, and then runs the first rows once.
+        """Refuses runs that would fail late or train nothing. `train` calls it, and then runs the first rows once.
 
         Raises ValueError where the vocabularies differ, the classes or their order differ, a teacher is missing, or
         the student recomputes activations in reentrant mode.
         """
         objective, student, teacher = self.objective, self.student, self.teacher
         columns = getattr(self.train_dataset, "column_names", None) or ()
-        if teacher is None:
-            if objective.attention:
-                raise ValueError(
-                    f"teacher is None; the terms {objective.terms} need one: no data set holds the queries and keys "
-                    "that the attention term compares. Give a teacher, or leave 'attention' out of terms"
-                )
-            missing = self._missing(columns)
-            if missing:
-                raise ValueError(
-                    f"teacher is None; the terms {objective.terms} need one, or in train_dataset the columns "
-                    f"{', '.join(missing)}, which fastdistill cache writes"
-                )
-        else:
+        missing = [] if teacher is not None else self._missing(columns)
+        if teacher is None and objective.attention:
+            raise ValueError(
+                f"teacher is None; the terms {objective.terms} need one: no data set holds the queries and keys "
+                "that the attention term compares. Give a teacher, or leave 'attention' out of terms"
+            )
+        if missing:
+            raise ValueError(
+                f"teacher is None; the terms {objective.terms} need one, or in train_dataset the columns "
+                f"{', '.join(missing)}, which fastdistill cache writes"
+            )
+        if teacher is not None:
             check_vocabularies(student.config, teacher.config, self.processing_class)
-            if "prediction" in objective.terms and objective.needs_teacher:
+            if objective.needs_teacher_logits:
                 check_classes(student.config, teacher.config)
-        if objective.parity == "official" and any(TOKEN_COLUMN.fullmatch(name) for name in columns):
+        if objective.options.parity == "official" and any(TOKEN_COLUMN.fullmatch(name) for name in columns):
             raise ValueError(
                 "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "
                 "use 'masked'"
             )
-        if self._checkpointing_is_reentrant():
+        options = getattr(self.args, "activation_checkpointing_kwargs", None) or getattr(
+            self.args, "gradient_checkpointing_kwargs", None
+        )
+        if options and options.get("use_reentrant"):
             raise ValueError(
                 "activation checkpointing is set to reentrant mode, which detaches captured states, so that losses on "
                 'them would train nothing; pass {"use_reentrant": False}'
@@ -314,47 +205,21 @@ class DistillationTrainer(ResumableTrainer):
             )
 
     def _missing(self, columns: Collection[str]) -> list[str]:
-        """What rows with these columns lack to do without a teacher, the attention term aside."""
-        objective = self.objective
-        needed = [f"hidden_{i}" for i in sorted(set(objective.hidden.values()))]
-        is_known = "teacher_logits" in columns or {"topk_logprobs", "topk_indices"} <= set(columns)
-        if "prediction" in objective.terms and not objective.is_regression and not is_known:
+        """Returns the columns that rows need to do without a teacher and lack, for all terms but attention."""
+        needed = [f"hidden_{i}" for i in sorted(set(self.objective.hidden.values()))]
+        if self.objective.needs_teacher_logits and not _holds_logits(columns):
             needed.append("teacher_logits or topk_logprobs and topk_indices")
         return [name for name in needed if name not in columns]
 
-    def _checkpointing_is_reentrant(self) -> bool:
-        options = getattr(self.args, "activation_checkpointing_kwargs", None) or getattr(
-            self.args, "gradient_checkpointing_kwargs", None
-        )
-        return bool(options and options.get("use_reentrant"))
-
     @contextmanager
     def _trainable(self) -> Iterator[None]:
-        """One small forward and backward pass; freezes for the block what gets no gradient from this objective.
+        """Runs one small forward and backward pass; freezes for the block the parameters that got no gradient.
 
-        An inner objective never reaches the pooler and the classifier, nor an attention-only one the end of the last
-        layer. DDP waits for their gradients, and weight decay would shrink them.
+        Inner terms never reach the pooler and the classifier, and an attention term alone does not reach the end of
+        the last layer. DDP waits for their gradients, and weight decay would shrink them.
         """
+        self._backward_once()
         model = self.model
-        rows = list(itertools.islice(iter(self.train_dataset), min(2, self.args.per_device_train_batch_size)))
-        batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            model.to(self.args.device)  # where the teacher is; Trainer leaves it until it is sharded
-        device = next(self.student.parameters()).device
-        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        was_training = model.training
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            if "topk_logprobs" in batch and "prediction" in self.objective.terms:
-                model.linear_head = has_linear_head(self.student, batch)
-            model.train()
-            with self.accelerator.autocast():
-                loss = model(**batch, teacher=self._teacher_states(batch))["loss"]
-            if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss of the first rows is {loss.item()}; the student or the teacher overflows")
-            if loss.requires_grad:
-                loss.backward()
-        model.train(was_training)
         learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         frozen = {name for name, p in learned.items() if p.grad is None}
         model.zero_grad(set_to_none=True)
@@ -369,6 +234,29 @@ class DistillationTrainer(ResumableTrainer):
             for name, parameter in model.named_parameters():
                 if name in frozen:
                     parameter.requires_grad_(True)
+
+    def _backward_once(self) -> None:
+        """Leaves the gradients of the first rows; raises ValueError where their loss is not finite."""
+        model = self.model
+        rows = list(itertools.islice(iter(self.train_dataset), min(2, self.args.per_device_train_batch_size)))
+        batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            model.to(self.args.device)  # to the teacher; Trainer moves it only when it shards it
+        device = next(self.student.parameters()).device
+        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        was_training = model.training
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if "topk_logprobs" in batch and self.objective.needs_logits:
+                model.linear_head = has_linear_head(self.student, batch)
+            model.train()
+            with self.accelerator.autocast():
+                loss = model(**batch, teacher=self._teacher_states(batch))["loss"]
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(f"the loss of the first rows is {loss.item()}; the student or the teacher overflows")
+            if loss.requires_grad:
+                loss.backward()
+        model.train(was_training)
 
     @contextmanager
     def _capturable(self) -> Iterator[None]:
@@ -387,7 +275,7 @@ class DistillationTrainer(ResumableTrainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that student or teacher take: a DistilBERT student has no token types, its teacher does."""
+        """Keeps the columns that student or teacher take: a BERT teacher of a DistilBERT student takes token types."""
         if self._signature_columns is None:
             models = [model for model in (self.student, self.teacher) if model is not None]
             names = itertools.chain.from_iterable(inspect.signature(model.forward).parameters for model in models)
@@ -403,9 +291,8 @@ class DistillationTrainer(ResumableTrainer):
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        parts = {name: _strip(state_dict, name) for name in ("student.", "objective.")}
-        self.student.save_pretrained(folder, state_dict=parts["student."])
-        self.objective.save(folder, parts["objective."])
+        self.student.save_pretrained(folder, state_dict=_part(state_dict, "student."))
+        self.objective.save(folder, _part(state_dict, "objective."))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -426,18 +313,12 @@ class DistillationTrainer(ResumableTrainer):
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def load_student(student: PreTrainedModel, folder: str | Path) -> None:
-    """Read a student's weights back in place, whatever transformers did to write them (ties, shards, renames)."""
-    student.load_state_dict(read_student(type(student), folder, student.dtype).state_dict())
+def _holds_logits(columns: Collection[str]) -> bool:
+    """Returns whether rows with these columns bring the teacher's prediction."""
+    return "teacher_logits" in columns or {"topk_logprobs", "topk_indices"} <= set(columns)
 
 
-def read_student(kind: type[PreTrainedModel], folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A student that a stage wrote, with its weights in every process."""
-    disable_fsdp_ram_efficient_loading()
-    return kind.from_pretrained(str(folder), dtype=dtype)
-
-
-def _strip(state_dict: dict[str, Any] | None, prefix: str) -> dict[str, Any] | None:
+def _part(state_dict: dict[str, Any] | None, prefix: str) -> dict[str, Any] | None:
     if state_dict is None:
         return None
     return {name.removeprefix(prefix): x for name, x in state_dict.items() if name.startswith(prefix)}

@@ -45,9 +45,10 @@ from fastdistill.train import cache
 from fastdistill.train.cache import check_cache, index_dtype, read_cache, read_manifest, write_cache
 from fastdistill.train.capture import capture
 from fastdistill.train.data import PaddingCollator
+from fastdistill.train.model import DistillationModel, has_linear_head
 from fastdistill.train.objective import Objective
 from fastdistill.train.stages import CachedStage
-from fastdistill.train.trainer import DistillationModel, DistillationTrainer, has_linear_head
+from fastdistill.train.trainer import DistillationTrainer
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 QUICK = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1}

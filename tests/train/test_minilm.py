@@ -12,7 +12,7 @@ import _tiny
 import pytest
 import torch
 from _oracle import error
-from test_memory import peak_bytes
+from losses.test_memory import peak_bytes
 from test_stages import QUICK, StopAt, assert_equal, history
 from test_trainer import _one_step, _trainer_rank, assert_same_step, two_processes
 from torch import Tensor
@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 
 from fastdistill import attention_kl
 from fastdistill.train.capture import LayerAttention, States, capturable, capture
-from fastdistill.train.minilm import relation_losses
-from fastdistill.train.objective import METHODS, Objective
+from fastdistill.train.objective import Objective, resolve_terms
 from fastdistill.train.stages import GeneralStage, IntermediateStage
 
 # -- the formulas, in float64 on materialised relations ----------------------------------------------------------
@@ -91,8 +90,11 @@ def published(
             logs = []
             for vectors in (ours, theirs):
                 x, y = (vectors[name] for name in VECTORS[term])
-                if objective.relation_heads is not None:
-                    x, y = split_anew(x, objective.relation_heads), split_anew(y, objective.relation_heads)
+                if objective.options.relation_heads is not None:
+                    x, y = (
+                        split_anew(x, objective.options.relation_heads),
+                        split_anew(y, objective.options.relation_heads),
+                    )
                 scores = x @ y.mT / x.shape[-1] ** 0.5
                 logs.append(scores.masked_fill(forbidden, -1e30).log_softmax(-1))
             divergence = F.kl_div(logs[0], logs[1], log_target=True, reduction="sum") / len(x)
@@ -172,7 +174,7 @@ def test_losses_and_gradients_are_the_published_ones(case: str, padded: str | No
     objective, student, teacher = models(case)
     batch = _tiny.batch(rows=3, length=11, padded=padded)
     truth = published(objective, student, teacher, batch)
-    assert tuple(truth) == METHODS[objective.method]
+    assert tuple(truth) == resolve_terms(objective.options.method)
     found = computed(objective, student, teacher, batch)
     # transformers computes rotary embeddings in float32
     assert disagreement(found, truth, student) < (1e-5 if "grouped" in case else 1e-9)
@@ -212,7 +214,7 @@ def wrong(kind: str, *vectors: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("case", ["minilm", "minilmv2-narrower"])
 @pytest.mark.parametrize("kind", ["none", "scale", "mean", "keys", "queries", "sides", "gradient"])
 def test_a_planted_error_is_seen(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdistill.train.minilm.attention_kl", partial(wrong, kind))
+    monkeypatch.setattr("fastdistill.train.terms.attention_kl", partial(wrong, kind))
     objective, student, teacher = models(case)
     batch = _tiny.batch()
     truth = published(objective, student, teacher, batch)
@@ -265,17 +267,17 @@ def test_windows_are_the_narrower_of_both_sides(options: dict[str, Any]) -> None
         logs = []
         for layer in (states.attention[3], targets.attention[3]):
             x, y = (getattr(layer, name)[0] for name in VECTORS[term])
-            if objective.relation_heads is not None:
-                x, y = split_anew(x, objective.relation_heads), split_anew(y, objective.relation_heads)
+            if objective.options.relation_heads is not None:
+                x, y = split_anew(x, objective.options.relation_heads), split_anew(y, objective.options.relation_heads)
             scores = (x @ y.mT / x.shape[-1] ** 0.5).masked_fill(far, -1e30)
             logs.append(scores.log_softmax(-1))
         assert error(loss, F.kl_div(*logs, log_target=True, reduction="sum") / (12 * len(x))) < 1e-9
-    assert set(losses) == set(METHODS[options["method"]])
+    assert set(losses) == set(resolve_terms(options["method"]))
 
 
 @pytest.mark.parametrize("options", METHOD_OPTIONS, ids=METHOD_IDS)
 def test_accumulation_and_two_processes_make_the_step_of_one_batch(tmp_path: Path, options: dict[str, Any]) -> None:
-    objective = {**options, "terms": METHODS[options["method"]]}
+    objective = {**options, "terms": resolve_terms(options["method"])}
     expected = _one_step(tmp_path / "one", objective, per_device_train_batch_size=8)
     found = _one_step(tmp_path / "four", objective, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert_same_step(found, expected)
@@ -300,7 +302,7 @@ def test_values_are_kept_only_where_they_are_compared() -> None:
     with capturable(student):
         states = capture(student, _tiny.batch(), attention=[2])
     with pytest.raises(ValueError, match=r"captured without its values.*capture\(values=True\)"):
-        relation_losses(["value_relation"], states.attention[2], states.attention[2])
+        Objective(student.config, student.config, method="minilm", terms=("value_relation",))(states, states)
 
 
 def random_layer(length: int, heads: int, kv_heads: int, width: int) -> LayerAttention:
@@ -310,14 +312,17 @@ def random_layer(length: int, heads: int, kv_heads: int, width: int) -> LayerAtt
 
 @pytest.mark.parametrize("method", ["minilm", "minilmv2"])
 def test_memory_is_linear_in_the_length(method: str) -> None:
+    configs = (_tiny.config(layers=1, width=width, num_attention_heads=4) for width in (32, 64))
+    options = {"relation_heads": 8} if method == "minilmv2" else {}
+    objective = Objective(*configs, method=method, **options)
+
     def peak(length: int) -> int:
         student, teacher = random_layer(length, 4, 2, 8), random_layer(length, 4, 2, 16)
         mask = torch.arange(length)[None] < length - 7
         learned = [x.requires_grad_() for x in (student.query, student.key, student.value) if x is not None]
 
         def step() -> None:
-            relation_heads = 8 if method == "minilmv2" else None
-            losses = relation_losses(METHODS[method], student, teacher, relation_heads=relation_heads, mask=mask)
+            losses = objective(States({}, {1: student}, None), States({}, {1: teacher}, None), mask=mask)
             torch.autograd.grad(torch.stack(list(losses.values())).sum(), learned)
 
         return peak_bytes(step)
@@ -354,7 +359,7 @@ def test_a_general_stage_learns_resumes_and_writes_down_its_objective(tmp_path: 
     whole = stage.run(_tiny.classifier(), teacher, tokenizer, tmp_path / "whole")
     log = [entry for entry in history(tmp_path / "whole") if "loss" in entry]
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
-    for term in METHODS[method]:
+    for term in resolve_terms(method):
         assert log[-1][term] < log[0][term], term
 
     with pytest.raises(KeyboardInterrupt):

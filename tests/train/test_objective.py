@@ -17,7 +17,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastdistill.train.capture import States, capturable, capture
-from fastdistill.train.objective import INNER_TERMS, TERMS, Objective, resolve_layer_map
+from fastdistill.train.objective import Objective, resolve_layer_map, resolve_terms
+
+INNER_TERMS = resolve_terms("tinybert")
+TERMS = (*INNER_TERMS, "prediction")
 
 # -- the formulas ----------------------------------------------------------------------------------
 
@@ -127,7 +130,7 @@ def test_losses_and_gradients_are_those_without_padding(
 ) -> None:
     batch, layer_map = _tiny.batch(rows=3, length=11), [0, 2, 4]
     objective = Objective(student.config, teacher.config, projection=projection)
-    projections = [objective._projection(i) for i in range(3)]
+    projections = [objective.projections["shared" if projection == "shared" else str(i)] for i in range(3)]
     assert len(set(projections)) == (1 if projection == "shared" else 3)
     losses = computed(objective, student, teacher, batch)
     expected = masked(student, teacher, projections, layer_map, batch)
@@ -397,11 +400,11 @@ def test_files_hold_settings_and_projections(tmp_path: Path) -> None:
         "tail": "renormalize",
     }
     again = Objective(*configs, projection="per_layer", layer_map=[0, 1, 4])
-    assert not torch.equal(again._projection(1).weight, objective._projection(1).weight)
+    assert not torch.equal(again.projections["1"].weight, objective.projections["1"].weight)
     again.load_projections(tmp_path)
-    for i in range(3):
-        assert torch.equal(again._projection(i).weight, objective._projection(i).weight)
-        assert torch.equal(again._projection(i).bias, objective._projection(i).bias)
+    for i in "012":
+        assert torch.equal(again.projections[i].weight, objective.projections[i].weight)
+        assert torch.equal(again.projections[i].bias, objective.projections[i].bias)
     with pytest.raises(ValueError, match="Use projection='per_layer'"):
         Objective(*configs).load_projections(tmp_path)
     deeper = Objective(_tiny.config(layers=3, width=16), configs[1], projection="per_layer", layer_map=[0, 1, 2, 4])

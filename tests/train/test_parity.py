@@ -24,8 +24,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import capturable, capture
 from fastdistill.train.data import PaddingCollator
-from fastdistill.train.objective import INNER_TERMS, Objective
-from fastdistill.train.trainer import DistillationModel, DistillationTrainer
+from fastdistill.train.model import DistillationModel
+from fastdistill.train.objective import Objective, resolve_terms
+from fastdistill.train.trainer import DistillationTrainer
+
+INNER_TERMS = resolve_terms("tinybert")
 
 Batch = Mapping[str, Tensor]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

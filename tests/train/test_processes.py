@@ -24,7 +24,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fastdistill import cli
 from fastdistill.recipes.glue import get_task
-from fastdistill.train.objective import INNER_TERMS, Objective
+from fastdistill.train.objective import Objective, resolve_terms
+
+INNER_TERMS = resolve_terms("tinybert")
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="PyTorch is built without gloo")
 

@@ -1,0 +1,111 @@
+"""A student and its objective as one module, so that the optimiser, DDP, FSDP and checkpoints see both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fastdistill.train.capture import States, capture
+from fastdistill.train.objective import Objective
+
+__all__ = ["DistillationModel", "has_linear_head"]
+
+
+class DistillationModel(nn.Module):
+    """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}.
+
+    Attributes:
+        linear_head: whether the loss against an offline teacher may take the student's last hidden state and head
+            instead of its logits, which then never exist (`has_linear_head`).
+    """
+
+    accepts_loss_kwargs = True  # losses are divided by num_items, not again by the accumulation steps
+
+    def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.linear_head = False
+
+    def forward(
+        self,
+        teacher: States | None = None,
+        teacher_logits: Tensor | None = None,
+        topk_logprobs: Tensor | None = None,
+        topk_indices: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items: Tensor | None = None,
+        with_loss: bool = True,
+        **batch: Tensor,
+    ) -> dict[str, Tensor | None]:
+        objective = self.objective
+        if not with_loss:
+            return {"logits": capture(self.student, batch).logits}
+        topk = None if topk_logprobs is None or topk_indices is None else (topk_logprobs, topk_indices)
+        layer = self.student.get_output_embeddings() if self.linear_head and topk and objective.needs_logits else None
+        # The head of a student that learns inner states only would compute logits that nobody reads.
+        student = self.student if objective.needs_logits and layer is None else self.student.base_model
+        last = self.student.config.num_hidden_layers  # the hidden state that a head takes
+        states = capture(
+            student,
+            batch,
+            hidden=set(objective.hidden) if layer is None else {*objective.hidden, last},
+            attention=tuple(objective.attention),
+            values=objective.needs_values,
+        )
+        losses = objective(
+            states,
+            teacher,
+            mask=batch.get("attention_mask"),
+            labels=labels,
+            teacher_logits=teacher_logits,
+            topk=topk,
+            head=None if layer is None else (states.hidden[last], layer.weight, layer.bias),
+            num_items=num_items,
+        )
+        return {"loss": torch.stack(list(losses.values())).sum(), **losses, "logits": states.logits}
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Trainer calls this; `gradient_checkpointing_enable` is the older name."""
+        if hasattr(self.student, "activation_checkpointing_enable"):
+            self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+        else:
+            self.student.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+
+@torch.no_grad()
+def has_linear_head(student: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
+    """Returns whether the student's logits are exactly its last hidden state times the head's weight, plus its bias.
+
+    A forward pass decides: the head's input must be the last hidden state, and its output the logits, to the bit.
+    A softcap, a scale, or a transform before the head makes them differ, whatever the config calls it.
+    """
+    head = student.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output.clone())))
+    was_training = student.training
+    student.eval()
+    last = student.config.num_hidden_layers
+    try:
+        logits = capture(student, batch).logits
+        hidden = capture(student.base_model, batch, hidden=[last]).hidden[last]
+    finally:
+        hook.remove()
+        student.train(was_training)
+    if not seen or logits is None:
+        return False
+    given, made = seen[0]  # a base model that is the student itself calls the head again
+    return torch.equal(given, hidden) and torch.equal(made.to(logits.dtype), logits)

@@ -1,0 +1,444 @@
+"""The terms of the objective: each class says what it captures, what it counts and what it computes.
+
+The objective is the sum of its terms, all with weight 1. `METHODS` at the end names the terms of each method.
+docs/contributing.md has the recipe for a new term.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.functional import (
+    attention_kl,
+    attention_mse,
+    linear_mse,
+    linear_topk_soft_cross_entropy,
+    soft_cross_entropy,
+    topk_soft_cross_entropy,
+)
+from fastdistill.train.capture import LayerAttention, States
+from fastdistill.train.options import ObjectiveOptions
+
+__all__ = ["METHODS", "RELATION_HEADS", "Batch", "Counts", "Setup", "Term", "count_items"]
+
+MULTI_LABEL = "multi_label_classification"
+RELATION_HEADS = 48  # MiniLMv2's number for teachers of BERT-base's size; the paper uses 64 for BERT-large's
+
+
+# -- counts ------------------------------------------------------------------------------------------------
+
+
+class Counts(NamedTuple):
+    """The numbers of items that means divide by, each an int64 tensor (). None: this batch's own number."""
+
+    rows: Any = None
+    tokens: Any = None
+    pairs: Any = None  # a query and a key that may attend each other, counted once for all heads
+    causal_pairs: Any = None  # the pairs whose key is not behind the query
+    labelled: Any = None  # the tokens that a token classifier learns from: `labels` (B, L) is not -100
+
+
+def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # (5), the fields of Counts
+    """Counts the items of a batch without a host sync. Counts add up over micro-batches and processes.
+
+    In "official" parity padding counts, except among labelled tokens.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    rows, length = ids.shape[:2]
+    labelled = labelled_tokens(ids.shape, mask, batch.get("labels"))
+
+    def number(n: int) -> Tensor:  # written by a kernel: a copy from the host would wait for the device
+        return torch.full((), n, dtype=torch.long, device=ids.device)
+
+    if mask is None or parity == "official":
+        counts = Counts(
+            rows=number(rows),
+            tokens=number(rows * length),
+            pairs=number(rows * length**2),
+            causal_pairs=number(rows * length * (length + 1) // 2),
+        )
+    else:
+        mask = mask.long()
+        tokens = mask.sum(1)  # (B)
+        counts = Counts(
+            rows=number(rows),
+            tokens=tokens.sum(),
+            pairs=(tokens**2).sum(),
+            causal_pairs=(mask * mask.cumsum(1)).sum(),
+        )
+    return torch.stack(counts._replace(labelled=counts.tokens if labelled is None else labelled.sum()))
+
+
+def labelled_tokens(shape: torch.Size, mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    """Returns (B, L): the tokens that are neither padding nor labelled -100. None: all tokens."""
+    if labels is None or labels.shape != shape:
+        return mask
+    return labels != -100 if mask is None else (labels != -100) & mask.bool()
+
+
+# -- what a term is built from, and what it sees -----------------------------------------------------------
+
+
+class Setup(NamedTuple):
+    """Everything that terms are built from."""
+
+    options: ObjectiveOptions  # with the defaults that depend on the models filled in
+    student: Any  # transformers config
+    teacher: Any  # transformers config; None where prediction is the only term
+    layer_map: tuple[int | None, ...]  # the teacher's hidden state for each of the student's 0..M
+    projections: nn.ModuleDict  # the objective's; `projection` adds to them
+
+    @property
+    def layers(self) -> dict[int, int]:
+        """Student layer -> teacher layer, from 1."""
+        return {i: target for i, target in enumerate(self.layer_map) if i > 0 and target is not None}
+
+    def projection(self, index: int) -> nn.Linear:
+        """Returns the projection of the student's hidden state `index` to the teacher's width."""
+        name = "shared" if self.options.projection == "shared" else str(index)
+        if name not in self.projections:
+            self.projections[name] = nn.Linear(self.student.hidden_size, self.teacher.hidden_size)
+        projection = self.projections[name]
+        assert isinstance(projection, nn.Linear)
+        return projection
+
+
+class Batch(NamedTuple):
+    """Everything that a term sees of one batch."""
+
+    student: States
+    teacher: States | None = None
+    mask: Tensor | None = None  # (B, L) bool, True = a token; None: no padding
+    labels: Tensor | None = None  # (B) gold scores of a regression, or (B, L) of a token classifier
+    teacher_logits: Tensor | None = None  # (B, C), in place of `teacher.logits`
+    topk: tuple[Tensor, Tensor] | None = None  # log-probabilities and classes (B, L, k), in place of `teacher.logits`
+    # With `topk`, in place of `student.logits`: hidden state (B, L, d), weight (V, d) and bias (V) or None of the head.
+    head: tuple[Tensor, Tensor, Tensor | None] | None = None
+    counts: Counts = Counts()
+
+
+class Term:
+    """One loss between a student and its teacher.
+
+    Attributes:
+        by_default: whether the method computes this term where no terms are named.
+        hidden, attention: the captured hidden states and attention layers: the student's -> the teacher's.
+        values: whether the values of those layers are captured too.
+        logits, teacher_logits: whether the term reads the student's, and the teacher's.
+    """
+
+    by_default = True
+    values = False
+    logits = False
+    teacher_logits = False
+
+    def __init__(self, setup: Setup) -> None:
+        self.options = setup.options
+        self.is_official = setup.options.parity == "official"
+        self.hidden: dict[int, int] = {}
+        self.attention: dict[int, int] = {}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the loss of one batch, a scalar."""
+        raise NotImplementedError
+
+
+# -- TinyBERT ----------------------------------------------------------------------------------------------
+
+
+class Hidden(Term):
+    """MSE between the student's projected hidden states and the teacher's, summed over layers (equation 8)."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.hidden = self.targets(setup)
+        self.projections = {i: setup.projection(i) for i in self.hidden}
+
+    def targets(self, setup: Setup) -> dict[int, int]:
+        if not setup.layers:
+            raise ValueError("layer_map maps no layer, so the hidden term has no target; leave it out of terms")
+        return setup.layers
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.teacher is not None
+        losses = [
+            linear_mse(
+                batch.student.hidden[i],
+                self.projections[i].weight,
+                batch.teacher.hidden[target],
+                self.projections[i].bias,
+                mask=None if self.is_official else batch.mask,
+                num_items=batch.counts.tokens,
+            )
+            for i, target in self.hidden.items()
+        ]
+        return torch.stack(losses).sum()
+
+
+class Embedding(Hidden):
+    """The same for the embedding output, which is hidden state 0 (equation 9)."""
+
+    def targets(self, setup: Setup) -> dict[int, int]:
+        target = setup.layer_map[0]
+        if target is None:
+            raise ValueError("layer_map[0] is None, so the embedding term has no target; leave it out of terms")
+        return {0: target}
+
+
+class Attention(Term):
+    """MSE between attention scores before the softmax, summed over layers (equation 7)."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        check_heads(setup, "the attention term", "leave 'attention' out of terms, ")
+        self.attention = setup.layers
+        if not self.attention:
+            raise ValueError("layer_map maps no layer, so the attention term has no target; leave it out of terms")
+        if 0 in self.attention.values():
+            raise ValueError(
+                "layer_map maps a layer to 0, the embedding output, which has no attention; map it to 1 or above, "
+                "to None, or leave 'attention' out of terms"
+            )
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.teacher is not None
+        layers = [(batch.student.attention[i], batch.teacher.attention[j]) for i, j in self.attention.items()]
+        return torch.stack([self.layer_loss(batch, *layer) for layer in layers]).sum()
+
+    def layer_loss(self, batch: Batch, student: LayerAttention, teacher: LayerAttention) -> Tensor:
+        rows, heads, length, _ = student.query.shape
+        is_causal, attn_mask = shared_masks(student, teacher)
+        counts, mask = batch.counts, batch.mask
+        pairs = counts.causal_pairs if is_causal and not self.is_official else counts.pairs
+        share: float | Tensor = 1.0
+        if self.is_official:
+            pairs = rows * length**2 if pairs is None else pairs
+        elif attn_mask is not None:
+            # The pairs of a dense mask are known only now, so micro-batches are weighted by their tokens.
+            pairs = None
+            if counts.tokens is not None:
+                share = (rows * length if mask is None else mask.sum()) / counts.tokens
+        return share * attention_mse(
+            student.query,
+            student.key,
+            teacher.query,
+            teacher.key,
+            student_scale=student.scale,
+            teacher_scale=teacher.scale,
+            key_mask=mask,
+            query_mask=None if self.is_official else mask,
+            is_causal=is_causal,
+            attn_mask=attn_mask,
+            num_items=None if pairs is None else heads * pairs,
+        )
+
+
+# -- MiniLM and MiniLMv2 -----------------------------------------------------------------------------------
+
+
+class Relation(Term):
+    """KL between the relations of one student layer, the last, and one teacher layer.
+
+    A relation is a distribution of each head over the tokens that a token may attend, `softmax(x y^T / sqrt(d))` of
+    two of the layer's vectors. With A heads and |x| tokens its loss is
+
+        L = 1 / (A |x|)  sum_a sum_t  KL(teacher[a, t] || student[a, t])
+
+    MiniLM (arXiv 2002.10957) compares queries with keys (equation 6) and values with values (equations 7 to 9).
+    MiniLMv2 (arXiv 2012.15828) compares each vector with itself (equations 5 to 8), after the heads are concatenated
+    and split into equally many relation heads on both sides, so that the numbers of heads may differ.
+    Memory is linear in the length: no relation is stored.
+    """
+
+    vectors: tuple[str, str]  # out of "query", "key" and "value"
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        if setup.options.method == "minilm":
+            check_heads(setup, "method 'minilm'")
+        self.attention = setup.layers
+        self.values = "value" in self.vectors
+
+    def loss(self, batch: Batch) -> Tensor:
+        assert batch.teacher is not None
+        ((layer, target),) = self.attention.items()
+        student, teacher = batch.student.attention[layer], batch.teacher.attention[target]
+        is_causal, attn_mask = shared_masks(student, teacher)
+        (query, key, scale), (teacher_query, teacher_key, teacher_scale) = map(self.compared, (student, teacher))
+        tokens = batch.counts.tokens
+        return attention_kl(
+            query,
+            key,
+            teacher_query,
+            teacher_key,
+            student_scale=scale,
+            teacher_scale=teacher_scale,
+            key_mask=batch.mask,
+            query_mask=batch.mask,
+            is_causal=is_causal,
+            attn_mask=attn_mask,
+            # Every token may attend itself, so each is a counted row of every head under any mask.
+            num_items=None if tokens is None else query.shape[1] * tokens,
+        )
+
+    def compared(self, layer: LayerAttention) -> tuple[Tensor, Tensor, float | None]:
+        """Returns both vectors (B, A, L, d) of a layer and their scale; None: 1 / sqrt(d)."""
+        if self.vectors == ("query", "key"):
+            return layer.query, layer.key, layer.scale
+        x, heads = getattr(layer, self.vectors[0]), layer.query.shape[1]
+        if x is None:
+            raise ValueError("the layer was captured without its values; capture it with capture(values=True)")
+        if x.shape[1] != heads:  # grouped keys and values
+            x = x.repeat_interleave(heads // x.shape[1], dim=1)
+        if self.options.relation_heads is not None:
+            x = x.transpose(1, 2).flatten(2).unflatten(2, (self.options.relation_heads, -1)).transpose(1, 2)
+        return x, x, None
+
+
+class AttentionRelation(Relation):
+    vectors = ("query", "key")
+
+
+class QueryRelation(Relation):
+    vectors = ("query", "query")
+
+
+class KeyRelation(Relation):
+    vectors = ("key", "key")
+
+
+class ValueRelation(Relation):
+    vectors = ("value", "value")
+
+
+def check_relation_heads(student_config: Any, teacher_config: Any, relation_heads: int | None = None) -> int:
+    """Returns MiniLMv2's number of relation heads; None: `RELATION_HEADS`.
+
+    Raises ValueError where it does not divide the width of all heads together, of the student and of the teacher.
+    """
+    count = RELATION_HEADS if relation_heads is None else relation_heads
+    widths = []
+    for config in (student_config, teacher_config):
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        widths.append(config.num_attention_heads * head_dim)
+    if count < 1 or any(width % count for width in widths):
+        common = gcd(*widths)
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ValueError(
+            f"relation_heads is {count}{' by default' if relation_heads is None else ''}; it should divide the width "
+            f"of all heads together, {widths[0]} of the student and {widths[1]} of the teacher: {fitting}"
+        )
+    return count
+
+
+# -- prediction --------------------------------------------------------------------------------------------
+
+
+class Prediction(Term):
+    """Cross-entropy against the teacher's softened prediction (equation 10), or MSE against a regression's gold scores.
+
+    A sequence classifier predicts once a row, a language model once a token, and a token classifier once a labelled
+    token. A question answering model predicts twice a row, over the row's tokens: where the answer starts and where it
+    ends; the loss is the mean of both.
+    """
+
+    by_default = False
+    logits = True
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        problem_type = getattr(setup.student, "problem_type", None)
+        if problem_type == MULTI_LABEL:
+            raise ValueError(
+                f"problem_type is {MULTI_LABEL!r}; the prediction term compares softmaxes, of one class a row. "
+                "Leave it out of terms"
+            )
+        self.is_regression = setup.student.num_labels == 1 or problem_type == "regression"
+        self.teacher_logits = not self.is_regression
+
+    def loss(self, batch: Batch) -> Tensor:
+        if batch.topk is not None:
+            return self.topk_loss(batch, batch.topk)
+        logits, mask, counts = student_logits(batch), batch.mask, batch.counts
+        if self.is_regression:
+            if batch.labels is None:
+                raise ValueError("labels is None; a regression learns from gold scores (B)")
+            return linear_mse(logits, None, batch.labels.to(logits.dtype).view(logits.shape), num_items=counts.rows)
+        targets = batch.teacher_logits
+        if targets is None and batch.teacher is not None:
+            targets = batch.teacher.logits
+        if targets is None:
+            raise ValueError("there are no teacher logits; give a teacher with a head, or teacher_logits")
+
+        if batch.student.head == "spans":  # (B, 2, L): the row's tokens are the classes, and padding is none of them
+            if mask is not None:
+                logits, targets = (x.masked_fill(~mask[:, None], -math.inf) for x in (logits, targets))
+            mask, items = None, None if counts.rows is None else 2 * counts.rows
+        elif batch.student.head == "tags":  # (B, L, C)
+            mask, items = labelled_tokens(logits.shape[:2], mask, batch.labels), counts.labelled
+        else:  # (B, L, V) of a language model, or (B, C)
+            is_classifier = logits.dim() == 2
+            mask, items = None if is_classifier else mask, counts.rows if is_classifier else counts.tokens
+            if self.is_official:  # the mean over rows and classes, padding included
+                mask, items = None, logits.shape[-1] * (logits.shape[:-1].numel() if items is None else items)
+        return soft_cross_entropy(logits, targets, temperature=self.options.temperature, mask=mask, num_items=items)
+
+    def topk_loss(self, batch: Batch, topk: tuple[Tensor, Tensor]) -> Tensor:
+        if self.is_official:
+            raise ValueError("parity is 'official', which counts padding, for which topk holds nothing; use 'masked'")
+        options: dict[str, Any] = {
+            "tail": self.options.tail,
+            "temperature": self.options.temperature,
+            "mask": batch.mask,
+            "num_items": batch.counts.tokens,
+        }
+        if batch.head is not None:
+            hidden, weight, bias = batch.head
+            return linear_topk_soft_cross_entropy(hidden, weight, *topk, student_bias=bias, **options)
+        return topk_soft_cross_entropy(student_logits(batch), *topk, **options)
+
+
+def student_logits(batch: Batch) -> Tensor:
+    if batch.student.logits is None:
+        raise ValueError("the student returned no logits; the prediction term needs a model with a head")
+    return batch.student.logits
+
+
+# -- shared ------------------------------------------------------------------------------------------------
+
+
+def shared_masks(student: LayerAttention, teacher: LayerAttention) -> tuple[bool, Tensor | None]:
+    """Returns `is_causal` and `attn_mask` of the pairs that may attend each other on both sides."""
+    attn_mask = student.attn_mask
+    if teacher.attn_mask is not None:
+        attn_mask = teacher.attn_mask if attn_mask is None else attn_mask & teacher.attn_mask
+    return student.is_causal or teacher.is_causal, attn_mask
+
+
+def check_heads(setup: Setup, what: str, way_out: str = "") -> None:
+    student, teacher = setup.student.num_attention_heads, setup.teacher.num_attention_heads
+    if student != teacher:
+        raise ValueError(
+            f"the student has {student} attention heads, the teacher {teacher}; {what} compares them one to one. "
+            f"Give the student as many heads, {way_out}or use "
+            'method="minilmv2", relation losses with re-split heads'
+        )
+
+
+# The terms of each method, in the order in which they are computed.
+METHODS: dict[str, dict[str, type[Term]]] = {
+    "tinybert": {"embedding": Embedding, "hidden": Hidden, "attention": Attention, "prediction": Prediction},
+    "minilm": {"attention": AttentionRelation, "value_relation": ValueRelation, "prediction": Prediction},
+    "minilmv2": {
+        "query_relation": QueryRelation,
+        "key_relation": KeyRelation,
+        "value_relation": ValueRelation,
+        "prediction": Prediction,
+    },
+}
