@@ -268,7 +268,7 @@ def test_windows_are_the_narrower_of_both_sides(options: dict[str, Any]) -> None
         for layer in (states.attention[3], targets.attention[3]):
             x, y = (getattr(layer, name)[0] for name in VECTORS[term])
             if objective.options.relation_heads is not None:
-                x, y = split_anew(x, objective.options.relation_heads), split_anew(y, objective.options.relation_heads)
+                x, y = (split_anew(vector, objective.options.relation_heads) for vector in (x, y))
             scores = (x @ y.mT / x.shape[-1] ** 0.5).masked_fill(far, -1e30)
             logs.append(scores.log_softmax(-1))
         assert error(loss, F.kl_div(*logs, log_target=True, reduction="sum") / (12 * len(x))) < 1e-9
