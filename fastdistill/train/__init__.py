@@ -1,5 +1,7 @@
 """The trainer: stages, objective, data and caches of a distillation. Each name is imported at its first use."""
 
+# ruff: noqa: F401
+
 from __future__ import annotations
 
 import sys
@@ -20,30 +22,6 @@ if TYPE_CHECKING:
     from fastdistill.train.students import build_student, init_from_teacher
     from fastdistill.train.trainer import DistillationTrainer
 
-__all__ = [
-    "CachedStage",
-    "DistillationModel",
-    "DistillationTrainer",
-    "GeneralStage",
-    "IntermediateStage",
-    "Objective",
-    "ObjectiveOptions",
-    "PaddingCollator",
-    "PredictionStage",
-    "Schedule",
-    "Terminated",
-    "add_teacher_logits",
-    "build_student",
-    "capturable",
-    "capture",
-    "finetune",
-    "init_from_teacher",
-    "pack_corpus",
-    "read_cache",
-    "read_corpus",
-    "write_cache",
-]
-
 _NAMES = {
     "cache": ("read_cache", "write_cache"),
     "capture": ("capturable", "capture"),
@@ -58,6 +36,7 @@ _NAMES = {
     "trainer": ("DistillationTrainer",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

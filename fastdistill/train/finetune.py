@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,41 +26,30 @@ def finetune(
     tokenizer: Any,
     output_dir: str | Path,
     *,
-    epochs: float = 3,
-    batch_size: int = 32,
-    learning_rate: float = 3e-5,
-    warmup: float = 0.1,
-    weight_decay: float = 0.01,
-    seed: int = 42,
-    arguments: Mapping[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
     resume: bool = False,
     overwrite: bool = False,
+    **schedule: Any,
 ) -> PreTrainedModel:
     """Trains a classifier in place on the `labels` of `dataset` and writes it to `output_dir`, whole or not at all.
 
-    The schedule is the prediction stage's (linear, with warm-up), so that a student with and without distillation are
-    trained alike; `fastdistill.train.options.Schedule` describes it, and the stages the other arguments.
+    Args:
+        callbacks, resume, overwrite: as in the stages.
+        schedule: the fields of `fastdistill.train.options.Schedule`. The defaults are those of the prediction stage
+            (3 epochs, batches of 32, learning rate 3e-5, linear with warm-up over the first 10%), so that students
+            with and without distillation are trained alike.
 
     Raises FileExistsError as the stages do.
     """
+    options = Schedule(**{"learning_rate": 3e-5, "warmup": 0.1, **schedule})
     output = Path(output_dir)
     if resume and (output / "config.json").is_file():
         load_student(model, output)
         return model.eval()
     work = on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
-    schedule = Schedule(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        seed=seed,
-        arguments=arguments or {},
-    )
     trainer = ResumableTrainer(
         model=model,
-        args=training_arguments(work, schedule),
+        args=training_arguments(work, options),
         processing_class=tokenizer,
         data_collator=PaddingCollator(tokenizer),
         train_dataset=add_length(dataset),

@@ -69,19 +69,12 @@ class DistillationModel(nn.Module):
         )
         return {"loss": torch.stack(list(losses.values())).sum(), **losses, "logits": states.logits}
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Trainer calls this; `gradient_checkpointing_enable` is the older name."""
-        if hasattr(self.student, "activation_checkpointing_enable"):
-            self.student.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
-        else:
-            self.student.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        self.student.activation_checkpointing_enable(*args, **kwargs)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Earlier versions of Trainer call this name."""
+        self.student.gradient_checkpointing_enable(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -59,21 +59,14 @@ class ObjectiveOptions:
 class Schedule:
     """How long and how fast a stage trains.
 
-    Attributes:
-        epochs, learning_rate: number of passes and peak rate.
-        batch_size: rows of each process and step.
-        warmup: share of the steps.
-        scheduler: a name that transformers.TrainingArguments takes as `lr_scheduler_type`.
-        weight_decay: not applied to biases and norms.
-        seed: for shuffling, dropout and new projections.
-        arguments: anything else that transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"},
-            ...); it wins over the attributes here.
+    `arguments` holds anything else that transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"},
+    ...) and wins over the other fields.
     """
 
     epochs: float = option(3, "passes over the data")
     batch_size: int = option(32, "rows of each process and step")
     learning_rate: float = option(5e-5, "peak learning rate")
-    warmup: float = option(0.0, "share of the steps")
+    warmup: float = option(0.0, "share of the steps in which the rate rises")
     scheduler: str = option("linear", "lr_scheduler_type of transformers")
     weight_decay: float = option(0.01, "not applied to biases and norms")
     seed: int = option(42, "seed of shuffling, dropout and new weights")

@@ -84,9 +84,13 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
         output = Path(output_dir)
         args = self._training_arguments(working_folder(output))  # sets the processes up
         torch.manual_seed(args.seed)  # new projections
-        objective = self._objective(student, teacher)
-        if resume and not overwrite and _is_finished(output):
-            return _read_finished(student, objective, output)
+        options = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
+        objective = Objective(student.config, self._teacher_config(teacher), **options)
+        if on_main(lambda: resume and not overwrite and output.is_dir() and any(output.iterdir())):
+            on_main(lambda: objective.check_settings(output))
+            on_main(lambda: drop_checkpoints(output))
+            load_student(student, output)
+            return student.eval()
         checkpoint = self._start(objective, output, resume=resume, overwrite=overwrite)
         trainer = DistillationTrainer(
             student,
@@ -105,10 +109,6 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
     def prepare(self, tokenizer: Any) -> Dataset | OwnRows:
         """Returns the rows to train on, tokenised, with a `length` column."""
 
-    def _objective(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Objective:
-        options = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
-        return Objective(student.config, self._teacher_config(teacher), **options)
-
     def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
         """Returns the teacher's transformers config; None where the stage needs no teacher."""
         return None if teacher is None else teacher.config
@@ -125,17 +125,6 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
             on_main(lambda: objective.check_settings(checkpoint))
         on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
         return checkpoint
-
-
-def _is_finished(output: Path) -> bool:
-    return on_main(lambda: output.is_dir() and any(output.iterdir()))
-
-
-def _read_finished(student: PreTrainedModel, objective: Objective, output: Path) -> PreTrainedModel:
-    on_main(lambda: objective.check_settings(output))
-    on_main(lambda: drop_checkpoints(output))
-    load_student(student, output)
-    return student.eval()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,29 +50,17 @@ def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # 
     In "official" parity padding counts, except among labelled tokens.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
-    rows, length = ids.shape[:2]
+    counted = torch.ones_like(ids, dtype=torch.long) if mask is None or parity == "official" else mask.long()  # (B, L)
+    tokens = counted.sum(1)  # (B)
     labelled = labelled_tokens(ids.shape, mask, batch.get("labels"))
-
-    def number(n: int) -> Tensor:  # written by a kernel: a copy from the host would wait for the device
-        return torch.full((), n, dtype=torch.long, device=ids.device)
-
-    if mask is None or parity == "official":
-        counts = Counts(
-            rows=number(rows),
-            tokens=number(rows * length),
-            pairs=number(rows * length**2),
-            causal_pairs=number(rows * length * (length + 1) // 2),
-        )
-    else:
-        mask = mask.long()
-        tokens = mask.sum(1)  # (B)
-        counts = Counts(
-            rows=number(rows),
-            tokens=tokens.sum(),
-            pairs=(tokens**2).sum(),
-            causal_pairs=(mask * mask.cumsum(1)).sum(),
-        )
-    return torch.stack(counts._replace(labelled=counts.tokens if labelled is None else labelled.sum()))
+    counts = Counts(
+        rows=torch.ones_like(tokens).sum(),  # a number copied from the host would wait for the device
+        tokens=tokens.sum(),
+        pairs=(tokens**2).sum(),
+        causal_pairs=(counted * counted.cumsum(1)).sum(),
+        labelled=tokens.sum() if labelled is None else labelled.sum(),
+    )
+    return torch.stack(counts)
 
 
 def labelled_tokens(shape: torch.Size, mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -94,10 +82,12 @@ class Setup(NamedTuple):
     layer_map: tuple[int | None, ...]  # the teacher's hidden state for each of the student's 0..M
     projections: nn.ModuleDict  # the objective's; `projection` adds to them
 
-    @property
-    def layers(self) -> dict[int, int]:
-        """Student layer -> teacher layer, from 1."""
-        return {i: target for i, target in enumerate(self.layer_map) if i > 0 and target is not None}
+    def layers_for(self, term: str) -> dict[int, int]:
+        """Returns student layer -> teacher layer, from 1. Raises ValueError where none is mapped."""
+        layers = {i: target for i, target in enumerate(self.layer_map) if i > 0 and target is not None}
+        if not layers:
+            raise ValueError(f"layer_map maps no layer, so the {term} term has no target; leave it out of terms")
+        return layers
 
     def projection(self, index: int) -> nn.Linear:
         """Returns the projection of the student's hidden state `index` to the teacher's width."""
@@ -161,9 +151,7 @@ class Hidden(Term):
         self.projections = {i: setup.projection(i) for i in self.hidden}
 
     def targets(self, setup: Setup) -> dict[int, int]:
-        if not setup.layers:
-            raise ValueError("layer_map maps no layer, so the hidden term has no target; leave it out of terms")
-        return setup.layers
+        return setup.layers_for("hidden")
 
     def loss(self, batch: Batch) -> Tensor:
         assert batch.teacher is not None
@@ -197,9 +185,7 @@ class Attention(Term):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         check_heads(setup, "the attention term", "leave 'attention' out of terms, ")
-        self.attention = setup.layers
-        if not self.attention:
-            raise ValueError("layer_map maps no layer, so the attention term has no target; leave it out of terms")
+        self.attention = setup.layers_for("attention")
         if 0 in self.attention.values():
             raise ValueError(
                 "layer_map maps a layer to 0, the embedding output, which has no attention; map it to 1 or above, "
@@ -262,7 +248,7 @@ class Relation(Term):
         super().__init__(setup)
         if setup.options.method == "minilm":
             check_heads(setup, "method 'minilm'")
-        self.attention = setup.layers
+        self.attention = setup.layers_for("relation")
         self.values = "value" in self.vectors
 
     def loss(self, batch: Batch) -> Tensor:
@@ -323,12 +309,10 @@ def check_relation_heads(student_config: Any, teacher_config: Any, relation_head
     Raises ValueError where it does not divide the width of all heads together, of the student and of the teacher.
     """
     count = RELATION_HEADS if relation_heads is None else relation_heads
-    widths = []
-    for config in (student_config, teacher_config):
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        widths.append(config.num_attention_heads * head_dim)
-    if count < 1 or any(width % count for width in widths):
-        common = gcd(*widths)
+    sides = [(config, config.num_attention_heads) for config in (student_config, teacher_config)]
+    widths = [heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) for config, heads in sides]
+    common = gcd(*widths)
+    if count < 1 or common % count:
         fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise ValueError(
             f"relation_heads is {count}{' by default' if relation_heads is None else ''}; it should divide the width "

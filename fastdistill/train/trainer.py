@@ -169,17 +169,14 @@ class DistillationTrainer(ResumableTrainer):
         """
         objective, student, teacher = self.objective, self.student, self.teacher
         columns = getattr(self.train_dataset, "column_names", None) or ()
-        missing = [] if teacher is not None else self._missing(columns)
+        needed = f"teacher is None; the terms {objective.terms} need one"
         if teacher is None and objective.attention:
             raise ValueError(
-                f"teacher is None; the terms {objective.terms} need one: no data set holds the queries and keys "
-                "that the attention term compares. Give a teacher, or leave 'attention' out of terms"
+                f"{needed}: no data set holds the queries and keys that the attention term compares. Give a teacher, "
+                "or leave 'attention' out of terms"
             )
-        if missing:
-            raise ValueError(
-                f"teacher is None; the terms {objective.terms} need one, or in train_dataset the columns "
-                f"{', '.join(missing)}, which fastdistill cache writes"
-            )
+        if teacher is None and (missing := ", ".join(self._missing(columns))):
+            raise ValueError(f"{needed}, or in train_dataset the columns {missing}, which fastdistill cache writes")
         if teacher is not None:
             check_vocabularies(student.config, teacher.config, self.processing_class)
             if objective.needs_teacher_logits:
@@ -189,10 +186,8 @@ class DistillationTrainer(ResumableTrainer):
                 "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "
                 "use 'masked'"
             )
-        options = getattr(self.args, "activation_checkpointing_kwargs", None) or getattr(
-            self.args, "gradient_checkpointing_kwargs", None
-        )
-        if options and options.get("use_reentrant"):
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        if any((getattr(self.args, name, None) or {}).get("use_reentrant") for name in names):
             raise ValueError(
                 "activation checkpointing is set to reentrant mode, which detaches captured states, so that losses on "
                 'them would train nothing; pass {"use_reentrant": False}'
