@@ -1,0 +1,33 @@
+"""The names that `fastdistill.train` offers, and when they are imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import fastdistill.train
+import fastdistill.train.capture
+import fastdistill.train.finetune
+
+
+@pytest.mark.parametrize("name", fastdistill.train.__all__)
+def test_every_name_is_a_function_or_a_class_whatever_was_imported_first(name: str) -> None:
+    found = getattr(fastdistill.train, name)
+    assert callable(found)
+    assert not isinstance(found, ModuleType)  # `capture` and `finetune` are modules as well
+    assert found.__name__ == name
+    assert found.__module__.startswith("fastdistill.train.")
+
+
+def test_an_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="module 'fastdistill.train' has no attribute 'nothing'"):
+        _ = fastdistill.train.nothing
+
+
+def test_options_are_described_without_the_libraries_that_train() -> None:
+    code = "import sys, fastdistill.train.options; print({'transformers', 'datasets', 'accelerate'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
