@@ -23,7 +23,7 @@ def test_every_name_is_a_function_or_a_class_whatever_was_imported_first(name: s
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(AttributeError, match="module 'fastdistill.train' has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match=r"module 'fastdistill\.train' has no attribute 'nothing'"):
         _ = fastdistill.train.nothing
 
 
