@@ -111,7 +111,8 @@ class Objective(nn.Module):
         if teacher is None and (self.hidden or self.attention):
             raise ValueError(f"teacher is None; the terms {self.terms} need the teacher's states")
         counts = Counts() if num_items is None else Counts(*num_items.unbind())
-        batch = Batch(student, teacher, None if mask is None else mask.bool(), counts=counts, **targets)
+        mask = None if mask is None else mask.bool()
+        batch = Batch(student, teacher or States({}, {}, None), mask, counts=counts, **targets)
         return {name: term.loss(batch) for name, term in self._terms.items()}
 
     # -- files ---------------------------------------------------------------------------------------------

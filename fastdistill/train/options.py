@@ -19,36 +19,31 @@ def option(default: Any, help: str) -> Any:
 class ObjectiveOptions:
     """What a student learns from its teacher. `fastdistill.train.objective.Objective` takes these as keywords.
 
-    Attributes:
-        method: what the inner terms compare: "tinybert", "minilm" or "minilmv2".
-        terms: the losses to compute: inner terms of the method (None: all of them) and "prediction".
-        layer_map: for "tinybert" (None: "uniform"); see `fastdistill.train.objective.resolve_layer_map`. Attention
-            layer i learns from the same teacher layer as hidden state i.
-        projection: "shared", one Linear with bias for all hidden states as published, or "per_layer".
-        parity: "masked": padding never counts. "official": as TinyBERT's published code computes it, padding counted
-            in the denominators of the inner terms, the prediction's mean taken over rows and classes. Nothing is
-            published for spans and tags: their prediction term is the same in both.
-        temperature: for the prediction term; there is no factor temperature^2.
-        teacher_layer: for "minilm" and "minilmv2": the teacher's layer, from 1, that the student's last layer learns
-            from; None: the last.
-        relation_heads: for "minilmv2"; None: `fastdistill.train.terms.RELATION_HEADS`.
-        tail: "renormalize" or "bucket": how the prediction term takes an offline teacher's k classes, see
-            `fastdistill.topk_soft_cross_entropy`.
+    The help of each field describes it; `fastdistill.train.objective.resolve_layer_map` describes the layer maps.
     """
 
     method: Literal["tinybert", "minilm", "minilmv2"] = option("tinybert", "what the inner losses compare")
-    terms: Sequence[str] | None = option(None, "losses to compute (default: all inner losses of the method)")
+    terms: Sequence[str] | None = option(
+        None, "losses to compute: inner losses of the method, and prediction (default: all inner losses)"
+    )
     layer_map: str | Sequence[int | None] | None = option(
         None,
         "for tinybert: uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the "
-        "embedding output on: 0,3,6,9,12 (- for none; default: uniform)",
+        "embedding output on: 0,3,6,9,12 (- for none; default: uniform). Attention layers follow hidden states",
     )
-    projection: Literal["shared", "per_layer"] = option("shared", "one projection of hidden states, or one a layer")
+    projection: Literal["shared", "per_layer"] = option(
+        "shared", "one Linear with bias for all hidden states, as published, or one for each"
+    )
     parity: Literal["masked", "official"] = option(
-        "masked", "masked: padding never counts; official: as the published code computes it"
+        "masked",
+        "masked: padding never counts; official: as TinyBERT's published code computes it, padding counted in the "
+        "denominators of the inner losses, the prediction's mean over rows and classes (spans and tags: as masked)",
     )
-    temperature: float = option(1.0, "temperature of the prediction loss")
-    teacher_layer: int | None = option(None, "for minilm and minilmv2, from 1 (default: the last layer)")
+    temperature: float = option(1.0, "temperature of the prediction loss; there is no factor temperature^2")
+    teacher_layer: int | None = option(
+        None,
+        "for minilm and minilmv2: the teacher's layer, from 1, that the last layer learns from (default: the last)",
+    )
     relation_heads: int | None = option(None, "for minilmv2 (default: 48)")
     tail: Literal["renormalize", "bucket"] = option(
         "renormalize", "the classes that a cached teacher does not list: left out, or one class together"

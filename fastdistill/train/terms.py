@@ -80,7 +80,7 @@ class Setup(NamedTuple):
     student: Any  # transformers config
     teacher: Any  # transformers config; None where prediction is the only term
     layer_map: tuple[int | None, ...]  # the teacher's hidden state for each of the student's 0..M
-    projections: nn.ModuleDict  # the objective's; `projection` adds to them
+    projections: Any  # the objective's nn.ModuleDict; `projection` adds to it
 
     def layers_for(self, term: str) -> dict[int, int]:
         """Returns student layer -> teacher layer, from 1. Raises ValueError where none is mapped."""
@@ -94,16 +94,14 @@ class Setup(NamedTuple):
         name = "shared" if self.options.projection == "shared" else str(index)
         if name not in self.projections:
             self.projections[name] = nn.Linear(self.student.hidden_size, self.teacher.hidden_size)
-        projection = self.projections[name]
-        assert isinstance(projection, nn.Linear)
-        return projection
+        return self.projections[name]
 
 
 class Batch(NamedTuple):
     """Everything that a term sees of one batch."""
 
     student: States
-    teacher: States | None = None
+    teacher: States  # empty where there is none
     mask: Tensor | None = None  # (B, L) bool, True = a token; None: no padding
     labels: Tensor | None = None  # (B) gold scores of a regression, or (B, L) of a token classifier
     teacher_logits: Tensor | None = None  # (B, C), in place of `teacher.logits`
@@ -154,7 +152,6 @@ class Hidden(Term):
         return setup.layers_for("hidden")
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.teacher is not None
         losses = [
             linear_mse(
                 batch.student.hidden[i],
@@ -193,7 +190,6 @@ class Attention(Term):
             )
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.teacher is not None
         layers = [(batch.student.attention[i], batch.teacher.attention[j]) for i, j in self.attention.items()]
         return torch.stack([self.layer_loss(batch, *layer) for layer in layers]).sum()
 
@@ -252,7 +248,6 @@ class Relation(Term):
         self.values = "value" in self.vectors
 
     def loss(self, batch: Batch) -> Tensor:
-        assert batch.teacher is not None
         ((layer, target),) = self.attention.items()
         student, teacher = batch.student.attention[layer], batch.teacher.attention[target]
         is_causal, attn_mask = shared_masks(student, teacher)
@@ -354,9 +349,7 @@ class Prediction(Term):
             if batch.labels is None:
                 raise ValueError("labels is None; a regression learns from gold scores (B)")
             return linear_mse(logits, None, batch.labels.to(logits.dtype).view(logits.shape), num_items=counts.rows)
-        targets = batch.teacher_logits
-        if targets is None and batch.teacher is not None:
-            targets = batch.teacher.logits
+        targets = batch.teacher.logits if batch.teacher_logits is None else batch.teacher_logits
         if targets is None:
             raise ValueError("there are no teacher logits; give a teacher with a head, or teacher_logits")
 
