@@ -4,16 +4,12 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdistill.train.cache import read_cache, write_cache
-    from fastdistill.train.capture import capturable, capture
     from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus, read_corpus
-    from fastdistill.train.finetune import finetune
     from fastdistill.train.model import DistillationModel
     from fastdistill.train.objective import Objective
     from fastdistill.train.options import ObjectiveOptions, Schedule
@@ -22,11 +18,10 @@ if TYPE_CHECKING:
     from fastdistill.train.students import build_student, init_from_teacher
     from fastdistill.train.trainer import DistillationTrainer
 
+# `capture` and `finetune` are functions of the modules of these names: import them from there.
 _NAMES = {
     "cache": ("read_cache", "write_cache"),
-    "capture": ("capturable", "capture"),
     "data": ("PaddingCollator", "add_teacher_logits", "pack_corpus", "read_corpus"),
-    "finetune": ("finetune",),
     "model": ("DistillationModel",),
     "objective": ("Objective",),
     "options": ("ObjectiveOptions", "Schedule"),
@@ -43,15 +38,3 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-class _Package(ModuleType):
-    """Keeps `capture` and `finetune` functions, although Python sets their modules of the same names as attributes."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _MODULES and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
