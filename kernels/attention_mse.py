@@ -26,6 +26,7 @@ wide for one program, such as hidden states taken for queries and keys, are mult
 """
 
 from math import lcm
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -33,6 +34,9 @@ import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastdistill.ops._attention import Attention, Counted
 
 # Most rows whose products are added up in float32: half as many would double the traffic of partial sums, which at
 # 26 / 64 in bfloat16 is 9% of the rows' own (2 * 32 KiB a split, written and read, beside 720 KiB).
@@ -349,31 +353,23 @@ def _block(width: int, widest: int) -> int:
 
 
 def loss(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_s, S, D_s)
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_t, S, D_t)
-    student_scale: float,
-    teacher_scale: float,
-    counted_queries: Tensor | None,  # (B|1, 1, L) bool; None: all
-    counted_keys: Tensor | None,  # (B|1, 1, S)
-    is_causal: bool,
+    call: "Attention",  # attn_mask is None
+    counted: "Counted",
 ) -> tuple[Tensor, Tensor, Tensor]:  # sum () float64; the student's columns of Gq and Gk (B, groups, D', D_s)
-    """Under a causal mask the sum is that of the pairs that lie in different chunks, and each chunk has matrices of its
-    own, `grams_of_a_scan`: of the queries after it, of the keys before it."""
+    """Under a causal mask the sum covers the pairs that lie in different chunks, and each chunk has its own matrices
+    (see `grams_of_a_scan`): of the queries after it, and of the keys before it."""
+    student_query, student_key, teacher_query, teacher_key = map(_rows, call.tensors)
+    (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted.queries, counted.keys))
+    is_causal = call.is_causal
     batch, heads, query_length, d_s = student_query.shape
     key_length, d_t, width = student_key.shape[2], teacher_query.shape[3], d_s + teacher_query.shape[3]
     groups = lcm(student_key.shape[1], teacher_key.shape[1])
     chunks = [grams_of_a_scan(query_length)] if is_causal else []
-    dtype = gram_dtype(student_query, student_key, teacher_query, teacher_key)
+    dtype = gram_dtype(*call.tensors)
     wide = dtype == torch.float64
     query_gram, key_gram = (student_query.new_empty(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
     if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
         return query_gram.new_zeros((), dtype=torch.float64), query_gram.zero_(), key_gram.zero_()
-    student_query, student_key, teacher_query, teacher_key = map(
-        _rows, (student_query, student_key, teacher_query, teacher_key)
-    )
-    (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted_queries, counted_keys))
     arch = _common.arch_of(student_query)
     rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (64 if arch.startswith("gfx") else 128, 128)
     block_s, block_t = _block(d_s, widest), _block(d_t, widest)
@@ -422,7 +418,7 @@ def loss(
         block = min(_block(width, 64), 32 if arch != "cpu" else 64)
         totals = query_gram.new_empty(batch * groups, triton.cdiv(width, block), dtype=torch.float64)
         _contract[tuple(totals.shape)](
-            partial, totals, query_gram, key_gram, splits, student_scale, teacher_scale,
+            partial, totals, query_gram, key_gram, splits, call.student_scale, call.teacher_scale,
             D_S=d_s, WIDTH=width, IS_CAUSAL=is_causal, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return totals.sum(), query_gram, key_gram
@@ -430,50 +426,43 @@ def loss(
 
 def gradients(
     grad_total: Tensor,  # ()
-    student_query: Tensor,
-    student_key: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    student_scale: float,
-    teacher_scale: float,
-    counted_queries: Tensor | None,
-    counted_keys: Tensor | None,
-    is_causal: bool,
+    call: "Attention",
+    counted: "Counted",
     query_gram: Tensor,  # as `loss` returns them
     key_gram: Tensor,
     near: tuple[Tensor | None, Tensor | None],  # gradients (B, heads, T, D_s) of the pairs within chunks, if causal
     d_query: Tensor,  # to be written
     d_key: Tensor,
 ) -> None:
-    batch, heads, query_length, d_s = student_query.shape
-    d_t, groups, offset = teacher_query.shape[3], query_gram.shape[-3], student_key.shape[2] - query_length
-    wide = gram_dtype(student_query, student_key, teacher_query, teacher_key) == torch.float64
-    arch = _common.arch_of(student_query)
-    few = arch == "sm_80" or student_query.dtype == torch.float16  # rows, for lack of registers
+    batch, heads, query_length, d_s = call.student_query.shape
+    d_t, groups, offset = call.teacher_query.shape[3], query_gram.shape[-3], call.student_key.shape[2] - query_length
+    wide = gram_dtype(*call.tensors) == torch.float64
+    arch = _common.arch_of(call.student_query)
+    few = arch == "sm_80" or call.student_query.dtype == torch.float16  # rows, for lack of registers
     rows, widest, deepest = (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if few else 128, 64, 32)
 
     def launch(
-        student: Tensor, teacher: Tensor, counted: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
+        student: Tensor, teacher: Tensor, flags: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
     ) -> None:
         if out.numel() == 0:
             return
         student, teacher = _rows(student), _rows(teacher)
         own, length = student.shape[1:3]
-        counted, counted_batch = _counted(counted)
+        flags, flags_batch = _counted(flags)
         columns, block_s, block_t = _block(d_s, widest), _block(d_s, deepest), _block(d_t, deepest)
         tiles = triton.cdiv(length, rows)
-        if is_causal and out is d_key:
+        if call.is_causal and out is d_key:
             tiles = triton.cdiv(max(offset, 0), rows) + triton.cdiv(query_length, rows)
         _gradient[(triton.cdiv(d_s, columns) * tiles * own * batch,)](
-            student, teacher, counted, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
-            counted_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
-            groups // teacher.shape[1], student_scale, teacher_scale, offset,
-            QUERIES=out is d_query, CHUNK=CHUNK if is_causal else 0, D_S=d_s, D_T=d_t,
+            student, teacher, flags, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
+            flags_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
+            groups // teacher.shape[1], call.student_scale, call.teacher_scale, offset,
+            QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, D_S=d_s, D_T=d_t,
             WIDE=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
             ROWS=rows, COLUMNS=columns, BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4,
             num_stages=2,
         )  # fmt: skip
 
-    with on_device_of(student_query):
-        launch(student_query, teacher_query, counted_queries, key_gram, near[0], d_query)
-        launch(student_key, teacher_key, counted_keys, query_gram, near[1], d_key)
+    with on_device_of(call.student_query):
+        launch(call.student_query, call.teacher_query, counted.queries, key_gram, near[0], d_query)
+        launch(call.student_key, call.teacher_key, counted.keys, query_gram, near[1], d_key)

@@ -15,12 +15,17 @@ operations and 2 exponentials a pass, 2 D_s more for a gradient: at D = 64 on an
 passes take, products half of it.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastdistill.ops._attention import Attention, Counted
 
 
 @triton.jit
@@ -326,66 +331,55 @@ def _tiles(arch: str, itemsize: int, width: int) -> dict[str, int]:
 
 
 def loss(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_s, S, D_s)
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_t, S, D_t)
-    student_scale: float,
-    teacher_scale: float,
-    counted_queries: Tensor | None,  # (B|1, H|1, L) bool, those that are allowed a key; None: all
-    counted_keys: Tensor | None,  # (B|1, H|1, S) bool, those that a query is allowed
-    is_causal: bool,
-    attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1) bool
+    call: "Attention",
+    counted: "Counted",
     *,
-    chunk: int = 0,  # of a causal mask, queries of a chunk: only pairs within chunks count; 0: all
+    chunk: int = 0,  # queries of a chunk of a causal mask: only pairs within chunks count; 0: all
     is_kl: bool,
     dtype: torch.dtype,  # of the computation
     d_query: Tensor | None,  # (B, H, L, D_s), to be written in `dtype`; None: not wanted
     d_key: Tensor | None,  # (B, H_s, S, D_s)
-) -> Tensor:  # (): sum of KL of the rows, or of the squares, float64
-    batch, heads, query_length, d_s = student_query.shape
-    student_heads, key_length, d_t = student_key.shape[1], student_key.shape[2], teacher_query.shape[3]
-    rows = student_query.new_empty((5 if is_kl else 1) * batch * heads * query_length, dtype=dtype)
+) -> Tensor:  # (): sum of the rows' KL, or of the squares, float64
+    batch, heads, query_length, d_s = call.student_query.shape
+    student_heads, key_length, d_t = call.student_key.shape[1], call.student_key.shape[2], call.teacher_query.shape[3]
+    rows = call.student_query.new_empty((5 if is_kl else 1) * batch * heads * query_length, dtype=dtype)
     if rows.numel() == 0 or key_length == 0:
         return rows.new_zeros((), dtype=torch.float64)
-    tensors = [
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        for x in (student_query, student_key, teacher_query, teacher_key)
-    ]
-    flags = [None if x is None else x.contiguous() for x in (counted_queries, counted_keys)]
+    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in call.tensors]
+    flags = [None if x is None else x.contiguous() for x in (counted.queries, counted.keys)]
     strides = [stride for x in tensors for stride in x.stride()[:3]]
-    for x, dimensions in ((flags[0], 2), (flags[1], 2), (attn_mask, 4)):  # 0 where a mask is the same for all
+    for x, dimensions in ((flags[0], 2), (flags[1], 2), (call.attn_mask, 4)):  # 0 where a mask is broadcast
         strides += [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in range(dimensions)]
-    arch = _common.arch_of(student_query)
+    inputs = (*tensors, *flags, call.attn_mask, rows)
+    arch = _common.arch_of(call.student_query)
     padded_s, padded_t = (max(power_of_2(width), 16) for width in (d_s, d_t))
     itemsize = max(8 if dtype == torch.float64 else 2, *(x.itemsize for x in tensors))
-    if not is_kl and student_query.dtype == torch.float16:
-        itemsize = 4  # as its gradient products are
+    if not is_kl and call.student_query.dtype == torch.float16:
+        itemsize = 4  # its gradient products take float32
     tiles = _tiles(arch, itemsize, max(padded_s, padded_t))
     options = {
-        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": is_causal, "CHUNK": chunk,
+        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": call.is_causal, "CHUNK": chunk,
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
-        # Three products of 10-bit terms on tensor cores are as good as one in float32.
+        # Three products of 10-bit terms on tensor cores are as accurate as one in float32.
         "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",
         **tiles,
     }  # fmt: skip
     gradient_options = options | {"num_warps": 8 if arch.startswith("sm_") else tiles["num_warps"]}
-    sizes = (heads, heads // student_heads, heads // teacher_key.shape[1], query_length, key_length)
-    scales = (student_scale, teacher_scale)
-    factor = student_scale / 1024 if is_kl else 2 * student_scale
+    sizes = (heads, heads // student_heads, heads // call.teacher_key.shape[1], query_length, key_length)
+    scales = (call.student_scale, call.teacher_scale)
+    factor = call.student_scale / 1024 if is_kl else 2 * call.student_scale
     over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]) * heads * batch,)
-    with on_device_of(student_query):
+    with on_device_of(call.student_query):
         if is_kl:
-            _statistics[over_queries](*tensors, *flags, attn_mask, rows, *strides, *sizes, *scales, **options)
+            _statistics[over_queries](*inputs, *strides, *sizes, *scales, **options)
         if d_query is not None or not is_kl:
+            d_query_strides = (0,) * 4 if d_query is None else d_query.stride()
             _d_query[over_queries](
-                *tensors, *flags, attn_mask, rows, d_query, *strides,
-                *((0,) * 4 if d_query is None else d_query.stride()), *sizes, *scales, factor,
-                IS_KL=is_kl, **gradient_options,
-            )  # fmt: skip
+                *inputs, d_query, *strides, *d_query_strides, *sizes, *scales, factor, IS_KL=is_kl, **gradient_options
+            )
         if d_key is not None:
             _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]) * student_heads * batch,)](
-                *tensors, *flags, attn_mask, rows, d_key, *strides, *d_key.stride(), *sizes,
-                batch * heads * query_length, *scales, factor, IS_KL=is_kl, **gradient_options,
+                *inputs, d_key, *strides, *d_key.stride(), *sizes, batch * heads * query_length, *scales, factor,
+                IS_KL=is_kl, **gradient_options,
             )  # fmt: skip
-    return (rows[-batch * heads * query_length :]).sum(dtype=torch.float64)
+    return rows[-batch * heads * query_length :].sum(dtype=torch.float64)
