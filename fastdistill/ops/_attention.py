@@ -1,4 +1,4 @@
-"""The part that both attention ops share: a call as one value, masks, blocks and tiles, and the op over tiles of scores."""
+"""Shared by both attention ops: a call as one value, its masks, blocks and tiles, and the op over tiles of scores."""
 
 from __future__ import annotations
 
@@ -117,11 +117,10 @@ def count_rows(call: Attention) -> Counted:
     if query_length == 0 or key_length == 0:
         none = torch.zeros(1, 1, query_length + key_length, dtype=torch.int64, device=device)
         return Counted(none[:, :, :query_length], none[:, :, :query_length] > 0, none[:, :, query_length:] > 0)
-    if call.key_mask is None and call.query_mask is None and call.attn_mask is None:
-        if offset >= 0 or not call.is_causal:  # known without masks: one small launch, where the general way has six
-            fewest = offset + 1 if call.is_causal else key_length
-            seen = torch.arange(fewest, key_length + 1, device=device)  # (L), or (1)
-            return Counted(seen.expand(1, 1, query_length), None, None)
+    unmasked = call.key_mask is None and call.query_mask is None and call.attn_mask is None
+    if unmasked and (offset >= 0 or not call.is_causal):  # one small launch, where the general way has six
+        seen = torch.arange(offset + 1 if call.is_causal else key_length, key_length + 1, device=device)  # (L), or (1)
+        return Counted(seen.expand(1, 1, query_length), None, None)
     keys, queries = (
         torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask
         for mask, length in ((call.key_mask, key_length), (call.query_mask, query_length))
@@ -148,7 +147,9 @@ def _count_pairs(call: Attention, keys: Tensor, queries: Tensor, attn_mask: Tens
     per_query = torch.empty(batch, heads, query_length, dtype=torch.int64, device=device)
     reached = torch.zeros(batch, heads, key_length, dtype=torch.bool, device=device)
     for rows in slices(0, query_length, max(1, tile_area(device) // max(1, batch * heads * key_length))):
-        tile = queries[:, None, rows, None] & allowed_pairs(call, rows, slice(0, key_length))
+        pairs = allowed_pairs(call, rows, slice(0, key_length))
+        assert pairs is not None
+        tile = pairs & queries[:, None, rows, None]
         per_query[:, :, rows] = tile.sum(-1)
         reached |= tile.any(-2)
     return Counted(per_query, per_query > 0, reached)
@@ -293,9 +294,7 @@ def tiled_op(
         if backend == "triton":
             from fastdistill.kernels import attention_tiles as kernels
 
-            loss = kernels.loss(
-                call, counted, is_kl=is_kl, dtype=total.dtype, d_query=gradients[0], d_key=gradients[1]
-            )
+            loss = kernels.loss(call, counted, is_kl=is_kl, dtype=total.dtype, d_query=gradients[0], d_key=gradients[1])
         else:
             if not is_kl:  # masked keys are read as zeros, and so are their scores
                 call = call._replace(key_mask=None)
@@ -335,7 +334,8 @@ def _tiled_outputs(call: Attention, differentiable: bool) -> tuple[Tensor, Tenso
     total = call.student_query.new_zeros((), dtype=call.dtype)
     if not differentiable:
         return total, total.new_empty(0), total.new_empty(0)
-    return total, *(torch.zeros_like(x, dtype=call.dtype) for x in (call.student_query, call.student_key))
+    d_query, d_key = (torch.zeros_like(x, dtype=call.dtype) for x in call.tensors[:2])
+    return total, d_query, d_key
 
 
 def add_gradients(

@@ -4,10 +4,10 @@ With x_s, x_t the scores of a row less their maximum, and l the sum of their exp
 
     KL = E_t[x_t - x_s] - log l_t + log l_s        d KL / d x_s = exp(x_s) / l_s - exp(x_t) / l_t
 
-One pass over a row's tiles keeps the maximum and l of both sides and the cross term sum exp(x_t) (x_t - x_s), brought
-up to date whenever a maximum grows. A second pass, if gradients are wanted, computes the tiles again, except the last,
-which is at hand: where a row is one tile nothing is computed twice. Memory is linear in L and S. The gradients are
-those of a sum; the backward scales them.
+One pass over a row's tiles keeps the maximum and l of both sides and the cross term sum exp(x_t) (x_t - x_s), and
+rescales them whenever a maximum grows. If gradients are wanted, a second pass recomputes all tiles but the last, which
+is still in memory: a row of one tile is computed only once. Memory is linear in L and S. The gradients are those of the
+sum; the backward scales them.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def attention_kl(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 class _Softmax:
-    """One side's maximum, and sum of exponentials, of rows of scores over the tiles so far, (B, H, rows, 1) each."""
+    """The running maximum and sum of exponentials of one side's rows of scores, (B, H, rows, 1) each."""
 
     top: Tensor
     mass: Tensor
 
     def start(self, scores: Tensor) -> Tensor:
-        """scores - maximum, in place."""
+        """Takes the first tile; returns scores - maximum, in place."""
         self.top = _maximum(scores)
         self.mass = torch.zeros_like(self.top, dtype=_common.widest_dtype(scores))
         return scores.sub_(self.top)
 
     def proceed(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for a further tile, and by how much the maximum grew."""
+        """Takes a further tile; returns scores - maximum, in place, and by how much the maximum grew."""
         top = torch.maximum(self.top, _maximum(scores))
         growth = top - self.top
         self.top = top
@@ -53,18 +53,18 @@ class _Softmax:
         return scores.sub_(top), growth
 
     def add(self, shifted: Tensor) -> Tensor:
-        """exp(shifted), in place, added to the sum."""
+        """Adds exp(shifted) to the sum and returns it, in place."""
         weights = _exp(shifted)
         self.mass += weights.sum(3, keepdim=True, dtype=self.mass.dtype)
         return weights
 
     def normalise(self, weights: Tensor) -> Tensor:
-        """Probabilities, in place. As exp(scores - log of the sum) they would carry that log's rounding."""
+        """Returns probabilities, in place. exp(scores - log(sum)) would carry the rounding of the logarithm."""
         return weights.mul_((1 / self.mass).to(weights.dtype))
 
 
 class _Rows:
-    """Both sides of some rows, and sum exp(x_t) (x_t - x_s)."""
+    """The running sums of some rows: both softmaxes, and the cross term sum exp(x_t) (x_t - x_s)."""
 
     cross: Tensor
 
@@ -72,7 +72,7 @@ class _Rows:
         self.student, self.teacher = _Softmax(), _Softmax()
 
     def add(self, student_scores: Tensor, teacher_scores: Tensor, first: bool) -> tuple[Tensor, Tensor]:
-        """Takes in a tile; returns exp(x_s) and exp(x_t), in the place of the scores."""
+        """Adds a tile; returns exp(x_s) and exp(x_t), written over the scores."""
         if first:
             student_x, teacher_x = self.student.start(student_scores), self.teacher.start(teacher_scores)
             self.cross = torch.zeros_like(self.teacher.mass)
@@ -88,17 +88,17 @@ class _Rows:
         return student_p, teacher_p
 
     def divergence(self) -> Tensor:
-        # Rounding must not make that of equal rows negative.
+        # Rounding must not make the divergence of equal rows negative.
         return (self.cross / self.teacher.mass - self.teacher.mass.log() + self.student.mass.log()).clamp_(min=0)
 
 
 def _maximum(scores: Tensor) -> Tensor:
-    # Above the score of a pair that is not allowed, below all others.
+    # The lower bound lies above the score of a masked pair and below all others.
     return scores.amax(3, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min / 2)
 
 
 def _exp(shifted: Tensor) -> Tensor:
-    """In place. Where it would underflow, exp takes ten times longer: it is kept just above that."""
+    """Computes exp in place. exp is ten times slower where it underflows: the clamp keeps it just above that."""
     return shifted.clamp_(min=math.log(torch.finfo(shifted.dtype).tiny) + 1).exp_()
 
 
@@ -111,7 +111,7 @@ def _scores(
 
 
 def _forbid(scores: Tensor, columns: slice, allowed: Tensor | None) -> Tensor:
-    """Adds the least number where a pair is not allowed, in place: several times faster than a masked fill."""
+    """Adds the lowest number where a pair is masked, in place: several times faster than a masked fill."""
     if allowed is not None:
         scores[..., columns] += (allowed.to(scores.dtype) - 1) * torch.finfo(scores.dtype).max
     return scores

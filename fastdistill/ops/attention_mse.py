@@ -10,7 +10,7 @@ queries are split into chunks. A chunk is multiplied by the Gram matrix of the k
 beside it are computed as a dense triangle. This is a chunked scan, as in linear attention.
 
 The sum is a difference of terms that cancel as the student nears its teacher: at a relative mismatch e, a rounding
-error u in a Gram matrix becomes u / e^2 in the value and u / e in the gradients. So everything here is float64, in which
+error u in a Gram matrix becomes u / e^2 in the value and u / e in the gradients. So everything here is float64, where
 products of float32 inputs are exact. Devices without float64 (MPS) compute in float32; there the gradients are 4 to 25
 times less accurate than those of materialised scores, and the value is worthless at e = 1e-3.
 
@@ -238,8 +238,8 @@ def _within_chunks(call: Attention, counted: Counted, d_query: Tensor | None, d_
 def _(*inputs):  # type: ignore[no-untyped-def]
     *fields, backend = inputs
     call = Attention(*fields)
-    shape: int | list[int] = _gram_shape(call)
-    key_shape, dtype = 0 if call.is_causal else shape, _common.widest_dtype(call.student_query)
+    shape, dtype = _gram_shape(call), _common.widest_dtype(call.student_query)
+    key_shape = [0] if call.is_causal else shape
     if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
 
@@ -336,7 +336,7 @@ def _backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
     if grad_total is None:
         return (None,) * 11
     *tensors, key_mask, query_mask, query_gram, key_gram = ctx.saved_tensors
-    call = Attention(*tensors, *ctx.scales, key_mask, query_mask, ctx.is_causal, None)
+    call = (*tensors, *ctx.scales, key_mask, query_mask, ctx.is_causal, None)  # as Attention has them
     return *_linear_backward(grad_total, *call, ctx.backend, query_gram, key_gram), *(None,) * 9
 
 
