@@ -1,6 +1,6 @@
-"""The calls whose kernels `bench.static` compiles: each launcher, at the sizes and dtypes that choose its tiles.
+"""Lists the calls whose kernels `bench.static` compiles: each launcher, at the sizes and dtypes that choose its tiles.
 
-Tensors are empty: nothing runs, only sizes, dtypes and alignment matter.
+Tensors are uninitialised: nothing runs, and only sizes, dtypes and alignment matter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
 
 
 def growing(size: int) -> Iterator[tuple[str, Call]]:
-    """One call of each op, `size` its tokens, rows, or lengths: what changes from step to step of a training."""
+    """Yields one call of each op with `size` tokens, rows, or length: the size that changes during training."""
     yield "logits", _rows("jsd", 4096, "bf16", with_all=True, rows=size)[1]
     yield "topk", _listed(4096, "bucket", "bf16", with_all=True, rows=size)[1]
     yield "linear_mse", _residual(320, 768, "bf16", with_all=True, tokens=size)[1]
