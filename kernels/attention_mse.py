@@ -360,14 +360,14 @@ def loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # sum () float64; the student's columns of Gq and Gk (B, groups, D', D_s)
     """Under a causal mask the sum covers the pairs that lie in different chunks, and each chunk has its own matrices
     (see `grams_of_a_scan`): of the queries after it, and of the keys before it."""
-    student_query, student_key, teacher_query, teacher_key = map(_rows, call.tensors)
+    student_query, student_key, teacher_query, teacher_key = map(_rows, call.tensors())
     (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted.queries, counted.keys))
     is_causal = call.is_causal
     batch, heads, query_length, d_s = student_query.shape
     key_length, d_t, width = student_key.shape[2], teacher_query.shape[3], d_s + teacher_query.shape[3]
     groups = lcm(student_key.shape[1], teacher_key.shape[1])
     chunks = [grams_of_a_scan(query_length)] if is_causal else []
-    dtype = gram_dtype(*call.tensors)
+    dtype = gram_dtype(*call.tensors())
     wide = dtype == torch.float64
     query_gram, key_gram = (student_query.new_empty(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
     if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
@@ -439,7 +439,7 @@ def gradients(
 ) -> None:
     batch, heads, query_length, d_s = call.student_query.shape
     d_t, groups, offset = call.teacher_query.shape[3], query_gram.shape[-3], call.student_key.shape[2] - query_length
-    wide = gram_dtype(*call.tensors) == torch.float64
+    wide = gram_dtype(*call.tensors()) == torch.float64
     arch = _common.arch_of(call.student_query)
     few = arch == "sm_80" or call.student_query.dtype == torch.float16  # fewer rows: registers are short
     rows, widest, deepest = (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if few else 128, 64, 32)

@@ -345,7 +345,7 @@ def loss(
     rows = call.student_query.new_empty((5 if is_kl else 1) * batch * heads * query_length, dtype=dtype)
     if rows.numel() == 0 or key_length == 0:
         return rows.new_zeros((), dtype=torch.float64)
-    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in call.tensors]
+    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in call.tensors()]
     flags = [None if x is None else x.contiguous() for x in (counted.queries, counted.keys)]
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     for x, dimensions in ((flags[0], 2), (flags[1], 2), (call.attn_mask, 4)):  # 0 where a mask is broadcast

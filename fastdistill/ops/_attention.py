@@ -50,24 +50,22 @@ class Attention(NamedTuple):
     is_causal: bool
     attn_mask: Tensor | None  # (B|1, H|1, L|1, S|1)
 
-    @property
+    # Methods, where a property would do: Dynamo does not trace a NamedTuple's properties in all versions of torch.
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.student_query, self.student_key, self.teacher_query, self.teacher_key
 
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """(L, S)."""
+    def lengths(self) -> tuple[int, int]:  # L, S
         return self.student_query.shape[2], self.student_key.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the loss."""
-        return _common.compute_dtype(*self.tensors)
+        return _common.compute_dtype(*self.tensors())
 
     @property
     def causal_offset(self) -> int | None:
         """S - L: query i is allowed the keys up to i + S - L. None without a causal mask."""
-        query_length, key_length = self.lengths
+        query_length, key_length = self.lengths()
         return key_length - query_length if self.is_causal else None
 
     def differentiable(self) -> bool:
@@ -77,7 +75,7 @@ class Attention(NamedTuple):
         """Makes an attn_mask a key mask if it is the same for all heads and queries, or a query mask if it is the same
         for all heads and keys: both cost less."""
         key_mask, query_mask, attn_mask = self.key_mask, self.query_mask, self.attn_mask
-        query_length, key_length = self.lengths
+        query_length, key_length = self.lengths()
         if attn_mask is not None and attn_mask.shape[1] == 1:
             if attn_mask.shape[2] == 1:
                 keys = attn_mask[:, 0, 0].expand(-1, key_length)
@@ -86,7 +84,7 @@ class Attention(NamedTuple):
                 queries = attn_mask[:, 0, :, 0].expand(-1, query_length)
                 query_mask, attn_mask = queries if query_mask is None else queries & query_mask, None
         return Attention(
-            *self.tensors, self.student_scale, self.teacher_scale, key_mask, query_mask, self.is_causal, attn_mask
+            *self.tensors(), self.student_scale, self.teacher_scale, key_mask, query_mask, self.is_causal, attn_mask
         )
 
 
@@ -112,7 +110,7 @@ class Counted(NamedTuple):
 
 def count_rows(call: Attention) -> Counted:
     """Finds the rows that count, in time linear in L and S without attn_mask; an attn_mask is read once, unexpanded."""
-    query_length, key_length = call.lengths
+    query_length, key_length = call.lengths()
     device, offset = call.student_query.device, key_length - query_length
     if query_length == 0 or key_length == 0:
         none = torch.zeros(1, 1, query_length + key_length, dtype=torch.int64, device=device)
@@ -141,7 +139,7 @@ def count_rows(call: Attention) -> Counted:
 
 
 def _count_pairs(call: Attention, keys: Tensor, queries: Tensor, attn_mask: Tensor) -> Counted:
-    query_length, key_length = call.lengths
+    query_length, key_length = call.lengths()
     (batch,) = torch.broadcast_shapes(keys.shape[:1], queries.shape[:1], attn_mask.shape[:1])
     heads, device = attn_mask.shape[1], attn_mask.device
     per_query = torch.empty(batch, heads, query_length, dtype=torch.int64, device=device)
@@ -232,7 +230,7 @@ class TileBlock(NamedTuple):
 
     def tiles(self) -> Iterator[tuple[slice, list[slice]]]:
         """Yields rows of queries, each with the rows of keys that it meets."""
-        (query_length, key_length), offset = self.call.lengths, self.call.causal_offset
+        (query_length, key_length), offset = self.call.lengths(), self.call.causal_offset
         for rows in slices(0, query_length, self.rows):
             end = key_length if offset is None else min(key_length, rows.stop + offset)
             yield rows, list(slices(0, end, self.columns))
@@ -258,7 +256,7 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
     rows = max(1, min(side, query_length, max(16, area // across)))
     student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (call.student_key, call.teacher_key))
     for take in blocks(batch, units, area // (rows * across)):
-        sq, sk, tq, tk = map(take, call.tensors)
+        sq, sk, tq, tk = map(take, call.tensors())
         queries, s_keys, t_keys, attn_mask = (
             None if x is None else take(x) for x in (counted.queries, student_keys, teacher_keys, call.attn_mask)
         )
@@ -334,7 +332,7 @@ def _tiled_outputs(call: Attention, differentiable: bool) -> tuple[Tensor, Tenso
     total = call.student_query.new_zeros((), dtype=call.dtype)
     if not differentiable:
         return total, total.new_empty(0), total.new_empty(0)
-    d_query, d_key = (torch.zeros_like(x, dtype=call.dtype) for x in call.tensors[:2])
+    d_query, d_key = (torch.zeros_like(x, dtype=call.dtype) for x in call.tensors()[:2])
     return total, d_query, d_key
 
 

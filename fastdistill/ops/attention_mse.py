@@ -50,9 +50,9 @@ def attention_mse(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _prefers_gram(call: Attention, backend: str) -> bool:
     d_s, d_t = call.student_query.shape[3], call.teacher_query.shape[3]
     if backend == "triton":  # wider heads have no other kernel
-        return call.is_causal or max(d_s, d_t) > _attention.WIDEST_TILE or takes_gram(*call.tensors)
+        return call.is_causal or max(d_s, d_t) > _attention.WIDEST_TILE or takes_gram(*call.tensors())
     # Query rows that meet the same keys, and the measured cost of a row either way.
-    query_length, key_length = call.lengths
+    query_length, key_length = call.lengths()
     rows = query_length * (call.student_query.shape[1] // max(call.student_key.shape[1], call.teacher_key.shape[1]))
     return rows * key_length > (5 if call.is_causal else 2) * (d_s + d_t) * (rows + key_length)
 
@@ -105,7 +105,7 @@ def _blocks(call: Attention, counted: Counted) -> Iterator[_Block]:
     units = gcd(call.student_key.shape[1], call.teacher_key.shape[1])  # the fewest heads that share no key with others
     area = _attention.tile_area(call.student_query.device)
     for take in _attention.blocks(batch, units, area // (heads // units * width * CHUNK)):
-        sq, sk, tq, tk = map(take, call.tensors)
+        sq, sk, tq, tk = map(take, call.tensors())
         queries, keys = (None if x is None else take(x) for x in (counted.queries, counted.keys))
         groups = lcm(sk.shape[1], tk.shape[1])
         yield _Block(
@@ -151,13 +151,13 @@ def _gram_shape(call: Attention) -> list[int]:  # B, groups, D', D_s
 
 def _seen_by_all(call: Attention) -> int:
     """Returns how many keys, counted from the first, every query is allowed."""
-    query_length, key_length = call.lengths
+    query_length, key_length = call.lengths()
     return max(0, key_length - query_length) if call.is_causal else key_length
 
 
 def _beside(call: Attention, rows: slice) -> tuple[slice, int]:
     """Returns the keys that only some of these queries are allowed, and the last diagonal of the allowed part."""
-    query_length, key_length = call.lengths
+    query_length, key_length = call.lengths()
     offset = key_length - query_length
     keys = slice(max(0, rows.start + offset), max(0, rows.stop + offset))
     return keys, rows.start + offset - keys.start
@@ -194,7 +194,7 @@ def _linear(*inputs):  # type: ignore[no-untyped-def]
 
 
 def _linear_loss(call: Attention, counted: Counted) -> tuple[Tensor, Tensor, Tensor]:
-    query_length, width = call.lengths[0], call.student_query.shape[3]
+    query_length, width = call.lengths()[0], call.student_query.shape[3]
     v = _scales(call)
     query_gram = v.new_empty(_gram_shape(call))
     key_gram = v.new_empty(0 if call.is_causal else _gram_shape(call))
@@ -243,9 +243,9 @@ def _(*inputs):  # type: ignore[no-untyped-def]
     if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
 
-        chunks = [kernels.grams_of_a_scan(call.lengths[0])] if call.is_causal else []
+        chunks = [kernels.grams_of_a_scan(call.lengths()[0])] if call.is_causal else []
         shape = key_shape = [*chunks, *shape]
-        dtype = kernels.gram_dtype(*call.tensors)
+        dtype = kernels.gram_dtype(*call.tensors())
     total = call.student_query.new_empty((), dtype=call.dtype)
     grams = (total.new_empty(x, dtype=dtype) for x in (shape, key_shape))
     return total, total.new_empty((), dtype=torch.int64), *grams
@@ -266,7 +266,7 @@ def _linear_backward(grad_total, *inputs):  # type: ignore[no-untyped-def]
 
         within: tuple[Tensor | None, ...] = None, None
         if call.is_causal:
-            within = tuple(torch.zeros(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors[:2])
+            within = tuple(torch.zeros(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors()[:2])
             _within_chunks(call, counted, *within)
         kernels.gradients(grad_total, call, counted, query_gram, key_gram, within, d_query, d_key)
     else:
@@ -284,7 +284,7 @@ def _linear_gradients(
     d_query: Tensor,  # to be written
     d_key: Tensor,
 ) -> None:
-    query_length, width = call.lengths[0], call.student_query.shape[3]
+    query_length, width = call.lengths()[0], call.student_query.shape[3]
     v = _scales(call)
     sharing = query_gram.shape[1] // call.student_key.shape[1]
     w = 2 * call.student_scale * grad_total.to(v.dtype) * v
@@ -327,7 +327,7 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     _, count, *grams = output
     ctx.mark_non_differentiable(count, *grams)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call.tensors, call.key_mask, call.query_mask, *grams)
+    ctx.save_for_backward(*call.tensors(), call.key_mask, call.query_mask, *grams)
     ctx.scales, ctx.is_causal = (call.student_scale, call.teacher_scale), call.is_causal
 
 

@@ -50,13 +50,6 @@ class _Call(NamedTuple):
         return self._replace(student=student, teacher=teacher, mask=mask, token_weight=token_weight)
 
 
-class _Outputs(NamedTuple):
-    loss: Tensor  # (N)
-    d_student: Tensor  # r R W (N, d_s); empty, as are the next two, where not needed
-    d_weight: Tensor  # (r R)^T X (d_t, d_s)
-    d_bias: Tensor  # sum r R (d_t)
-
-
 def linear_mse(
     student: Tensor,  # (N, d_s)
     weight: Tensor | None,  # (d_t, d_s)
@@ -80,19 +73,17 @@ def linear_mse(
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_mse(*inputs):  # type: ignore[no-untyped-def]
-    """Returns `_Outputs`, the loss as (N) or ()."""
+    """Returns the loss (N) or (); r R W (N, d_s), (r R)^T X (d_t, d_s), sum r R (d_t), empty where not needed."""
     *fields, backend = inputs
     call = _Call(*fields)
-    outputs = _allocated(call)
+    loss, *gradients = _outputs(call)
     with _common.no_autocast(call.student):
-        (_with_kernel if backend == "triton" else _in_chunks)(call, outputs)
-    loss, *gradients = outputs
+        (_with_kernel if backend == "triton" else _in_chunks)(call, loss, *gradients)
     loss /= call.teacher.shape[1]
     return loss if call.per_token else loss.sum(), *gradients
 
 
-def _in_chunks(call: _Call, outputs: _Outputs) -> None:
-    loss, d_student, d_weight, d_bias = outputs
+def _in_chunks(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
     dtype = loss.dtype
     for start in range(0, len(call.student), CHUNK):
         chunk = slice(start, start + CHUNK)
@@ -125,13 +116,13 @@ def _in_chunks(call: _Call, outputs: _Outputs) -> None:
                 d_student[chunk] = _common.wide_mm(operand, weight, dtype)
 
 
-def _with_kernel(call: _Call, outputs: _Outputs) -> None:
+def _with_kernel(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
     from fastdistill.kernels import linear_mse as kernels
 
     tokens, width = call.teacher.shape
     bias, mask, token_weight = (None if x is None else x.contiguous() for x in call[3:6])
     call = call._replace(bias=bias, mask=mask, token_weight=token_weight)
-    dtype = call.student.dtype if _common.narrow(call.student) else outputs.loss.dtype  # of R
+    dtype = call.student.dtype if _common.narrow(call.student) else loss.dtype  # of R
     products = call.needs_weight or (call.needs_student and call.weight is not None)
     size = max(kernels.CHUNK_BYTES // (width * dtype.itemsize), 1024) if products else max(tokens, 1)
     residual = clean = None
@@ -141,43 +132,40 @@ def _with_kernel(call: _Call, outputs: _Outputs) -> None:
         clean = torch.empty_like(call.student[:size], memory_format=torch.contiguous_format)
     for start in range(0, tokens, size):
         chunk = slice(start, min(start + size, tokens))
-        part, d_student = call.part(chunk), outputs.d_student[chunk]
+        part, dx = call.part(chunk), d_student[chunk]
         r, x = (None if y is None else y[: chunk.stop - start] for y in (residual, clean))
         if call.weight is None and call.needs_student and r is None:
-            r = d_student  # R is dX
-        kernels.residual(
-            *part[:6], loss=outputs.loss[chunk], out=r, clean=x, d_bias=outputs.d_bias if call.needs_bias else None
-        )
+            r = dx  # R is dX
+        kernels.residual(*part[:6], loss=loss[chunk], out=r, clean=x, d_bias=d_bias if call.needs_bias else None)
         if residual is None or r is None:
             continue
         if call.needs_weight:
-            _common.add_mm_(outputs.d_weight, r.mT, part.student if x is None else x)
+            _common.add_mm_(d_weight, r.mT, part.student if x is None else x)
         if call.needs_student and call.weight is not None:
-            if r.is_cuda and r.dtype == call.weight.dtype == d_student.dtype:
-                torch.mm(r, call.weight, out=d_student)  # rounded once, out of the accumulator
+            if r.is_cuda and r.dtype == call.weight.dtype == dx.dtype:
+                torch.mm(r, call.weight, out=dx)  # rounded once, out of the accumulator
             else:
-                d_student.copy_(_common.wide_mm(r, call.weight, outputs.loss.dtype))
+                dx.copy_(_common.wide_mm(r, call.weight, loss.dtype))
         elif call.needs_student:
-            d_student.copy_(r)
+            dx.copy_(r)
 
 
-def _allocated(call: _Call) -> _Outputs:
+def _outputs(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocates what the chunks add to. dW and db are sums over tokens and stay wide. dX has the student's dtype unless
     that is float16, where the small values that a loss scale will multiply would lose their digits."""
-    student, width = call.student, call.teacher.shape[1]
-    keep = call.dtype if student.dtype == torch.float16 else student.dtype
-    return _Outputs(
-        student.new_empty(student.shape[0], dtype=call.dtype),
-        student.new_empty(student.shape if call.needs_student else 0, dtype=keep),
-        student.new_zeros((width, student.shape[1]) if call.needs_weight else 0, dtype=call.dtype),
-        student.new_zeros(width if call.needs_bias else 0, dtype=call.dtype),
-    )
+    student, width, dtype = call.student, call.teacher.shape[1], call.dtype
+    loss = student.new_empty(student.shape[0], dtype=dtype)
+    keep = dtype if student.dtype == torch.float16 else student.dtype
+    d_student = student.new_empty(student.shape if call.needs_student else 0, dtype=keep)
+    d_weight = student.new_zeros((width, student.shape[1]) if call.needs_weight else 0, dtype=dtype)
+    d_bias = student.new_zeros(width if call.needs_bias else 0, dtype=dtype)
+    return loss, d_student, d_weight, d_bias
 
 
 @_linear_mse.register_fake
 def _(*inputs):  # type: ignore[no-untyped-def]
     call = _Call(*inputs[:-1])
-    loss, *gradients = _allocated(call)
+    loss, *gradients = _outputs(call)
     return loss if call.per_token else loss.new_empty(()), *gradients
 
 
