@@ -1,1 +1,1 @@
-"""Benchmarks of the ops against the same losses written the usual way. `python -m bench.table` prints them all."""
+"""Benchmarks the ops against the same losses written the usual way. `python -m bench.report` prints the results."""

@@ -1,4 +1,4 @@
-"""What the benchmarks of the two attention losses share: inputs, and the loss in float64 a few heads at a time."""
+"""Builds the cases of both attention losses: inputs, and the loss in float64, a few heads at a time."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from bench.cost import Cost
 
 HEADS = 12
 QUERIES = 1024  # of a block
-PAIRS = {"cpu": 1 << 28, "cuda": 1 << 34}  # of queries and keys that the float64 loss is computed of: 3 seconds
+PAIRS = {"cpu": 1 << 28, "cuda": 1 << 34}  # pairs of query and key in the float64 loss, about 3 seconds' worth
 
 
 def score_bytes(batch: int, heads: int, length: int, *dims: int) -> float:
-    """Of one matrix of scores of all heads."""
+    """Returns the bytes of one matrix of scores, all heads together."""
     return batch * heads * length * length * measure.DTYPE.itemsize
 
 
 def case(op: str, sizes: tuple[int, ...], cost: Cost, loss: Callable[..., Tensor], items: float) -> measure.Case:
-    """`loss(first, q_s, k_s, q_t, k_t)`: the sum over a block of one head's queries, from number `first` on.
+    """Returns a case for `loss(first, q_s, k_s, q_t, k_t)`, the sum over a block of one head's queries from `first` on.
 
-    The mean of the whole is over `items`.
+    The mean of the whole divides by `items`.
     """
     batch, heads, length, student_dim, teacher_dim = sizes
 
@@ -32,7 +32,7 @@ def case(op: str, sizes: tuple[int, ...], cost: Cost, loss: Callable[..., Tensor
         return [*student, *(measure.randn(batch, heads, length, teacher_dim) for _ in range(2))]
 
     def exact(*inputs: Tensor) -> list[Tensor | None]:
-        """Of as many heads as `PAIRS` allows, of all with the loss; of one too long, d query of its first rows."""
+        """Computes as many heads as `PAIRS` allows: the loss if all, dQ of its first rows if one is too long."""
         pairs = PAIRS[measure.DEVICE.type]
         some = min(max(pairs // length**2, 1), batch * heads)
         rows = min(max(pairs // length, QUERIES), length)

@@ -1,9 +1,9 @@
-"""`python -m bench.augmentation --model M --glove FILE --data SST-2`: candidates in batches, and a word at a time.
+"""`python -m bench.augmentation --model M --glove FILE --data SST-2`: times candidates in batches and word by word.
 
-Both find the K candidates of every word of the same sentences, with the same model in the same process: the library's
-`Augmenter.candidates`, and the algorithm as it is written down, with one forward pass for each masked word. Prints the
-milliseconds a sentence of each, of the batches in bfloat16 as well, and on how many words they agree. Each runs twice,
-and the second time is timed: a matrix product of a new size takes longer, and in a run over a whole task few are.
+Both find the K candidates of every word of the same sentences, with the same model in the same process. One is the
+library's `Augmenter.candidates`; the other is the published algorithm, with one forward pass for each masked word. The
+output is the milliseconds per sentence of each (of the batches in bfloat16 as well) and on how many words they agree.
+Each runs twice and the second run is timed, because a matrix product of a new size takes longer the first time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastdistill.recipes.augment import STOP_WORDS, Augmenter, Glove, read_glove
 
 @torch.inference_mode()
 def one_at_a_time(sentence: str, model: Any, tokenizer: Any, glove: Glove, k: int) -> dict[tuple[int, int], list[str]]:
-    """Algorithm 1 of arXiv 1909.10351, lines 3 to 9, for BERT's and RoBERTa's kinds of vocabulary."""
+    """Runs lines 3 to 9 of Algorithm 1 of arXiv 1909.10351, for BERT's and RoBERTa's kinds of vocabulary."""
     vocabulary = words_of(tokenizer)
     ids = torch.tensor(list(vocabulary), device=model.device)
     found = {}
@@ -43,11 +43,11 @@ def one_at_a_time(sentence: str, model: Any, tokenizer: Any, glove: Glove, k: in
     return found
 
 
-WORDS: dict[int, dict[int, str]] = {}  # by id of the tokenizer: part of neither measurement
+WORDS: dict[int, dict[int, str]] = {}  # by id of the tokenizer; cached, so that neither measurement includes it
 
 
 def words_of(tokenizer: Any) -> dict[int, str]:
-    """The whole words of a vocabulary by id: without `##` in BERT's, with a space before them in a byte-level one."""
+    """Returns the whole words of a vocabulary by id: without `##` in BERT's, after a space in a byte-level one."""
     if id(tokenizer) not in WORDS:
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         if any(token.startswith("Ġ") for token in tokens):
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--glove", type=Path, required=True, metavar="FILE", help="word vectors in GloVe's text format")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="SST-2's tsv files")
     parser.add_argument("--rows", type=int, default=500, help="sentences in batches (default: %(default)s)")
-    parser.add_argument("--loop-rows", type=int, help="of these, so many a word at a time (default: all)")
+    parser.add_argument("--loop-rows", type=int, help="how many of these to do one word at a time (default: all)")
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     arguments = parser.parse_args()
 

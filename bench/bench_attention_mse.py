@@ -55,7 +55,7 @@ def _measure(measured, batch, length, student_dim, teacher_dim, direction, is_ca
 
 
 def _exact(is_causal: bool, first: int, *heads: Tensor) -> Tensor:
-    """Sum of squares of a block of queries, from number `first` on."""
+    """Returns the sum of squares of a block of queries, from query `first` on."""
     student_query, student_key, teacher_query, teacher_key = heads
     difference = student_query @ student_key.mT * student_query.shape[-1] ** -0.5
     difference = difference - teacher_query @ teacher_key.mT * teacher_query.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Whole training steps: teacher forward, student forward and backward, AdamW; random weights, no padding."""
+"""Measures whole training steps: teacher forward, student forward and backward, AdamW; random weights, no padding."""
 
 import copy
 
@@ -23,13 +23,13 @@ from fastdistill.train.capture import capturable, capture
 from fastdistill.train.objective import Objective
 
 GPU = measure.DEVICE.type == "cuda"
-TOKENS = 16384 if GPU else 1024  # of a step, where a sequence is not longer
+TOKENS = 16384 if GPU else 1024  # of a step, unless one sequence is longer
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CHECKED = 2048  # tokens of the longest sequence compared with float64
 
 
 def _kept_scores(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *, scores=None, **kwargs):
-    """Attention as TinyBERT's code has it: the scores before the softmax are kept for the loss."""
+    """Computes attention as TinyBERT's code does: it keeps the scores before the softmax for the loss."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     of_layer = query @ key.mT * scaling  # (B, H, L, L)
     if scores is not None:
@@ -94,7 +94,7 @@ def bench_tinybert_general_step(measured, length):
         f"{batch} x {length} tokens, BERT-base to 4 layers of 312", list,
         lambda: _exact(_usual_losses, usual_student, usual_teacher, usual_objective, inputs, length),
     )  # fmt: skip
-    # Of the teacher 12 layers' scores are kept, of the student 4 with their softmax, and a few gradients of them.
+    # Kept: scores of 12 teacher layers, scores and softmax of 4 student layers, and a few of their gradients.
     scores = batch * 12 * length**2 * measure.DTYPE.itemsize
     measured(
         case,
@@ -120,7 +120,7 @@ def _usual_head(student: PreTrainedModel, teacher: PreTrainedModel, objective: N
 
 
 LLAMA = {"vocab_size": 128256, "head_dim": 64, "use_cache": False}
-# Llama 3.1 8B to 3.2 1B on a GPU; on a CPU their heads' vocabulary, with bodies of two narrow layers.
+# On a GPU: Llama 3.1 8B to 3.2 1B. On a CPU: the same vocabulary, with bodies of two narrow layers.
 TEACHER = LlamaConfig(
     **LLAMA | {"head_dim": 128}, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
     intermediate_size=14336,
@@ -168,9 +168,9 @@ def bench_causal_lm_step(measured, batch, length):
 
 
 def _step(losses, student: PreTrainedModel, teacher: PreTrainedModel, objective, batch: dict):
-    """A training step; it returns the loss and the gradients."""
+    """Returns a training step, a function that returns the loss and the gradients."""
     parameters = [*student.parameters(), *(objective.parameters() if objective is not None else ())]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6)  # the step between two measurements changes next to nothing
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)  # so small that the weights hardly change between measurements
 
     def step() -> list[Tensor]:
         loss = losses(student, teacher, objective, batch)
@@ -184,7 +184,7 @@ def _step(losses, student: PreTrainedModel, teacher: PreTrainedModel, objective,
 
 
 def _exact(losses, student, teacher, objective, batch, length) -> list[Tensor]:
-    """Loss and gradients the usual way in float64; none of them where that takes too long."""
+    """Returns loss and gradients, computed the usual way in float64; nothing if that would take too long."""
     if length > CHECKED or teacher.num_parameters() > 1e9:
         return []
     student, teacher, objective = (

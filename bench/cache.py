@@ -1,9 +1,9 @@
-"""`python -m bench.cache --model M --corpus FILE`: an offline teacher against the live one, and what its files cost.
+"""`python -m bench.cache --model M --corpus FILE`: compares an offline teacher with the live one.
 
-For the first tokens of a text, in one run: bytes a token against full logits; seconds to write, between two passes of
-the teacher alone, to read and to verify; what rounding to float16 changes; and the time of a training step with the
-teacher live and from the cache, turn by turn on the same rows, reading and padding them included. The student is of the
-teacher's kind, with half its layers and half its width.
+One run over the first tokens of a text measures the bytes per token against full logits; the seconds to write (between
+two passes of the teacher alone), to read and to verify; the effect of rounding to float16; and the time of a training
+step with the live teacher and with the cache. The two kinds of step alternate on the same rows and include reading and
+padding them. The student has the teacher's architecture with half its layers and half its width.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastdistill.train.data import PaddingCollator, pack_corpus
 from fastdistill.train.model import DistillationModel, has_linear_head
 from fastdistill.train.objective import Objective
 
-CHECKED = 16  # rows whose rounding is looked at
+CHECKED = 16  # rows whose rounding is checked
 
 
 def synchronize() -> None:
@@ -54,14 +54,14 @@ def small(teacher: Any) -> Any:
 
 
 class Bench:
-    """The same rows, in the same batches, each way."""
+    """Measures every way on the same rows in the same batches."""
 
     def __init__(self, teacher: Any, tokenizer: Any, blocks: Dataset, size: int) -> None:
         self.teacher, self.tokenizer, self.blocks, self.size = teacher, tokenizer, blocks, size
         self.collate = PaddingCollator(tokenizer)
         self.batches = [list(range(i, i + size)) for i in range(0, len(blocks) - size + 1, size)]
         self.tokens = sum(sum(blocks[i]["length"] for i in batch) for batch in self.batches)
-        self.rows = blocks  # of the cache, once there is one
+        self.rows = blocks  # replaced by those of the cache once it is written
 
     def fetch(self, rows: Dataset, numbers: list[int]) -> dict[str, Tensor]:
         names = [name for name in rows.column_names if name != "length"]
@@ -69,7 +69,7 @@ class Bench:
         return {name: x.to(self.teacher.device) for name, x in batch.items()}
 
     def alone(self) -> float:
-        """Seconds a token of the teacher's forward pass."""
+        """Returns the seconds per token of the teacher's forward pass."""
 
         def run() -> None:
             for numbers in self.batches:
@@ -103,7 +103,7 @@ class Bench:
         )
 
     def rounding(self) -> str:
-        """The stored log-probabilities against those of the same rows now, in float64."""
+        """Compares the stored log-probabilities with those of the same rows computed now, in float64."""
         largest, distances, masses = 0.0, [], []
         for row in range(min(CHECKED, len(self.rows))):
             found = self.rows[row]
@@ -121,7 +121,7 @@ class Bench:
         )
 
     def step(self, steps: int) -> str:
-        """One student is trained with the live teacher, another from the cache."""
+        """Trains one student with the live teacher and another from the cache."""
         took: dict[str, list[float]] = {"live": [], "cached": []}
         models, optimizers = {}, {}
         for name in took:

@@ -1,4 +1,4 @@
-"""`pytest bench --benchmark-only [--preset full] [--results DIR]`: what a run measures, prints and writes."""
+"""`pytest bench --benchmark-only [--preset full] [--results DIR]`: measures, prints and writes the selected cases."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--results", type=Path, metavar="PATH",
-        help="where the results go, after every case: a folder (a new file, in a folder named after the device), or a "
-        ".json file; the cases that it holds already are not measured again",
+        help="where to write the results after every case: a folder (a new file, in a folder named after the device), "
+        "or a .json file; cases that it already holds are not measured again",
     )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # its table knows ours alone; the records have everything
+    config.option.benchmark_quiet = True  # its table shows only our ops; the records hold all implementations
     run = config.stash[RUN] = description() | {"preset": config.getoption("--preset"), "cases": [], "records": []}
     path: Path | None = config.getoption("--results")
     if path is None:
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for field in ("device", "commit", "versions"):
             if before[field] != run[field]:
                 raise pytest.UsageError(
-                    f"--results {path} is of {field} {before[field]}, this run of {run[field]}; give a new file"
+                    f"--results {path} has {field} {before[field]}, this run has {run[field]}; give a new file"
                 )
         run |= {"cases": before["cases"], "records": before["records"]}
     config.stash[PATH] = path
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def measured(benchmark, request: pytest.FixtureRequest):
-    """Measures a case; its records are in the result file before the next case begins."""
+    """Measures a case and writes its records to the result file before the next case begins."""
 
     def of(case: measure.Case, implementations: list[measure.Implementation], direction: str) -> None:
         run = request.config.stash[RUN]
@@ -99,7 +99,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 
 def description() -> dict:
-    """On what and with what this run measures."""
+    """Describes the device, versions and command of this run."""
     cuda = measure.DEVICE.type == "cuda"
     packages = ("fastdistill", "torch", "triton", "numpy", "transformers", "pytest-benchmark")
     git = ("git", "-C", str(HERE))
@@ -136,7 +136,7 @@ def _output(*command: str) -> str | None:
 
 
 def _processor() -> str:
-    """As the system names it."""
+    """Returns the processor's name as the system gives it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

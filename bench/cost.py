@@ -1,11 +1,12 @@
-"""`python -m bench.cost [--card NAME]`: what each op moves and computes, and the least time that takes on a card.
+"""`python -m bench.cost [--card NAME]`: counts what each op moves and computes, and the least time it takes on a card.
 
-The one place where bytes and operations are counted. An op is a list of steps, one a kernel (or a library's product),
-which follow on each other. A step lasts as long as the slowest of its parts: its bytes at the memory's speed, its
-products at that of the units for their precision, its exponentials at theirs. The sum over steps is the floor of the
-algorithm as shipped. `least` is that of the op itself: each input read once in the forward, once in the backward if the
-algorithm needs the forward's sums first, each gradient written once, no product done twice. All of a forward and a
-backward with mean reduction; memory that stays in the L2 cache (chunks, statistics) is free.
+This is the only place where bytes and operations are counted. An op is a list of consecutive steps, each a kernel or a
+library's matrix product. A step takes as long as the slowest of three parts: its bytes at the memory's speed, its
+products at the speed of the units for their precision, and its exponentials. The sum over steps is the floor of the
+algorithm as shipped. `least` is the floor of the op itself: each input is read once in the forward and, if the
+algorithm needs the forward's sums first, once in the backward; each gradient is written once; no product is computed
+twice. All counts are for a forward and a backward with mean reduction. Memory that stays in the L2 cache (chunks,
+statistics) is free.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from fastdistill.ops.linear_logits import CHUNK, GPU_CHUNK_BYTES
 
 @dataclass(frozen=True)
 class Card:
-    """Bytes and operations a second. A product's multiply and add are two operations."""
+    """A card's bytes and operations per second. A multiply-add counts as two operations."""
 
     name: str
     source: str
     memory: float
     bits16: float  # products of 16-bit operands on tensor cores, sums in float32
-    float32: float  # products in float32 proper: no tensor cores on NVIDIA
+    float32: float  # products in full float32: without tensor cores on NVIDIA
     float64: float  # products on tensor cores
     exponentials: float
     cache: float  # bytes of L2
@@ -52,7 +53,7 @@ class Step:
     name: str
     memory: float = 0  # bytes
     flops: float = 0
-    precision: str = "bits16"  # field of Card that the products run at
+    precision: str = "bits16"  # the field of Card with the speed of the products
     exponentials: float = 0
 
     def seconds(self, card: Card) -> float:
@@ -71,7 +72,7 @@ class Cost:
     steps: Sequence[Step]
 
     def floor(self, card: Card) -> float:
-        """Seconds below which the algorithm as shipped cannot be."""
+        """Returns the least seconds that the algorithm as shipped can take."""
         return sum(step.seconds(card) for step in self.steps)
 
 
@@ -90,7 +91,7 @@ def attention_mse(
     student_kv: int | None = None,
     teacher_kv: int | None = None,
 ) -> Cost:
-    """Gram matrices: keys as long as queries, no dense mask."""
+    """Counts the way with Gram matrices, for as many keys as queries and no dense mask."""
     student_kv, teacher_kv = student_kv or heads, teacher_kv or heads
     size = dtype.itemsize
     student = batch * length * (heads + student_kv) * student_dim * size
@@ -98,8 +99,8 @@ def attention_mse(
     rows = batch * length * (heads + lcm(student_kv, teacher_kv))
     gram = 2 * rows * (student_dim**2 + student_dim * teacher_dim + teacher_dim**2)
     products = 2 * rows * (student_dim + teacher_dim) * student_dim
-    # Differences of terms that cancel: 16-bit inputs have exact products, float32 ones are multiplied in float64; the
-    # backward's matrix has two 16-bit terms.
+    # The terms of the loss cancel: products of 16-bit inputs are exact, float32 inputs are multiplied in float64, and
+    # the backward's matrix has two 16-bit terms.
     narrow = dtype.itemsize == 2
     precision = "bits16" if narrow else "float64"
     return Cost(
@@ -157,7 +158,7 @@ CENTRED = ("reverse_kl", "jsd", "tvd")  # their gradient needs a mean over the r
 
 
 def _row_passes(kind: str, classes: int) -> int:
-    """How often the row kernel reads both rows; it writes one gradient."""
+    """Returns how often the row kernel reads both rows; it writes one gradient."""
     if classes <= RESIDENT:
         return 1
     return 3 if kind in CENTRED else 2
@@ -186,7 +187,7 @@ def topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> Cost:
 
 
 def linear_logits(kind: str, tokens: int, student_dim: int, teacher_dim: int, classes: int, dtype: torch.dtype) -> Cost:
-    """Chunks of logits do not stay in the cache: float32 logits of both sides are written and read."""
+    """Counts float32 logits of both sides as written and read: their chunks do not stay in the cache."""
     size, precision = dtype.itemsize, _precision(dtype)
     chunks = -(-tokens // max(min(CHUNK, GPU_CHUNK_BYTES // (classes * 4)), 1))
     student_weight, teacher_weight = (classes * dim * size for dim in (student_dim, teacher_dim))
@@ -204,14 +205,14 @@ def linear_logits(kind: str, tokens: int, student_dim: int, teacher_dim: int, cl
             Step("teacher logits", t + chunks * teacher_weight + scores, flops[1], precision),
             Step("rows", 2 * passes * scores + gradient, exponentials=2 * passes * tokens * classes),
             Step("d student", gradient + chunks * student_weight + x, flops[0], precision),
-            # Accumulated in float32: read and written once a chunk.
+            # The float32 accumulator is read and written once per chunk.
             Step("d weight", gradient + x + chunks * 2 * classes * student_dim * 4, flops[0], precision),
         ],
     )
 
 
 def examples() -> list[Cost]:
-    """The shapes that goals are given for."""
+    """Returns the costs of the shapes that have goals."""
     bf16 = torch.bfloat16
     return [
         attention_mse(32, 12, 128, 26, 64, bf16),

@@ -1,6 +1,6 @@
-"""The losses as a PyTorch user writes them: what ours are measured against, alone and under torch.compile.
+"""Defines the losses as a PyTorch user writes them: the baselines, eager and under torch.compile.
 
-Logits of 16 bits are cast to float32 first, as trainers do: a log-softmax in bfloat16 has two digits. Scores and
+16-bit logits are cast to float32 first, as trainers do: a log-softmax in bfloat16 has two digits. Scores and
 projections stay in the dtype of their inputs.
 """
 
@@ -78,5 +78,5 @@ def tvd(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 LOGITS_LOSSES = {"soft_cross_entropy": soft_cross_entropy, "kl_div": kl_div, "jsd": jsd, "tvd": tvd}
-# Float32 logits that each has allocated at its peak, about: what does not fit the device is not begun.
+# About how many float32 logits tensors each holds at its peak; a case that would not fit the device is skipped.
 MATRICES = {"soft_cross_entropy": 5, "kl_div": 6, "jsd": 13, "tvd": 5}

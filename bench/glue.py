@@ -1,9 +1,10 @@
-"""`python -m bench.glue --model BERT --masked MLM --data DIR --corpus FILE --glove FILE --out DIR`: TinyBERT's table.
+"""`python -m bench.glue --model BERT --masked MLM --data DIR --corpus FILE --glove FILE --out DIR`: reruns TinyBERT's
+table.
 
-For five tasks of GLUE: the teacher; the distilled student; the same student fine-tuned on the labels; and the student
-without one part of the method at a time. Every leg is commands of `fastdistill`, printed before they run; a leg done
-is not run again, so the command may be given as often as it takes. `--tables` prints what is there: Markdown tables,
-and DIR/results.json and DIR/losses.png from it.
+For five tasks of GLUE it trains and evaluates the teacher; the distilled student; the same student fine-tuned on the
+labels; and the student without one part of the method at a time. Every leg is a `fastdistill` command, printed before
+it runs. A finished leg is not run again, so an interrupted command may be repeated. `--tables` runs nothing: it prints
+Markdown tables of the finished legs and writes DIR/results.json and DIR/losses.png.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from fastdistill.recipes.glue import get_task
 
 @dataclass(frozen=True)
 class Budget:
-    """Of one task: what two cores do in a quarter of an hour a student."""
+    """The training of one task: what two cores do in a quarter of an hour per student."""
 
     teacher_epochs: int
-    copies: int  # of each row by augmentation
+    copies: int  # of each row that augmentation makes
     intermediate_epochs: int  # over rows and copies
-    prediction_epochs: int  # over rows and copies; STS-B's over the rows, whose copies have no score
+    prediction_epochs: int  # over rows and copies; for STS-B over the rows only, as its copies have no score
     finetune_epochs: int  # of a student on the labels alone
 
 
@@ -42,7 +43,7 @@ TASKS = {
     "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=2, prediction_epochs=10, finetune_epochs=10),
 }
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-# Half of the teacher's depth and less than half its width; 12 heads as it has. The narrow one is for speed.
+# Half the teacher's depth, less than half its width, and its 12 heads. The narrow one is for speed.
 CONFIGS = {
     "student.json": {
         "num_hidden_layers": 3, "hidden_size": 156, "intermediate_size": 600, "num_attention_heads": 12, **NO_DROPOUT,
@@ -55,7 +56,7 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class Student:
-    general: str | None = "general"  # the folder of its general stage; None: it has none
+    general: str | None = "general"  # the folder of its general stage; None: it skips that stage
     terms: tuple[str, ...] = ("embedding", "hidden", "attention")
     augmentation: bool = True
     config: str = "student.json"
@@ -78,7 +79,7 @@ STUDENTS = {
 class Leg:
     output: str  # in the working folder
     command: list[str]  # of fastdistill, without --output
-    after: str = ""  # the leg whose evaluation it goes into
+    after: str = ""  # the leg whose evaluation it belongs to
 
 
 class Plan:
@@ -87,7 +88,7 @@ class Plan:
         self.out: Path = arguments.out
 
     def legs(self) -> Iterator[Leg]:
-        """In the order in which they are worth most."""
+        """Yields the legs, the most valuable first."""
         done: set[str] = set()
         for name, student in STUDENTS.items():
             if student.general is not None and student.general not in done:
@@ -124,9 +125,9 @@ class Plan:
     def student(self, task: str, name: str) -> Leg:
         student = STUDENTS[name]
         budget = TASKS[task]
-        # Without copies as many more epochs, so that every student makes as many steps.
+        # Without copies, more epochs make up for them, so that every student takes the same number of steps.
         more = 1 if student.augmentation else 1 + budget.copies * len(get_task(task).texts)
-        prediction = 1 if task == "STS-B" else more  # which learns from the original rows
+        prediction = 1 if task == "STS-B" else more  # its prediction stage learns from the original rows only
         seeds = self.arguments.seeds if name in (DISTILLED, NARROW) else self.arguments.seeds[:1]
         command = [
             "task", "--teacher", f"{task}/teacher", "--student", student.general or student.config,
@@ -148,7 +149,7 @@ class Plan:
         return Leg(f"{task}/{slug(FINE_TUNED)}", command)
 
     def run(self, leg: Leg) -> None:
-        """In the working folder, so that the commands read as they would be typed."""
+        """Runs a leg in the working folder, so that the printed commands can be typed there."""
         if (self.out / leg.output).exists():
             return
         command = ["fastdistill", *leg.command, "--output", leg.output]
@@ -170,7 +171,7 @@ def slug(name: str) -> str:
 
 
 def results(out: Path, tasks: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Model -> task -> the dev score of each seed, in per cent: GLUE's metric, or the mean of its two."""
+    """Returns model -> task -> the dev score of each seed in per cent: GLUE's metric, or the mean of its two."""
     found: dict[str, dict[str, list[float]]] = {}
     for name in ("teacher", DISTILLED, FINE_TUNED, *list(STUDENTS)[1:]):
         for task in tasks:
@@ -182,7 +183,7 @@ def results(out: Path, tasks: list[str]) -> dict[str, dict[str, list[float]]]:
 
 
 def table(found: dict[str, dict[str, list[float]]], tasks: list[str]) -> str:
-    """Means and deviations over seeds; the average where all tasks are there, and its share of the teacher's."""
+    """Returns means and deviations over seeds, averages of complete rows, and their share of the teacher's."""
     lines = [
         "| model | " + " | ".join(tasks) + " | average | kept |",
         "| --- |" + " ---: |" * (len(tasks) + 2),
@@ -207,7 +208,7 @@ def spread(scores: list[float]) -> str:
 
 
 def plot(out: Path, tasks: list[str]) -> None:
-    """The intermediate stage's hidden and attention losses over its steps, a column a task."""
+    """Plots the intermediate stage's hidden and attention losses over its steps, one column per task."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3 * len(tasks), 5), layout="constrained")
@@ -238,12 +239,14 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a BERT with weights: folder or hub name")
     parser.add_argument("--masked", required=True, help="a masked language model for augmentation (bench.mlm_teacher)")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of tsv files for each task")
-    parser.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="FILE", help="of the general stage")
+    parser.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="FILE", help="general text")
     parser.add_argument("--glove", type=Path, required=True, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all five")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3; ablations: the first")
-    parser.add_argument("--tables", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3; ablations take the first only"
+    )
+    parser.add_argument("--tables", action="store_true", help="run nothing, print the tables of finished legs")
     arguments = parser.parse_args()
 
     if not arguments.tables:
@@ -267,7 +270,7 @@ def main() -> None:
         for leg in plan.legs():
             try:
                 plan.run(leg)
-            except subprocess.CalledProcessError as error:  # it has said why
+            except subprocess.CalledProcessError as error:  # the command has printed the reason
                 sys.exit(error.returncode)
     found = results(arguments.out, arguments.tasks)
     (arguments.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -1,6 +1,6 @@
-"""`python -m bench.goals RESULT.json`: the goals that the library set itself for a GPU, met or missed, with the figure.
+"""`python -m bench.goals RESULT.json`: shows which of the library's goals for a GPU are met, with the figures.
 
-A goal whose shape is not in the file, or has no figure there, is shown as open.
+A goal whose shape has no figure in the file is shown as open.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from bench.report import Record, good, read
 
 class Goal(NamedTuple):
     op: str
-    shape: str  # as the cost model writes it
+    shape: str  # as the cost model spells it
     text: str
-    least: bool  # the figure should be at least the limit, or at most
+    least: bool  # whether the figure should be at least the limit, or at most
     limit: float
-    figure: Callable[[Record, dict[str, Record]], float | None]  # of ours, and all of the row by name
+    figure: Callable[[Record, dict[str, Record]], float | None]  # from our record, and all records of the row by name
 
 
 def _faster_than(name: str) -> Callable[[Record, dict[str, Record]], float | None]:
@@ -36,7 +36,7 @@ def _of_floor(ours: Record, row: dict[str, Record]) -> float | None:
 
 
 def _of_bandwidth(card: str | None, name: str | None = None) -> Callable[[Record, dict[str, Record]], float | None]:
-    """Of our fastest implementation, or of the one of that name."""
+    """Returns the figure of our fastest implementation, or of the one called `name`."""
 
     def figure(ours: Record, row: dict[str, Record]) -> float | None:
         record = row.get(name) if name else ours
@@ -46,14 +46,14 @@ def _of_bandwidth(card: str | None, name: str | None = None) -> Callable[[Record
 
 
 def _of_products(card: str | None) -> Callable[[Record, dict[str, Record]], float | None]:
-    """Of the time that the four products take at the card's speed."""
+    """Returns the share of our time that the four products take at the card's speed."""
     if card is None:
         return lambda ours, row: None
     return lambda ours, row: ours["least_flops"] / CARDS[card].bits16 / ours["seconds"]
 
 
 def goals(card: str | None) -> Iterator[Goal]:
-    """16-bit inputs, forward and backward."""
+    """Yields the goals, for 16-bit inputs, forward and backward."""
     for batch, length, times in ((32, 128, 4), (32, 512, 15), (4, 4096, 100)):
         shape = f"{batch} x 12 heads x {length}, d 26 / 64"
         yield Goal("attention_mse", shape, "times as fast as eager", True, times, _faster_than("eager"))

@@ -1,9 +1,9 @@
-"""`python -m bench.gpu --out DIR [--minutes 60]`: everything that a card is needed for, in one command.
+"""`python -m bench.gpu --out DIR [--minutes 60]`: runs everything that needs a card, in one command.
 
-The benchmarks that goals are given for come first: each compares what it measures with the reference too. Then the
-tests, the kernels' own before the rest, then the other benchmarks, and last the sanitizers, as far as the minutes
-reach. Nothing is installed and no network is used. What is finished stays in DIR: interrupted, or out of time, the
-same command goes on where it stopped, a benchmark at its next case, a stage of tests at its beginning. DIR then holds
+The benchmarks that have goals come first; each also compares its results with the reference. Then come the tests (those
+of the kernels before the rest), the other benchmarks, and the sanitizers, as far as the minutes reach. Nothing is
+installed and no network is used. Finished work stays in DIR: after an interruption, or out of time, the same command
+continues where it stopped, a benchmark at its next case, a stage of tests at its beginning. DIR then holds
 
     summary.md         the page to read first: what passed, and the goals met and missed
     results.json       every measurement (`bench.report`)
@@ -31,9 +31,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WITH_GOALS = ("attention_mse", "linear_logits", "logits", "linear_mse")
 NEEDED = ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "hypothesis", "psutil", "fastdistill.kernels")
-LEAST = 20  # seconds worth beginning something for
+LEAST = 20  # seconds that must be left to begin another stage
 
-# What every op promises on every backend.
+# The contract of every op on every backend.
 CONTRACT = [
     f"tests/{name}.py"
     for name in (
@@ -47,9 +47,9 @@ LARGE = "two_to_the_31 or real_sizes or large_vocabulary"  # tests that take ten
 
 
 def stages(results: Path) -> Iterator[tuple[str, list[str]]]:
-    """Name and pytest arguments, in order."""
+    """Yields the name and the pytest arguments of each stage, in order."""
     one_by_one = ["-q", "-rfE", "--continue-on-collection-errors"]
-    # The tests spend most of their time compiling kernels: several at once, where pytest-xdist is there.
+    # The tests spend most of their time compiling kernels: run several at once if pytest-xdist is installed.
     tests = [*one_by_one, *(["-n", str(min(os.cpu_count() or 1, 8))] if find_spec("xdist") else [])]
     measured = ["--benchmark-only", "-q", "--preset", "full", "--results", str(results)]
     for bench in WITH_GOALS:
@@ -61,7 +61,7 @@ def stages(results: Path) -> Iterator[tuple[str, list[str]]]:
     yield "large tensors", [ON_CARDS[0], *CONTRACT[:2], "-k", LARGE, *one_by_one]
     for bench in (*WITH_GOALS, "attention_kl", "step"):
         yield f"benchmarks: {bench}", [f"bench/bench_{bench}.py", *measured]
-    if find_spec("datasets") and find_spec("transformers"):  # the trainer, the commands, and what needs no card
+    if find_spec("datasets") and find_spec("transformers"):  # trainer, commands, and tests that need no card
         others = ["tests", *(f"--ignore={path}" for path in CONTRACT), "-m", "not data and not slow and not gpu"]
         yield "other tests", [*others, *tests]
     yield "sanitizers", [*ON_CARDS, "-m", "gpu", "-k", "sanitizer", *tests]
@@ -78,7 +78,7 @@ def missing() -> list[str]:
 
 
 def run(arguments: list[str], seconds: float, log: Path) -> int | None:
-    """pytest's exit code, or None where the time was up: it is asked to stop, so that it writes what it has."""
+    """Returns pytest's exit code, or None if it ran out of time: SIGINT then lets it write what it has."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
@@ -118,10 +118,8 @@ def summary(out: Path, state: dict, device: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for what it writes; taken up again if it exists"
-    )
-    parser.add_argument("--minutes", type=float, default=60, help="to be finished in (default 60)")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to; continued if it exists")
+    parser.add_argument("--minutes", type=float, default=60, help="time limit (default 60)")
     options = parser.parse_args()
     if options.minutes <= 0:
         parser.error(f"--minutes is {options.minutes:g}; it should be above 0")
@@ -134,11 +132,11 @@ def main() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print("There is no GPU here (torch.cuda.is_available() is False), so this cannot be done:", file=sys.stderr)
+        print("There is no GPU here (torch.cuda.is_available() is False), so these stages cannot run:", file=sys.stderr)
         for name, arguments in stages(options.out / "results.json"):
             print(f"  {name}: pytest {shlex.join(arguments)}", file=sys.stderr)
         print(
-            "What needs none: `python -m bench.static --check` compiles every kernel for four architectures, "
+            "Without a GPU: `python -m bench.static --check` compiles every kernel for four architectures, "
             "`make test` runs them in Triton's interpreter, `make bench` measures the CPU.",
             file=sys.stderr,
         )
@@ -164,7 +162,7 @@ def main() -> int:
         print(f"[{60 * options.minutes - left:5.0f} s] {name}", flush=True)
         log = out / f"{number:02d}-{report.slug(name)}.txt"
         code = run(arguments, left, log)
-        # 5: nothing was collected, as when every case of it is measured already.
+        # 5: pytest collected nothing, because every case is measured already.
         state[name] = {"outcome": "out of time: " + last_line(log) if code is None else last_line(log)}
         if code is None:
             late = True

@@ -1,9 +1,9 @@
-"""`python -m bench.long_sequences --text NOVEL.txt... --out DIR`: distillation at 512 to 8192 tokens, two ways.
+"""`python -m bench.long_sequences --text NOVEL.txt... --out DIR`: compares two ways to distil at 512 to 8192 tokens.
 
 A Llama-like student (causal, rotary, grouped keys) learns the hidden states and attention scores of a teacher twice as
-deep and wide, both with random weights, on real text. For each length, turn by turn in one process: the step with this
-library; the same step with score matrices; and the two models with next to no loss, which is what neither can save.
-Then some steps of training with the library. Writes DIR/long_sequences.json and .png, and prints a table.
+deep and wide, both with random weights, on real text. For each length one process alternates between the step with this
+library; the same step with score matrices; and the two models with a trivial loss, a cost that neither way can avoid.
+Some training steps with the library follow. Writes DIR/long_sequences.json and .png, and prints a table.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def config(layers: int, width: int) -> LlamaConfig:
 
 
 def keep_scores(module, query, key, value, attention_mask, scaling, dropout=0.0, *, scores=None, **kwargs):
-    """Attention with its score matrix, which the loss takes before the causal mask and the softmax."""
+    """Computes attention and keeps its score matrix, from before the causal mask and the softmax, for the loss."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     of_layer = query @ key.mT * scaling  # (B, H, L, L)
@@ -94,7 +94,7 @@ def models_alone(student: PreTrainedModel, teacher: PreTrainedModel, objective: 
 
 
 class Way:
-    """One way to compute the step, with models of its own that start alike."""
+    """One way to compute the step, with its own copies of the models."""
 
     def __init__(self, name: str, models: list[nn.Module], lr: float) -> None:
         self.loss: Callable[..., Tensor] = {"fastdistill": ours, "usual": usual, "models alone": models_alone}[name]
@@ -106,7 +106,7 @@ class Way:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=lr)
 
     def step(self, ids: Tensor) -> list[Tensor]:
-        """The loss and the gradients, and one step of the optimiser."""
+        """Takes one step of the optimiser; returns the loss and the gradients."""
         with capturable(*([self.student, self.teacher] if self.loss is ours else [])):
             loss = self.loss(self.student, self.teacher, self.objective, ids)
             loss.backward()
@@ -120,9 +120,9 @@ class Way:
 
 
 def measure_length(length: int, blocks: Tensor, models: list[nn.Module], rounds: int, steps: int) -> dict[str, Any]:
-    """One length: seconds and bytes of each way, how far their losses are apart, and the losses of a training."""
+    """Measures one length: seconds, bytes and loss of each way, and the losses of some training steps."""
     found: dict[str, Any] = {"length": length, "ways": {}}
-    # Of each student layer scores, what is under the softmax, its result and a gradient; of the teacher's the scores.
+    # Each student layer keeps its scores, the softmax's input and output; the teacher's layers keep scores only.
     matrix = HEADS * length**2 * measure.DTYPE.itemsize
     student, teacher = models[0].config.num_hidden_layers, models[1].config.num_hidden_layers
     least = {"usual": (3 * student + teacher + 3) * matrix}
@@ -131,7 +131,7 @@ def measure_length(length: int, blocks: Tensor, models: list[nn.Module], rounds:
         if least.get(name, 0) > 0.8 * measure.available():
             found["ways"][name] = {"status": f"not run: would take about {least[name] / 2**30:.0f} GiB"}
             continue
-        running[name] = Way(name, models, lr=1e-6)  # the step between two measurements changes next to nothing
+        running[name] = Way(name, models, lr=1e-6)  # so small that the weights hardly change between measurements
         first = running[name].step(blocks[:1])
         extra, _ = measure.peak_bytes(partial(running[name].step, blocks[:1]))
         found["ways"][name] = {"status": "ok", "extra_bytes": extra, "loss": first[0].item()}
@@ -147,7 +147,7 @@ def measure_length(length: int, blocks: Tensor, models: list[nn.Module], rounds:
 
 
 def blocks_of(texts: list[Path], length: int, tokenizer: ByteLevelBPETokenizer) -> Tensor:
-    """All of the texts in blocks (N, length)."""
+    """Returns all texts in blocks (N, length)."""
     ids = torch.tensor([i for path in texts for i in tokenizer.encode(path.read_text(encoding="utf-8")).ids])
     return ids[: len(ids) // length * length].view(-1, length).to(measure.DEVICE)
 
@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="of each way and length (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="of training at each length (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each way and length (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="training steps at each length (default: %(default)s)")
     arguments = parser.parse_args()
 
     tokenizer = ByteLevelBPETokenizer()
@@ -179,11 +179,11 @@ def main() -> None:
         print(table(result["lengths"]).splitlines()[-1], flush=True)
 
 
-# -- for people --------------------------------------------------------------------------------------------
+# -- the output ---------------------------------------------------------------------------------------------
 
 
 def table(lengths: list[dict[str, Any]]) -> str:
-    """Markdown: seconds and memory of each way, what the losses add to the models alone, the losses of the training."""
+    """Returns Markdown: seconds and memory of each way, what the losses add to the models, and the training losses."""
     lines = [
         "| tokens | step, ours | usual | models alone | losses, ours | usual | memory, ours | usual | models alone "
         "| loss of the first and last steps |",

@@ -1,11 +1,11 @@
-"""How one case is measured: every implementation in the same run, turn by turn, against float64.
+"""Measures one case: every implementation in the same run, in turns, against float64.
 
-Times are medians of rounds, and in a round each implementation has a turn, slow ones in fewer rounds. On a GPU they are
-those of CUDA events, the L2 cache flushed before each turn and the inputs taken from several sets in turn; on a CPU
-those of the wall clock.
+Times are medians over rounds. In a round each implementation has one turn; slow ones take part in fewer rounds. On a
+GPU CUDA events measure the time; the L2 cache is flushed before each turn, and the inputs rotate over several sets. On
+a CPU it is the wall clock.
 
-Memory is the peak of what was allocated during a call, less what it returns (its gradients). The error is the largest,
-over the loss and the gradients, of ||out - exact|| / ||exact||. It is red beyond twice that of the eager formula at the
+Memory is the peak allocation during a call, less what it returns (its gradients). The error is the largest
+||out - exact|| / ||exact|| over the loss and the gradients. It is red beyond twice that of the eager formula at the
 same dtype (or `ERROR`, if that is more), and always beyond `WORST`: then `bench.report` prints no time.
 """
 
@@ -30,20 +30,20 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 FORWARD, BOTH, STEP = "forward", "forward + backward", "training step"
 DIRECTIONS = [BOTH, pytest.param(FORWARD, marks=pytest.mark.full)]
 ERROR = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-WORST = 0.1  # red whatever the eager formula's own error: that one too
-USUAL = "eager", "usual"  # implementations
+WORST = 0.1  # always red, whatever the eager formula's error, and for the eager formula too
+USUAL = "eager", "usual"  # names of the baseline implementations
 ROUNDS = {"quick": (3, 30), "full": (3, 50)}  # at least, at most
-SECONDS = {"quick": 1.5, "full": 3.0}  # of one implementation of a case, between these bounds
-SLOWEST = {"quick": 10.0, "full": 20.0}  # of one call: what takes longer is measured once
+SECONDS = {"quick": 1.5, "full": 3.0}  # per implementation and case, within these bounds of rounds
+SLOWEST = {"quick": 10.0, "full": 20.0}  # of one call; a slower implementation is measured once
 
 
 @dataclass
 class Implementation:
     name: str
     loss: Callable[..., Tensor]  # called with the case's inputs
-    package: str | None = None  # that it is imported from when it is called
+    package: str | None = None  # the package it imports when called
     needs_gpu: bool = False
-    memory: float = 0  # bytes it takes beyond inputs and gradients, where that may be more than the device has
+    memory: float = 0  # bytes beyond inputs and gradients; 0 where they surely fit the device
 
 
 @dataclass
@@ -51,10 +51,10 @@ class Case:
     op: str
     sizes: dict[str, int]
     shape: str
-    inputs: Callable[[], list[Tensor]]  # new ones; those that require gradients first
-    exact: Callable[..., list[Tensor | None]]  # of the inputs: loss and gradients in float64; None: not compared
+    inputs: Callable[[], list[Tensor]]  # makes new inputs; those that require gradients come first
+    exact: Callable[..., list[Tensor | None]]  # loss and gradients of the inputs in float64; None: not compared
     cost: Cost | None = None  # of forward and backward
-    memory: float = 0  # bytes of inputs and float64, where that may be more than the device has
+    memory: float = 0  # bytes of inputs and float64; 0 where they surely fit the device
 
 
 def randn(*shape: int, scale: float = 1.0, needs_grad: bool = False) -> Tensor:
@@ -62,13 +62,13 @@ def randn(*shape: int, scale: float = 1.0, needs_grad: bool = False) -> Tensor:
 
 
 def compiled(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Forgets what was compiled for other cases, which would make of sizes variables."""
+    """Compiles anew: after other cases torch.compile would make sizes dynamic."""
     torch.compiler.reset()
     return torch.compile(loss, fullgraph=True)
 
 
 def ours(loss: Callable[..., Tensor], on_logits: bool = False, **options) -> list[Implementation]:
-    """A public function on every backend that runs here, the one that `auto` takes first."""
+    """Returns a public function on every backend that runs here, first the one that `auto` takes."""
     from fastdistill.functional import pick_backend
 
     first = pick_backend("auto", DEVICE, (DTYPE, DTYPE) if on_logits else ())
@@ -82,7 +82,7 @@ def ours(loss: Callable[..., Tensor], on_logits: bool = False, **options) -> lis
 
 
 def usual(loss: Callable[..., Tensor], memory: float = 0) -> list[Implementation]:
-    """The formula in PyTorch, eager and compiled."""
+    """Returns the formula in PyTorch, eager and compiled."""
     return [
         Implementation("eager", loss, memory=memory),
         Implementation("torch.compile", compiled(loss), memory=memory / 2),
@@ -90,7 +90,7 @@ def usual(loss: Callable[..., Tensor], memory: float = 0) -> list[Implementation
 
 
 def call(loss: Callable[..., Tensor], inputs: list[Tensor], direction: str) -> list[Tensor]:
-    """The loss, and in the direction `BOTH` the gradients. A whole training step returns them itself."""
+    """Returns the loss and, in the direction `BOTH`, the gradients. A whole training step returns them itself."""
     if direction == STEP:
         return loss(*inputs)
     if direction == FORWARD:
@@ -101,7 +101,7 @@ def call(loss: Callable[..., Tensor], inputs: list[Tensor], direction: str) -> l
 
 
 def peak_bytes(run: Callable[[], list[Tensor]]) -> tuple[int, float]:
-    """The most that was allocated at once during the call, less what it returns; and its seconds."""
+    """Returns the peak allocation during the call, less what it returns, and its seconds."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -123,7 +123,7 @@ def peak_bytes(run: Callable[[], list[Tensor]]) -> tuple[int, float]:
 
 
 def error(out: Sequence[Tensor], exact: Sequence[Tensor | None]) -> float | None:
-    """The largest relative error; a NaN is one. Of gradients, exact ones may be of first heads and rows."""
+    """Returns the largest relative error, or NaN. Exact gradients may cover the first heads and rows only."""
     if all(b is None for b in exact):
         return None
     errors = [
@@ -141,10 +141,10 @@ def _first(a: Tensor, b: Tensor) -> Tensor:
 def in_blocks(
     loss: Callable[..., Tensor], rows: list[Tensor], whole: Sequence[Tensor], count: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """A sum over rows and its gradients in float64, `count` rows at a time.
+    """Computes a sum over rows and its gradients in float64, `count` rows at a time.
 
-    `loss(*rows, *whole)`: of which `rows` are cut along dimension -2 and `whole` are not. Tensors that require no
-    gradient have none.
+    `loss(*rows, *whole)` gets blocks of `rows`, cut along dimension -2, and all of `whole`. Only tensors that require a
+    gradient get one.
     """
     total = torch.zeros((), dtype=torch.float64, device=DEVICE)
     whole64 = [x.detach().double().requires_grad_(x.requires_grad) for x in whole]
@@ -162,7 +162,7 @@ def in_blocks(
 def measure(
     benchmark, case: Case, implementations: Sequence[Implementation], direction: str, preset: str
 ) -> list[dict]:
-    """A record an implementation, as `bench.report` reads them. The first implementation is what `benchmark` times."""
+    """Returns one record per implementation, for `bench.report`. `benchmark` times the first implementation."""
     least = case.cost.least if case.cost else None
     if direction == FORWARD and DEVICE.type == "cpu" and least and (least.flops > 1e11 or least.memory > 5e8):
         pytest.skip("on a CPU the forward alone is measured at smaller shapes")
@@ -181,7 +181,7 @@ def measure(
     model = case.cost if direction == BOTH else None
     records, running = [], []
     limit = ERROR[DTYPE]
-    # What is usual first: its error is the measure of the others'.
+    # The baseline comes first: its error sets the limit of the others.
     for each in sorted(implementations, key=lambda each: each.name not in USUAL):
         record = {
             "op": case.op, "shape": case.shape, "sizes": case.sizes, "dtype": str(DTYPE).removeprefix("torch."),
@@ -208,13 +208,13 @@ def measure(
         except (RuntimeError, torch.OutOfMemoryError) as problem:
             memory = isinstance(problem, torch.OutOfMemoryError) or "allocate memory" in str(problem)
             record["status"] = "out of memory" if memory else _failure(problem)
-        except Exception as problem:  # a peer's own, whatever it is, must not end the run
+        except Exception as problem:  # no exception of a peer may end the run
             record["status"] = _failure(problem)
     del exact
     records.sort(key=lambda record: [each.name for each in implementations].index(record["implementation"]))
     for each, record, once in list(running):
         record["error_limit"] = limit
-        if once > SLOWEST[preset]:  # what was seen of it stays: one call
+        if once > SLOWEST[preset]:  # keep the one call that was seen
             record |= {"seconds": once, "low": once, "high": once, "rounds": 1}
             running.remove((each, record, once))
     running.sort(key=lambda entry: entry[0] is not implementations[0])
@@ -228,7 +228,7 @@ def measure(
 
 
 def _take_turns(benchmark, running: list, sets: list[list[Tensor]], direction: str, preset: str) -> None:
-    """In a round each has a turn, until it has had as many as fit its time; the first one's end the measurement."""
+    """Gives each implementation a turn per round, as many as fit its time; the first one's end the run."""
     least, most = ROUNDS[preset]
     rounds = {each.name: min(max(int(SECONDS[preset] / once), least), most) for each, _, once in running}
     times: dict[str, list[float]] = {each.name: [] for each, *_ in running}
@@ -253,7 +253,7 @@ _flush: Tensor | None = None
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Of one call, the cache cold on a GPU."""
+    """Returns the seconds of one call, on a GPU with a cold cache."""
     if DEVICE.type != "cuda":
         start = time.perf_counter()
         run()
@@ -273,7 +273,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def cannot(each: Implementation) -> str | None:
-    """Why it is not run here."""
+    """Returns why an implementation is not run here, or None."""
     if each.needs_gpu and DEVICE.type != "cuda":
         return "needs a GPU"
     free = available()
@@ -283,7 +283,7 @@ def cannot(each: Implementation) -> str | None:
 
 
 def available() -> int:
-    """Free bytes of the device."""
+    """Returns the free bytes of the device."""
     return torch.cuda.mem_get_info()[0] if DEVICE.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -292,7 +292,7 @@ def _failure(problem: Exception) -> str:
 
 
 def card_name() -> str | None:
-    """The card of the cost model that this device is."""
+    """Returns this device's name in the cost model, or None."""
     if DEVICE.type != "cuda":
         return None
     name = torch.cuda.get_device_name()

@@ -1,9 +1,8 @@
-"""`python -m bench.mlm_teacher --model BERT --corpus FILE... --out DIR`: a masked-LM head for a BERT without one.
+"""`python -m bench.mlm_teacher --model BERT --corpus FILE... --out DIR`: trains a masked-LM head for a BERT.
 
-Augmentation needs a masked language model. Where there is only a BERT whose head is gone (all-MiniLM-L6-v2, say), a few
-minutes on two cores of wikitext-2 train a new one: the head learns quickly from random weights, and the encoder follows
-slowly, since a sentence encoder no longer holds at each token what the token is. docs/augmentation.md shows the words
-that come of it.
+Augmentation needs a masked language model. For a BERT without its head (all-MiniLM-L6-v2, say), a few minutes on two
+cores train a new one on wikitext-2. The head learns quickly from random weights; the encoder is trained slowly, because
+a sentence encoder no longer represents the token at each position. docs/augmentation.md shows the resulting words.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ HELD_OUT = 256  # blocks
 
 
 class MaskedTrainer(Trainer):
-    """The head works on the masked tokens alone: the product with the vocabulary costs as much as the encoder."""
+    """Applies the head to masked tokens only: the product with the vocabulary costs as much as the encoder."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
         labels = inputs.pop("labels")
@@ -41,7 +40,7 @@ class MaskedTrainer(Trainer):
 
 
 def read_wikitext(paths: list[Path], unknown: str) -> Dataset:
-    """Paragraphs without headings, with hyphens and numbers as they are usually written."""
+    """Reads paragraphs without headings; undoes wikitext's spacing of hyphens and numbers."""
     lines = [line.strip() for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line and not line.startswith("=")]
     for mark in "-,.":
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help=f"of {LENGTH * BATCH} tokens (default: %(default)s)")
     arguments = parser.parse_args()
 
-    torch.manual_seed(0)  # the new head's
+    torch.manual_seed(0)  # for the new head
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = BertForMaskedLM.from_pretrained(arguments.model, dtype=torch.float32)
     blocks = pack_corpus(read_wikitext(arguments.corpus, tokenizer.unk_token), tokenizer, LENGTH)
@@ -68,7 +67,7 @@ def main() -> None:
     head = [*model.cls.predictions.transform.parameters(), model.cls.predictions.bias]
     groups = [
         {"params": head, "lr": HEAD_RATE},
-        {"params": list(model.bert.parameters()), "lr": ENCODER_RATE},  # and the decoder, which is its embeddings
+        {"params": list(model.bert.parameters()), "lr": ENCODER_RATE},  # and the decoder, which shares its embeddings
     ]
     with whole_output(arguments.out, overwrite=arguments.overwrite) as work:
         options = {"max_steps": arguments.steps, "bf16": True, "save_strategy": "no", "report_to": "none"}
@@ -84,7 +83,7 @@ def main() -> None:
         trainer.train()
         model.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        torch.manual_seed(0)  # the same tokens masked whatever was trained
+        torch.manual_seed(0)  # masks the same tokens whatever was trained
         loss = trainer.evaluate()["eval_loss"]
     print(f"held-out text: loss {loss:.2f} a masked token, perplexity {math.exp(loss):.1f}; wrote {arguments.out}")
 

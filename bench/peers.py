@@ -1,7 +1,7 @@
-"""What others publish for the same losses, called the way their documentation says.
+"""Calls other libraries' implementations of the same losses, as their documentation says.
 
-Each function imports its package when it is called: one that is missing is reported by the benchmark, which goes on.
-All of them mean over rows at temperature 1, as `bench.eager` does.
+Each function imports its package when it is called: the benchmark reports a missing one and continues. All take the
+mean over rows at temperature 1, as `bench.eager` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bench.measure import Implementation
 def _liger_kl_div(student: Tensor, teacher: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerKLDIVLoss
 
-    # It takes log-probabilities: making them is part of the loss.
+    # It takes log-probabilities, so computing them is part of the loss.
     return LigerKLDIVLoss(reduction="batchmean", log_target=True)(student.log_softmax(-1), teacher.log_softmax(-1))
 
 
@@ -69,7 +69,7 @@ def _liger_linear_kl(student: Tensor, weight: Tensor, teacher: Tensor, teacher_w
 def _liger_chunked_jsd(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    labels = torch.zeros(student.shape[0], dtype=torch.int64, device=student.device)  # asked for, of weight 0
+    labels = torch.zeros(student.shape[0], dtype=torch.int64, device=student.device)  # required, but of weight 0
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
     return loss(student, weight, teacher, teacher_weight, labels)
 

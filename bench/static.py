@@ -1,9 +1,9 @@
-"""`python -m bench.static [--arch sm_90 ...] [--kernel NAME]`: what the compiler makes of every shipped kernel, no GPU.
+"""`python -m bench.static [--arch sm_90 ...] [--kernel NAME]`: compiles every shipped kernel without a GPU.
 
-Each launcher of `kernels/` is called as an op calls it, on tensors of the sizes of static_cases.py, and what it would
-launch is compiled for each architecture instead: the table shows the very configurations that run. Columns: registers
-a thread, bytes of spills, shared memory, tensor-core instructions, the widest load in bits, and programs that fit a
-multiprocessor at once.
+It calls each launcher of `kernels/` as an op does, on tensors of the sizes in static_cases.py, but compiles the kernels
+for each architecture instead of launching them: the table shows exactly the configurations that run. Its columns are
+registers per thread, bytes of spills, shared memory, tensor-core instructions, the widest load in bits, and how many
+programs fit a multiprocessor at once.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ARCHS = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel as a launcher would start it."""
+    """One kernel as a launcher would launch it."""
 
     function: JITFunction
     signature: dict[str, str]
@@ -63,7 +63,7 @@ class Launch:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Equal for launches that take the same compiled kernel."""
+        """A key that is equal for launches of the same compiled kernel."""
         return (self.name, *map(repr, (self.signature, self.constants, self.attributes, self.options)))
 
 
@@ -83,7 +83,7 @@ class Compiled:
 
 @contextmanager
 def recorded(arch: str) -> Iterator[list[Launch]]:
-    """Launches are written down, not run; launchers choose as on `arch`."""
+    """Records launches instead of running them; launchers choose tiles for `arch`."""
     launches: list[Launch] = []
 
     def run(self, *arguments, grid, warmup, **keywords):  # type: ignore[no-untyped-def]
@@ -98,7 +98,7 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
 
 
 def _launch(function: JITFunction, arguments: tuple, keywords: dict[str, Any]) -> Launch:
-    """The specialisation of a call, as Triton makes it: None, 1 and constexprs are constants, 16 divides or not."""
+    """Specialises a call as Triton does: None, 1 and constexprs are constants; divisibility by 16 is recorded."""
     values = dict(zip(function.arg_names, arguments, strict=False))
     values.update({name: keywords.pop(name) for name in list(keywords) if name in function.arg_names})
     signature, constants, attributes = {}, {}, {}
@@ -178,7 +178,7 @@ def _amd(code: str) -> tuple[int, int, int, int]:
 
 
 def cases(arch: str, only: str = "") -> Iterator[tuple[str, Launch]]:
-    """Every shipped configuration on `arch`: what it is for, and what would be launched; each just once."""
+    """Yields every shipped configuration on `arch` once: the name of its case, and the launch."""
     seen = set()
     for name, call in static_cases.all_cases():
         if only not in name:
@@ -192,7 +192,7 @@ def cases(arch: str, only: str = "") -> Iterator[tuple[str, Launch]]:
 
 
 def compilations(sizes: Iterable[int], arch: str = "sm_90") -> dict[str, set[tuple[str, ...]]]:
-    """Of each op, what has to be compiled for calls of these sizes: tokens, rows, or lengths."""
+    """Returns for each op the kernels that calls of these sizes (tokens, rows, or lengths) have to compile."""
     compiled: dict[str, set[tuple[str, ...]]] = {}
     for size in sizes:
         for name, call in static_cases.growing(size):
@@ -218,7 +218,7 @@ def table(rows: list[Compiled]) -> str:
 
 
 def faults(kernel: Compiled, bytes_of_a_load: int = 16) -> list[str]:
-    """What would make a kernel slow or unable to start; nothing of it may be shipped."""
+    """Returns what would make a kernel slow or fail to launch; a shipped kernel must have none of it."""
     found = []
     if kernel.spills:
         found.append(f"{kernel.spills} bytes of spills")
@@ -236,9 +236,9 @@ def faults(kernel: Compiled, bytes_of_a_load: int = 16) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="*", default=list(ARCHS), choices=list(ARCHS))
-    parser.add_argument("--kernel", default="", help="only cases whose name holds this")
+    parser.add_argument("--kernel", default="", help="only cases whose name contains this")
     parser.add_argument(
-        "--check", action="store_true", help="exit with 1 where one spills, or loads less than 16 bytes"
+        "--check", action="store_true", help="exit with 1 if a kernel spills, or loads less than 16 bytes at once"
     )
     arguments = parser.parse_args()
     rows = [

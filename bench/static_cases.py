@@ -1,6 +1,6 @@
-"""The calls whose kernels `bench.static` compiles: each launcher, at the sizes and dtypes that choose its tiles.
+"""Lists the calls whose kernels `bench.static` compiles: each launcher, at the sizes and dtypes that choose its tiles.
 
-Tensors are empty: nothing runs, only sizes, dtypes and alignment matter.
+Tensors are uninitialised: nothing runs, and only sizes, dtypes and alignment matter.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from fastdistill.kernels import attention_mse, attention_tiles, linear_mse, logits, topk
+from torch import Tensor
+
+from fastdistill.ops._attention import Attention, Counted
 
 Call = Callable[[], object]
 
@@ -24,7 +27,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
 
 
 def growing(size: int) -> Iterator[tuple[str, Call]]:
-    """One call of each op, `size` its tokens, rows, or lengths: what changes from step to step of a training."""
+    """Yields one call of each op with `size` tokens, rows, or length: the size that changes during training."""
     yield "logits", _rows("jsd", 4096, "bf16", with_all=True, rows=size)[1]
     yield "topk", _listed(4096, "bucket", "bf16", with_all=True, rows=size)[1]
     yield "linear_mse", _residual(320, 768, "bf16", with_all=True, tokens=size)[1]
@@ -114,6 +117,13 @@ def _residual(
     return f"linear_mse {d_s} to {d_t} {name}{options}", call
 
 
+def _attention(
+    student: Tensor, teacher: Tensor, rows: Tensor | None, is_causal: bool, pairs: Tensor | None = None
+) -> tuple[Attention, Counted]:
+    call = Attention(student, student[:, :2], teacher, teacher, 0.125, 0.125, None, None, is_causal, pairs)
+    return call, Counted(torch.empty(0), rows, rows)
+
+
 def attention_mse_cases() -> Iterator[tuple[str, Call]]:
     for d_s, d_t, name, masked in (
         (32, 32, "bf16", False),  # several heads a program
@@ -136,11 +146,11 @@ def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False, 
     rows = torch.empty(2, 1, length, dtype=torch.bool) if masked else None
 
     def call() -> None:
-        inputs = (student, student[:, :2], teacher, teacher, 0.125, 0.125, rows, rows)
-        _, *grams = attention_mse.loss(*inputs, is_causal)
+        inputs = _attention(student, teacher, rows, is_causal)
+        _, *grams = attention_mse.loss(*inputs)
         near = (student.float(), student[:, :2].float()) if is_causal else (None, None)
         gradients = torch.empty_like(student), torch.empty_like(student[:, :2])
-        attention_mse.gradients(torch.empty(()), *inputs, is_causal, *grams, near, *gradients)
+        attention_mse.gradients(torch.empty(()), *inputs, *grams, near, *gradients)
 
     return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " causal" * is_causal + " long" * (
         length > 4096
@@ -170,9 +180,8 @@ def _tiles(is_kl: bool, d_s: int, d_t: int, name: str, with_all: bool, length: i
 
     def call() -> None:
         attention_tiles.loss(
-            student, student[:, :2], teacher, teacher, 0.125, 0.125, rows, rows, with_all, pairs,
-            is_kl=is_kl, dtype=dtype, d_query=torch.empty_like(student, dtype=dtype),
-            d_key=torch.empty_like(student[:, :2], dtype=dtype),
+            *_attention(student, teacher, rows, with_all, pairs), is_kl=is_kl, dtype=dtype,
+            d_query=torch.empty_like(student, dtype=dtype), d_key=torch.empty_like(student[:, :2], dtype=dtype),
         )  # fmt: skip
 
     options = " all options" * with_all + " unaligned" * (d_s % 8 > 0)

@@ -1,4 +1,5 @@
-// torch.ops.fastdistill_cuda.rows, through the stable ABI: one binary serves several versions of torch and Python.
+// Registers torch.ops.fastdistill_cuda.rows through the stable ABI: one binary works with several versions of torch and
+// Python.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -27,22 +28,22 @@ Element element_of(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Half) return Element::float16;
   STD_TORCH_CHECK(
       x.scalar_type() == ScalarType::BFloat16,
-      "fastdistill: logits should be float32, float16 or bfloat16; those of shape ", shape(x), " are none of these");
+      "fastdistill: logits of shape ", shape(x), " have another dtype; they should be float32, float16 or bfloat16");
   return Element::bfloat16;
 }
 
-// One value a row, or null.
+// Returns a tensor of one value a row as a pointer, or null.
 template <class T>
 const T* per_row(const std::optional<Tensor>& x, const char* name, ScalarType dtype, int64_t count) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(
       x->scalar_type() == dtype && x->is_contiguous() && x->numel() == count, "fastdistill: ", name,
-      " should be contiguous, of ", torch::headeronly::toString(dtype), " and ", count, " long; its shape is ",
-      shape(*x));
+      " has shape ", shape(*x), "; it should be contiguous, of ", torch::headeronly::toString(dtype), " and ", count,
+      " long");
   return static_cast<const T*>(x->const_data_ptr());
 }
 
-// `x` becomes a contiguous copy where two strides do not reach its rows. The copy lives on the stream of the launch.
+// Makes `x` a contiguous copy if two strides cannot reach its rows. The copy belongs to the stream of the launch.
 Rows reachable_rows(Tensor& x) {
   Rows rows;
   if (!rows_of(x.sizes().data(), x.strides().data(), int(x.dim()), &rows)) {
@@ -69,7 +70,7 @@ void rows(
   const int64_t last = student.dim() - 1, width = gradient ? gradient->size(gradient->dim() - 1) : 0;
   STD_TORCH_CHECK(
       teacher.scalar_type() == student.scalar_type() && teacher.get_device_index() == student.get_device_index(),
-      "fastdistill: student and teacher should have one dtype and one device");
+      "fastdistill: student and teacher have different dtypes or devices; they should have the same");
   STD_TORCH_CHECK(
       classes > 0 && classes <= student.size(last) && classes <= teacher.size(teacher.dim() - 1) &&
           count * student.size(last) == student.numel() && count * teacher.size(teacher.dim() - 1) == teacher.numel() &&
@@ -81,7 +82,7 @@ void rows(
                     gradient->numel() == count * width && width >= classes),
       "fastdistill: the gradient should be contiguous, of the student's dtype and shape ", shape(student));
   STD_TORCH_CHECK(!expected || (weight && gradient), "fastdistill: expected weights need a weight and a gradient");
-  // The tensor's own device and its current stream, whatever the current device is.
+  // Launch on the tensor's own device and its current stream; the current device may be another.
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(student.get_device_index(), &stream));

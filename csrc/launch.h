@@ -1,4 +1,4 @@
-// Between the binding, which knows torch, and the kernels, which do not.
+// The interface between the binding, which uses torch, and the kernels, which do not.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 enum class Element { float32, float16, bfloat16 };
 
-// `Problem` of rows.h before its element has a type.
+// `Problem` of rows.h without its element type.
 struct Call {
   const void* student;    // (N, >= V)
   const void* teacher;    // (N, >= V)
@@ -23,12 +23,13 @@ struct Call {
   float temperature, beta, soft_weight, hard_weight, student_softcap, teacher_softcap;
 };
 
-// Whether every row of the call starts at a multiple of 16 bytes; then none touches one vector more than it fills.
+// Returns whether every row of the call starts at a multiple of 16 bytes. Other rows may touch one vector more than
+// they fill.
 inline bool aligned(const Call& call, int element_bytes) {
   const Rows& rows = call.student_rows;
   return (reinterpret_cast<uintptr_t>(call.student) | uintptr_t(rows.outer_stride * element_bytes) |
           uintptr_t(rows.inner_stride * element_bytes)) % VECTOR_BYTES == 0;
 }
 
-// On the current device. Throws std::runtime_error that names the CUDA call that failed, and the shape.
+// Launches on the current device. Throws std::runtime_error with the CUDA call that failed and the shape.
 void launch_rows(const Call& call, Element element, int kind, void* stream);

@@ -1,4 +1,4 @@
-// What is launched for rows of so many classes. Plain C++: no CUDA, no torch.
+// Plans the launch for rows of a given number of classes. Plain C++: no CUDA, no torch.
 #pragma once
 
 #include <cstdint>
@@ -6,14 +6,14 @@
 constexpr int VECTOR_BYTES = 16;
 constexpr int HELD = 4;            // vectors of each side that a thread holds
 constexpr int MOST_THREADS = 512;  // two such blocks fill a multiprocessor: 64 registers and 208 bytes a thread
-constexpr int MOST_BLOCKS = 16;    // of a cluster; more than 8 is not portable, and asked of the device first
+constexpr int MOST_BLOCKS = 16;    // of a cluster; more than 8 is not portable: the launch asks the device first
 
-// Shared memory of a thread: the student's vectors, the teacher's in float32, and one of scratch.
+// Returns the shared memory of a thread: the student's vectors, the teacher's in float32, and one of scratch.
 constexpr int own_bytes(bool held, int element_bytes) {
   return (held ? HELD * (VECTOR_BYTES + VECTOR_BYTES / element_bytes * int(sizeof(float))) : 0) + VECTOR_BYTES;
 }
 
-// How a block's shared memory begins: what its warps, and the blocks of its cluster, tell each other in each round.
+// The start of a block's shared memory: the values that its warps and the blocks of its cluster exchange in each round.
 constexpr int ROUNDS = 3;
 constexpr int MOST_VALUES = 5;
 struct Mailbox {
@@ -22,7 +22,7 @@ struct Mailbox {
 };
 
 struct Plan {
-  bool held;         // the row stays on chip and is read once; else it is streamed, two or three times
+  bool held;         // the row stays on chip and is read once; otherwise it is streamed, two or three times
   int cluster;       // blocks a row
   int threads;       // a block
   int shared_bytes;  // a block
@@ -36,7 +36,7 @@ struct Device {
 // `aligned`: every row starts at a multiple of 16 bytes.
 inline Plan plan(int64_t classes, int element_bytes, bool aligned, const Device& device) {
   const int vector = VECTOR_BYTES / element_bytes;
-  // A row that starts within a vector may touch one more than it fills.
+  // A row that starts inside a vector may touch one vector more than it fills.
   const int64_t vectors = (classes + (aligned ? 0 : vector - 1) + vector - 1) / vector;
   for (int cluster = 1; cluster <= device.largest_cluster; cluster *= 2) {
     const int64_t of_block = (vectors + cluster - 1) / cluster;
@@ -50,16 +50,16 @@ inline Plan plan(int64_t classes, int element_bytes, bool aligned, const Device&
   return {false, 1, threads, int(sizeof(Mailbox)) + threads * own_bytes(false, element_bytes)};
 }
 
-// Row i of x[..., :] starts at i / inner * outer_stride + i % inner * inner_stride: logits like y[:, :-1] have no
-// stride that leads from each row to the next, but two strides reach them without a copy.
+// Row i of x[..., :] starts at i / inner * outer_stride + i % inner * inner_stride. No single stride leads from each
+// row of logits like y[:, :-1] to the next; two strides reach them without a copy.
 struct Rows {
   int64_t inner, outer_stride, inner_stride;
 };
 
-// False: the rows cannot be reached with two strides.
+// Returns false if two strides cannot reach the rows.
 inline bool rows_of(const int64_t* sizes, const int64_t* strides, int dims, Rows* rows) {
   if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return false;
-  int64_t size[2] = {1, 1}, stride[2] = {0, 0};  // of the leading dimensions, those that follow on each other merged
+  int64_t size[2] = {1, 1}, stride[2] = {0, 0};  // of the leading dimensions; adjacent ones are merged
   int found = 0;
   for (int i = 0; i < dims - 1; ++i) {
     if (sizes[i] == 1) continue;

@@ -1,4 +1,4 @@
-// The kernels of rows.h and their launch.
+// Defines the kernels over rows.h and launches them.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -17,7 +17,7 @@ struct Blocks {
 
   __device__ Blocks(int rank, int size) : rank(rank), size(size), thread(threadIdx.x), threads(blockDim.x) {}
 
-  // Shared memory: the mailbox, then each thread's own.
+  // Shared memory holds the mailbox, then each thread's own part.
   IN_KERNEL Mailbox* mailbox() {
     extern __shared__ __align__(16) char bytes[];
     return reinterpret_cast<Mailbox*>(bytes);
@@ -85,7 +85,7 @@ struct Launch {
 
   void check(cudaError_t error, const char* what) const {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // the error is told here; no later call should meet it
+    cudaGetLastError();  // clears the error, so that no later call reports it
     const char* const elements[] = {"float32", "float16", "bfloat16"};
     throw std::runtime_error(
         std::string("fastdistill: ") + what + " failed: " + cudaGetErrorString(error) + " (" + KINDS[kind] + " of " +
@@ -115,7 +115,7 @@ void launch_as(Launch launch, cudaStream_t stream) {
   for (;;) {
     Plan& plan = launch.plan = ::plan(c.classes, sizeof(T), aligned(c, sizeof(T)), device);
     void (*const kernel)(Problem<T>) = plan.held ? held_rows<KIND, T> : streamed_rows<KIND, T>;
-    if (c.count * plan.cluster > 0x7fffffff) launch.check(cudaErrorInvalidValue, "a grid beyond 2^31 blocks");
+    if (c.count * plan.cluster > 0x7fffffff) launch.check(cudaErrorInvalidValue, "a grid of more than 2^31 blocks");
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {unsigned(plan.cluster), 1, 1};
@@ -125,8 +125,8 @@ void launch_as(Launch launch, cudaStream_t stream) {
     config.dynamicSmemBytes = plan.shared_bytes;
     config.stream = stream;
     if (plan.held) {
-      // A limit that belongs to the kernel: all that there is, as another thread may be about to launch it for rows
-      // longer than these.
+      // The limit belongs to the kernel, not to the launch. Set it to all shared memory, since another thread may be
+      // about to launch the kernel for longer rows.
       launch.check(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes),
           "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
@@ -139,7 +139,7 @@ void launch_as(Launch launch, cudaStream_t stream) {
       launch.check(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
           "cudaFuncSetAttribute(NonPortableClusterSizeAllowed)");
-      // A part of a device may have no group of multiprocessors that takes so many.
+      // A partition of a device (MIG) may have no group of multiprocessors that fits so large a cluster.
       int clusters = 0;
       launch.check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "cudaOccupancyMaxActiveClusters");
       if (clusters == 0) {

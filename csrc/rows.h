@@ -1,6 +1,7 @@
-// Losses over classes, a row at a time: the loss and, where wanted, its gradient in the student's logits.
+// Losses over classes, one row at a time: computes the loss and, if wanted, its gradient in the student's logits.
 //
-// With x = z - max z, e = exp(x / T), Z = sum e, p = e / Z of each side, a class adds to the sums, and its gradient is
+// With x = z - max z, e = exp(x / T), Z = sum e, p = e / Z of each side, every class adds to the sums and has a
+// gradient:
 //
 //     kind                loss                               a class adds            gradient
 //     soft_cross_entropy  log Z_s - A / (T Z_t)              A: e_t x_s              (p_s - p_t) / T
@@ -11,12 +12,12 @@
 //                                                            c = -log(m / p_s)
 //     tvd                 sum of |p_s - p_t| / 2             c = sgn(p_s - p_t)      p_s (c - E_s[c]) / 2T
 //
-// where m = beta p_t + (1 - beta) p_s. Differences are taken class by class before they are summed, so a student near
-// its teacher keeps its digits.
+// where m = beta p_t + (1 - beta) p_s. Each class's difference is taken before the sum, so a student near its teacher
+// keeps its digits.
 //
-// `held_row` is what a thread does for a row that its cluster of blocks holds; `streamed_row` what it does for a longer
-// one, which its block reads two or three times. Both are templates over the cluster: its threads, blocks, barriers and
-// the way to another block's memory. rows.cu has that of a GPU, simulate.cpp one for tests without any.
+// `held_row` is a thread's work on a row that its cluster of blocks holds on chip; `streamed_row` its work on a longer
+// row, which its block reads two or three times. Both are templates over the cluster, which provides threads, blocks,
+// barriers and access to another block's memory. rows.cu defines it for a GPU, simulate.cpp for tests without one.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,14 +40,14 @@ template <class T>
 struct Problem {
   const T* student;       // (N, >= V)
   const T* teacher;       // (N, >= V)
-  const int64_t* labels;  // (N); null: there are none
-  const bool* counted;    // (N); null: all rows are
+  const int64_t* labels;  // (N); null: no labels
+  const bool* counted;    // (N); null: all rows count
   const float* weight;    // (N), of each row's gradient; null: 1
-  const float* expected;  // (N), the weights that the gradient was written with before; null: it was not
+  const float* expected;  // (N), the weights that the gradient was written with; null: it was not written yet
   float* loss;            // (N)
   T* gradient;            // (N, width), contiguous; null: not wanted
   Rows student_rows, teacher_rows;
-  int width;    // of a row of the gradient: zero from V on
+  int width;    // of a row of the gradient; zero from V on
   int classes;  // V
   float temperature, beta, soft_weight, hard_weight;
   float student_softcap, teacher_softcap;  // 0: none
@@ -59,7 +60,7 @@ constexpr float TINY = 1.17549435e-38f;  // the smallest normal number
 
 // -- Arithmetic -------------------------------------------------------------------------------------------------------
 
-// 2^x to two units in the last place; results below the smallest normal number are 0.
+// Computes 2^x to two units in the last place; results below the smallest normal number are 0.
 IN_KERNEL float power_of_2(float x) {
 #ifdef __CUDACC__
   float y;
@@ -70,7 +71,7 @@ IN_KERNEL float power_of_2(float x) {
 #endif
 }
 
-// Rounded by itself, never fused into a sum: where p_s and p_t are equal, their difference is exactly 0.
+// Computes a * b, never fused into a sum: where p_s and p_t are equal, their difference must be exactly 0.
 IN_KERNEL float product(float a, float b) {
 #ifdef __CUDACC__
   return __fmul_rn(a, b);
@@ -79,7 +80,7 @@ IN_KERNEL float product(float a, float b) {
 #endif
 }
 
-// a / b to two units in the last place, for b of at most 1e37.
+// Computes a / b to two units in the last place, for b of at most 1e37.
 IN_KERNEL float quotient(float a, float b) {
 #ifdef __CUDACC__
   return __fdividef(a, b);
@@ -88,7 +89,7 @@ IN_KERNEL float quotient(float a, float b) {
 #endif
 }
 
-// log(1 + x), to a few units in the last place of the result. log1pf is that as well, at twice the instructions.
+// Computes log(1 + x) to a few units in the last place. log1pf is as accurate but takes twice the instructions.
 IN_KERNEL float log_of_1_plus(float x) {
 #ifdef __CUDACC__
   const float far = __log2f(1 + x) * 0.693147181f;
@@ -107,10 +108,10 @@ IN_KERNEL void narrow(float x, float& y) { y = x; }
 IN_KERNEL void narrow(float x, __half& y) { y = __float2half_rn(x); }
 IN_KERNEL void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
-// -inf stays: a class that cannot be.
+// Applies the softcap. -inf stays -inf: the class has probability 0.
 IN_KERNEL float capped(float z, float softcap) { return z == -INFINITE ? z : softcap * tanhf(quotient(z, softcap)); }
 
-// log(a / b), to the last digit where they are close: `excess` is the sum of their classes' differences.
+// Returns log(a / b), to the last digit where they are close; `excess` is a - b, summed class by class.
 IN_KERNEL float log_ratio(float excess, float a, float b) {
   return fabsf(excess) < 0.5f * b ? log1pf(quotient(excess, b)) : logf(quotient(a, b));
 }
@@ -126,7 +127,7 @@ struct Maximum {
   static IN_KERNEL float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// Pairs of lanes exchange, at distance `farthest` first: every lane ends with the same bits.
+// Reduces over lanes by pairwise exchange, at distance `farthest` first: every lane ends with the same bits.
 template <class Op, int K, class Cluster>
 IN_KERNEL void across_lanes(Cluster& cluster, float (&values)[K], int farthest) {
 #pragma unroll
@@ -138,7 +139,7 @@ IN_KERNEL void across_lanes(Cluster& cluster, float (&values)[K], int farthest) 
   }
 }
 
-// The lanes take what at most 16 warps, or blocks, have left in the mailbox.
+// Reduces what at most 16 warps, or blocks, have left in the mailbox.
 template <class Op, int K, class Cluster>
 IN_KERNEL void collect(Cluster& cluster, const float (*left)[MOST_VALUES], int count, float (&values)[K]) {
   static_assert(MOST_THREADS / 32 == 16 && MOST_BLOCKS == 16);
@@ -148,8 +149,8 @@ IN_KERNEL void collect(Cluster& cluster, const float (*left)[MOST_VALUES], int c
   across_lanes<Op>(cluster, values, 8);
 }
 
-// Every thread of the cluster ends with the same bits: lanes, then warps, then blocks are added in a fixed order. Each
-// round has a place of its own in the mailboxes, so nobody waits for what is there to be read.
+// Reduces over lanes, then warps, then blocks in a fixed order, so that every thread of the cluster ends with the same
+// bits. Each round has its own place in the mailboxes, so no thread waits for the previous round to be read.
 template <class Op, int ROUND, int K, class Cluster>
 IN_KERNEL void reduce(Cluster& cluster, float (&values)[K]) {
   static_assert(ROUND < ROUNDS && K <= MOST_VALUES);
@@ -164,7 +165,7 @@ IN_KERNEL void reduce(Cluster& cluster, float (&values)[K]) {
     collect<Op>(cluster, own.of_warp[ROUND], cluster.threads / 32, values);
   }
   if (cluster.size > 1) {
-    if (ROUND == 0) cluster.wait();  // until all blocks have started
+    if (ROUND == 0) cluster.wait();  // until all blocks have started: only then is their memory there
     if (cluster.thread < cluster.size) {
       Mailbox& other = *cluster.mailbox_of(cluster.thread);
 #pragma unroll
@@ -188,19 +189,19 @@ struct Vector {
   IN_KERNEL Vector() {}
 };
 
-// Elements between a multiple of 16 bytes and where the row starts.
+// Returns the number of elements between a multiple of 16 bytes and the start of the row.
 template <class T>
 IN_KERNEL int misalignment(const T* row) {
   return reinterpret_cast<uintptr_t>(row) % VECTOR_BYTES / sizeof(T);
 }
 
-// Columns of a row that are somebody's to read and write.
+// The columns of a row that a block, or a thread, reads and writes.
 struct Columns {
   int begin, end;
 };
 
-// A vector of a row that is cut at multiples of 16 bytes; `other` for what is not among the columns. At the row's ends
-// more than the row is read: 16 bytes that begin at a multiple of 16 are all there if one of them is.
+// Loads a vector of a row that is cut at multiples of 16 bytes; elements outside the columns become `other`. At the
+// row's ends this reads beyond the row, which is safe: 16 aligned bytes lie in one page of memory.
 template <class T>
 IN_KERNEL Vector<T> load(const T* row, int column, const Columns& columns, float other) {
   Vector<T> v;
@@ -214,7 +215,7 @@ IN_KERNEL Vector<T> load(const T* row, int column, const Columns& columns, float
   return v;
 }
 
-// The same of a row that is not cut there.
+// Does the same for a row that is not cut there.
 template <class T>
 IN_KERNEL Vector<T> load_elements(const T* row, int column, const Columns& columns, float other) {
   Vector<T> v;
@@ -226,7 +227,7 @@ IN_KERNEL Vector<T> load_elements(const T* row, int column, const Columns& colum
   return v;
 }
 
-// `scratch` is shared memory: elements of a vector in registers cannot be counted through.
+// Stores a vector. `scratch` is shared memory: a vector in registers cannot be indexed by a variable.
 template <class T>
 IN_KERNEL void store(T* row, int column, const Columns& columns, bool whole, const Vector<T>& v, Vector<T>& scratch) {
   if (whole && column >= columns.begin && column + v.size <= columns.end) {
@@ -241,21 +242,21 @@ IN_KERNEL void store(T* row, int column, const Columns& columns, bool whole, con
 
 template <class T>
 IN_KERNEL const T* row_of(const T* x, const Rows& rows, int row) {
-  const unsigned inner = unsigned(rows.inner);  // divisions in 64 bits take a hundred instructions
+  const unsigned inner = unsigned(rows.inner);  // a 64-bit division takes a hundred instructions
   return x + row / inner * rows.outer_stride + row % inner * rows.inner_stride;
 }
 
-// -- What both ways share ---------------------------------------------------------------------------------------------
+// -- Shared by both ways ----------------------------------------------------------------------------------------------
 
-// Where a row lies and how it is cut into vectors: at the student's multiples of 16 bytes, wherever the row starts.
+// The location of a row and its cut into vectors, at the multiples of 16 bytes of the student's memory.
 template <class T>
 struct Place {
   const T* student;
   const T* teacher;
   T* gradient;
-  int shift;  // elements of the first vector that are before the row
+  int shift;  // elements of the first vector that lie before the row
   int vectors;
-  bool whole_teacher, whole_gradient;  // cut at multiples of 16 bytes as well
+  bool whole_teacher, whole_gradient;  // whether these are cut at multiples of 16 bytes as well
 
   IN_KERNEL Place(const Problem<T>& p, int row) {
     student = row_of(p.student, p.student_rows, row);
@@ -269,8 +270,8 @@ struct Place {
   IN_KERNEL int column(int vector) const { return vector * Vector<T>::size - shift; }
 };
 
-// Whether multiplying a gradient rounds as computing it again would, or nearly. bfloat16 takes a power of 2 without
-// rounding; float16 does not where numbers below 6e-5 have lost digits already.
+// Returns whether multiplying a gradient rounds as recomputing it would, or nearly. Multiplying bfloat16 by a power of
+// 2 is exact. In float16, numbers below 6e-5 have already lost digits.
 IN_KERNEL bool rounds_once(float ratio, float) { return fabsf(ratio) < 3e38f; }
 IN_KERNEL bool rounds_once(float, __half) { return false; }
 IN_KERNEL bool rounds_once(float ratio, __nv_bfloat16) {
@@ -278,7 +279,8 @@ IN_KERNEL bool rounds_once(float ratio, __nv_bfloat16) {
   return fabsf(ratio) < 3e38f && fabsf(frexpf(ratio, &exponent)) == 0.5f;
 }
 
-// Whether a row needs no loss: it does not count, or its gradient is what it should be, or becomes that by a factor.
+// Handles a row that needs no loss and returns whether it was one: it is masked, or its gradient is right as it is, or
+// becomes right by a factor.
 template <class T, class Cluster>
 IN_KERNEL bool settled(Cluster& cluster, const Problem<T>& p, int row, Vector<T>& scratch) {
   const bool counts = !p.counted || p.counted[row];
@@ -306,7 +308,7 @@ IN_KERNEL bool settled(Cluster& cluster, const Problem<T>& p, int row, Vector<T>
   return true;
 }
 
-// Four of a vector's logits as the losses see them.
+// Reads four of a vector's logits, with the softcap applied.
 template <class T>
 IN_KERNEL void logits(const Vector<T>& v, int from, float softcap, float (&z)[4]) {
 #pragma unroll
@@ -317,7 +319,7 @@ IN_KERNEL void logits(const Vector<T>& v, int from, float softcap, float (&z)[4]
   }
 }
 
-// Factors of a row that are the same for all its classes.
+// The factors that all classes of a row share.
 struct Scales {
   float exponent;        // log2 e / T
   float student_max, teacher_max;
@@ -327,16 +329,16 @@ struct Scales {
 };
 
 struct Sums {
-  enum { STUDENT, TEACHER, HARD, TOTAL, EXCESS };  // Z of each, A, and the difference of the two Z that a KL divides
+  enum { STUDENT, TEACHER, HARD, TOTAL, EXCESS };  // Z of each, A, and the difference of the two Z in a KL's log(Z / Z)
   float of[5] = {0, 0, 0, 0, 0};
 };
 
 template <Kind KIND>
-constexpr bool COMPARES = KIND == Kind::jsd || KIND == Kind::tvd;  // a class' part of the loss takes p_s and p_t
+constexpr bool COMPARES = KIND == Kind::jsd || KIND == Kind::tvd;  // a class's term of the loss needs p_s and p_t
 template <Kind KIND>
-constexpr bool CENTRED = KIND == Kind::reverse_kl || COMPARES<KIND>;  // the gradient takes E_s[c]
+constexpr bool CENTRED = KIND == Kind::reverse_kl || COMPARES<KIND>;  // the gradient needs E_s[c]
 
-// Adds a class of unnormalised e to A, and returns what the gradient will need of it besides the student.
+// Adds a class, with unnormalised e, to A; returns what its gradient needs besides the student.
 template <Kind KIND>
 IN_KERNEL float weigh(float student_x, float teacher_x, float student_e, float teacher_e, float (&sums)[5]) {
   if (KIND == Kind::soft_cross_entropy) {
@@ -353,12 +355,12 @@ IN_KERNEL float weigh(float student_x, float teacher_x, float student_e, float t
   return teacher_e;
 }
 
-// Adds a class of probabilities to the loss and to E_s[c], and returns p_s c.
+// Adds a class, with its probabilities, to the loss and to E_s[c]; returns p_s c.
 template <Kind KIND>
 IN_KERNEL float compare(float student_p, float teacher_p, float beta, float& loss, float& mean) {
   float value;
   if (KIND == Kind::jsd) {
-    // Ratios of the two are finite, and 1 where both probabilities are 0.
+    // TINY keeps ratios of the two finite, and 1 where both probabilities are 0.
     const float student_q = student_p + TINY, teacher_q = teacher_p + TINY;
     const float difference = teacher_q - student_q;
     value = -student_p * log_of_1_plus(beta * quotient(difference, student_q));
@@ -372,7 +374,7 @@ IN_KERNEL float compare(float student_p, float teacher_p, float beta, float& los
   return value;
 }
 
-// The soft loss of a row, and the scales of its gradient.
+// Returns the soft loss of a row and sets the scales of its gradient.
 template <Kind KIND>
 IN_KERNEL float soft_loss(const float (&sums)[5], float temperature, float soft_weight, Scales& scales) {
   const float student_sum = sums[Sums::STUDENT], teacher_sum = sums[Sums::TEACHER], total = sums[Sums::TOTAL];
@@ -392,10 +394,10 @@ IN_KERNEL float soft_loss(float loss, float mean, float temperature, float beta,
   return loss;
 }
 
-// Rounding may leave -1e-8 of a loss that is 0.
+// Rounding may turn a loss of 0 into -1e-8.
 IN_KERNEL float not_negative(float loss) { return loss < 0 ? 0 : loss; }
 
-// The gradient of the soft loss in a class' capped logit; `other` is p_t, c or p_s c.
+// Returns the gradient of the soft loss in a class's capped logit; `other` is p_t, c or p_s c.
 template <Kind KIND>
 IN_KERNEL float slope(float student_p, float other, const Scales& scales) {
   if (!CENTRED<KIND>) return (student_p - other) * scales.slope;
@@ -403,7 +405,7 @@ IN_KERNEL float slope(float student_p, float other, const Scales& scales) {
   return (other - student_p * scales.mean) * scales.slope;
 }
 
-// From there to that of the row's loss in its logit z before the softcap.
+// Turns it into the gradient of the row's loss in the uncapped logit, whose capped value is z.
 template <class T>
 IN_KERNEL float finish(float gradient, float z, bool is_label, const Problem<T>& p, const Scales& scales) {
   if (p.labels) {
@@ -414,7 +416,7 @@ IN_KERNEL float finish(float gradient, float z, bool is_label, const Problem<T>&
     const float ratio = quotient(z, p.student_softcap);
     gradient *= 1 - ratio * ratio;
   }
-  // A class of probability 0 that the target or the label asks for: the loss is infinite, its own gradient 0.
+  // Where the target or the label is a class of probability 0, the loss is infinite and the class has gradient 0.
   return z == -INFINITE ? 0 : gradient;
 }
 
@@ -424,7 +426,7 @@ IN_KERNEL int label_of(const Problem<T>& p, int row) {
   return label >= 0 && label < p.classes ? int(label) : -1;
 }
 
-// z_s[label]; not a number if the label is no class.
+// Returns z_s[label]; NaN if the label is out of range.
 template <class T>
 IN_KERNEL float capped_label(const Problem<T>& p, const Place<T>& place, int label) {
   if (label < 0) return NAN;
@@ -432,7 +434,7 @@ IN_KERNEL float capped_label(const Problem<T>& p, const Place<T>& place, int lab
   return p.student_softcap != 0 ? capped(z, p.student_softcap) : z;
 }
 
-// Zeros from V on, where the gradient is wider than the classes that take part.
+// Writes zeros from V on, where the gradient is wider than the classes that take part.
 template <class T, class Cluster>
 IN_KERNEL void pad(Cluster& cluster, const Problem<T>& p, const Place<T>& place) {
   const int first = p.classes + cluster.rank * cluster.threads + cluster.thread;
@@ -440,12 +442,12 @@ IN_KERNEL void pad(Cluster& cluster, const Problem<T>& p, const Place<T>& place)
     narrow(0.0f, place.gradient[column]);
 }
 
-// What a thread holds of its row, in shared memory.
+// A thread's part of its row, in shared memory.
 template <class T>
 struct Held {
   Vector<T> student[HELD];
-  float other[HELD][Vector<T>::size];  // z_t, then what `weigh` returns, then what `compare` does
-  Vector<T> scratch;                   // this also keeps neighbouring threads out of each other's banks
+  float other[HELD][Vector<T>::size];  // z_t, then the result of `weigh`, then that of `compare`
+  Vector<T> scratch;                   // also keeps neighbouring threads in different memory banks
 };
 
 IN_KERNEL void put(float* to, const float (&x)[4]) {
@@ -468,7 +470,7 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
   const Place<T> place(p, row);
   const int label = p.labels ? label_of(p, row) : -1;
 
-  // Each block takes as many vectors, each of its warps as many of them; lanes lie side by side.
+  // Blocks take equal shares of the vectors, and so do their warps; lanes read adjacent vectors.
   const int of_block = (place.vectors + cluster.size - 1) / cluster.size;
   const Columns columns{
       max(0, place.column(cluster.rank * of_block)), min(p.classes, place.column((cluster.rank + 1) * of_block))};
@@ -535,11 +537,11 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
   scales.student = quotient(1, sums.of[Sums::STUDENT]);
   scales.teacher = quotient(1, sums.of[Sums::TEACHER]);
   scales.hard = quotient(1, sums.of[Sums::HARD]);
-  // The label's logit was read before any block wrote its gradient, which may be the student's own memory.
+  // The label's logit was read before any block wrote its gradient, which may share the student's memory.
   if (cluster.rank == 0 && cluster.thread == 0)
     p.loss[row] = p.labels ? p.hard_weight * (logf(sums.of[Sums::HARD]) + (scales.student_max - likely)) : 0;
 
-  // 3. What needs the probabilities of both.
+  // 3. The sums that need the probabilities of both.
   float soft;
   if constexpr (COMPARES<KIND>) {
     float means[2] = {0, 0};
@@ -589,7 +591,7 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
   pad(cluster, p, place);
 }
 
-// -- Rows that are read again and again -------------------------------------------------------------------------------
+// -- Rows that are read several times ---------------------------------------------------------------------------------
 
 template <class T>
 struct Both {
@@ -603,9 +605,9 @@ struct Both {
   }
 };
 
-// Sums of exponentials under a maximum that grows as the row goes by.
+// Sums of exponentials under a running maximum.
 struct Growing {
-  float top = LOWEST;  // finite: what is subtracted from -inf
+  float top = LOWEST;  // finite: it is subtracted from -inf
   float sum = 0, hard = 0;
 
   IN_KERNEL void add(const float (&z)[4], float exponent, bool with_hard) {
@@ -662,7 +664,7 @@ IN_KERNEL void streamed_row(Cluster& cluster, const Problem<T>& p, int row) {
   scales.hard = quotient(1, of_exponentials[2]);
   scales.slope = quotient(p.soft_weight, p.temperature);
 
-  // 2. The loss, and the gradient unless it waits for E_s[c]; 3. the gradient that waited.
+  // 2. The loss, and the gradient unless it needs E_s[c]. 3. The gradient that needs E_s[c].
   Sums sums;
   float means[2] = {0, 0};
   for (int pass = 0; pass < (CENTRED<KIND> && p.gradient ? 2 : 1); ++pass) {

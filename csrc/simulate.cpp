@@ -1,5 +1,5 @@
-// The kernels' algorithm on a CPU: every thread of a cluster is a coroutine, and the barriers of a GPU are where it is
-// put aside until the others have come as far. For tests; no GPU and no torch.
+// Runs the kernels' algorithm on a CPU, for tests without GPU and torch. Every thread of a cluster is a coroutine,
+// which yields at a barrier until all others have reached it.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,7 +32,7 @@ struct Warp {
   float left[2][32][MOST_VALUES];
 };
 
-// Shared memory begins as NaN: what is read was written.
+// Shared memory starts as NaN, so that a read before a write shows.
 struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
@@ -51,7 +51,7 @@ struct Simulation {
   std::vector<Block> blocks;
 };
 
-// What rows.cu calls Blocks.
+// The counterpart of Blocks in rows.cu.
 struct Thread {
   int rank, size, thread, threads;
   Simulation& simulation;
@@ -74,7 +74,7 @@ struct Thread {
   template <int K>
   void from_lane(const float (&values)[K], int distance, float (&others)[K]) {
     Warp& warp = block().warps[thread / 32];
-    auto& left = warp.left[exchanges++ % 2];  // nobody is two exchanges ahead
+    auto& left = warp.left[exchanges++ % 2];  // no thread is two exchanges ahead
     std::copy(values, values + K, left[thread % 32]);
     until(warp.barrier, warp.barrier.arrive());
     std::copy(left[(thread % 32) ^ distance], left[(thread % 32) ^ distance] + K, others);
@@ -96,7 +96,7 @@ struct Task {
   }
 };
 
-// makecontext passes integers only.
+// makecontext only passes integers: pointers are split in two.
 template <class Task>
 void enter(unsigned task_high, unsigned task_low, unsigned thread_high, unsigned thread_low) {
   const auto pointer = [](unsigned high, unsigned low) { return uintptr_t(high) << 32 | low; };
@@ -105,7 +105,7 @@ void enter(unsigned task_high, unsigned task_low, unsigned thread_high, unsigned
   setcontext(&thread.simulation.scheduler);
 }
 
-// `backwards`: the last thread of the last block goes first. Results may not depend on it.
+// `backwards` runs the last thread of the last block first. Results must not depend on it.
 template <class Task>
 void run_row(const Task& task, const Plan& plan, bool backwards, char* stacks) {
   Simulation simulation{{}, {}, std::vector<Block>(plan.cluster, Block(plan))};

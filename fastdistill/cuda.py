@@ -1,7 +1,8 @@
-"""`python -m fastdistill.cuda`: builds csrc/ ahead of time, beside its sources. Else it is built on first use.
+"""Builds and loads csrc/: ahead of time by `python -m fastdistill.cuda`, otherwise on first use.
 
-What is built on first use is kept in the user's cache, under a name made of the sources, the compiler and its flags, so
-nothing is built twice and nothing stale is loaded. Importing this module compiles and loads nothing.
+A build ahead of time lies beside the sources. A build on first use goes to the user's cache, named by a hash of the
+sources, the compiler and its flags: nothing is built twice, and a stale binary is never loaded. Importing this module
+compiles and loads nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Installed inside the package; in a checkout beside it.
+# Inside the package where it is installed, beside it in a checkout.
 _INSIDE = Path(__file__).parent / "csrc"
 SOURCES = _INSIDE if _INSIDE.is_dir() else Path(__file__).parent.parent / "csrc"
 UNITS = ("rows.cu", "binding.cpp")
@@ -29,34 +30,35 @@ HEADERS = ("plan.h", "launch.h", "rows.h")
 KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# What is built ahead of time. Cards after Hopper compile what is left as PTX when they load it.
+# Architectures built ahead of time. Cards after Hopper compile the PTX of compute_90 when they load it.
 ARCHITECTURES = ("sm_80", "sm_90a", "compute_90")
 
-# The stable ABI of torch 2.10: one binary for it and all later versions. Numbers below 1e-38 are 0.
+# The stable ABI of torch 2.10: one binary works with it and all later versions. -ftz flushes numbers below 1e-38 to 0.
 FLAGS = (
     "-std=c++17", "-O3", "-ftz=true", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )  # fmt: skip
 
 
-@functools.cache  # every call of a loss asks, and what could not be built is not built again
+@functools.cache  # every call of a loss asks; a failed build is not tried again
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels of csrc/ cannot run on `device`; None: they can, before sm_90 after a first build perhaps."""
+    """Returns why the kernels of csrc/ cannot run on `device`, or None. Before sm_90 it does not try to build them."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
     if not prebuilt().exists() and nvcc() is None:
-        return "it was not built ahead of time, and nvcc, which would build it, is neither in CUDA_HOME nor on the PATH"
-    # "auto" takes them from sm_90 on, where nobody asked for them and Triton is at hand. Only building tells whether it
-    # can be done: `nvcc --list-gpu-code` leaves out sm_90a where it is known, and knows of no host compiler.
+        return "it was not built ahead of time, and nvcc, which could build it, is neither in CUDA_HOME nor on the PATH"
+    # From sm_90 on "auto" takes these kernels unasked, so they must be known to build; Triton is the alternative. Only
+    # a build shows it: `nvcc --list-gpu-code` omits sm_90a even if nvcc supports it, and does not check the host
+    # compiler.
     if capability >= (9, 0):
         try:
             library(device)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             architecture, compiler = _architecture(device), nvcc() or "nvcc"
-            return f"it could not be built for {architecture} with {compiler}, or not be loaded: {_gist(error)}"
+            return f"it could not be built for {architecture} with {compiler}, or could not be loaded: {_gist(error)}"
     return None
 
 
@@ -98,7 +100,7 @@ def rows(
 
 @functools.cache
 def library(device: torch.device) -> torch._ops._OpNamespace:
-    """The ops of csrc/, built if need be for the card at `device`."""
+    """Returns the ops of csrc/; builds them for the card at `device` if they are not built yet."""
     path = prebuilt()
     _load(path if path.exists() else cached((_architecture(device),)))
     return torch.ops.fastdistill_cuda
@@ -110,7 +112,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def _gist(error: Exception) -> str:
-    """Of what a compiler says the line that tells what is wrong."""
+    """Returns the line of a compiler's output that names the error."""
     first, *others = [line for line in map(str.strip, str(error).splitlines()) if line] or [type(error).__name__]
     telling = [line for line in others if "error" in line.lower() or "fatal" in line.lower()]
     return " ".join((telling or others or [first])[0].split())
@@ -123,13 +125,13 @@ def _load(path: Path) -> None:
 
 @functools.cache
 def prebuilt() -> Path:
-    """Where a binary built ahead of time lies. Its name tells the sources, so one of other sources is not taken."""
+    """Returns the path of a binary built ahead of time; the hash of the sources in its name rules out a stale one."""
     return SOURCES / f"fastdistill_cuda-{_digest(_texts())}.so"
 
 
 def cached(architectures: Sequence[str]) -> Path:
-    """The binary for `architectures` in the user's cache; built, once, where it is missing."""
-    import fcntl  # not on Windows, which nothing else here minds
+    """Returns the binary for `architectures` in the user's cache; builds it if it is missing."""
+    import fcntl  # absent on Windows, where the rest of this module works
 
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
@@ -137,7 +139,7 @@ def cached(architectures: Sequence[str]) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"fastdistill_cuda-{_digest([*_texts(), version, *FLAGS, *architectures])}.so"
     if not path.exists():
-        # Whoever comes second waits, and finds it built.
+        # A second process waits here and finds the binary built.
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
@@ -145,8 +147,10 @@ def cached(architectures: Sequence[str]) -> Path:
     return path
 
 
+# torch.utils.cpp_extension does not fit: it builds only with a torch that has CUDA, links libtorch_python and
+# libtorch_cuda, which the stable ABI avoids, and a killed build leaves its lock behind, so later builds wait forever.
 def build(path: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Sequence[str] = ()) -> None:
-    """Compiles csrc/ into `path`, which appears complete or not at all."""
+    """Compiles csrc/ into `path` by an atomic rename: the file appears complete or not at all."""
     torch_folder = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         built = Path(folder) / path.name
@@ -176,13 +180,13 @@ def _compiler() -> str:
     if found is None:
         raise RuntimeError(
             "csrc cannot be built: nvcc is neither in CUDA_HOME nor on the PATH. Install the CUDA toolkit, or run "
-            "`python -m fastdistill.cuda` where there is one, or use backend='triton'"
+            "`python -m fastdistill.cuda` on a machine that has it, or use backend='triton'"
         )
     return found
 
 
 def _generates(architecture: str) -> list[str]:
-    """`sm_90a` is machine code; `compute_90` is PTX, for cards that come later."""
+    """Returns nvcc's flags for `sm_90a` (machine code) or `compute_90` (PTX, for later cards)."""
     return ["-gencode", f"arch=compute_{architecture.split('_')[1]},code={architecture}"]
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: launching on a tensor's own device, rows of any layout, and logarithms that keep digits."""
+"""Shared by the kernels: launching on a tensor's own device, rows of any layout, accurate log1p and tanh."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Makes the tensor's device current: Triton launches on the current device."""
     return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
 
 
 def arch_of(x: Tensor) -> str:
-    """The architecture that launchers choose tiles for: "sm_90", "gfx942"; "cpu" in the interpreter."""
+    """Returns the architecture that launchers choose tiles for: "sm_90", "gfx942"; "cpu" in the interpreter."""
     if not x.is_cuda:
         return "cpu"
     properties = torch.cuda.get_device_properties(x.device)
@@ -28,13 +28,14 @@ def warp_size(arch: str) -> int:
 
 
 def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(x, inner, outer stride, inner stride): row i of x[..., :] starts at i // inner * outer + i % inner * inner.
+    """Returns (x, inner, outer stride, inner stride): row i of x[..., :] starts at
+    i // inner * outer stride + i % inner * inner stride.
 
-    Logits like y[:, :-1] have no stride that leads from each row to the next; two strides reach them without a copy.
+    No single stride leads from each row of logits like y[:, :-1] to the next; two strides reach them without a copy.
     """
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
-    sizes, strides = [], []  # of the leading dimensions, those that follow on each other merged
+    sizes, strides = [], []  # of the leading dimensions; adjacent ones are merged where one stride covers both
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
             continue
@@ -56,26 +57,26 @@ def power_of_2(n: int) -> int:
 
 @triton.jit
 def row_offset(row, inner, outer_stride, inner_stride):
-    """Where a row of `rows_of` starts; 64 bits, since a tensor may hold more than 2^31 elements."""
+    """Returns where a row of `rows_of` starts, in 64 bits: a tensor may hold more than 2^31 elements."""
     row = tl.cast(row, tl.int64)
     return row // inner * outer_stride + row % inner * inner_stride
 
 
 @triton.jit
 def log1p(u):
-    """log(1 + u) to the last digit for small u (Kahan): the rounding of 1 + u is divided out again."""
+    """Computes log(1 + u) to the last digit for small u (Kahan): divides out the rounding of 1 + u."""
     w = 1 + u
     return tl.where(w == 1, u, tl.log(w) * (u / tl.where(w == 1, 1.0, w - 1)))
 
 
 @triton.jit
 def tanh(x):
-    """There is no tanh in Triton's language. Small x have a series: 1 - exp(-2x) would lose their digits."""
+    """Computes tanh, which Triton lacks; by a series for small x, where 1 - exp(-2x) would lose digits."""
     t = tl.exp(-2 * tl.abs(x))
     far = (1 - t) / (1 + t)
     y = x * x
     if x.dtype == tl.float64:
-        # Taken to where the two meet at 1e-16: |x| < 0.05
+        # The two forms agree to 1e-16 at |x| = 0.05.
         near = x * (1 - y * (1 / 3 - y * (2 / 15 - y * (17 / 315 - y * (62 / 2835 - y * (1382 / 155925))))))
         return tl.where(tl.abs(x) < 0.05, near, tl.where(x < 0, -far, far))
     near = x * (1 - y * (1 / 3 - y * (2 / 15 - y * (17 / 315 - y * (62 / 2835)))))

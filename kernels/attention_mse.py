@@ -1,4 +1,4 @@
-"""Attention-score MSE from Gram matrices: every input row is read once forward and once backward, no score is computed.
+"""Attention-score MSE from Gram matrices: reads every input row once forward and once backward, computes no score.
 
 With q' = [q_s, q_t], k' = [k_s, k_t] (D' = D_s + D_t), v = [s_s ..., -s_t ...] and V = diag(v),
 
@@ -6,26 +6,28 @@ With q' = [q_s, q_t], k' = [k_s, k_t] (D' = D_s + D_t), v = [s_s ..., -s_t ...] 
     dq_s = 2 s_s q' V Gk[:, :D_s]                dk_s = 2 s_s k' V Gq[:, :D_s]
 
     _gram      (splits of the rows, some batch x groups, queries | keys): the blocks SS, ST, TT of a Gram matrix
-    _contract  (batch x groups, rows of the matrix): adds the splits up in order, in float64, to the loss and to the
+    _contract  (batch x groups, rows of the matrix): sums the splits in order, in float64, into the loss and the
                student's columns of both matrices
-    _gradient  (tiles of rows, batch x heads): a row times the other side's matrix
+    _gradient  (tiles of rows, batch x heads): multiplies a row by the other side's matrix
 
-A causal mask is a scan over chunks of rows: a chunk of queries meets the Gram matrix of all keys that lie before it, a
-chunk of keys that of all queries that come after it, and `_contract` adds these up chunk by chunk, forth and back. The
-pairs of a chunk of queries with the keys beside it, a triangle, are left to the tiles of attention_tiles.py.
+A causal mask becomes a scan over chunks of rows: a chunk of queries uses the Gram matrix of all keys before it, a chunk
+of keys that of all queries after it. `_contract` computes these prefix and suffix sums chunk by chunk. The tiles of
+attention_tiles.py handle the remaining triangle, the pairs of a chunk of queries with the keys beside it.
 
-Products of 16-bit inputs are exact in float32, and a split adds up at most SUMMED of them (of the scan a chunk of each
-head, and all keys that every query sees); beyond it sums are float64, since the terms of the loss cancel as the student
-nears its teacher. For the same reason the matrix that multiplies bfloat16 rows has two terms, and float32 inputs are
-multiplied in float64, which tensor cores do.
+Products of 16-bit inputs are exact in float32. A split sums at most SUMMED of them in float32 (in the scan: a chunk of
+each head, and all keys that every query sees). All further sums are float64, because the terms of the loss cancel as
+the student nears its teacher. For the same reason the matrix that multiplies bfloat16 rows is split into two bfloat16
+terms, and float32 inputs are multiplied in float64, which tensor cores support.
 
-Per row and head of queries or keys (D_s + D_t) numbers are read forward, and backward, and D_s written; operations are
-2 (D_s^2 + D_s D_t + D_t^2) forward and 2 D' D_s backward (twice that in two terms): 14 and 4.7 kFLOP at 26 / 64, which
-in 16 bits is a fifth of the time of their bytes. Head dimensions are padded to powers of 2 in registers only. Heads too
-wide for one program, such as hidden states taken for queries and keys, are multiplied block by block.
+Each row and head of queries or keys costs D_s + D_t numbers read in the forward and again in the backward, and D_s
+written; 2 (D_s^2 + D_s D_t + D_t^2) operations forward and 2 D' D_s backward (twice that with two terms). At 26 / 64
+that is 14 and 4.7 kFLOP, which in 16 bits take a fifth of the time of the bytes. Head dimensions are padded to powers
+of 2 in registers only. Heads too wide for one program, such as hidden states used as queries and keys, are multiplied
+block by block.
 """
 
 from math import lcm
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -34,15 +36,18 @@ from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
 
-# Most rows whose products are added up in float32: half as many would double the traffic of partial sums, which at
-# 26 / 64 in bfloat16 is 9% of the rows' own (2 * 32 KiB a split, written and read, beside 720 KiB).
+if TYPE_CHECKING:
+    from fastdistill.ops._attention import Attention, Counted
+
+# Most rows whose products are summed in float32. Half as many would double the traffic of partial sums, which at 26 /
+# 64 in bfloat16 is 9% of the rows' own (2 * 32 KiB a split, written and read, beside 720 KiB).
 SUMMED = 4096
 
 
 @triton.jit
 def _load_rows(
     x_ptr, row_stride, rows, exists, columns, DIM: tl.constexpr
-):  # (rows, columns): of one head, zero where a row does not count  # fmt: skip
+):  # (rows, columns) of one head, zero where a row is masked  # fmt: skip
     return tl.load(
         x_ptr + rows[:, None] * row_stride + columns[None, :], mask=exists[:, None] & (columns < DIM)[None, :], other=0
     )
@@ -50,9 +55,9 @@ def _load_rows(
 
 @triton.jit
 def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
-    """From which row to which: of the queries a chunk, of the keys those that the chunk before it sees in part.
+    """Returns the first row and the end of a chunk of queries, or of the keys that the query chunk before sees in part.
 
-    Key chunk 0 are the keys that every query sees; the queries of a chunk see the key chunks up to its own number.
+    Key chunk 0 holds the keys that every query sees; query chunk n sees the key chunks 0 to n.
     """
     offset = key_length - query_length
     first, end = chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, query_length)
@@ -66,27 +71,28 @@ def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
 def _gram(
     a_query_ptr, b_query_ptr,  # (B, H, L, D_a), (B, H, L, D_b)
     a_key_ptr, b_key_ptr,  # (B, H_a, S, D_a), (B, H_b, S, D_b)
-    counted_queries_ptr, counted_keys_ptr,  # (B, L), (B, S); None: all count
-    out_ptr,  # (splits, 2, B * groups, D', D'), where the block A^T B starts
+    counted_queries_ptr, counted_keys_ptr,  # (B, L), (B, S) bool; None: all rows count
+    out_ptr,  # (splits, 2, B * groups, D', D'), from where the block A^T B starts
     a_query_batch, a_query_head, a_query_row, b_query_batch, b_query_head, b_query_row,  # strides
     a_key_batch, a_key_head, a_key_row, b_key_batch, b_key_head, b_key_row,
     counted_queries_batch, counted_keys_batch,
     groups, query_length, key_length, heads_of_a_group,
     sharing_a, sharing_b,  # groups that share a key head
     splits,
-    count, groups_of_a_program,  # B * groups, and how many of them a program goes through
+    count, groups_of_a_program,  # B * groups, and how many of them one program loops over
     SEVERAL: tl.constexpr,
-    CHUNK: tl.constexpr,  # a split is a chunk of the causal scan, of so many rows; 0: any share of the rows
+    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan, each a split; 0: a split is any share of the rows
     D_A: tl.constexpr,
     D_B: tl.constexpr,
     WIDTH: tl.constexpr,  # D'
-    ALL: tl.constexpr,  # A^T A and B^T B as well: both are one block wide
+    ALL: tl.constexpr,  # compute A^T A and B^T B as well: both are one block wide
     WIDE: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    # One axis for all, the only one that may be long. Fastest the blocks: they read the same rows.
+    # CUDA allows only the x axis of a grid to be long, so all indices share it. Blocks vary fastest: they read the same
+    # rows.
     COLUMN_BLOCKS: tl.constexpr = (D_B + BLOCK_B - 1) // BLOCK_B
     BLOCKS: tl.constexpr = (D_A + BLOCK_A - 1) // BLOCK_A * COLUMN_BLOCKS
     block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
@@ -100,7 +106,7 @@ def _gram(
         of = first_of + nth
         batch, group = (of // groups).to(tl.int64), (of % groups).to(tl.int64)
 
-        # Of the queries: the heads of the group. Of the keys: one head, the group's.
+        # Queries: all heads of the group. Keys: the one head that the group shares.
         length, heads = query_length, heads_of_a_group
         a_ptr = a_query_ptr + batch * a_query_batch + group * heads_of_a_group * a_query_head
         b_ptr = b_query_ptr + batch * b_query_batch + group * heads_of_a_group * b_query_head
@@ -159,10 +165,10 @@ def _gram(
 
 @triton.jit
 def _contract(
-    partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first; nothing below SS but TT
+    partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first; the block TS is not written
     total_ptr,  # (B * groups, row blocks)
-    # (B * groups, D', D_s); of the scan (splits, ...): of a chunk's queries and all later, of its keys and all
-    # earlier.
+    # (B * groups, D', D_s); in the scan (splits, B * groups, D', D_s): of a chunk's queries and all later ones, of its
+    # keys and all earlier ones.
     query_gram_ptr, key_gram_ptr,
     splits,
     student_scale: tl.float64, teacher_scale: tl.float64,
@@ -180,7 +186,7 @@ def _contract(
         j = start + tl.arange(0, BLOCK)
         v_j = tl.where(j < D_S, student_scale, -teacher_scale)
         inside = (i < WIDTH)[:, None] & (j < WIDTH)[None, :]
-        # A Gram matrix is symmetric: the block TS is read from ST.
+        # A Gram matrix is symmetric: read the block TS from ST.
         where = tl.minimum(i[:, None], j[None, :]) * WIDTH + tl.maximum(i[:, None], j[None, :])
         query = tl.zeros((BLOCK, BLOCK), tl.float64)
         key = tl.zeros((BLOCK, BLOCK), tl.float64)
@@ -211,7 +217,7 @@ def _contract(
 
 @triton.jit
 def _times(x, matrix, acc, PRECISION: tl.constexpr):
-    """acc + x @ matrix. In bfloat16 the matrix has two terms: one would lose what the sums cancel to."""
+    """Returns acc + x @ matrix. bfloat16 takes two terms of the matrix: one would lose what cancellation leaves."""
     if acc.dtype == tl.float64:
         acc = tl.dot(x.to(tl.float64), matrix, acc, out_dtype=tl.float64)
     elif x.dtype == tl.bfloat16:
@@ -226,34 +232,34 @@ def _times(x, matrix, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _gradient(
     student_ptr, teacher_ptr,  # (B, heads, T, D_s), (B, heads of the teacher, T, D_t)
-    counted_ptr,  # (B, T); None: all
-    gram_ptr,  # (B * groups, D', D_s), of the other side
+    counted_ptr,  # (B, T); None: all rows count
+    gram_ptr,  # (B * groups, D', D_s) of the other side
     grad_total_ptr,  # ()
-    near_ptr,  # as out, contiguous: what the pairs beside the chunks add before it is scaled; None: not causal
+    near_ptr,  # as out, contiguous: unscaled gradients of the pairs within chunks; None: not causal
     out_ptr,  # (B, heads, T, D_s), as the student
     student_batch, student_head, student_row, teacher_batch, teacher_head, teacher_row,  # strides
     counted_batch, out_batch, out_head, out_row, out_column,
     heads, length, groups,
-    heads_of_a_group,  # queries'
+    heads_of_a_group,  # query heads
     sharing, teacher_sharing,  # groups that share a key head
     student_scale: tl.float64, teacher_scale: tl.float64,
     offset,  # S - L
     QUERIES: tl.constexpr,  # the rows are queries, not keys
-    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan: gram_ptr has a matrix for each; 0: one for all
+    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan, each with a matrix of its own; 0: one matrix for all
     D_S: tl.constexpr,
     D_T: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of the gradient, of this program
+    COLUMNS: tl.constexpr,  # of the gradient, in this program
     BLOCK_S: tl.constexpr,  # columns of q_s, k_s at a time
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     COLUMN_BLOCKS: tl.constexpr = (D_S + COLUMNS - 1) // COLUMNS
-    # One axis for all, the only one that may be long: column blocks, tiles, heads, batch entries, from fast to slow.
-    # Tiles of a head follow on each other and share its matrix.
+    # CUDA allows only the x axis of a grid to be long, so all indices share it: column blocks, tiles, heads, batch
+    # entries, from fast to slow. Consecutive tiles of a head share its matrix.
     tiles, first_tiles = tl.cdiv(length, ROWS), 0
-    if CHUNK and not QUERIES:  # of the keys that all queries see, then of the others, chunk by chunk
+    if CHUNK and not QUERIES:  # first the keys that all queries see, then the others, chunk by chunk
         first_tiles = tl.cdiv(tl.maximum(offset, 0), ROWS)
         tiles = first_tiles + tl.cdiv(length - offset, ROWS)
     program = tl.program_id(0) // COLUMN_BLOCKS
@@ -313,18 +319,18 @@ def _gradient(
 # -- launchers -----------------------------------------------------------------------------------------------
 
 
-# Rows of a chunk of the causal scan. A chunk has two matrices of D' D_s numbers, and each of its rows meets 128
-# keys one by one.
+# Rows of a chunk of the causal scan. A chunk has two matrices of D' D_s numbers, and each of its rows is compared with
+# 128 keys, on average, one by one.
 CHUNK = 256
 
 
 def grams_of_a_scan(query_length: int) -> int:
-    """One more than there are chunks of queries: the last keys have only queries beside them."""
+    """Returns one more than the number of query chunks: the last chunk of keys has no queries after it."""
     return (query_length + CHUNK - 1) // CHUNK + 1
 
 
 def gram_dtype(*inputs: Tensor) -> torch.dtype:
-    """Of products and Gram matrices: float64, but for 16-bit inputs, whose products are exact in float32."""
+    """Returns the dtype of products and Gram matrices: float64; float32 for 16-bit inputs, where products are exact."""
     return torch.float64 if any(x.itemsize > 2 for x in inputs) else torch.float32
 
 
@@ -333,7 +339,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _counted(counted: Tensor | None) -> tuple[Tensor | None, int]:  # (B|1, 1, T) bool
-    """A mask of rows, and its stride from one batch entry to the next."""
+    """Returns a mask of rows, and its stride from one batch entry to the next."""
     if counted is None:
         return None, 0
     counted = counted[:, 0].contiguous()
@@ -349,49 +355,42 @@ def _block(width: int, widest: int) -> int:
 
 
 def loss(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_s, S, D_s)
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_t, S, D_t)
-    student_scale: float,
-    teacher_scale: float,
-    counted_queries: Tensor | None,  # (B|1, 1, L) bool; None: all
-    counted_keys: Tensor | None,  # (B|1, 1, S)
-    is_causal: bool,
+    call: "Attention",  # attn_mask is None
+    counted: "Counted",
 ) -> tuple[Tensor, Tensor, Tensor]:  # sum () float64; the student's columns of Gq and Gk (B, groups, D', D_s)
-    """Under a causal mask the sum is that of the pairs that lie in different chunks, and each chunk has matrices of its
-    own, `grams_of_a_scan`: of the queries after it, of the keys before it."""
+    """Under a causal mask the sum covers the pairs that lie in different chunks, and each chunk has its own matrices
+    (see `grams_of_a_scan`): of the queries after it, and of the keys before it."""
+    student_query, student_key, teacher_query, teacher_key = map(_rows, call.tensors())
+    (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted.queries, counted.keys))
+    is_causal = call.is_causal
     batch, heads, query_length, d_s = student_query.shape
     key_length, d_t, width = student_key.shape[2], teacher_query.shape[3], d_s + teacher_query.shape[3]
     groups = lcm(student_key.shape[1], teacher_key.shape[1])
     chunks = [grams_of_a_scan(query_length)] if is_causal else []
-    dtype = gram_dtype(student_query, student_key, teacher_query, teacher_key)
+    dtype = gram_dtype(*call.tensors())
     wide = dtype == torch.float64
     query_gram, key_gram = (student_query.new_empty(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
     if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
         return query_gram.new_zeros((), dtype=torch.float64), query_gram.zero_(), key_gram.zero_()
-    student_query, student_key, teacher_query, teacher_key = map(
-        _rows, (student_query, student_key, teacher_query, teacher_key)
-    )
-    (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted_queries, counted_keys))
     arch = _common.arch_of(student_query)
     rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (64 if arch.startswith("gfx") else 128, 128)
     block_s, block_t = _block(d_s, widest), _block(d_t, widest)
     one_program = d_s <= block_s and d_t <= block_t and block_s + block_t <= 128
     warps = 4 if block_s + block_t <= 64 else 8
-    # Enough programs to fill a card twice, none with less than four tiles of rows, or with too many for float32.
-    per_card = 8  # where there is no card
+    # Enough programs to fill a card twice, each with at least four tiles of rows and with no more than float32 may sum.
+    per_card = 8  # without a card
     if student_query.is_cuda:
         per_card = 4 * torch.cuda.get_device_properties(student_query.device).multi_processor_count
     tiles = triton.cdiv(max(heads // groups * query_length, key_length), rows)
-    # Of wide heads every block is a program: the launch of the fewest is to fill the card.
+    # Each block of wide heads is a program: the launch with the fewest blocks should fill the card.
     blocks = 1 if one_program else min(triton.cdiv(d_s, block_s), triton.cdiv(d_t, block_t)) ** 2
     splits = max(min(triton.cdiv(per_card, 2 * batch * groups * blocks), tiles // 4), 1)
     if not wide:
         splits = max(splits, triton.cdiv(tiles, SUMMED // rows))
     if is_causal:
         splits = grams_of_a_scan(query_length)
-    # Of small heads, as many programs as fill the card go through several each. Of larger ones the loop would spill.
+    # With small heads, just enough programs to fill the card loop over several groups each. With larger heads the loop
+    # would spill registers.
     several = one_program and block_s + block_t <= 64
     together = max(2 * splits * batch * groups // per_card, 1) if several else 1
     partial = query_gram.new_empty(splits, 2, batch * groups, width, width)
@@ -422,7 +421,7 @@ def loss(
         block = min(_block(width, 64), 32 if arch != "cpu" else 64)
         totals = query_gram.new_empty(batch * groups, triton.cdiv(width, block), dtype=torch.float64)
         _contract[tuple(totals.shape)](
-            partial, totals, query_gram, key_gram, splits, student_scale, teacher_scale,
+            partial, totals, query_gram, key_gram, splits, call.student_scale, call.teacher_scale,
             D_S=d_s, WIDTH=width, IS_CAUSAL=is_causal, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return totals.sum(), query_gram, key_gram
@@ -430,50 +429,43 @@ def loss(
 
 def gradients(
     grad_total: Tensor,  # ()
-    student_query: Tensor,
-    student_key: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    student_scale: float,
-    teacher_scale: float,
-    counted_queries: Tensor | None,
-    counted_keys: Tensor | None,
-    is_causal: bool,
+    call: "Attention",
+    counted: "Counted",
     query_gram: Tensor,  # as `loss` returns them
     key_gram: Tensor,
     near: tuple[Tensor | None, Tensor | None],  # gradients (B, heads, T, D_s) of the pairs within chunks, if causal
     d_query: Tensor,  # to be written
     d_key: Tensor,
 ) -> None:
-    batch, heads, query_length, d_s = student_query.shape
-    d_t, groups, offset = teacher_query.shape[3], query_gram.shape[-3], student_key.shape[2] - query_length
-    wide = gram_dtype(student_query, student_key, teacher_query, teacher_key) == torch.float64
-    arch = _common.arch_of(student_query)
-    few = arch == "sm_80" or student_query.dtype == torch.float16  # rows, for lack of registers
+    batch, heads, query_length, d_s = call.student_query.shape
+    d_t, groups, offset = call.teacher_query.shape[3], query_gram.shape[-3], call.student_key.shape[2] - query_length
+    wide = gram_dtype(*call.tensors()) == torch.float64
+    arch = _common.arch_of(call.student_query)
+    few = arch == "sm_80" or call.student_query.dtype == torch.float16  # fewer rows: registers are short
     rows, widest, deepest = (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if few else 128, 64, 32)
 
     def launch(
-        student: Tensor, teacher: Tensor, counted: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
+        student: Tensor, teacher: Tensor, flags: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
     ) -> None:
         if out.numel() == 0:
             return
         student, teacher = _rows(student), _rows(teacher)
         own, length = student.shape[1:3]
-        counted, counted_batch = _counted(counted)
+        flags, flags_batch = _counted(flags)
         columns, block_s, block_t = _block(d_s, widest), _block(d_s, deepest), _block(d_t, deepest)
         tiles = triton.cdiv(length, rows)
-        if is_causal and out is d_key:
+        if call.is_causal and out is d_key:
             tiles = triton.cdiv(max(offset, 0), rows) + triton.cdiv(query_length, rows)
         _gradient[(triton.cdiv(d_s, columns) * tiles * own * batch,)](
-            student, teacher, counted, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
-            counted_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
-            groups // teacher.shape[1], student_scale, teacher_scale, offset,
-            QUERIES=out is d_query, CHUNK=CHUNK if is_causal else 0, D_S=d_s, D_T=d_t,
+            student, teacher, flags, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
+            flags_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
+            groups // teacher.shape[1], call.student_scale, call.teacher_scale, offset,
+            QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, D_S=d_s, D_T=d_t,
             WIDE=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
             ROWS=rows, COLUMNS=columns, BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4,
             num_stages=2,
         )  # fmt: skip
 
-    with on_device_of(student_query):
-        launch(student_query, teacher_query, counted_queries, key_gram, near[0], d_query)
-        launch(student_key, teacher_key, counted_keys, query_gram, near[1], d_key)
+    with on_device_of(call.student_query):
+        launch(call.student_query, call.teacher_query, counted.queries, key_gram, near[0], d_query)
+        launch(call.student_key, call.teacher_key, counted.keys, query_gram, near[1], d_key)

@@ -1,19 +1,21 @@
-"""The attention losses that need every score, tile by tile as flash attention: KL, and MSE under a mask of pairs.
+"""The attention losses that need every score, computed in tiles as in flash attention: KL, and MSE with an attn_mask.
 
-    _statistics  KL only. Of each row both maxima m and sums l of exponentials, and the cross term
-                 sum exp(x_t) (x_t - x_s) with x = score - m, brought up to date whenever a maximum grows:
+    _statistics  KL only. Computes both maxima m and sums of exponentials l of each row, and the cross term
+                 sum exp(x_t) (x_t - x_s) with x = score - m, all rescaled whenever a maximum grows:
                  KL = E_t[x_t - x_s] - log l_t + log l_s
-    _d_query     per tile of queries, over the keys:     dS, dQ = factor * dS K_s; of MSE the loss as well
-    _d_key       per tile of keys, over the queries of all heads that share it:     dK = factor * dS^T Q_s
+    _d_query     per tile of queries, over the keys: dS, dQ = factor * dS K_s; for MSE the loss as well
+    _d_key       per tile of keys, over the queries of all heads that share them: dK = factor * dS^T Q_s
 
 with dS = p_s - p_t, p = exp(x) / l (KL), or a_s - a_t (MSE), 0 where a pair is not allowed, factor the student's scale
-(KL) or twice that (MSE). Memory is linear in L and S; a key head shared by several heads is read where it lies.
+(KL) or twice that (MSE). Memory is linear in L and S; shared key heads are not copied.
 
-Scales multiply the float32 scores, not the operands, which they would round. Exponentials are powers of 2, and log2(e)
-multiplies what the maximum leaves over: of scores of 1000 it would be rounded by 1e-4. Per pair 2 (D_s + D_t)
-operations and 2 exponentials a pass, 2 D_s more for a gradient: at D = 64 on an H200 the exponentials are what three
-passes take, products half of it.
+The scales multiply the float32 scores; multiplied into the 16-bit operands, they would round them. Exponentials are
+computed as powers of 2, with log2(e) multiplied in after the maximum is subtracted: before it, scores of 1000 would be
+rounded by 1e-4. Each pass costs 2 (D_s + D_t) operations and 2 exponentials a pair, and 2 D_s more for a gradient. At
+D = 64 on an H200 the exponentials bound the three passes; the products take half as long.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -21,6 +23,9 @@ import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastdistill.ops._attention import Attention, Counted
 
 
 @triton.jit
@@ -32,7 +37,7 @@ def _load(x_ptr, row_stride, rows, exists, DIM: tl.constexpr, PADDED: tl.constex
 
 @triton.jit
 def _flags(ptr, at, exists):
-    """Which rows count: bool at `at`; None: all that exist."""
+    """Returns which rows count: those flagged at `at`; all that exist if ptr is None."""
     if ptr is not None:
         exists &= tl.load(ptr + at, mask=exists, other=0) != 0
     return exists
@@ -40,9 +45,9 @@ def _flags(ptr, at, exists):
 
 @triton.jit
 def _place(length, heads, BLOCK: tl.constexpr):
-    """Which tile of rows a program has, of which head and batch entry: (tile, head, batch).
+    """Returns the (tile, head, batch) of a program.
 
-    All three are on one axis, the only one that may be long. Tiles of a head follow on each other: they read the same
+    CUDA allows only the x axis of a grid to be long, so all three share it. Consecutive tiles of a head read the same
     rows of the other side.
     """
     tiles = tl.cdiv(length, BLOCK)
@@ -52,7 +57,7 @@ def _place(length, heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def _product(a, b, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # (M, K), (K, N)
-    """In float32 or wider. 16-bit operands of one dtype are multiplied as they are."""
+    """Returns a @ b in float32 or wider. 16-bit operands of one dtype are multiplied unconverted."""
     if tl.float64 == WIDE or a.dtype != b.dtype:
         a, b = a.to(WIDE), b.to(WIDE)
     return tl.dot(a, b, input_precision=PRECISION, out_dtype=WIDE)
@@ -62,7 +67,7 @@ def _product(a, b, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # (M, K), (K, 
 def _weighted(
     weights, x, acc, IS_KL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
 ):  # (M, K), (K, N), (M, N)
-    """acc + weights x. In float16 weights below 6e-5 lose digits: those of MSE, of any size, stay wide and widen x."""
+    """Returns acc + weights @ x. float16 loses digits below 6e-5: MSE weights, of any size, stay wide and widen x."""
     if x.dtype == tl.bfloat16 or (x.dtype == tl.float16 and IS_KL):
         weights = weights.to(x.dtype)
     else:
@@ -79,7 +84,7 @@ def _exp(x):
 def _allowed(
     rows, columns, rows_count, columns_count, mask_ptr, mask_row, mask_column, offset,
     IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
-):  # rows and columns of shapes that broadcast against each other  # fmt: skip
+):  # rows and columns broadcast against each other  # fmt: skip
     allowed = rows_count & columns_count
     if IS_CAUSAL:
         allowed &= columns <= rows + offset
@@ -121,7 +126,7 @@ def _statistics(
     if IS_CAUSAL:
         end = tl.minimum(key_length, (tile + 1) * BLOCK_M + offset)
 
-    lowest: tl.constexpr = -1e300 if tl.float64 == WIDE else -1e30  # a maximum of nothing: a number to subtract
+    lowest: tl.constexpr = -1e300 if tl.float64 == WIDE else -1e30  # finite: -inf - -inf is NaN
     s_max, t_max = tl.full((BLOCK_M,), lowest, WIDE), tl.full((BLOCK_M,), lowest, WIDE)
     s_sum, t_sum, cross = tl.zeros((BLOCK_M,), WIDE), tl.zeros((BLOCK_M,), WIDE), tl.zeros((BLOCK_M,), WIDE)
     for start in range(0, end, BLOCK_N):
@@ -145,18 +150,18 @@ def _statistics(
         t_sum = t_sum * shrunk + tl.sum(t_e, 1)
         s_sum = s_sum * _exp(s_max - s_top) + tl.sum(_exp(s), 1)
         s_max, t_max = s_top, t_top
-    # A row without a key has no loss.
+    # A row without an allowed key has no loss.
     some = t_sum != 0
     s_sum, t_sum = tl.where(some, s_sum, 1), tl.where(some, t_sum, 1)
     kl = cross / t_sum + (tl.log(s_sum) - tl.log(t_sum))
-    kl = tl.where(kl < 0, 0, kl)  # rounding must not make that of equal rows negative
+    kl = tl.where(kl < 0, 0, kl)  # rounding must not make the KL of equal rows negative
     tiles = tl.cdiv(query_length, BLOCK_M)
     size = (tl.num_programs(0) // tiles).to(tl.int64) * query_length
     stats_ptr += (tl.program_id(0) // tiles).to(tl.int64) * query_length + rows
     exists = rows < query_length
     tl.store(stats_ptr, s_max, mask=exists)
     tl.store(stats_ptr + size, t_max, mask=exists)
-    # dS is used 1024 times as large: float16 keeps the digits of differences down to 6e-8.
+    # dS is scaled by 1024, so that float16 keeps the digits of differences down to 6e-8.
     tl.store(stats_ptr + 2 * size, 1024 / s_sum, mask=exists)
     tl.store(stats_ptr + 3 * size, 1024 / t_sum, mask=exists)
     tl.store(stats_ptr + 4 * size, tl.where(some, kl, 0), mask=exists)
@@ -164,9 +169,9 @@ def _statistics(
 
 @triton.jit
 def _difference(s, t, allowed, s_max, t_max, s_scale, t_scale, IS_KL: tl.constexpr):
-    """dS of a tile from its scores, of KL 1024 times; the last four broadcast against it."""
+    """Returns dS of a tile from its scores (for KL 1024 dS); the last four tensors broadcast against it."""
     if IS_KL:
-        # Not allowed pairs are put out before the exponential, which might overflow.
+        # Mask pairs before the exponential, which might overflow for them.
         s = _exp(tl.where(allowed, s - s_max, -float("inf"))) * s_scale
         t = _exp(tl.where(allowed, t - t_max, -float("inf"))) * t_scale
     return tl.where(allowed, s - t, 0)
@@ -175,7 +180,7 @@ def _difference(s, t, allowed, s_max, t_max, s_scale, t_scale, IS_KL: tl.constex
 @triton.jit
 def _d_query(
     sq_ptr, sk_ptr, tq_ptr, tk_ptr, queries_ptr, keys_ptr, mask_ptr,
-    stats_ptr,  # of KL as above; of MSE (B * H, L), to be written: the row's sum of squares
+    stats_ptr,  # KL: as above; MSE: (B * H, L), to be written: the row's sum of squares
     d_query_ptr,  # (B, H, L, D_s); None: not wanted
     sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
     queries_batch, queries_head, keys_batch, keys_head, mask_batch, mask_head, mask_row, mask_column,
@@ -246,7 +251,7 @@ def _d_query(
 @triton.jit
 def _d_key(
     sq_ptr, sk_ptr, tq_ptr, tk_ptr, queries_ptr, keys_ptr, mask_ptr,
-    stats_ptr,  # of KL as above
+    stats_ptr,  # KL: as above
     d_key_ptr,  # (B, H_s, S, D_s)
     sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
     queries_batch, queries_head, keys_batch, keys_head, mask_batch, mask_head, mask_row, mask_column,
@@ -269,7 +274,7 @@ def _d_key(
     if IS_CAUSAL:  # the first query that sees one of them
         first = tl.maximum(tile * BLOCK_N - offset, 0) // BLOCK_M * BLOCK_M
     end = query_length
-    if CHUNK:  # the last query of the last key's chunk; none, where all queries see the keys
+    if CHUNK:  # the last query of the last key's chunk; 0 where all queries see the keys
         last = (tile + 1) * BLOCK_N - 1 - offset
         end = tl.where(last < 0, 0, tl.minimum(query_length, (tl.maximum(last, 0) // CHUNK + 1) * CHUNK))
 
@@ -314,7 +319,7 @@ def _d_key(
 
 
 def _tiles(arch: str, itemsize: int, width: int) -> dict[str, int]:
-    """Queries and keys of a tile, for heads `width` wide after padding."""
+    """Chooses the queries and keys of a tile, for heads `width` wide after padding."""
     if arch == "cpu":
         return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
     stages = 1 if arch.startswith("gfx") else 2
@@ -326,66 +331,55 @@ def _tiles(arch: str, itemsize: int, width: int) -> dict[str, int]:
 
 
 def loss(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_s, S, D_s)
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_t, S, D_t)
-    student_scale: float,
-    teacher_scale: float,
-    counted_queries: Tensor | None,  # (B|1, H|1, L) bool, those that are allowed a key; None: all
-    counted_keys: Tensor | None,  # (B|1, H|1, S) bool, those that a query is allowed
-    is_causal: bool,
-    attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1) bool
+    call: "Attention",
+    counted: "Counted",
     *,
-    chunk: int = 0,  # of a causal mask, queries of a chunk: only pairs within chunks count; 0: all
+    chunk: int = 0,  # queries of a chunk of a causal mask: only pairs within chunks count; 0: all
     is_kl: bool,
     dtype: torch.dtype,  # of the computation
     d_query: Tensor | None,  # (B, H, L, D_s), to be written in `dtype`; None: not wanted
     d_key: Tensor | None,  # (B, H_s, S, D_s)
-) -> Tensor:  # (): sum of KL of the rows, or of the squares, float64
-    batch, heads, query_length, d_s = student_query.shape
-    student_heads, key_length, d_t = student_key.shape[1], student_key.shape[2], teacher_query.shape[3]
-    rows = student_query.new_empty((5 if is_kl else 1) * batch * heads * query_length, dtype=dtype)
+) -> Tensor:  # (): sum of the rows' KL, or of the squares, float64
+    batch, heads, query_length, d_s = call.student_query.shape
+    student_heads, key_length, d_t = call.student_key.shape[1], call.student_key.shape[2], call.teacher_query.shape[3]
+    rows = call.student_query.new_empty((5 if is_kl else 1) * batch * heads * query_length, dtype=dtype)
     if rows.numel() == 0 or key_length == 0:
         return rows.new_zeros((), dtype=torch.float64)
-    tensors = [
-        x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-        for x in (student_query, student_key, teacher_query, teacher_key)
-    ]
-    flags = [None if x is None else x.contiguous() for x in (counted_queries, counted_keys)]
+    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in call.tensors()]
+    flags = [None if x is None else x.contiguous() for x in (counted.queries, counted.keys)]
     strides = [stride for x in tensors for stride in x.stride()[:3]]
-    for x, dimensions in ((flags[0], 2), (flags[1], 2), (attn_mask, 4)):  # 0 where a mask is the same for all
+    for x, dimensions in ((flags[0], 2), (flags[1], 2), (call.attn_mask, 4)):  # 0 where a mask is broadcast
         strides += [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in range(dimensions)]
-    arch = _common.arch_of(student_query)
+    inputs = (*tensors, *flags, call.attn_mask, rows)
+    arch = _common.arch_of(call.student_query)
     padded_s, padded_t = (max(power_of_2(width), 16) for width in (d_s, d_t))
     itemsize = max(8 if dtype == torch.float64 else 2, *(x.itemsize for x in tensors))
-    if not is_kl and student_query.dtype == torch.float16:
-        itemsize = 4  # as its gradient products are
+    if not is_kl and call.student_query.dtype == torch.float16:
+        itemsize = 4  # its gradient products take float32
     tiles = _tiles(arch, itemsize, max(padded_s, padded_t))
     options = {
-        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": is_causal, "CHUNK": chunk,
+        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": call.is_causal, "CHUNK": chunk,
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
-        # Three products of 10-bit terms on tensor cores are as good as one in float32.
+        # Three products of 10-bit terms on tensor cores are as accurate as one in float32.
         "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",
         **tiles,
     }  # fmt: skip
     gradient_options = options | {"num_warps": 8 if arch.startswith("sm_") else tiles["num_warps"]}
-    sizes = (heads, heads // student_heads, heads // teacher_key.shape[1], query_length, key_length)
-    scales = (student_scale, teacher_scale)
-    factor = student_scale / 1024 if is_kl else 2 * student_scale
+    sizes = (heads, heads // student_heads, heads // call.teacher_key.shape[1], query_length, key_length)
+    scales = (call.student_scale, call.teacher_scale)
+    factor = call.student_scale / 1024 if is_kl else 2 * call.student_scale
     over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]) * heads * batch,)
-    with on_device_of(student_query):
+    with on_device_of(call.student_query):
         if is_kl:
-            _statistics[over_queries](*tensors, *flags, attn_mask, rows, *strides, *sizes, *scales, **options)
+            _statistics[over_queries](*inputs, *strides, *sizes, *scales, **options)
         if d_query is not None or not is_kl:
+            d_query_strides = (0,) * 4 if d_query is None else d_query.stride()
             _d_query[over_queries](
-                *tensors, *flags, attn_mask, rows, d_query, *strides,
-                *((0,) * 4 if d_query is None else d_query.stride()), *sizes, *scales, factor,
-                IS_KL=is_kl, **gradient_options,
-            )  # fmt: skip
+                *inputs, d_query, *strides, *d_query_strides, *sizes, *scales, factor, IS_KL=is_kl, **gradient_options
+            )
         if d_key is not None:
             _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]) * student_heads * batch,)](
-                *tensors, *flags, attn_mask, rows, d_key, *strides, *d_key.stride(), *sizes,
-                batch * heads * query_length, *scales, factor, IS_KL=is_kl, **gradient_options,
+                *inputs, d_key, *strides, *d_key.stride(), *sizes, batch * heads * query_length, *scales, factor,
+                IS_KL=is_kl, **gradient_options,
             )  # fmt: skip
-    return (rows[-batch * heads * query_length :]).sum(dtype=torch.float64)
+    return rows[-batch * heads * query_length :].sum(dtype=torch.float64)

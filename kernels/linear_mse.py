@@ -1,20 +1,21 @@
-"""The residual of a projection, R = X W^T + b - T, and what follows from it while a tile of it is in registers.
+"""Computes the residual of a projection, R = X W^T + b - T, and what needs a tile of it while it is in registers.
 
-One program computes a tile of R as a matrix product accumulates it, in float32 (float64), and from there
+One program accumulates a tile of R in float32 (float64) and computes from the accumulator
 
-    loss partials    sum of squares of each token's part       (column tiles, C), added in order afterwards
+    loss partials    sum of squares of each token's part       (column tiles, C), summed in order afterwards
     db partials      sums of the columns                       (row tiles, d_t), likewise
-    R                times its tokens' weights, as the gradient products take it: in 16 bits for 16-bit inputs
+    R                times its tokens' weights, in the dtype of the gradient products: 16 bits for 16-bit inputs
 
-so X, W and T are read and R is written, nothing else. The gradient products R W and R^T X are the library's. Per token
-2 d_s d_t operations here, 4 d_s d_t there; (d_s + d_t) numbers from memory here, and R, which a chunk of tokens keeps
-in the L2 cache: at 312 -> 768 in bfloat16 1.44 MFLOP, 1.8 ns at 790 TFLOP/s, against 2.8 KB, 0.65 ns at 4.3 TB/s.
-Between L2 and the multiprocessors more passes: tiles of 128 x 128 read X d_t / 128 times and W once for 128 tokens, 3.7
-KB a token each, T and R are 1.5 KB each: 10.5 KB. The products read R once or twice more from there.
-A chunk takes 4 launches - residual, sum of its loss partials, dW, dX - and two more for db; 16384 tokens of 768.
+so it reads X, W and T, and writes R. cuBLAS (or rocBLAS) computes the gradient products R W and R^T X. A token costs 2
+d_s d_t operations here and 4 d_s d_t there; d_s + d_t numbers are read from memory, while R of a chunk of tokens stays
+in the L2 cache. At 312 -> 768 in bfloat16 that is 1.44 MFLOP, 1.8 ns at 790 TFLOP/s, against 2.8 KB, 0.65 ns at 4.3
+TB/s. L2 traffic is higher: tiles of 128 x 128 read X d_t / 128 times, and W once per 128 tokens, 3.7 KB a token each; T
+and R are 1.5 KB each: 10.5 KB in all. The products read R once or twice more from L2. A chunk of 16384 tokens of 768
+takes 4 launches (residual, sum of the loss partials, dW, dX), and two more for db.
 
-dX could come from the same program, as in attention: R W needs a whole row of R, 768 numbers a token, whose float32
-sums of 128 tokens (312 columns) and their tile of R leave no registers for the pipeline. Three products it is.
+The same program could compute dX, as in attention. But R W needs a whole row of R, 768 numbers a token; the float32
+sums of 128 tokens (312 columns) and their tile of R would leave no registers for the pipeline. So there are three
+products.
 """
 
 import torch
@@ -24,7 +25,7 @@ from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of
 from torch import Tensor
 
-# Bytes of R of a chunk, which the gradient products read again: with X and W it fits the L2 of an H100 (50 MB).
+# Bytes of R of a chunk. The gradient products read R again: with X and W it fits the L2 cache of an H100 (50 MB).
 CHUNK_BYTES = 24 << 20
 
 
@@ -34,24 +35,24 @@ def _residual(
     w_ptr,  # (d_t, d_s); None: x itself is the projection
     t_ptr,  # (C, d_t)
     bias_ptr,  # (d_t); None: 0
-    mask_ptr,  # (C); None: all count
-    token_weight_ptr,  # (C), what R is multiplied by; None: 1
+    mask_ptr,  # (C); None: all tokens count
+    token_weight_ptr,  # (C), multiplies R; None: 1
     loss_ptr,  # (column tiles, C)
     d_bias_ptr,  # (row tiles, d_t); None: not wanted
     r_ptr,  # (C, d_t), contiguous; None: not wanted
-    clean_ptr,  # (C, d_s), contiguous, X with zeros where a token does not count; None: not wanted
+    clean_ptr,  # (C, d_s), contiguous, X with zeros for masked tokens; None: not wanted
     tokens,  # C
     d_s, x_stride, w_stride, t_stride,  # width and strides of rows, in units of ALIGN numbers
     ALIGN: tl.constexpr,
     D_T: tl.constexpr,
     WIDE: tl.constexpr,
-    OPERAND: tl.constexpr,  # what is multiplied
+    OPERAND: tl.constexpr,  # dtype of the factors of the product
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run together share 8 tiles of rows: their X and all of W are in the cache.
+    # Programs that run at the same time share 8 tiles of rows, so their X and all of W stay in the cache.
     COLUMN_TILES: tl.constexpr = (D_T + BLOCK_N - 1) // BLOCK_N
     GROUP: tl.constexpr = 8
     program = tl.program_id(0)
@@ -65,7 +66,7 @@ def _residual(
     rows = tl.arange(0, BLOCK_M)
     exists = rows < tokens - row_tile * BLOCK_M
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Not a constant: the loops over it would be unrolled, and take the registers of a second program.
+    # d_s is no constant: loops over it would be unrolled and use the registers of a second program.
     d_s *= ALIGN
     x_stride *= ALIGN
     x_ptr += first * x_stride
@@ -74,7 +75,7 @@ def _residual(
         counted &= tl.load(mask_ptr + first + rows, mask=exists, other=0) != 0
     inside = counted[:, None] & (columns < D_T)[None, :]
 
-    # First: nothing else holds registers yet.
+    # Copy first, while nothing else holds registers.
     if clean_ptr is not None and column_tile == 0:
         for start in range(0, d_s, BLOCK_K):
             deep = start + tl.arange(0, BLOCK_K)
@@ -89,7 +90,7 @@ def _residual(
     else:
         r = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
         depth = tl.arange(0, BLOCK_K)
-        # Offsets of 32 bits within the tile; of W from its first column on.
+        # 32-bit offsets within the tile; those of W count from its first column.
         w_stride *= ALIGN
         w_ptr += (column_tile * BLOCK_N).to(tl.int64) * w_stride
         x_tile = rows[:, None] * x_stride + depth[None, :]
@@ -103,7 +104,7 @@ def _residual(
     t_stride *= ALIGN
     t_tile = t_ptr + first * t_stride + rows[:, None] * t_stride + columns[None, :]
     r -= tl.load(t_tile, mask=inside, other=0).to(WIDE)
-    # Zeros too times what is not finite; past the last column only where the tiles do not divide d_t.
+    # where() also clears NaN and inf. Columns past the last exist only where the tiles do not divide d_t.
     r = tl.where(inside if D_T % BLOCK_N else counted[:, None], r, 0)
 
     tl.store(loss_ptr + column_tile.to(tl.int64) * tokens + first + rows, tl.sum(r * r, 1), mask=exists)
@@ -126,9 +127,9 @@ def _tiles(arch: str, operand: torch.dtype, product: bool) -> dict[str, int]:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": stages}
     if operand == torch.float32:
         return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": stages}
-    # On sm_90 two programs a multiprocessor: the products of one run while the other loads T and stores R, which take
-    # longer than the 5 steps of 312 columns. 128 x 256 would read 1.2 times fewer bytes from L2, one program at a time.
-    # Elsewhere that spills: one program, on sm_100 with one more tile ahead.
+    # On sm_90 a multiprocessor runs two programs: one multiplies while the other loads T and stores R, which takes
+    # longer than the 5 steps of 312 columns. 128 x 256 would read 1.2 times fewer bytes from L2, but runs one program
+    # at a time. On other cards two programs spill: they run one, on sm_100 with one more tile prefetched.
     warps, stages = (4, stages) if arch == "sm_90" else (8, stages + (arch == "sm_100"))
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": warps, "num_stages": stages}
 
@@ -139,11 +140,11 @@ def residual(
     teacher: Tensor,  # (C, d_t)
     bias: Tensor | None,  # (d_t)
     mask: Tensor | None,  # (C)
-    token_weight: Tensor | None,  # (C), what R is multiplied by
+    token_weight: Tensor | None,  # (C), multiplies R
     *,
     loss: Tensor,  # (C), float32 or float64, the dtype of the computation: sum of the squares
     out: Tensor | None,  # (C, d_t) contiguous, R
-    clean: Tensor | None,  # (C, d_s) contiguous, X with zeros where a token does not count
+    clean: Tensor | None,  # (C, d_s) contiguous, X with zeros for masked tokens
     d_bias: Tensor | None,  # (d_t), to which the sums of R's columns are added
 ) -> None:
     tokens, d_t = teacher.shape
@@ -154,8 +155,8 @@ def residual(
     operand = loss.dtype if loss.dtype == torch.float64 else x.dtype
     arch = _common.arch_of(x)
     tiles = _tiles(arch, operand, weight is not None)
-    # Offsets within a tile have 32 bits. Rows further apart than that, such as the first tokens of long sequences, are
-    # copied: next to what lies between them the copy is nothing.
+    # Offsets within a tile have 32 bits. Rows too far apart for them, such as the first tokens of long sequences, are
+    # copied: the copy is small beside the tensor that it is taken from.
     far = 2**31 // max(tiles["BLOCK_M"], tiles["BLOCK_N"])
     x, weight, teacher = (
         None if y is None else y if y.stride(1) == 1 and y.stride(0) < far else y.contiguous()
@@ -175,7 +176,7 @@ def residual(
             OPERAND={torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}.get(
                 operand, tl.bfloat16
             ),
-            # Three products of two 10-bit terms on tensor cores are as good as one in float32; one would not be.
+            # Three products of two 10-bit terms on tensor cores are as accurate as one in float32; a single one is not.
             PRECISION="tf32x3" if arch.startswith("sm_") and operand == torch.float32 else "ieee",
             **tiles,
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Losses over classes, one program a row: the loss and, where wanted, its gradient in the student's logits.
+"""Losses over classes, one program a row: computes the loss and, if wanted, its gradient in the student's logits.
 
-With x = z - max z, e = exp(x / T), Z = sum e, p = e / Z of each side and m = beta p_t + (1 - beta) p_s, a class adds
-`term` to its row's loss, and its gradient comes from `slope`:
+With x = z - max z, e = exp(x / T), Z = sum e, p = e / Z of each side and m = beta p_t + (1 - beta) p_s, each class adds
+a term to its row's loss (`_terms`) and has a gradient (`_slope`):
 
     kind                rest of the loss   term                                  gradient
     soft_cross_entropy  log Z_s            -p_t x_s / T                          (p_s - p_t) / T
@@ -11,10 +11,10 @@ With x = z - max z, e = exp(x / T), Z = sum e, p = e / Z of each side and m = be
                                                               c = -log(m / p_s)
     tvd                                    |p_s - p_t| / 2    c = sgn(p_s - p_t) p_s (c - E_s[c]) / 2T
 
-Differences are taken class by class before they are summed, so a student near its teacher keeps its digits.
+Each class's difference is taken before the sum, so a student near its teacher keeps its digits.
 
-Rows that fit are held in registers: each logit is read once. Longer ones are read three times, in blocks: for the
-maxima and sums, for the loss and E_s[c], for the gradient. Kinds without E_s[c] need no third reading.
+Rows that fit are held in registers, and each logit is read once. Longer rows are read three times, in blocks: for the
+maxima and sums, for the loss and E_s[c], and for the gradient. Kinds without E_s[c] read them twice.
 """
 
 import torch
@@ -24,15 +24,15 @@ from fastdistill.kernels import _common
 from fastdistill.kernels._common import log1p, on_device_of, power_of_2, row_offset, rows_of, tanh
 from torch import Tensor
 
-# Longest row that is held in registers, and the block of longer ones. Twice as long a row would leave a thread of the
-# largest program 64 registers, and spills.
+# Longest row that is held in registers, and the block of longer rows. A row twice as long would leave a thread of the
+# largest program 64 registers and spill.
 RESIDENT = 8192
 BLOCK = 2048
 
 
 @triton.jit
 def _capped(z, softcap, HAS_CAP: tl.constexpr):
-    """-inf stays: a class that cannot be."""
+    """Applies the softcap. -inf stays -inf: the class has probability 0."""
     if HAS_CAP:
         z = tl.where(z == -float("inf"), z, softcap * tanh(z / softcap))
     return z
@@ -40,7 +40,7 @@ def _capped(z, softcap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _load(row_ptr, bias_ptr, columns, classes, softcap, HAS_CAP: tl.constexpr, WIDE: tl.constexpr):
-    """Logits of some columns as the losses see them; -inf beyond the row."""
+    """Loads logits of some columns, with bias and softcap applied; -inf beyond the row."""
     z = tl.load(row_ptr + columns, mask=columns < classes, other=-float("inf")).to(WIDE)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=columns < classes, other=0).to(WIDE)
@@ -56,7 +56,7 @@ def _exp(x, temperature):
 
 @triton.jit
 def _terms(student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND: tl.constexpr):
-    """Of each class: its part of the loss, p_s, p_t, p_s c, and what it adds to Z ratios (e_a - e_b)."""
+    """Returns for each class: its term of the loss, p_s, p_t, p_s c, and e_a - e_b, whose sum gives log(Z_a / Z_b)."""
     student_x, teacher_x = student - student_max, teacher - teacher_max
     student_e, teacher_e = _exp(student_x, temperature), _exp(teacher_x, temperature)
     student_p, teacher_p = student_e / student_sum, teacher_e / teacher_sum
@@ -72,7 +72,7 @@ def _terms(student, teacher, student_max, teacher_max, student_sum, teacher_sum,
         term = value / temperature
         excess = student_e - teacher_e
     elif KIND == "jsd":
-        # The smallest normal number more: ratios of the two are finite, and 1 where both probabilities are 0.
+        # Adding the smallest normal number keeps ratios of the two finite, and 1 where both probabilities are 0.
         tiny: tl.constexpr = 2.2250738585072014e-308 if student_p.dtype == tl.float64 else 1.1754943508222875e-38
         student_q, teacher_q = student_p + tiny, teacher_p + tiny
         difference = teacher_q - student_q
@@ -81,14 +81,14 @@ def _terms(student, teacher, student_max, teacher_max, student_sum, teacher_sum,
     else:
         difference = student_p - teacher_p
         term = tl.abs(difference) / 2
-        # Not a number where the difference is not.
+        # NaN where the difference is NaN.
         value = student_p * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     return term, student_p, teacher_p, value, excess
 
 
 @triton.jit
 def _row_loss(total, excess, student_sum, teacher_sum, soft_weight, KIND: tl.constexpr):
-    """The soft loss of a row from the sum of its classes' terms."""
+    """Returns the soft loss of a row from the sum of its classes' terms."""
     if KIND == "soft_cross_entropy":
         loss = tl.log(student_sum) + total
     elif KIND == "kl_div":
@@ -97,18 +97,18 @@ def _row_loss(total, excess, student_sum, teacher_sum, soft_weight, KIND: tl.con
         loss = total - _log_ratio(excess, student_sum, teacher_sum)
     else:
         loss = total
-    return tl.where(loss < 0, 0, loss) * soft_weight  # rounding may leave -1e-8 of a loss that is 0
+    return tl.where(loss < 0, 0, loss) * soft_weight  # rounding may turn a loss of 0 into -1e-8
 
 
 @triton.jit
 def _log_ratio(excess, a_sum, b_sum):
-    """log(a / b), to the last digit where they are close: `excess` is the sum of their classes' differences."""
+    """Returns log(a / b), to the last digit where they are close; `excess` is a - b, summed class by class."""
     return tl.where(tl.abs(excess) < 0.5 * b_sum, log1p(excess / b_sum), tl.log(a_sum / b_sum))
 
 
 @triton.jit
 def _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND: tl.constexpr):
-    """Gradient of the soft loss in the student's capped logits."""
+    """Returns the gradient of the soft loss in the student's capped logits."""
     if KIND == "soft_cross_entropy" or KIND == "kl_div":
         return (student_p - teacher_p) * (soft_weight / temperature)
     centred = value - student_p * mean
@@ -124,11 +124,11 @@ def _finish(
     gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, softcap,
     HAS_LABELS: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
-    """From the soft loss' gradient to that of the row's in its logits before the softcap, times the row's weight."""
+    """Turns the soft loss's gradient into that of the row's loss in its uncapped logits, times the row's weight."""
     if HAS_LABELS:
         hard_p = _exp(student - student_max, 1.0) / hard_sum
         gradient += hard_weight * (hard_p - tl.where(columns == label, 1.0, 0.0))
-    # A class of probability 0 that the target or the label asks for: the loss is infinite, its own gradient 0.
+    # Where the target or the label is a class of probability 0, the loss is infinite and the class has gradient 0.
     gradient = tl.where(student == -float("inf"), 0, gradient)
     if HAS_CAP:
         ratio = student / softcap
@@ -138,9 +138,9 @@ def _finish(
 
 @triton.jit
 def _rescale(d_row, width, ratio, BLOCK: tl.constexpr):
-    """Multiplies a row of gradients in place if that rounds as computing it again would; whether it did.
+    """Multiplies a row of gradients in place if that rounds as recomputing it would; returns whether it did.
 
-    bfloat16 takes a power of 2 without rounding; float16 does not where numbers below 6e-5 have lost digits already.
+    Multiplying bfloat16 by a power of 2 is exact. In float16, numbers below 6e-5 have already lost digits.
     """
     exact = tl.abs(ratio) < 3e38
     if d_row.dtype.element_ty == tl.float16:
@@ -165,23 +165,23 @@ def _rows(
     labels_ptr,  # (N)
     counted_ptr,  # (N)
     weight_ptr,  # (N), of each row's gradient; None: 1
-    expected_ptr,  # (N), the weights that d_student was written with before; None: it was not
+    expected_ptr,  # (N), the weights that d_student was written with; None: it was not written yet
     loss_ptr,  # (N)
     d_student_ptr,  # (N, width), contiguous; None: not wanted
     student_inner, student_outer_stride, student_inner_stride,
     teacher_inner, teacher_outer_stride, teacher_inner_stride,
-    width,  # of a row of d_student: zero from V on
+    width,  # of a row of d_student; zero from V on
     classes,  # V
     temperature: tl.float64, beta: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64,
     student_softcap: tl.float64, teacher_softcap: tl.float64,
     KIND: tl.constexpr,
     HAS_STUDENT_CAP: tl.constexpr, HAS_TEACHER_CAP: tl.constexpr,
     WIDE: tl.constexpr,
-    RESIDENT: tl.constexpr,  # the row is one block
+    RESIDENT: tl.constexpr,  # whether the row is one block
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    # Options arrive in float64 and are used in the dtype of the computation.
+    # Options arrive in float64; cast them to the dtype of the computation.
     temperature, beta = tl.full((), temperature, WIDE), tl.full((), beta, WIDE)
     soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
     student_softcap, teacher_softcap = tl.full((), student_softcap, WIDE), tl.full((), teacher_softcap, WIDE)
@@ -196,7 +196,7 @@ def _rows(
     weight = tl.full((), 1.0, WIDE)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row).to(WIDE)
-    if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
+    if counted_ptr is not None:  # noqa: SIM102 - resolved at compile time, the next line at run time
         if tl.load(counted_ptr + row) == 0:
             tl.store(loss_ptr + row, 0.0)
             if d_student_ptr is not None:
@@ -211,7 +211,7 @@ def _rows(
         if _rescale(d_row, width, weight / expected, BLOCK):
             return
 
-    # Read before d_student, which may be the student's own memory, is written. A label that is no class makes NaN.
+    # Read before d_student is written: it may share the student's memory. A label out of range gives NaN.
     label, likely = 0, 0.0
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
@@ -228,7 +228,7 @@ def _rows(
         teacher = _load(teacher_row, teacher_bias_ptr, offsets, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
     student_max, teacher_max = tl.max(student, 0), tl.max(teacher, 0)
     if not RESIDENT:
-        # From here on finite: what is subtracted from -inf.
+        # Keep the maxima finite: they are subtracted from -inf.
         lowest: tl.constexpr = -1.7e308 if tl.float64 == WIDE else -3.4e38
         student_max, teacher_max = tl.maximum(student_max, lowest), tl.maximum(teacher_max, lowest)
     student_sum = tl.sum(_exp(student - student_max, temperature), 0)
@@ -258,7 +258,7 @@ def _rows(
     if labels_ptr is not None:
         loss = hard_weight * (tl.log(hard_sum) + (student_max - likely))
 
-    # 2. The loss, and the gradient unless it waits for E_s[c].
+    # 2. The loss, and the gradient unless it needs E_s[c].
     CENTRED: tl.constexpr = teacher_ptr is not None and KIND != "soft_cross_entropy" and KIND != "kl_div"
     mean = tl.full((), 0.0, WIDE)
     if RESIDENT:
@@ -304,7 +304,7 @@ def _rows(
         if teacher_ptr is not None:
             loss += _row_loss(total, excess_sum, student_sum, teacher_sum, soft_weight, KIND)
 
-    # 3. The gradient that waited.
+    # 3. The gradient that needs E_s[c].
     if d_student_ptr is not None and CENTRED and not RESIDENT:
         for start in range(0, classes, BLOCK):
             columns = start + offsets
@@ -365,6 +365,6 @@ def rows(
             temperature, beta, soft_weight, hard_weight, student_softcap or 1.0, teacher_softcap or 1.0,
             KIND=kind, HAS_STUDENT_CAP=student_softcap is not None, HAS_TEACHER_CAP=teacher_softcap is not None,
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32, RESIDENT=resident, BLOCK=block,
-            # 16 numbers of each side a thread.
+            # A thread holds 16 numbers of each side.
             num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),
         )  # fmt: skip

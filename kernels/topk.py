@@ -1,17 +1,17 @@
-"""Soft cross-entropy against the k most likely classes of a teacher, one program a row: the loss and, where wanted,
-its gradient in the student's logits.
+"""Soft cross-entropy against the k most likely classes of a teacher, one program a row: computes the loss and, if
+wanted, its gradient in the student's logits.
 
 With x = z - max z, e = exp(x / T), Z = sum e, p_j the teacher's probability of the listed class j and p_r that of the
-bucket r of all others, whose sum of exponentials R is taken over them alone,
+bucket r of all other classes, and R the sum of exponentials over those others,
 
     loss = sum_j p_j (log Z - x_j / T) + p_r (log Z - log R)
     gradient = (e / Z (sum_j p_j + p_r) - p_j where listed, p_r e / R elsewhere) / T
 
-The listed classes come sorted, so that a pass over the row in blocks walks them as well: each is compared with the
-columns of the one block that holds it. What they take off the gradient is thus there when the block is written, once.
+The listed classes come sorted, so a pass over the row in blocks walks them in step: each class is compared with the
+columns of the one block that holds it, and the block is written once, with p_j already subtracted.
 
-Rows that fit are held in registers: each logit is read once. Longer ones are read twice, in blocks: for the maxima and
-sums, then for the gradient. The logits of the listed classes are fetched between the two.
+Rows that fit are held in registers, and each logit is read once. Longer rows are read twice, in blocks: for the maxima
+and sums, then for the gradient. The logits of the listed classes are fetched in between.
 """
 
 import torch
@@ -27,14 +27,14 @@ LIST_BLOCK = 1024  # listed classes fetched at a time
 
 @triton.jit
 def _sums(x_max, x_sum, x, temperature):
-    """Maximum and sum of exponentials with those of more numbers. The maximum stays finite: it is subtracted."""
+    """Adds numbers to a maximum and a sum of exponentials. The maximum stays finite: it is subtracted from -inf."""
     top = tl.maximum(x_max, tl.max(x, 0))
     return top, x_sum * _exp(x_max - top, temperature) + tl.sum(_exp(x - top, temperature), 0)
 
 
 @triton.jit
 def _walk(columns, end, position, class_row, p_row, length, WIDE: tl.constexpr):
-    """Which columns are listed and their p; `position` is that of the first listed class not yet passed."""
+    """Returns which columns are listed, their p, and the position of the first listed class beyond these columns."""
     listed = columns < 0
     p = tl.zeros(columns.shape, WIDE)
     upcoming = tl.load(class_row + position, mask=position < length, other=2147483647).to(tl.int32)
@@ -52,7 +52,7 @@ def _slope(
     student, listed, p, student_max, student_sum, mass, rest_max, rest_share, scale, temperature,
     HAS_REST: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the soft loss in the student's capped logits; rest_share is p_r / R."""
+    """Returns the gradient of the soft loss in the student's capped logits; rest_share is p_r / R."""
     gradient = _exp(student - student_max, temperature) * (mass / student_sum) - p
     if HAS_REST:
         gradient -= tl.where(listed, 0, _exp(student - rest_max, temperature) * rest_share)
@@ -63,28 +63,28 @@ def _slope(
 def _rows(
     student_ptr,  # (N, >= V)
     bias_ptr,  # (>= V); None: 0
-    p_ptr,  # (N, k), of the listed classes; None: the soft loss has no weight
+    p_ptr,  # (N, k), p of the listed classes; None: the soft loss has no weight
     class_ptr,  # (N, k), ascending
-    rest_ptr,  # (N), of all others; None: there is no such class
+    rest_ptr,  # (N), p of all other classes together; None: there is no bucket
     labels_ptr,  # (N)
     counted_ptr,  # (N)
     weight_ptr,  # (N), of each row's gradient; None: 1
-    expected_ptr,  # (N), the weights that d_student was written with before; None: it was not
+    expected_ptr,  # (N), the weights that d_student was written with; None: it was not written yet
     loss_ptr,  # (N)
     d_student_ptr,  # (N, width), contiguous; None: not wanted
     inner, outer_stride, inner_stride,
     length,  # k
-    width,  # of a row of d_student: zero from V on
+    width,  # of a row of d_student; zero from V on
     classes,  # V
     temperature: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64, softcap: tl.float64,
     HAS_CAP: tl.constexpr,
     WIDE: tl.constexpr,
-    RESIDENT: tl.constexpr,  # the row is one block
+    RESIDENT: tl.constexpr,  # whether the row is one block
     BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    # Options arrive in float64 and are used in the dtype of the computation.
+    # Options arrive in float64; cast them to the dtype of the computation.
     temperature, softcap = tl.full((), temperature, WIDE), tl.full((), softcap, WIDE)
     soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
     student_row = student_ptr + row_offset(row, inner, outer_stride, inner_stride)
@@ -100,7 +100,7 @@ def _rows(
     weight = tl.full((), 1.0, WIDE)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + row).to(WIDE)
-    if counted_ptr is not None:  # noqa: SIM102 - decided when compiled; the next when run
+    if counted_ptr is not None:  # noqa: SIM102 - resolved at compile time, the next line at run time
         if tl.load(counted_ptr + row) == 0:
             tl.store(loss_ptr + row, 0.0)
             if d_student_ptr is not None:
@@ -145,7 +145,7 @@ def _rows(
             if labels_ptr is not None:
                 hard_max, hard_sum = _sums(hard_max, hard_sum, student, 1.0)
 
-    # 2. The loss. A label or a listed class that is none makes NaN.
+    # 2. The loss. A label or a listed class out of range gives NaN.
     loss = tl.full((), 0.0, WIDE)
     label = 0
     if labels_ptr is not None:
@@ -174,14 +174,15 @@ def _rows(
             rest_p = tl.load(rest_ptr + row)
             rest_x = (rest_max - student_max) / temperature
             soft += tl.where(rest_p == 0, 0, rest_p * (log_sum - (rest_x + tl.log(rest_sum))))
-            # A class that cannot be has no gradient.
+            # A bucket of probability 0 has no gradient.
             rest_p = tl.where(rest_sum > 0, rest_p, 0)
             rest_share = rest_p / tl.where(rest_sum > 0, rest_sum, 1)
             mass += rest_p
         loss += soft_weight * soft
     tl.store(loss_ptr + row, loss)
 
-    # 3. The gradient. It may take the place of the logits: those that a thread needs of others are fetched by now.
+    # 3. The gradient. It may overwrite the logits: the barrier waits until other threads have fetched the ones they
+    # need.
     if d_student_ptr is not None:
         tl.debug_barrier()
         scale = soft_weight / temperature
@@ -251,6 +252,6 @@ def rows(
             temperature, soft_weight, hard_weight, softcap or 1.0,
             HAS_CAP=softcap is not None, WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
             RESIDENT=resident, BLOCK=block, LIST_BLOCK=min(power_of_2(length), LIST_BLOCK),
-            # 16 logits a thread.
+            # A thread holds 16 logits.
             num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the two attention ops share: which rows count, and the blocks and tiles their work is cut into."""
+"""Shared by both attention ops: a call as one value, its masks, blocks and tiles, and the op over tiles of scores."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn import functional as F
 
 from fastdistill.ops import _common
 
-WIDEST_TILE = 256  # head dimension of the Triton kernels that compute scores
-LEAST_ROWS = 64  # queries of a tile that is wider than high: with fewer, adding up the keys' gradients takes too long
+WIDEST_TILE = 256  # largest head dimension of the Triton kernels that compute scores
+LEAST_ROWS = 64  # queries a tile needs to hold whole rows of scores: with fewer, summing dK over tiles takes too long
 
 
 def tile_side(device: torch.device) -> int:
-    """Most queries of a tile of scores; and its keys, where it does not hold all of them."""
+    """Returns the most queries a tile of scores may have, and the most keys where it does not hold all of them."""
     return 256 if device.type == "cpu" else 1024
 
 
 def tile_area(device: torch.device) -> int:
-    """Most numbers in a tile, all heads together: what stays in a CPU's cache, what keeps a GPU busy for a launch."""
+    """Returns the most numbers in a tile over all heads: a CPU's cache holds them; on a GPU they fill a launch."""
     return 2**18 if device.type == "cpu" else 2**24
 
 
@@ -33,74 +33,99 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
         yield slice(first, min(first + step, stop))
 
 
-# -- masks -------------------------------------------------------------------------------------------------
+# -- a call, and its masks -----------------------------------------------------------------------------------
 
 
-def fold_mask(
-    attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1)
-    key_mask: Tensor | None,  # (B, S)
-    query_mask: Tensor | None,  # (B, L)
-    query_length: int,
-    key_length: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """An attn_mask that does not depend on head and query is a key mask, and as cheap as one; so with head and key."""
-    if attn_mask is None or attn_mask.shape[1] > 1:
-        return attn_mask, key_mask, query_mask
-    if attn_mask.shape[2] == 1:
-        keys = attn_mask[:, 0, 0].expand(-1, key_length)
-        return None, keys if key_mask is None else keys & key_mask, query_mask
-    if attn_mask.shape[3] == 1:
-        queries = attn_mask[:, 0, :, 0].expand(-1, query_length)
-        return None, key_mask, queries if query_mask is None else queries & query_mask
-    return attn_mask, key_mask, query_mask
+class Attention(NamedTuple):
+    """One call of an attention loss. Registered ops take the fields one by one, in this order: see `SCHEMA`."""
+
+    student_query: Tensor  # (B, H, L, D_s)
+    student_key: Tensor  # (B, H_s, S, D_s), H_s divides H
+    teacher_query: Tensor  # (B, H, L, D_t)
+    teacher_key: Tensor  # (B, H_t, S, D_t), H_t divides H
+    student_scale: float
+    teacher_scale: float
+    key_mask: Tensor | None  # (B|1, S)
+    query_mask: Tensor | None  # (B|1, L)
+    is_causal: bool
+    attn_mask: Tensor | None  # (B|1, H|1, L|1, S|1)
+
+    # Methods, where a property would do: Dynamo does not trace a NamedTuple's properties in all versions of torch.
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.student_query, self.student_key, self.teacher_query, self.teacher_key
+
+    def lengths(self) -> tuple[int, int]:  # L, S
+        return self.student_query.shape[2], self.student_key.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the loss."""
+        return _common.compute_dtype(*self.tensors())
+
+    @property
+    def causal_offset(self) -> int | None:
+        """S - L: query i is allowed the keys up to i + S - L. None without a causal mask."""
+        query_length, key_length = self.lengths()
+        return key_length - query_length if self.is_causal else None
+
+    def differentiable(self) -> bool:
+        return torch.is_grad_enabled() and (self.student_query.requires_grad or self.student_key.requires_grad)
+
+    def folded(self) -> Attention:
+        """Makes an attn_mask a key mask if it is the same for all heads and queries, or a query mask if it is the same
+        for all heads and keys: both cost less."""
+        key_mask, query_mask, attn_mask = self.key_mask, self.query_mask, self.attn_mask
+        query_length, key_length = self.lengths()
+        if attn_mask is not None and attn_mask.shape[1] == 1:
+            if attn_mask.shape[2] == 1:
+                keys = attn_mask[:, 0, 0].expand(-1, key_length)
+                key_mask, attn_mask = keys if key_mask is None else keys & key_mask, None
+            elif attn_mask.shape[3] == 1:
+                queries = attn_mask[:, 0, :, 0].expand(-1, query_length)
+                query_mask, attn_mask = queries if query_mask is None else queries & query_mask, None
+        return Attention(
+            *self.tensors(), self.student_scale, self.teacher_scale, key_mask, query_mask, self.is_causal, attn_mask
+        )
+
+
+SCHEMA = (
+    "Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, float student_scale, "
+    "float teacher_scale, Tensor? key_mask, Tensor? query_mask, bool is_causal, Tensor? attn_mask"
+)
 
 
 class Counted(NamedTuple):
-    """Rows that are in no counted pair may hold anything, NaN too: they are read as zeros."""
+    """The rows that are in an allowed pair. All other rows are read as zeros, so they may hold anything, even NaN."""
 
     keys_per_query: Tensor  # (B|1, H|1, L) int64: how many keys the query is allowed
-    queries: Tensor | None  # (B|1, H|1, L) bool: those that are allowed a key; None: all
-    keys: Tensor | None  # (B|1, H|1, S) bool: those that a query is allowed; None: all
+    queries: Tensor | None  # (B|1, H|1, L) bool: queries that are allowed a key; None: all
+    keys: Tensor | None  # (B|1, H|1, S) bool: keys that a query is allowed; None: all
 
     def of_heads(self, heads: int) -> Tensor | None:  # (B|1, heads|1, S)
-        """`keys` for key heads: a key that a group of query heads shares counts if it does for one of them."""
+        """Returns `keys` for key heads: a key counts if it counts for one of the query heads that share it."""
         if self.keys is None or self.keys.shape[1] == 1:
             return self.keys
         return self.keys.unflatten(1, (heads, -1)).any(2)
 
 
-def count_rows(
-    query_length: int,
-    key_length: int,
-    device: torch.device,
-    key_mask: Tensor | None,  # (B|1, S)
-    query_mask: Tensor | None,  # (B|1, L)
-    is_causal: bool,
-    attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1)
-) -> Counted:
-    """Linear in L and S without attn_mask; with one, it is read once, not expanded over batch and heads."""
+def count_rows(call: Attention) -> Counted:
+    """Finds the rows that count, in time linear in L and S without attn_mask; an attn_mask is read once, unexpanded."""
+    query_length, key_length = call.lengths()
+    device, offset = call.student_query.device, key_length - query_length
     if query_length == 0 or key_length == 0:
         none = torch.zeros(1, 1, query_length + key_length, dtype=torch.int64, device=device)
         return Counted(none[:, :, :query_length], none[:, :, :query_length] > 0, none[:, :, query_length:] > 0)
-    offset = key_length - query_length
-    if key_mask is None and query_mask is None and attn_mask is None and (offset >= 0 or not is_causal):
-        # Known without looking: one small launch, where the general way has six.
-        seen = torch.arange(offset + 1 if is_causal else key_length, key_length + 1, device=device)  # (L), or (1)
+    unmasked = call.key_mask is None and call.query_mask is None and call.attn_mask is None
+    if unmasked and (offset >= 0 or not call.is_causal):  # one small launch, where the general way has six
+        seen = torch.arange(offset + 1 if call.is_causal else key_length, key_length + 1, device=device)  # (L), or (1)
         return Counted(seen.expand(1, 1, query_length), None, None)
-    keys = torch.ones(1, key_length, dtype=torch.bool, device=device) if key_mask is None else key_mask
-    queries = torch.ones(1, query_length, dtype=torch.bool, device=device) if query_mask is None else query_mask
-    if attn_mask is not None:
-        (batch,) = torch.broadcast_shapes(keys.shape[:1], queries.shape[:1], attn_mask.shape[:1])
-        heads = attn_mask.shape[1]
-        per_query = torch.empty(batch, heads, query_length, dtype=torch.int64, device=device)
-        reached = torch.zeros(batch, heads, key_length, dtype=torch.bool, device=device)
-        for rows in slices(0, query_length, max(1, tile_area(device) // max(1, batch * heads * key_length))):
-            tile = allowed_pairs(rows, slice(0, key_length), offset if is_causal else None, attn_mask, keys, device)
-            tile = queries[:, None, rows, None] if tile is None else tile & queries[:, None, rows, None]
-            per_query[:, :, rows] = tile.sum(-1)
-            reached |= tile.any(-2)
-        return Counted(per_query, per_query > 0, reached)
-    if is_causal:
+    keys, queries = (
+        torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask
+        for mask, length in ((call.key_mask, key_length), (call.query_mask, query_length))
+    )
+    if call.attn_mask is not None:
+        return _count_pairs(call._replace(key_mask=keys), keys, queries, call.attn_mask)
+    if call.is_causal:
         last = torch.arange(query_length, device=device) + offset  # (L) each query's last key; < 0: it has none
         before = F.pad(keys.cumsum(1), (1, 0))  # (B|1, S + 1) counted keys before each position
         per_query = before[:, (last + 1).clamp(min=0)] * queries
@@ -113,25 +138,34 @@ def count_rows(
     return Counted(per_query, per_query > 0, keys[:, None])
 
 
-def allowed_pairs(
-    queries: slice,
-    keys: slice,
-    causal_offset: int | None,  # S - L; None: not causal
-    attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1)
-    key_mask: Tensor | None,  # (B|1, S)
-    device: torch.device,
-) -> Tensor | None:  # broadcasts to (B, H, queries, keys)
-    """What the masks allow in a tile; None: all of it."""
-    masks = []
-    if key_mask is not None:
-        masks.append(key_mask[:, None, None, keys])
-    if attn_mask is not None:
-        everything = slice(None)
-        rows = everything if attn_mask.shape[2] == 1 else queries
-        columns = everything if attn_mask.shape[3] == 1 else keys
-        masks.append(attn_mask[:, :, rows, columns])
-    if causal_offset is not None and keys.stop - 1 > queries.start + causal_offset:
-        last = torch.arange(queries.start, queries.stop, device=device) + causal_offset
+def _count_pairs(call: Attention, keys: Tensor, queries: Tensor, attn_mask: Tensor) -> Counted:
+    query_length, key_length = call.lengths()
+    (batch,) = torch.broadcast_shapes(keys.shape[:1], queries.shape[:1], attn_mask.shape[:1])
+    heads, device = attn_mask.shape[1], attn_mask.device
+    per_query = torch.empty(batch, heads, query_length, dtype=torch.int64, device=device)
+    reached = torch.zeros(batch, heads, key_length, dtype=torch.bool, device=device)
+    for rows in slices(0, query_length, max(1, tile_area(device) // max(1, batch * heads * key_length))):
+        pairs = allowed_pairs(call, rows, slice(0, key_length))
+        assert pairs is not None
+        tile = pairs & queries[:, None, rows, None]
+        per_query[:, :, rows] = tile.sum(-1)
+        reached |= tile.any(-2)
+    return Counted(per_query, per_query > 0, reached)
+
+
+def allowed_pairs(call: Attention, queries: slice, keys: slice) -> Tensor | None:
+    """Returns which pairs of a tile key_mask, causality and attn_mask allow, broadcastable to (B, H, queries, keys);
+    None: all of them."""
+    masks, device = [], call.student_key.device
+    if call.key_mask is not None:
+        masks.append(call.key_mask[:, None, None, keys])
+    if call.attn_mask is not None:
+        rows = slice(None) if call.attn_mask.shape[2] == 1 else queries
+        columns = slice(None) if call.attn_mask.shape[3] == 1 else keys
+        masks.append(call.attn_mask[:, :, rows, columns])
+    offset = call.causal_offset
+    if offset is not None and keys.stop - 1 > queries.start + offset:
+        last = torch.arange(queries.start, queries.stop, device=device) + offset
         masks.append(torch.arange(keys.start, keys.stop, device=device) <= last[:, None])
     return reduce(torch.logical_and, masks) if masks else None
 
@@ -142,8 +176,8 @@ def allowed_pairs(
 def blocks(batch: int, units: int, most: int) -> Iterator[Callable[[Tensor], Tensor]]:
     """Cuts (batch, heads) into blocks of at most `most` units: whole batch entries, or a part of one.
 
-    A unit is a share of the heads of every tensor: heads / units consecutive ones. Each block is a function that
-    takes a tensor (B|1, heads|1, ...) to the view of it that belongs to the block.
+    A unit is heads / units consecutive heads of every tensor. Each block is a function that takes a tensor
+    (B|1, heads|1, ...) to the view of it that belongs to the block.
     """
     if units <= most:
         for entries in slices(0, batch, most // units):
@@ -164,7 +198,7 @@ def _part(x: Tensor, entries: slice, part: slice, units: int) -> Tensor:
 
 
 class Side(NamedTuple):
-    """Query and key of the student or the teacher in a block, and how tiles read them."""
+    """Query and key of the student or the teacher in a block; tiles read their rows through it."""
 
     query: Tensor  # (B, H, L, D)
     key: Tensor  # (B, H_kv, S, D)
@@ -186,93 +220,120 @@ def _read(x: Tensor, counted: Tensor | None, rows: slice, dtype: torch.dtype) ->
 
 
 class TileBlock(NamedTuple):
-    take: Callable[[Tensor], Tensor]  # the block's view of a tensor
+    take: Callable[[Tensor], Tensor]  # returns the block's view of a tensor
+    call: Attention  # of the block's views
+    keys_per_query: Tensor  # (B|1, H|1, L)
     student: Side
     teacher: Side
     rows: int  # queries of a tile
     columns: int  # its keys
 
-    def tiles(self, causal_offset: int | None) -> Iterator[tuple[slice, list[slice]]]:
-        """The rows of queries, and for each the rows of keys that it meets."""
-        key_length = self.student.key.shape[2]
-        for rows in slices(0, self.student.query.shape[2], self.rows):
-            end = key_length if causal_offset is None else min(key_length, rows.stop + causal_offset)
+    def tiles(self) -> Iterator[tuple[slice, list[slice]]]:
+        """Yields rows of queries, each with the rows of keys that it meets."""
+        (query_length, key_length), offset = self.call.lengths(), self.call.causal_offset
+        for rows in slices(0, query_length, self.rows):
+            end = key_length if offset is None else min(key_length, rows.stop + offset)
             yield rows, list(slices(0, end, self.columns))
 
-    def masks(
-        self, causal_offset: int | None, attn_mask: Tensor | None, key_mask: Tensor | None
-    ) -> Callable[[slice, slice], tuple[slice, Tensor | None]]:
-        """Of a tile's rows of queries and of keys: the tile's columns where a pair may not be allowed, and
-        `allowed_pairs` of these."""
-        allowed = partial(
-            allowed_pairs,
-            causal_offset=causal_offset,
-            attn_mask=None if attn_mask is None else self.take(attn_mask),
-            key_mask=None if key_mask is None else self.take(key_mask[:, None])[:, 0],
-            device=self.student.key.device,
-        )
-
-        def of_tile(queries: slice, keys: slice) -> tuple[slice, Tensor | None]:
-            first = keys.start
-            if causal_offset is not None and attn_mask is None and key_mask is None:  # up to there all are allowed
-                first = min(max(first, queries.start + causal_offset), keys.stop)
-            return slice(first - keys.start, None), allowed(queries, slice(first, keys.stop))
-
-        return of_tile
+    def allowed(self, queries: slice, keys: slice) -> tuple[slice, Tensor | None]:
+        """Returns the columns of a tile that may hold a masked pair, and `allowed_pairs` of these columns."""
+        first, call, offset = keys.start, self.call, self.call.causal_offset
+        if offset is not None and call.attn_mask is None and call.key_mask is None:  # all pairs before are allowed
+            first = min(max(first, queries.start + offset), keys.stop)
+        return slice(first - keys.start, None), allowed_pairs(call, queries, slice(first, keys.stop))
 
 
-def tile_blocks(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_s, S, D_s)
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_t, S, D_t)
-    counted: Counted,
-    dtype: torch.dtype,  # to compute in
-) -> Iterator[TileBlock]:
-    """The call in blocks of batch entries and heads. A tile holds whole rows of scores if `LEAST_ROWS` of them fit."""
-    batch, heads, query_length, _ = student_query.shape
-    side, area = tile_side(student_query.device), tile_area(student_query.device)
-    units = gcd(student_key.shape[1], teacher_key.shape[1])  # the least heads that share no key with others
-    shared, key_length = heads // units, student_key.shape[2]
+def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
+    """Cuts a call into blocks of batch entries and heads. A tile holds whole rows of scores if `LEAST_ROWS` of them
+    fit."""
+    batch, heads, query_length, _ = call.student_query.shape
+    device, key_length = call.student_query.device, call.student_key.shape[2]
+    side, area = tile_side(device), tile_area(device)
+    units = gcd(call.student_key.shape[1], call.teacher_key.shape[1])  # the fewest heads that share no key with others
+    shared = heads // units
     columns = max(1, key_length if shared * key_length * LEAST_ROWS <= area else min(side, key_length))
     across = shared * columns
     rows = max(1, min(side, query_length, max(16, area // across)))
-    student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (student_key, teacher_key))
+    student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (call.student_key, call.teacher_key))
     for take in blocks(batch, units, area // (rows * across)):
-
-        def part(x: Tensor | None, take: Callable[[Tensor], Tensor] = take) -> Tensor | None:
-            return None if x is None else take(x)
-
-        queries = part(counted.queries)
-        yield TileBlock(
-            take,
-            Side(take(student_query), take(student_key), queries, part(student_keys), dtype),
-            Side(take(teacher_query), take(teacher_key), queries, part(teacher_keys), dtype),
-            rows,
-            columns,
+        sq, sk, tq, tk = map(take, call.tensors())
+        queries, s_keys, t_keys, attn_mask = (
+            None if x is None else take(x) for x in (counted.queries, student_keys, teacher_keys, call.attn_mask)
         )
+        key_mask = None if call.key_mask is None else take(call.key_mask[:, None])[:, 0]
+        part = Attention(
+            sq, sk, tq, tk, call.student_scale, call.teacher_scale, key_mask, None, call.is_causal, attn_mask
+        )
+        student, teacher = Side(sq, sk, queries, s_keys, call.dtype), Side(tq, tk, queries, t_keys, call.dtype)
+        yield TileBlock(take, part, take(counted.keys_per_query), student, teacher, rows, columns)
 
 
-# -- ops in tiles ------------------------------------------------------------------------------------------
-#
-# They take (student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale, key_mask, query_mask,
-# is_causal, attn_mask, backend, differentiable) and return the sum, the count, and dQ and dK of the sum: gradients are
-# cheapest while a tile is in the cache.
+# -- the op over tiles of scores -----------------------------------------------------------------------------
 
 
-def differentiable(student_query: Tensor, student_key: Tensor) -> bool:
-    return torch.is_grad_enabled() and (student_query.requires_grad or student_key.requires_grad)
+def tiled_op(
+    name: str, is_kl: bool, add_block: Callable[[TileBlock, Tensor, Tensor | None, Tensor | None], None]
+) -> CustomOpDef:
+    """Registers an attention loss that computes every score, tile by tile: quadratic time, linear memory.
+
+    The op takes `Attention`'s fields, the backend, and whether gradients are wanted. It returns the sum, the count, and
+    dQ and dK of the sum in its dtype (empty if not wanted): gradients are cheapest while a tile is in the cache. The
+    backward scales them. `add_block` adds a block's part to the sum and, unless they are None, to dQ and dK.
+    """
+    schema = f"({SCHEMA}, str backend, bool differentiable) -> (Tensor, Tensor, Tensor, Tensor)"
+
+    @torch.library.custom_op(f"fastdistill::{name}", mutates_args=(), schema=schema)
+    def op(*inputs):  # type: ignore[no-untyped-def]
+        *fields, backend, differentiable = inputs
+        call = Attention(*fields)
+        counted = count_rows(call)
+        total, d_query, d_key = _tiled_outputs(call, differentiable)
+        gradients = (d_query, d_key) if differentiable else (None, None)
+        if backend == "triton":
+            from fastdistill.kernels import attention_tiles as kernels
+
+            loss = kernels.loss(call, counted, is_kl=is_kl, dtype=total.dtype, d_query=gradients[0], d_key=gradients[1])
+        else:
+            if not is_kl:  # masked keys are read as zeros, and so are their scores
+                call = call._replace(key_mask=None)
+            loss = total.to(_common.widest_dtype(total), copy=True)
+            with _common.no_autocast(call.student_query):
+                for block in tile_blocks(call, counted):
+                    add_block(block, loss, *(None if x is None else block.take(x) for x in gradients))
+        items = counted.keys_per_query > 0 if is_kl else counted.keys_per_query
+        return loss.to(total.dtype), items.expand(call.student_query.shape[:3]).sum(), d_query, d_key
+
+    @op.register_fake
+    def _(*inputs):  # type: ignore[no-untyped-def]
+        *fields, _, differentiable = inputs
+        total, *gradients = _tiled_outputs(Attention(*fields), differentiable)
+        return total, total.new_empty((), dtype=torch.int64), *gradients
+
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _, count, d_query, d_key = output
+        ctx.mark_non_differentiable(count, d_query, d_key)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(d_query, d_key)
+        ctx.dtypes = inputs[0].dtype, inputs[1].dtype  # of student_query and student_key
+
+    def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
+        _common.refuse_double_backward("attention_kl" if is_kl else "attention_mse")
+        if grad_total is None:
+            return (None,) * 12
+        gradients = map(_common.scaled, ctx.saved_tensors, (grad_total, grad_total), ctx.dtypes)
+        return *gradients, *(None,) * 10
+
+    op.register_autograd(backward, setup_context=setup_context)
+    return op
 
 
-def tiled_outputs(
-    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, differentiable: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeros for the sum, dQ and dK (empty if not asked for), in the dtype of the loss: they are yet to be scaled."""
-    dtype = _common.compute_dtype(student_query, student_key, teacher_query, teacher_key)
-    total = student_query.new_zeros((), dtype=dtype)
+def _tiled_outputs(call: Attention, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocates the sum, dQ and dK as zeros in the dtype of the loss, since dQ and dK are still to be scaled."""
+    total = call.student_query.new_zeros((), dtype=call.dtype)
     if not differentiable:
         return total, total.new_empty(0), total.new_empty(0)
-    return total, torch.zeros_like(student_query, dtype=dtype), torch.zeros_like(student_key, dtype=dtype)
+    d_query, d_key = (torch.zeros_like(x, dtype=call.dtype) for x in call.tensors()[:2])
+    return total, d_query, d_key
 
 
 def add_gradients(
@@ -283,33 +344,7 @@ def add_gradients(
     d_key: Tensor,  # (B, H_kv, keys, D)
     scale: float,
 ) -> None:
-    """The gradients of scale * query @ key.mT of a tile."""
+    """Adds the gradients of scale * query @ key.mT of a tile."""
     d_query.baddbmm_(d_scores, key, alpha=scale)
-    # Transposed twice: narrow heads make the product the faster the longer its rows are.
+    # Transposed twice: the product of narrow heads runs faster with longer rows.
     d_key.add_(torch.bmm(query.mT, d_scores).mT.unflatten(0, d_key.shape[:2]), alpha=scale)
-
-
-def register_tiled(op: CustomOpDef, name: str) -> None:
-    """Shapes and autograd formula of an op in tiles; `name` is what errors call it."""
-
-    def fake(student_query, student_key, teacher_query, teacher_key, *options):  # type: ignore[no-untyped-def]
-        total, *gradients = tiled_outputs(student_query, student_key, teacher_query, teacher_key, options[-1])
-        return total, total.new_empty((), dtype=torch.int64), *gradients
-
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        student_query, student_key, *_ = inputs
-        _, count, d_query, d_key = output
-        ctx.mark_non_differentiable(count, d_query, d_key)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(d_query, d_key)
-        ctx.dtypes = student_query.dtype, student_key.dtype
-
-    def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
-        _common.refuse_double_backward(name)
-        if grad_total is None:
-            return (None,) * 12
-        gradients = map(_common.scaled, ctx.saved_tensors, (grad_total, grad_total), ctx.dtypes)
-        return *gradients, *(None,) * 10
-
-    op.register_fake(fake)
-    op.register_autograd(backward, setup_context=setup_context)

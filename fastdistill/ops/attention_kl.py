@@ -4,57 +4,48 @@ With x_s, x_t the scores of a row less their maximum, and l the sum of their exp
 
     KL = E_t[x_t - x_s] - log l_t + log l_s        d KL / d x_s = exp(x_s) / l_s - exp(x_t) / l_t
 
-One pass over a row's tiles keeps the maximum and l of both sides and the cross term sum exp(x_t) (x_t - x_s), brought
-up to date whenever a maximum grows. A second pass, if gradients are wanted, computes the tiles again, except the last,
-which is at hand: where a row is one tile nothing is computed twice. Memory is linear in L and S. The gradients are
-those of a sum; the backward scales them.
+One pass over a row's tiles keeps the maximum and l of both sides and the cross term sum exp(x_t) (x_t - x_s), and
+rescales them whenever a maximum grows. If gradients are wanted, a second pass recomputes all tiles but the last, which
+is still in memory: a row of one tile is computed only once. Memory is linear in L and S. The gradients are those of the
+sum; the backward scales them.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdistill.ops import _attention, _common
+from fastdistill.ops._attention import Attention, TileBlock
 
 
-def attention_kl(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_s, S, D_s), H_s divides H
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_t, S, D_t), H_t divides H
-    student_scale: float,
-    teacher_scale: float,
-    key_mask: Tensor | None,  # (B, S)
-    query_mask: Tensor | None,  # (B, L)
-    is_causal: bool,
-    attn_mask: Tensor | None,  # (B|1, H|1, L|1, S|1)
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # sum of the rows' KL (), number of rows with an allowed key () int64
-    lengths = student_query.shape[2], student_key.shape[2]
-    attn_mask, key_mask, query_mask = _attention.fold_mask(attn_mask, key_mask, query_mask, *lengths)
-    return _attention_kl(
-        student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale,
-        key_mask, query_mask, is_causal, attn_mask, backend, _attention.differentiable(student_query, student_key),
-    )[:2]  # fmt: skip
+def attention_kl(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the rows' KL () and the number of rows with an allowed key () int64.
+
+    Takes the fields of `Attention`, then the backend.
+    """
+    *fields, backend = inputs
+    call = Attention(*fields).folded()
+    return _attention_kl(*call, backend, call.differentiable())[:2]
 
 
 class _Softmax:
-    """One side's maximum, and sum of exponentials, of rows of scores over the tiles so far, (B, H, rows, 1) each."""
+    """The running maximum and sum of exponentials of one side's rows of scores, (B, H, rows, 1) each."""
 
     top: Tensor
     mass: Tensor
 
     def start(self, scores: Tensor) -> Tensor:
-        """scores - maximum, in place."""
+        """Takes the first tile; returns scores - maximum, in place."""
         self.top = _maximum(scores)
         self.mass = torch.zeros_like(self.top, dtype=_common.widest_dtype(scores))
         return scores.sub_(self.top)
 
     def proceed(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for a further tile, and by how much the maximum grew."""
+        """Takes a further tile; returns scores - maximum, in place, and by how much the maximum grew."""
         top = torch.maximum(self.top, _maximum(scores))
         growth = top - self.top
         self.top = top
@@ -62,18 +53,18 @@ class _Softmax:
         return scores.sub_(top), growth
 
     def add(self, shifted: Tensor) -> Tensor:
-        """exp(shifted), in place, added to the sum."""
+        """Adds exp(shifted) to the sum and returns it, in place."""
         weights = _exp(shifted)
         self.mass += weights.sum(3, keepdim=True, dtype=self.mass.dtype)
         return weights
 
     def normalise(self, weights: Tensor) -> Tensor:
-        """Probabilities, in place. As exp(scores - log of the sum) they would carry that log's rounding."""
+        """Returns probabilities, in place. exp(scores - log(sum)) would carry the rounding of the logarithm."""
         return weights.mul_((1 / self.mass).to(weights.dtype))
 
 
 class _Rows:
-    """Both sides of some rows, and sum exp(x_t) (x_t - x_s)."""
+    """The running sums of some rows: both softmaxes, and the cross term sum exp(x_t) (x_t - x_s)."""
 
     cross: Tensor
 
@@ -81,7 +72,7 @@ class _Rows:
         self.student, self.teacher = _Softmax(), _Softmax()
 
     def add(self, student_scores: Tensor, teacher_scores: Tensor, first: bool) -> tuple[Tensor, Tensor]:
-        """Takes in a tile; returns exp(x_s) and exp(x_t), in the place of the scores."""
+        """Adds a tile; returns exp(x_s) and exp(x_t), written over the scores."""
         if first:
             student_x, teacher_x = self.student.start(student_scores), self.teacher.start(teacher_scores)
             self.cross = torch.zeros_like(self.teacher.mass)
@@ -97,17 +88,17 @@ class _Rows:
         return student_p, teacher_p
 
     def divergence(self) -> Tensor:
-        # Rounding must not make that of equal rows negative.
+        # Rounding must not make the divergence of equal rows negative.
         return (self.cross / self.teacher.mass - self.teacher.mass.log() + self.student.mass.log()).clamp_(min=0)
 
 
 def _maximum(scores: Tensor) -> Tensor:
-    # Above the score of a pair that is not allowed, below all others.
+    # The lower bound lies above the score of a masked pair and below all others.
     return scores.amax(3, keepdim=True).clamp_(min=torch.finfo(scores.dtype).min / 2)
 
 
 def _exp(shifted: Tensor) -> Tensor:
-    """In place. Where it would underflow, exp takes ten times longer: it is kept just above that."""
+    """Computes exp in place. exp is ten times slower where it underflows: the clamp keeps it just above that."""
     return shifted.clamp_(min=math.log(torch.finfo(shifted.dtype).tiny) + 1).exp_()
 
 
@@ -120,81 +111,47 @@ def _scores(
 
 
 def _forbid(scores: Tensor, columns: slice, allowed: Tensor | None) -> Tensor:
-    """Adds the least number where a pair is not allowed, in place: several times faster than a masked fill."""
+    """Adds the lowest number where a pair is masked, in place: several times faster than a masked fill."""
     if allowed is not None:
         scores[..., columns] += (allowed.to(scores.dtype) - 1) * torch.finfo(scores.dtype).max
     return scores
 
 
-@torch.library.custom_op("fastdistill::attention_kl", mutates_args=())
-def _attention_kl(
-    student_query: Tensor,
-    student_key: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    student_scale: float,
-    teacher_scale: float,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    is_causal: bool,
-    attn_mask: Tensor | None,
-    backend: str,
-    differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # sum, count; gradients of the sum in its dtype, empty if not asked for
-    inputs = (student_query, student_key, teacher_query, teacher_key)
-    query_length, key_length, device = student_query.shape[2], student_key.shape[2], student_query.device
-    counted = _attention.count_rows(query_length, key_length, device, key_mask, query_mask, is_causal, attn_mask)
-    some_key = (counted.keys_per_query > 0).expand(student_query.shape[:3])
-    offset = key_length - query_length if is_causal else None
-    total, d_query, d_key = _attention.tiled_outputs(*inputs, differentiable)
-    if backend == "triton":
-        from fastdistill.kernels import attention_tiles as kernels
-
-        gradients = (d_query, d_key) if differentiable else (None, None)
-        divergence = kernels.loss(
-            *inputs, student_scale, teacher_scale, counted.queries, counted.keys, is_causal, attn_mask,
-            is_kl=True, dtype=total.dtype, d_query=gradients[0], d_key=gradients[1],
-        )  # fmt: skip
-        return divergence.to(total.dtype), some_key.sum(), d_query, d_key
-    divergence = total.to(_common.widest_dtype(total), copy=True)
-    with _common.no_autocast(student_query):
-        for block in _attention.tile_blocks(*inputs, counted, total.dtype):
-            masks = block.masks(offset, attn_mask, key_mask)
-            for rows, tiles in block.tiles(offset):
-                sq, tq = block.student.queries(rows), block.teacher.queries(rows)
-                scaled_sq, scaled_tq = sq * student_scale, tq * teacher_scale
-                shape = (*block.student.query.shape[:2], rows.stop - rows.start, 1)
-                sums = _Rows()
-                for keys in tiles:
-                    allowed = masks(rows, keys)
-                    sk, tk = block.student.keys(keys), block.teacher.keys(keys)
-                    student_p, teacher_p = sums.add(
-                        _forbid(_scores(scaled_sq, sk, shape), *allowed),
-                        _forbid(_scores(scaled_tq, tk, shape), *allowed),
-                        first=keys.start == 0,
-                    )
-                if not tiles:
-                    continue
-                counts = block.take(some_key)[:, :, rows, None]
-                divergence += torch.where(counts, sums.divergence(), 0).sum()
-                if not differentiable:
-                    continue
-                dq = torch.zeros(sq.shape, dtype=sq.dtype, device=device)
-                for keys in reversed(tiles):
-                    sk, tk = block.student.keys(keys), block.teacher.keys(keys)
-                    allowed = masks(rows, keys)
-                    if keys != tiles[-1]:
-                        student_p = _exp(_forbid(_scores(scaled_sq, sk, shape), *allowed).sub_(sums.student.top))
-                        teacher_p = _exp(_forbid(_scores(scaled_tq, tk, shape), *allowed).sub_(sums.teacher.top))
-                    d_scores = sums.student.normalise(student_p).sub_(sums.teacher.normalise(teacher_p))
-                    columns, pairs = allowed
-                    if pairs is not None:
-                        d_scores[..., columns] *= pairs
-                    d_scores = d_scores.view(len(sq), -1, sk.shape[1])
-                    _attention.add_gradients(d_scores, sq, sk, dq, block.take(d_key)[:, :, keys], student_scale)
-                out = block.take(d_query)[:, :, rows]
-                out.copy_(dq.view(out.shape))
-    return divergence.to(total.dtype), some_key.sum(), d_query, d_key
+def _add_block(block: TileBlock, total: Tensor, d_query: Tensor | None, d_key: Tensor | None) -> None:
+    student_scale, teacher_scale = block.call.student_scale, block.call.teacher_scale
+    for rows, tiles in block.tiles():
+        if not tiles:
+            continue
+        sq, tq = block.student.queries(rows), block.teacher.queries(rows)
+        scaled_sq, scaled_tq = sq * student_scale, tq * teacher_scale
+        shape = (*block.call.student_query.shape[:2], rows.stop - rows.start, 1)
+        sums = _Rows()
+        for keys in tiles:
+            allowed = block.allowed(rows, keys)
+            sk, tk = block.student.keys(keys), block.teacher.keys(keys)
+            student_p, teacher_p = sums.add(
+                _forbid(_scores(scaled_sq, sk, shape), *allowed),
+                _forbid(_scores(scaled_tq, tk, shape), *allowed),
+                first=keys.start == 0,
+            )
+        some_key = block.keys_per_query[:, :, rows, None] > 0
+        total += torch.where(some_key, sums.divergence(), 0).sum()
+        if d_query is None or d_key is None:
+            continue
+        dq = sq.new_zeros(sq.shape)
+        for keys in reversed(tiles):
+            sk, tk = block.student.keys(keys), block.teacher.keys(keys)
+            allowed = block.allowed(rows, keys)
+            if keys != tiles[-1]:
+                student_p = _exp(_forbid(_scores(scaled_sq, sk, shape), *allowed).sub_(sums.student.top))
+                teacher_p = _exp(_forbid(_scores(scaled_tq, tk, shape), *allowed).sub_(sums.teacher.top))
+            d_scores = sums.student.normalise(student_p).sub_(sums.teacher.normalise(teacher_p))
+            columns, pairs = allowed
+            if pairs is not None:
+                d_scores[..., columns] *= pairs
+            d_scores = d_scores.view(len(sq), -1, sk.shape[1])
+            _attention.add_gradients(d_scores, sq, sk, dq, d_key[:, :, keys], student_scale)
+        d_query[:, :, rows] = dq.view(d_query[:, :, rows].shape)
 
 
-_attention.register_tiled(_attention_kl, "attention_kl")
+_attention_kl = _attention.tiled_op("attention_kl", True, _add_block)

@@ -56,7 +56,7 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
     path.write_text(json.dumps(second | {"commit": "0000000"}))
     other = bench("-k", "32-2 and jsd", "--results", str(path))
     assert other.returncode != 0
-    assert "is of commit 0000000" in other.stdout + other.stderr
+    assert "has commit 0000000" in other.stdout + other.stderr
 
 
 class Benchmark:

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastdistill
 from fastdistill.ops import _attention
 from fastdistill.ops import attention_mse as mse
+from fastdistill.ops._attention import Attention, Counted
 
 every_op = pytest.mark.parametrize("op", ATTENTION_OPS, ids=str)
 both_ops = pytest.mark.parametrize("op", [ATTENTION_MSE, ATTENTION_KL], ids=str)
@@ -487,13 +488,13 @@ def test_rows_are_counted_without_looking_where_nothing_is_masked(length: int, k
             self.made += 1
             return func(*args, **(kwargs or {}))
 
-    cpu = torch.device("cpu")
+    call = Attention(*attention(length=length, keys=keys).values(), 1.0, 1.0, None, None, is_causal, None)
     with Calls() as calls:
-        found = _attention.count_rows(length, keys, cpu, None, None, is_causal, None)
+        found = _attention.count_rows(call)
     assert calls.made <= 2  # one that launches, and a view
     assert found.queries is None
     assert found.keys is None
-    general = _attention.count_rows(length, keys, cpu, torch.ones(1, keys).bool(), None, is_causal, None)
+    general = _attention.count_rows(call._replace(key_mask=torch.ones(1, keys).bool()))
     assert torch.equal(found.keys_per_query, general.keys_per_query)
     assert found.keys_per_query.dtype == general.keys_per_query.dtype
 
@@ -505,7 +506,7 @@ def test_the_kernels_backward_prepares_nothing_for_torch(monkeypatch: pytest.Mon
     monkeypatch.setattr(kernels, "gradients", lambda *arguments: taken.append("gradients"))
     inputs = attention().values()
     grams = (torch.empty(2, 4, 16, 6) for _ in range(2))
-    mse._linear_backward(torch.ones(()), *inputs, 1.0, 1.0, None, None, False, "triton", *grams)
+    mse._linear_backward(torch.ones(()), *inputs, 1.0, 1.0, None, None, False, None, "triton", *grams)
     assert taken == ["gradients"]
 
 
@@ -556,14 +557,15 @@ def test_no_grid_outgrows_a_card(
     from fastdistill.kernels import attention_mse, attention_tiles
 
     student, teacher = (torch.empty(*shape, width, dtype=dtype, device="meta") for width in (d_s, d_t))
-    inputs = (student, student, teacher, teacher, 1.0, 1.0, None, None, is_causal)
+    call = Attention(student, student, teacher, teacher, 1.0, 1.0, None, None, is_causal, None)
+    inputs = call, Counted(torch.empty(0), None, None)
     _, *grams = attention_mse.loss(*inputs)
     near = (student.float(), student.float()) if is_causal else (None, None)
     gradients = [torch.empty_like(student) for _ in range(2)]
     attention_mse.gradients(torch.empty((), device="meta"), *inputs, *grams, near, *gradients)
     for is_kl in (False, True):
         d_query, d_key = (torch.empty_like(student, dtype=torch.float32) for _ in range(2))
-        attention_tiles.loss(*inputs, None, is_kl=is_kl, dtype=torch.float32, d_query=d_query, d_key=d_key)
+        attention_tiles.loss(*inputs, is_kl=is_kl, dtype=torch.float32, d_query=d_query, d_key=d_key)
     assert {name for name, *_ in launches} == {"_gram", "_contract", "_gradient", "_statistics", "_d_query", "_d_key"}
     for name, (x, *others), _ in launches:
         assert 0 < x < 2**31, name
@@ -574,8 +576,8 @@ def test_rows_are_split_no_further_than_fills_a_card(launches: Launches) -> None
     """Of wide heads each block is a program already, and a split costs D' x D' partial sums."""
     from fastdistill.kernels import attention_mse
 
-    student_query, student_key, teacher_query, teacher_key = pair(1, 4096, 4096, 384, 768, BF16)
-    inputs = (x[:1] for x in (student_query, student_key, teacher_query, teacher_key))
-    attention_mse.loss(*inputs, 1.0, 1.0, None, None, False)
+    inputs = (x[:1] for x in pair(1, 4096, 4096, 384, 768, BF16))
+    call = Attention(*inputs, 1.0, 1.0, None, None, False, None)
+    attention_mse.loss(call, Counted(torch.empty(0), None, None))
     partial = [arguments[6] for name, _, arguments in launches if name == "_gram"]
     assert [x.shape[0] for x in partial] == [1, 1, 1]  # where there is no card, 8 programs fill it; here are 18
