@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from fastdistill.kernels import attention_mse, attention_tiles, linear_mse, logits, topk
+
 from fastdistill.ops._rows import RowOptions
 
 Call = Callable[[], object]
@@ -77,8 +78,9 @@ def _listed(classes: int, tail: str, name: str, with_all: bool, rows: int = 64) 
 
     def call() -> None:
         topk.rows(
-            student, (p, p.long(), loss)[: 3 if tail == "bucket" else 2], labels, loss > 0 if with_all else None, options,
-            loss=loss, gradient=torch.empty_like(student), weight=loss, expected=loss if with_all else None,
+            student, (p, p.long(), loss)[: 3 if tail == "bucket" else 2], labels, loss > 0 if with_all else None,
+            options, loss=loss, gradient=torch.empty_like(student), weight=loss,
+            expected=loss if with_all else None,
         )  # fmt: skip
 
     return f"topk {tail} V={classes} {name}" + (" all options" if with_all else ""), call

@@ -53,6 +53,9 @@ class _Loss(nn.Module):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         self.options = self.defaults | options
 
+    def _loss(self, *tensors: Tensor | None, **keywords: Any) -> Tensor:
+        return self.function(*tensors, **keywords, **self.options)
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
@@ -66,6 +69,8 @@ class LinearMSELoss(_Loss):
         bias: give the projection a bias, as TinyBERT's code does.
         reduction, backend: as in `fastdistill.linear_mse`.
     """
+
+    function = staticmethod(F.linear_mse)
 
     def __init__(
         self, student_dim: int, teacher_dim: int, bias: bool = True, *, reduction: str = "mean", backend: str = "auto"
@@ -82,9 +87,7 @@ class LinearMSELoss(_Loss):
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
         weight, bias = self.projection.weight, self.projection.bias
-        return self.function(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
-
-    function = staticmethod(F.linear_mse)
+        return self._loss(student, weight, teacher, bias, mask=mask, num_items=num_items)
 
 
 class _AttentionLoss(_Loss):
@@ -101,8 +104,7 @@ class _AttentionLoss(_Loss):
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
         masks = {"key_mask": key_mask, "query_mask": query_mask, "attn_mask": attn_mask}
-        tensors = (student_query, student_key, teacher_query, teacher_key)
-        return self.function(*tensors, **masks, num_items=num_items, **self.options)
+        return self._loss(student_query, student_key, teacher_query, teacher_key, num_items=num_items, **masks)
 
 
 class _LogitsLoss(_Loss):
@@ -115,8 +117,7 @@ class _LogitsLoss(_Loss):
         mask: Tensor | None = None,  # (*)
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        return self.function(student_logits, teacher_logits, **rows, **self.options)
+        return self._loss(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items)
 
 
 class _LinearLogitsLoss(_Loss):
@@ -133,9 +134,9 @@ class _LinearLogitsLoss(_Loss):
         mask: Tensor | None = None,  # (*)
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
-        biases = {"student_bias": student_bias, "teacher_bias": teacher_bias}
+        tensors = (student, student_weight, teacher, teacher_weight)
         rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        return self.function(student, student_weight, teacher, teacher_weight, **biases, **rows, **self.options)
+        return self._loss(*tensors, student_bias=student_bias, teacher_bias=teacher_bias, **rows)
 
 
 class AttentionMSELoss(_AttentionLoss):
@@ -201,6 +202,8 @@ class LinearTVDLoss(_LinearLogitsLoss):
 class TopKSoftCrossEntropyLoss(_Loss):
     """Computes `fastdistill.topk_soft_cross_entropy` with its options fixed."""
 
+    function = staticmethod(F.topk_soft_cross_entropy)
+
     def forward(
         self,
         student_logits: Tensor,  # (*, V)
@@ -211,14 +214,14 @@ class TopKSoftCrossEntropyLoss(_Loss):
         mask: Tensor | None = None,  # (*)
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        return self.function(student_logits, topk_logprobs, topk_indices, **rows, **self.options)
-
-    function = staticmethod(F.topk_soft_cross_entropy)
+        tensors = (student_logits, topk_logprobs, topk_indices)
+        return self._loss(*tensors, labels=labels, mask=mask, num_items=num_items)
 
 
 class LinearTopKSoftCrossEntropyLoss(_Loss):
     """Computes `fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""
+
+    function = staticmethod(F.linear_topk_soft_cross_entropy)
 
     def forward(
         self,
@@ -232,7 +235,5 @@ class LinearTopKSoftCrossEntropyLoss(_Loss):
         mask: Tensor | None = None,  # (*)
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
-        head, rows = (student, student_weight), {"labels": labels, "mask": mask, "num_items": num_items}
-        return self.function(*head, topk_logprobs, topk_indices, student_bias=student_bias, **rows, **self.options)
-
-    function = staticmethod(F.linear_topk_soft_cross_entropy)
+        tensors = (student, student_weight, topk_logprobs, topk_indices)
+        return self._loss(*tensors, student_bias=student_bias, labels=labels, mask=mask, num_items=num_items)

@@ -35,7 +35,7 @@ __all__ = [
     "linear_tvd",
 ]
 
-Head = tuple[Tensor, Tensor, Tensor | None]  # hidden states (*, d), weight (V, d), bias (V)
+Head = tuple[Tensor, Any, Tensor | None]  # hidden states (*, d), weight (V, d), bias (V)
 
 
 @documented
@@ -306,7 +306,7 @@ def _loss(
     kind: str,
     definition: Callable[..., Tensor],
     student: Head,
-    teacher: Head | tuple[Tensor, None, None],  # with `indices` log-probabilities (*, k)
+    teacher: Head,  # with `indices` log-probabilities (*, k), None and None
     indices: Tensor | None,  # (*, k)
     given: Keywords,
     **own: Any,  # the keywords of this loss alone

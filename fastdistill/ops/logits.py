@@ -253,14 +253,15 @@ def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     if grad_loss is None:
         return None, *nothing
     inputs, options = ctx.saved_tensors, RowOptions(*ctx.options)
+    student, teacher, indices, labels, counted = inputs
     if gradient is None:
         _, gradient = (_op if _common.traced() else _forward)(*inputs, grad_loss, True, *options)
     elif options.backend != "torch":
-        loss, _ = _outputs(inputs[0], inputs[1], False)
-        _launch(options, *inputs, grad_loss, loss, gradient, expected=ctx.weight)
+        loss, _ = _outputs(student, teacher, False)
+        _launch(options, student, teacher, indices, labels, counted, grad_loss, loss, gradient, ctx.weight)
     elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
         ratio = grad_loss if ctx.weight is None else grad_loss / ctx.weight
-        gradient.view(-1, gradient.shape[-1]).mul_(row_weights(ratio, inputs[-1], ratio.dtype))
+        gradient.view(-1, gradient.shape[-1]).mul_(row_weights(ratio, counted, ratio.dtype))
     return gradient, *nothing
 
 
