@@ -31,20 +31,25 @@ __all__ = [
 
 
 class _Loss(nn.Module):
-    """Keeps the options of `function`: its keywords that forward does not take. The repr shows them."""
+    """Calls `function` with the options given to the constructor and the tensors given to forward.
+
+    Options are the keywords of `function` that are no tensors; the repr shows them.
+    """
 
     function: Callable[..., Tensor]
     defaults: dict[str, Any]
 
     def __init_subclass__(cls) -> None:
+        """Gives the class the options of its function, and the signatures that `help` and editors show."""
         super().__init_subclass__()
-        if "function" in vars(cls):
-            tensors = inspect.signature(cls.forward).parameters
-            keywords = [p for p in inspect.signature(cls.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-            options = [p for p in keywords if p.name not in tensors]
-            cls.defaults = {p.name: p.default for p in options}
-            if cls.__init__ is _Loss.__init__:
-                cls.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        parameters = inspect.signature(cls.function).parameters.values()
+        tensors = [p for p in parameters if "Tensor" in p.annotation]
+        options = [p for p in parameters if "Tensor" not in p.annotation]
+        cls.defaults = {p.name: p.default for p in options}
+        if "__init__" not in vars(cls):
+            cls.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        if "forward" not in vars(cls):
+            cls.forward = _forward_of(tensors)
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -53,11 +58,19 @@ class _Loss(nn.Module):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         self.options = self.defaults | options
 
-    def _loss(self, *tensors: Tensor | None, **keywords: Any) -> Tensor:
-        return self.function(*tensors, **keywords, **self.options)
-
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _forward_of(tensors: list[inspect.Parameter]) -> Any:
+    """Returns a forward whose signature lists the tensors."""
+
+    def forward(self: _Loss, *tensors: Tensor, **keywords: Tensor | None) -> Tensor:
+        return self.function(*tensors, **keywords, **self.options)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([own, *tensors], return_annotation="Tensor")  # type: ignore[attr-defined]
+    return forward
 
 
 class LinearMSELoss(_Loss):
@@ -87,116 +100,43 @@ class LinearMSELoss(_Loss):
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
         weight, bias = self.projection.weight, self.projection.bias
-        return self._loss(student, weight, teacher, bias, mask=mask, num_items=num_items)
+        return self.function(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
 
 
-class _AttentionLoss(_Loss):
-    def forward(
-        self,
-        student_query: Tensor,  # (B, H, L, D_s)
-        student_key: Tensor,  # (B, H_kv, S, D_s)
-        teacher_query: Tensor,  # (B, H, L, D_t)
-        teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
-        *,
-        key_mask: Tensor | None = None,  # (B, S)
-        query_mask: Tensor | None = None,  # (B, L)
-        attn_mask: Tensor | None = None,  # broadcastable to (B, H, L, S)
-        num_items: int | float | Tensor | None = None,
-    ) -> Tensor:
-        masks = {"key_mask": key_mask, "query_mask": query_mask, "attn_mask": attn_mask}
-        return self._loss(student_query, student_key, teacher_query, teacher_key, num_items=num_items, **masks)
-
-
-class _LogitsLoss(_Loss):
-    def forward(
-        self,
-        student_logits: Tensor,  # (*, V)
-        teacher_logits: Tensor,  # (*, V)
-        *,
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | float | Tensor | None = None,
-    ) -> Tensor:
-        return self._loss(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items)
-
-
-class _LinearLogitsLoss(_Loss):
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        teacher: Tensor,  # (*, d_t)
-        teacher_weight: Tensor,  # (V, d_t)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        teacher_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | float | Tensor | None = None,
-    ) -> Tensor:
-        tensors = (student, student_weight, teacher, teacher_weight)
-        rows = {"labels": labels, "mask": mask, "num_items": num_items}
-        return self._loss(*tensors, student_bias=student_bias, teacher_bias=teacher_bias, **rows)
-
-
-class AttentionMSELoss(_AttentionLoss):
+class AttentionMSELoss(_Loss):
     """Computes `fastdistill.attention_mse` with its options fixed."""
 
     function = staticmethod(F.attention_mse)
 
 
-class AttentionKLLoss(_AttentionLoss):
+class AttentionKLLoss(_Loss):
     """Computes `fastdistill.attention_kl` with its options fixed."""
 
     function = staticmethod(F.attention_kl)
 
 
-class SoftCrossEntropyLoss(_LogitsLoss):
+class SoftCrossEntropyLoss(_Loss):
     """Computes `fastdistill.soft_cross_entropy` with its options fixed."""
 
     function = staticmethod(F.soft_cross_entropy)
 
 
-class KLDivLoss(_LogitsLoss):
+class KLDivLoss(_Loss):
     """Computes `fastdistill.kl_div` with its options fixed."""
 
     function = staticmethod(F.kl_div)
 
 
-class JSDLoss(_LogitsLoss):
+class JSDLoss(_Loss):
     """Computes `fastdistill.jsd` with its options fixed."""
 
     function = staticmethod(F.jsd)
 
 
-class TVDLoss(_LogitsLoss):
+class TVDLoss(_Loss):
     """Computes `fastdistill.tvd` with its options fixed."""
 
     function = staticmethod(F.tvd)
-
-
-class LinearSoftCrossEntropyLoss(_LinearLogitsLoss):
-    """Computes `fastdistill.linear_soft_cross_entropy` with its options fixed."""
-
-    function = staticmethod(F.linear_soft_cross_entropy)
-
-
-class LinearKLDivLoss(_LinearLogitsLoss):
-    """Computes `fastdistill.linear_kl_div` with its options fixed."""
-
-    function = staticmethod(F.linear_kl_div)
-
-
-class LinearJSDLoss(_LinearLogitsLoss):
-    """Computes `fastdistill.linear_jsd` with its options fixed."""
-
-    function = staticmethod(F.linear_jsd)
-
-
-class LinearTVDLoss(_LinearLogitsLoss):
-    """Computes `fastdistill.linear_tvd` with its options fixed."""
-
-    function = staticmethod(F.linear_tvd)
 
 
 class TopKSoftCrossEntropyLoss(_Loss):
@@ -204,36 +144,32 @@ class TopKSoftCrossEntropyLoss(_Loss):
 
     function = staticmethod(F.topk_soft_cross_entropy)
 
-    def forward(
-        self,
-        student_logits: Tensor,  # (*, V)
-        topk_logprobs: Tensor,  # (*, k)
-        topk_indices: Tensor,  # (*, k)
-        *,
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | float | Tensor | None = None,
-    ) -> Tensor:
-        tensors = (student_logits, topk_logprobs, topk_indices)
-        return self._loss(*tensors, labels=labels, mask=mask, num_items=num_items)
+
+class LinearSoftCrossEntropyLoss(_Loss):
+    """Computes `fastdistill.linear_soft_cross_entropy` with its options fixed."""
+
+    function = staticmethod(F.linear_soft_cross_entropy)
+
+
+class LinearKLDivLoss(_Loss):
+    """Computes `fastdistill.linear_kl_div` with its options fixed."""
+
+    function = staticmethod(F.linear_kl_div)
+
+
+class LinearJSDLoss(_Loss):
+    """Computes `fastdistill.linear_jsd` with its options fixed."""
+
+    function = staticmethod(F.linear_jsd)
+
+
+class LinearTVDLoss(_Loss):
+    """Computes `fastdistill.linear_tvd` with its options fixed."""
+
+    function = staticmethod(F.linear_tvd)
 
 
 class LinearTopKSoftCrossEntropyLoss(_Loss):
     """Computes `fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""
 
     function = staticmethod(F.linear_topk_soft_cross_entropy)
-
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        topk_logprobs: Tensor,  # (*, k)
-        topk_indices: Tensor,  # (*, k)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | float | Tensor | None = None,
-    ) -> Tensor:
-        tensors = (student, student_weight, topk_logprobs, topk_indices)
-        return self._loss(*tensors, student_bias=student_bias, labels=labels, mask=mask, num_items=num_items)

@@ -25,7 +25,7 @@ from fastdistill.functional._rows import (
     row_options,
 )
 from fastdistill.ops._common import no_autocast
-from fastdistill.ops.linear_logits import linear_row_losses
+from fastdistill.ops.linear_logits import Inputs, linear_row_losses
 
 __all__ = [
     "linear_jsd",
@@ -325,13 +325,14 @@ def _loss(
             return definition(hidden, weight, *others, **biases, **for_reference(given, own))
         rows, counted = hidden.shape[:-1], counted_rows(given)
         options = row_options(kind, given, weight.shape[0], backend, **own)
-        loss = linear_row_losses(
+        inputs = Inputs(
             _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
             None if indices is None else _flat(indices),
             None if given.labels is None else given.labels.reshape(-1),
             None if counted is None else counted.reshape(-1),
-            given.reduction == "none", options,
+            row_weight=None,
         )  # fmt: skip
+        loss = linear_row_losses(inputs, given.reduction == "none", options)
         if given.reduction == "none":
             return loss.view(rows)
         return reduced(loss, divisor(given, counted, rows.numel()))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,63 +44,48 @@ CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 26, 3 << 27
 CAST_BLOCK = 1 << 22
 
 
-def linear_row_losses(
-    student: Tensor,  # (N, d_s)
-    student_weight: Tensor,  # (>= V, d_s)
-    student_bias: Tensor | None,  # (>= V)
-    teacher: Tensor,  # (N, d_t), or with `indices` log-probabilities (N, k)
-    teacher_weight: Tensor | None,  # (>= V, d_t)
-    teacher_bias: Tensor | None,  # (>= V)
-    indices: Tensor | None,  # (N, k)
-    labels: Tensor | None,  # (N)
-    counted: Tensor | None,  # (N)
-    per_row: bool,
-    options: RowOptions,
-) -> Tensor:  # (N) or ()
-    learned = (student, student_weight, student_bias)
+class Inputs(NamedTuple):
+    student: Tensor  # (N, d_s)
+    student_weight: Tensor  # (>= V, d_s)
+    student_bias: Tensor | None  # (>= V)
+    teacher: Tensor  # (N, d_t), or with `indices` log-probabilities (N, k)
+    teacher_weight: Tensor | None  # (>= V, d_t)
+    teacher_bias: Tensor | None  # (>= V)
+    indices: Tensor | None  # (N, k)
+    labels: Tensor | None  # (N), or (N, 1) once they are checked
+    counted: Tensor | None  # (N)
+    row_weight: Tensor | None  # (N), of each row's gradient; None: 1
+
+
+INPUTS = len(Inputs._fields)
+
+
+def linear_row_losses(inputs: Inputs, per_row: bool, options: RowOptions) -> Tensor:  # (N) or ()
     # Losses per row wait for their weights.
-    needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in learned]
-    labels = labels if options.hard_weight else None
-    return _op(
-        *learned, teacher, teacher_weight, teacher_bias, indices, labels, counted, None, *needs, per_row, *options
-    )[0]
+    needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3]]
+    if not options.hard_weight:
+        inputs = inputs._replace(labels=None)
+    return _op(*inputs, *needs, per_row, *options)[0]
 
 
 # Loss (N) or (), dX (N, d_s), dW (>= V, d_s), db (>= V); empty where not needed.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
-TENSORS = 10
 
-
-def _forward(
-    student: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher: Tensor,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    row_weight: Tensor | None,  # (N), of each row's gradient; None: 1
-    needs_student: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-    per_row: bool,
-    *flat: Any,  # the fields of RowOptions
-) -> Outputs:
-    options = RowOptions(*flat)
+def _forward(*flat: Any) -> Outputs:
+    """Takes `Inputs`, whether dX, dW and db are wanted, `per_row`, and `RowOptions`, field by field."""
+    inputs, options = Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS + 4 :])
+    needs_student, needs_weight, needs_bias, per_row = flat[INPUTS : INPUTS + 4]
     needs = (needs_student, needs_weight, needs_bias)
-    loss, d_student, d_weight, d_bias = _outputs(student, student_weight, teacher, needs)
-    dtype, classes = loss.dtype, options.classes
+    student, classes, counted = inputs.student, options.classes, inputs.counted
+    loss, d_student, d_weight, d_bias = _outputs(student, inputs.student_weight, inputs.teacher, needs)
+    dtype = loss.dtype
     size = _chunk_size(student, classes, dtype)
     unit = _unit(student, options)
-    weight = student_weight[:classes]
-    labels = checked_labels(labels, counted, classes)
-    teacher_of = _teacher(options, teacher, teacher_weight, teacher_bias, indices, counted, size, dtype)
-    rows = (_in_blocks if options.backend == "torch" else _in_one_launch)(
-        options, weight, student_bias, teacher_bias, teacher_of, labels, counted, row_weight, size, unit, loss
-    )
+    weight = inputs.student_weight[:classes]
+    inputs = inputs._replace(student_weight=weight, labels=checked_labels(inputs.labels, counted, classes))
+    make_rows = _in_blocks if options.backend == "torch" else _in_one_launch
+    rows = make_rows(options, inputs, _teacher(options, inputs, size, dtype), size, unit, loss)
     with _common.no_autocast(student):
         for start in range(0, student.shape[0], size):
             chunk = slice(start, min(start + size, student.shape[0]))
@@ -137,57 +122,39 @@ def _outputs(student: Tensor, weight: Tensor, teacher: Tensor, needs: Sequence[b
 Rows = Callable[[slice, Tensor, bool], Tensor | None]
 
 
-def _teacher(
-    options: RowOptions,
-    teacher: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    indices: Tensor | None,
-    counted: Tensor | None,
-    size: int,  # tokens of a chunk
-    dtype: torch.dtype,
-) -> Callable[[slice], Target]:
+def _teacher(options: RowOptions, inputs: Inputs, size: int, dtype: torch.dtype) -> Callable[[slice], Target]:
     """Returns the function from a chunk to what its student is compared with. Kernels add bias and softcap."""
+    teacher, counted = inputs.teacher, inputs.counted
     on_torch = options.backend == "torch"
     if options.soft_weight == 0:
         return lambda chunk: ()
-    if indices is not None:
-        whole = (listed if on_torch else sorted_list)(options, teacher, indices, counted, dtype)
+    if inputs.indices is not None:
+        whole = (listed if on_torch else sorted_list)(options, teacher, inputs.indices, counted, dtype)
         return lambda chunk: tuple(x[chunk] for x in whole)
-    assert weight is not None
-    head = weight[: options.classes]
+    assert inputs.teacher_weight is not None
+    head = inputs.teacher_weight[: options.classes]
     buffer = teacher.new_empty(size, options.classes, dtype=dtype)
 
     def logits(chunk: slice) -> Target:
         if not on_torch:  # the kernels skip rows that are masked out
             return (_logits(teacher[chunk], head, None, buffer),)
-        z = _logits(_clean(teacher, chunk, counted), head, bias, buffer)
+        z = _logits(_clean(teacher, chunk, counted), head, inputs.teacher_bias, buffer)
         return (capped(z, options.teacher_softcap, z),)
 
     return logits
 
 
 def _in_blocks(
-    options: RowOptions,
-    weight: Tensor,  # (V, d_s)
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_of: Callable[[slice], Target],
-    labels: Tensor | None,
-    counted: Tensor | None,
-    row_weight: Tensor | None,
-    size: int,  # tokens of a chunk
-    unit: float,
-    loss: Tensor,
+    options: RowOptions, inputs: Inputs, teacher_of: Callable[[slice], Target], size: int, unit: float, loss: Tensor
 ) -> Rows:
-    classes = options.classes
-    weights = row_weights(row_weight, counted, loss.dtype)
+    classes, labels, counted = options.classes, inputs.labels, inputs.counted
+    weights = row_weights(inputs.row_weight, counted, loss.dtype)
     buffer = loss.new_empty(size, classes)
     block_rows = rows_of_a_block(size, classes, BUFFERS + 1, buffer)
     work = buffer.new_empty(BUFFERS + 1, block_rows, classes)
 
     def rows(chunk: slice, x: Tensor, wanted: bool) -> Tensor | None:
-        logits = _logits(x, weight, bias, buffer)  # overwritten with G
+        logits = _logits(x, inputs.student_weight, inputs.student_bias, buffer)  # overwritten with G
         target = teacher_of(chunk)
         for _, block in row_blocks(logits.shape[:1], block_rows):
             here = slice(chunk.start + block.start, chunk.start + block.stop)
@@ -211,22 +178,14 @@ def _in_blocks(
 
 
 def _in_one_launch(
-    options: RowOptions,
-    weight: Tensor,  # (V, d_s)
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    teacher_of: Callable[[slice], Target],
-    labels: Tensor | None,
-    counted: Tensor | None,
-    row_weight: Tensor | None,
-    size: int,  # tokens of a chunk
-    unit: float,
-    loss: Tensor,
+    options: RowOptions, inputs: Inputs, teacher_of: Callable[[slice], Target], size: int, unit: float, loss: Tensor
 ) -> Rows:
     """As `_in_blocks`. The kernel rounds G of 16-bit operands as it writes it; else G takes the place of the logits."""
+    weight, row_weight = inputs.student_weight, inputs.row_weight
     if unit != 1:
         row_weight = torch.full_like(loss, unit) if row_weight is None else row_weight * unit
-    labels, counted, row_weight, bias, teacher_bias = contiguous(labels, counted, row_weight, bias, teacher_bias)
+    labels, counted, row_weight = contiguous(inputs.labels, inputs.counted, row_weight)
+    student_bias, teacher_bias = contiguous(inputs.student_bias, inputs.teacher_bias)
     buffer = loss.new_empty(size, options.classes)
     narrow = torch.empty_like(buffer, dtype=weight.dtype) if _common.narrow(weight) else None
 
@@ -237,7 +196,7 @@ def _in_one_launch(
             gradient = logits if narrow is None else narrow[: x.shape[0]]
         kernels_of(options).rows(
             logits, teacher_of(chunk), at(labels, chunk), at(counted, chunk), options, loss=loss[chunk],
-            gradient=gradient, weight=at(row_weight, chunk), student_bias=bias, teacher_bias=teacher_bias,
+            gradient=gradient, weight=at(row_weight, chunk), student_bias=student_bias, teacher_bias=teacher_bias,
         )  # fmt: skip
         return gradient
 
@@ -300,24 +259,24 @@ def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice,
 
 def _fake(*inputs):  # type: ignore[no-untyped-def]
     student, weight, _, teacher = inputs[:4]
-    *needs, per_row = inputs[TENSORS : TENSORS + 4]
+    *needs, per_row = inputs[INPUTS : INPUTS + 4]
     loss, *gradients = _outputs(student, weight, teacher, needs)
     return loss if per_row else loss.new_empty(()), *gradients
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *ctx.in_forward, ctx.per_row = inputs[TENSORS : TENSORS + 4]
-    ctx.options = inputs[TENSORS + 4 :]
+    *ctx.in_forward, ctx.per_row = inputs[INPUTS : INPUTS + 4]
+    ctx.options = inputs[INPUTS + 4 :]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(inputs[: TENSORS - 1] if ctx.per_row else gradients))  # all but row_weight, which is None
+    ctx.save_for_backward(*(inputs[: INPUTS - 1] if ctx.per_row else gradients))  # all but row_weight, which is None
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("the linear loss over classes")
-    nothing = (None,) * (TENSORS + 4 + len(ctx.options))
+    nothing = (None,) * (INPUTS + 4 + len(ctx.options))
     if grad_loss is None:
         return nothing
     needs, scale = ctx.in_forward, grad_loss

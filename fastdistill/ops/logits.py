@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ from fastdistill.ops._rows import (
     weigh_rows_,
 )
 from fastdistill.ops._topk import listed, sorted_list, topk_divergence
+
+
+class Inputs(NamedTuple):
+    student: Tensor  # (*, >= V)
+    teacher: Tensor  # logits (*, >= V), or with `indices` log-probabilities (N, k)
+    indices: Tensor | None  # (N, k)
+    labels: Tensor | None  # (N)
+    counted: Tensor | None  # (N)
+    weight: Tensor | None  # (N), of each row's gradient; None: 1
+
+
+INPUTS = len(Inputs._fields)
 
 
 def row_losses(
@@ -109,17 +121,9 @@ def row_loss(
     return loss[:, 0]
 
 
-def _in_blocks(
-    options: RowOptions,
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    weight: Tensor | None,
-    loss: Tensor,  # (N), written
-    d_student: Tensor | None,  # as student, written
-) -> None:
+def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tensor | None) -> None:
+    """Writes the losses (N), and the gradient, which is like the student, if it is given."""
+    student, teacher, indices, labels, counted, weight = inputs
     classes, dtype = options.classes, loss.dtype
     labels = checked_labels(labels, counted, classes)
     weight = row_weights(weight, counted, dtype)
@@ -138,7 +142,7 @@ def _in_blocks(
     limit = rows_of_a_block(loss.numel(), classes, count, loss)
     memory = loss.new_empty(count, classes, limit).mT if short else loss.new_empty(count, limit, classes)
     whole = memory.unbind()
-    d_rows = None if d_student is None else d_student.view(-1, student.shape[-1])
+    d_rows = None if gradient is None else gradient.view(-1, student.shape[-1])
     student_buffer = teacher_buffer = wide = None
     for index, rows in row_blocks(student.shape[:-1], limit):
         size = rows.stop - rows.start
@@ -150,14 +154,14 @@ def _in_blocks(
             target: Target = (capped(rows_at(teacher, index, classes), options.teacher_softcap, teacher_buffer),)
         else:
             target = tuple(x[rows] for x in whole_list)
-        gradient = None if d_rows is None else rows_at(d_rows, (rows,), classes)
-        out = gradient if wide is None or gradient is None else wide
+        here = None if d_rows is None else rows_at(d_rows, (rows,), classes)
+        out = here if wide is None or here is None else wide
         loss[rows] = row_loss(options, block, target, at(labels, rows), out, work)
-        if gradient is not None and out is not None:
+        if here is not None and out is not None:
             if weight is not None:
                 weigh_rows_(out, weight[rows], at(counted, rows))
-            if out is not gradient:
-                gradient.copy_(out)
+            if out is not here:
+                here.copy_(out)
     if counted is not None:
         loss.masked_fill_(~counted, 0)
     if d_rows is not None and classes < student.shape[-1]:
@@ -179,17 +183,11 @@ def kernels_of(options: RowOptions) -> Any:
 
 
 def _launch(
-    options: RowOptions,
-    student: Tensor,
-    teacher: Tensor,
-    indices: Tensor | None,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    weight: Tensor | None,
-    loss: Tensor,  # (N), written
-    gradient: Tensor | None,  # as student, written
-    expected: Tensor | None = None,  # (N), the weights that `gradient` was written with before; None: it was not
+    options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tensor | None, expected: Tensor | None = None
 ) -> None:
+    """As `_in_blocks`. With `expected` (N), the weights that `gradient` was written with before, the kernel fixes the
+    rows whose weight differs."""
+    student, teacher, indices, labels, counted, weight = inputs
     target: Target = ()
     if options.soft_weight:
         target = (teacher,) if indices is None else sorted_list(options, teacher, indices, counted, loss.dtype)
@@ -209,24 +207,14 @@ def _launch(
 # the kernel to avoid a host sync. For N rows of V 16-bit numbers, forward and backward read and write 6 N V bytes if
 # the weights are right, 10 if they are off by a power of 2, else 12; computed in the backward alone, 10.
 
-TENSORS = 5  # student, teacher, indices, labels, counted
 
-
-def _forward(
-    student: Tensor,  # (*, >= V)
-    teacher: Tensor,  # (*, >= V) or (N, k)
-    indices: Tensor | None,  # (N, k)
-    labels: Tensor | None,  # (N)
-    counted: Tensor | None,  # (N)
-    weight: Tensor | None,  # (N), of each row's gradient; None: 1
-    needs_gradient: bool,
-    *flat: Any,  # the fields of RowOptions
-) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
-    options = RowOptions(*flat)
-    loss, d_student = _outputs(student, teacher, needs_gradient)
+def _forward(*flat: Any) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
+    """Takes `Inputs`, whether the gradient is wanted, and `RowOptions`, field by field."""
+    inputs, needs_gradient, options = Inputs(*flat[:INPUTS]), flat[INPUTS], RowOptions(*flat[INPUTS + 1 :])
+    loss, gradient = _outputs(inputs.student, inputs.teacher, needs_gradient)
     run = _in_blocks if options.backend == "torch" else _launch
-    run(options, student, teacher, indices, labels, counted, weight, loss, d_student if needs_gradient else None)
-    return loss, d_student
+    run(options, inputs, loss, gradient if needs_gradient else None)
+    return loss, gradient
 
 
 def _outputs(student: Tensor, teacher: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
@@ -234,12 +222,13 @@ def _outputs(student: Tensor, teacher: Tensor, needs_gradient: bool) -> tuple[Te
     return loss, student.new_empty(student.shape if needs_gradient else 0)
 
 
-def _fake(student, teacher, indices, labels, counted, weight, needs_gradient, *_):  # type: ignore[no-untyped-def]
-    return _outputs(student, teacher, needs_gradient)
+def _fake(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    return _outputs(student, teacher, rest[INPUTS - 2])
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    tensors, (ctx.weight, needs_gradient, *ctx.options) = inputs[:TENSORS], inputs[TENSORS:]
+def _setup_context(ctx, flat, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.weight = flat[:INPUTS]
+    needs_gradient, *ctx.options = flat[INPUTS:]
     ctx.gradient = output[1] if needs_gradient else None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -248,20 +237,19 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("the loss over classes")
-    nothing = (None,) * (TENSORS + 1 + len(ctx.options))
+    nothing = (None,) * (INPUTS + len(ctx.options))
     gradient, ctx.gradient = ctx.gradient, None
     if grad_loss is None:
         return None, *nothing
-    inputs, options = ctx.saved_tensors, RowOptions(*ctx.options)
-    student, teacher, indices, labels, counted = inputs
+    inputs, options = Inputs(*ctx.saved_tensors, weight=grad_loss), RowOptions(*ctx.options)
     if gradient is None:
-        _, gradient = (_op if _common.traced() else _forward)(*inputs, grad_loss, True, *options)
+        _, gradient = (_op if _common.traced() else _forward)(*inputs, True, *options)
     elif options.backend != "torch":
-        loss, _ = _outputs(student, teacher, False)
-        _launch(options, student, teacher, indices, labels, counted, grad_loss, loss, gradient, ctx.weight)
+        loss, _ = _outputs(inputs.student, inputs.teacher, False)
+        _launch(options, inputs, loss, gradient, expected=ctx.weight)
     elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
         ratio = grad_loss if ctx.weight is None else grad_loss / ctx.weight
-        gradient.view(-1, gradient.shape[-1]).mul_(row_weights(ratio, counted, ratio.dtype))
+        gradient.view(-1, gradient.shape[-1]).mul_(row_weights(ratio, inputs.counted, ratio.dtype))
     return gradient, *nothing
 
 
