@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -361,20 +362,10 @@ def _linear(
     return loss(student_logits, teacher_logits, **keywords)
 
 
-def linear_soft_cross_entropy(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(soft_cross_entropy, *tensors, **keywords)
-
-
-def linear_kl_div(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(kl_div, *tensors, **keywords)
-
-
-def linear_jsd(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(jsd, *tensors, **keywords)
-
-
-def linear_tvd(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(tvd, *tensors, **keywords)
+linear_soft_cross_entropy = partial(_linear, soft_cross_entropy)
+linear_kl_div = partial(_linear, kl_div)
+linear_jsd = partial(_linear, jsd)
+linear_tvd = partial(_linear, tvd)
 
 
 def linear_topk_soft_cross_entropy(

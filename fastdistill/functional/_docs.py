@@ -51,11 +51,6 @@ TypeError: tensors that are not floating, masks that are not bool, query and key
     "logits_options": CLASSES.format(
         teacher_softcap="teacher_softcap: the same on the teacher's logits.", kernels=', "triton" or "cuda"'
     ),
-    "logits_raises": """\
-ValueError: shapes that do not fit, V that differs without vocab_size, alpha < 1 without labels, a teacher
-    that requires a gradient, an option out of its range.
-TypeError: logits that are not floating, a mask that is not bool, labels that are not integers.
-""",
     "student_head": """\
 student: `(*, d_s)` hidden states before the vocabulary head.
 student_weight: `(V, d_s)`.
@@ -66,12 +61,6 @@ student_weight: `(V, d_s)`.
     "linear_options": CLASSES.format(
         teacher_softcap="teacher_softcap: the same on the teacher's logits.", kernels=' or "triton"'
     ),
-    "linear_raises": """\
-ValueError: weights or biases that do not fit, V that differs without vocab_size, alpha < 1 without labels, a
-    teacher that requires a gradient, an option out of its range.
-TypeError: tensors that are not floating, hidden states, weight and bias of one side in several dtypes outside
-    autocast, a mask that is not bool, labels that are not integers.
-""",
     "topk": """\
 topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. A listed class of
     -inf has probability 0 and is not part of the bucket: pad with classes that cannot occur.
@@ -79,11 +68,11 @@ topk_indices: `(*, k)` integer classes of the log-probabilities, distinct within
 """,
     "tail": 'tail: "renormalize" or "bucket".',
     "topk_options": CLASSES.format(teacher_softcap="", kernels=' or "triton"').replace("\n\n", "\n"),
-    "topk_raises": """\
-ValueError: shapes that do not fit, an unknown tail, "bucket" with a temperature other than 1, alpha < 1 without
-    labels, a teacher that requires a gradient, an option out of its range.
-TypeError: tensors that are not floating, indices or labels that are not integers, a mask that is not bool.
-IndexError: on the CPU, an index outside the classes.
+    "class_raises": """\
+ValueError: shapes that do not fit, V that differs without vocab_size, alpha < 1 without labels, a teacher that
+    requires a gradient, an option out of its range.
+TypeError: tensors that are not floating, a mask that is not bool, labels or indices that are not integers, operands
+    of one product in several dtypes outside autocast.
 """,
 }
 

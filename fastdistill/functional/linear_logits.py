@@ -9,21 +9,10 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
+from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import autocast, pick_backend
 from fastdistill.functional._docs import documented
-from fastdistill.functional._rows import (
-    Keywords,
-    check_keywords,
-    check_same_vocabulary,
-    check_topk,
-    counted_rows,
-    divisor,
-    for_reference,
-    jsd_kind,
-    kl_kind,
-    reduced,
-    row_options,
-)
+from fastdistill.functional._rows import Keywords
 from fastdistill.ops._common import no_autocast
 from fastdistill.ops.linear_logits import Inputs, linear_row_losses
 
@@ -72,12 +61,10 @@ def linear_soft_cross_entropy(
         {linear_options}
 
     Raises:
-        {linear_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
     return _against_head("soft_cross_entropy", reference.linear_soft_cross_entropy, student_head, teacher_head, given)
 
@@ -118,14 +105,14 @@ def linear_kl_div(
         {linear_options}
 
     Raises:
-        {linear_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
-    return _against_head(kl_kind(reverse), reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse)
+    return _against_head(
+        _rows.kl_kind(reverse), reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse
+    )
 
 
 @documented
@@ -164,14 +151,12 @@ def linear_jsd(
         {linear_options}
 
     Raises:
-        {linear_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
-    return _against_head(jsd_kind(beta), reference.linear_jsd, student_head, teacher_head, given, beta=beta)
+    return _against_head(_rows.jsd_kind(beta), reference.linear_jsd, student_head, teacher_head, given, beta=beta)
 
 
 @documented
@@ -208,12 +193,10 @@ def linear_tvd(
         {linear_options}
 
     Raises:
-        {linear_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
     return _against_head("tvd", reference.linear_tvd, student_head, teacher_head, given)
 
@@ -249,20 +232,19 @@ def linear_topk_soft_cross_entropy(
         {topk_options}
 
     Raises:
-        {topk_raises}
+        {class_raises}
+        IndexError: on the CPU, an index outside the classes.
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, None,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     None, reduction, num_items, backend)  # fmt: skip
     head = (student, student_weight, student_bias)
     check.floating(
         student=student, student_weight=student_weight, topk_logprobs=topk_logprobs,
         **check.given(student_bias=student_bias),
     )  # fmt: skip
     rows, classes = _check_head("student", head)
-    check_keywords(given, rows, classes, student.device)
-    check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    _rows.check_keywords(given, rows, classes, student.device)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
     return _loss(
         "soft_cross_entropy", reference.linear_topk_soft_cross_entropy, head, (topk_logprobs, None, None),
         topk_indices, given, tail=tail,
@@ -297,8 +279,8 @@ def _against_head(
     expected = (*rows, teacher[0].shape[-1])
     check.shape("teacher", teacher[0], expected, "(*, d_t) with the student's leading dimensions")
     if given.vocab_size is None:
-        check_same_vocabulary("student_weight", classes, "teacher_weight", teacher_classes)
-    check_keywords(given, rows, min(classes, teacher_classes), student[0].device)
+        _rows.check_same_vocabulary("student_weight", classes, "teacher_weight", teacher_classes)
+    _rows.check_keywords(given, rows, min(classes, teacher_classes), student[0].device)
     return _loss(kind, definition, student, teacher, None, given, **own)
 
 
@@ -322,9 +304,9 @@ def _loss(
             others, biases = (teacher_hidden, indices), {"student_bias": bias}
             if indices is None:
                 others, biases = (teacher_hidden, teacher_weight), biases | {"teacher_bias": teacher_bias}
-            return definition(hidden, weight, *others, **biases, **for_reference(given, own))
-        rows, counted = hidden.shape[:-1], counted_rows(given)
-        options = row_options(kind, given, weight.shape[0], backend, **own)
+            return definition(hidden, weight, *others, **biases, **_rows.for_reference(given, own))
+        rows, counted = hidden.shape[:-1], _rows.counted_rows(given)
+        options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
         inputs = Inputs(
             _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
             None if indices is None else _flat(indices),
@@ -335,7 +317,7 @@ def _loss(
         loss = linear_row_losses(inputs, given.reduction == "none", options)
         if given.reduction == "none":
             return loss.view(rows)
-        return reduced(loss, divisor(given, counted, rows.numel()))
+        return _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
 
 
 def _operands(side: str, head: Head) -> Head:

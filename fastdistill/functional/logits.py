@@ -10,21 +10,10 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
+from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import pick_backend
 from fastdistill.functional._docs import documented
-from fastdistill.functional._rows import (
-    Keywords,
-    check_keywords,
-    check_same_vocabulary,
-    check_topk,
-    counted_rows,
-    divisor,
-    for_reference,
-    jsd_kind,
-    kl_kind,
-    reduced,
-    row_options,
-)
+from fastdistill.functional._rows import Keywords
 from fastdistill.ops._common import no_autocast
 from fastdistill.ops.logits import row_losses
 
@@ -63,12 +52,10 @@ def soft_cross_entropy(
     A class with teacher mass and student probability 0 gives inf, as the formula does.
 
     Raises:
-        {logits_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
     return _against_logits("soft_cross_entropy", reference.soft_cross_entropy, student_logits, teacher_logits, given)
 
 
@@ -105,13 +92,13 @@ def kl_div(
     A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
 
     Raises:
-        {logits_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
-    return _against_logits(kl_kind(reverse), reference.kl_div, student_logits, teacher_logits, given, reverse=reverse)
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    return _against_logits(
+        _rows.kl_kind(reverse), reference.kl_div, student_logits, teacher_logits, given, reverse=reverse
+    )
 
 
 @documented
@@ -146,13 +133,11 @@ def jsd(
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
     Raises:
-        {logits_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
-    return _against_logits(jsd_kind(beta), reference.jsd, student_logits, teacher_logits, given, beta=beta)
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    return _against_logits(_rows.jsd_kind(beta), reference.jsd, student_logits, teacher_logits, given, beta=beta)
 
 
 @documented
@@ -185,12 +170,10 @@ def tvd(
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
     Raises:
-        {logits_raises}
+        {class_raises}
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, teacher_softcap,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
     return _against_logits("tvd", reference.tvd, student_logits, teacher_logits, given)
 
 
@@ -226,16 +209,15 @@ def topk_soft_cross_entropy(
         {topk_options}
 
     Raises:
-        {topk_raises}
+        {class_raises}
+        IndexError: on the CPU, an index outside the classes.
     """
-    given = Keywords(
-        temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap, None,
-        reduction, num_items, backend,
-    )  # fmt: skip
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     None, reduction, num_items, backend)  # fmt: skip
     check.floating(student_logits=student_logits, topk_logprobs=topk_logprobs)
     rows, classes = _shape(student_logits)
-    check_keywords(given, rows, classes, student_logits.device)
-    check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    _rows.check_keywords(given, rows, classes, student_logits.device)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
     return _loss(
         "soft_cross_entropy", reference.topk_soft_cross_entropy, student_logits, topk_logprobs, topk_indices, given,
         tail=tail,
@@ -262,8 +244,8 @@ def _against_logits(
     rows, classes = _shape(student_logits)
     check.shape("teacher_logits", teacher_logits, (*rows, *teacher_logits.shape[-1:]), "(*, V) with the student's *")
     if given.vocab_size is None:
-        check_same_vocabulary("student_logits", classes, "teacher_logits", teacher_logits.shape[-1])
-    check_keywords(given, rows, min(classes, teacher_logits.shape[-1]), student_logits.device)
+        _rows.check_same_vocabulary("student_logits", classes, "teacher_logits", teacher_logits.shape[-1])
+    _rows.check_keywords(given, rows, min(classes, teacher_logits.shape[-1]), student_logits.device)
     return _loss(kind, definition, student_logits, teacher_logits, None, given, **own)
 
 
@@ -282,13 +264,13 @@ def _loss(
     with no_autocast(student):
         if backend == "reference":
             tensors = (teacher,) if indices is None else (teacher, indices)
-            return definition(student, *tensors, **for_reference(given, own))
-        counted = counted_rows(given)
-        count = divisor(given, counted, student.shape[:-1].numel())
-        options = row_options(kind, given, student.shape[-1], backend, **own)
+            return definition(student, *tensors, **_rows.for_reference(given, own))
+        counted = _rows.counted_rows(given)
+        count = _rows.divisor(given, counted, student.shape[:-1].numel())
+        options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
         row_gradient = _row_gradient(student, given.reduction, count, backend)
         per_row = row_losses(student, teacher, indices, given.labels, counted, row_gradient, options)
-        return per_row if given.reduction == "none" else reduced(per_row.sum(), count)
+        return per_row if given.reduction == "none" else _rows.reduced(per_row.sum(), count)
 
 
 def _row_gradient(student: Tensor, reduction: str, count: int | float | Tensor | None, backend: str) -> Tensor | None:
@@ -299,4 +281,4 @@ def _row_gradient(student: Tensor, reduction: str, count: int | float | Tensor |
     if backend == "torch" and (count is None or student.device.type != "cpu"):
         return None
     one = torch.ones((), dtype=torch.promote_types(student.dtype, torch.float32), device=student.device)
-    return reduced(one, count)
+    return _rows.reduced(one, count)

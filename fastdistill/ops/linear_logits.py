@@ -18,21 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common
-from fastdistill.ops._rows import (
-    BUFFERS,
-    SCHEMA,
-    RowOptions,
-    Target,
-    at,
-    capped,
-    checked_labels,
-    contiguous,
-    row_blocks,
-    row_weights,
-    rows_of_a_block,
-    weigh_rows_,
-)
+from fastdistill.ops import _common, _rows
+from fastdistill.ops._rows import BUFFERS, SCHEMA, RowOptions, Target, at, capped, checked_labels
 from fastdistill.ops._topk import listed, sorted_list
 from fastdistill.ops.logits import kernels_of, row_loss
 
@@ -148,15 +135,15 @@ def _in_blocks(
     options: RowOptions, inputs: Inputs, teacher_of: Callable[[slice], Target], size: int, unit: float, loss: Tensor
 ) -> Rows:
     classes, labels, counted = options.classes, inputs.labels, inputs.counted
-    weights = row_weights(inputs.row_weight, counted, loss.dtype)
+    weights = _rows.row_weights(inputs.row_weight, counted, loss.dtype)
     buffer = loss.new_empty(size, classes)
-    block_rows = rows_of_a_block(size, classes, BUFFERS + 1, buffer)
+    block_rows = _rows.rows_of_a_block(size, classes, BUFFERS + 1, buffer)
     work = buffer.new_empty(BUFFERS + 1, block_rows, classes)
 
     def rows(chunk: slice, x: Tensor, wanted: bool) -> Tensor | None:
         logits = _logits(x, inputs.student_weight, inputs.student_bias, buffer)  # overwritten with G
         target = teacher_of(chunk)
-        for _, block in row_blocks(logits.shape[:1], block_rows):
+        for _, block in _rows.row_blocks(logits.shape[:1], block_rows):
             here = slice(chunk.start + block.start, chunk.start + block.stop)
             *buffers, gradient = work[:, : block.stop - block.start].unbind()
             z = logits[block]
@@ -165,7 +152,7 @@ def _in_blocks(
             loss[here] = row_loss(options, z, tuple(t[block] for t in target), at(labels, here), out, buffers)
             if out is not None:
                 if weights is not None:
-                    weigh_rows_(out, weights[here], at(counted, here))
+                    _rows.weigh_rows_(out, weights[here], at(counted, here))
                 torch.mul(out, unit, out=z)
         if counted is not None:
             loss[chunk].masked_fill_(~counted[chunk], 0)
@@ -184,8 +171,8 @@ def _in_one_launch(
     weight, row_weight = inputs.student_weight, inputs.row_weight
     if unit != 1:
         row_weight = torch.full_like(loss, unit) if row_weight is None else row_weight * unit
-    labels, counted, row_weight = contiguous(inputs.labels, inputs.counted, row_weight)
-    student_bias, teacher_bias = contiguous(inputs.student_bias, inputs.teacher_bias)
+    labels, counted, row_weight = _rows.contiguous(inputs.labels, inputs.counted, row_weight)
+    student_bias, teacher_bias = _rows.contiguous(inputs.student_bias, inputs.teacher_bias)
     buffer = loss.new_empty(size, options.classes)
     narrow = torch.empty_like(buffer, dtype=weight.dtype) if _common.narrow(weight) else None
 

@@ -12,27 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common
+from fastdistill.ops import _common, _rows
 from fastdistill.ops._divergence import divergence
-from fastdistill.ops._rows import (
-    BUFFERS,
-    SCHEMA,
-    SHORT,
-    RowOptions,
-    Target,
-    at,
-    capped,
-    checked_labels,
-    contiguous,
-    exponential_,
-    may_be_infinite,
-    row_blocks,
-    row_max,
-    row_weights,
-    rows_at,
-    rows_of_a_block,
-    weigh_rows_,
-)
+from fastdistill.ops._rows import BUFFERS, SCHEMA, SHORT, RowOptions, Target, at, capped, checked_labels
 from fastdistill.ops._topk import listed, sorted_list, topk_divergence
 
 
@@ -96,7 +78,7 @@ def row_loss(
     | None,  # (n, V), for the gradient of each row's loss in its logits before the softcap; None: not wanted
     work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
 ) -> Tensor:  # (n)
-    student_max = row_max(student)
+    student_max = _rows.row_max(student)
     if target:
         soft = topk_divergence if options.tail else divergence
         loss = soft(options, student, student_max, target, out, work)
@@ -105,7 +87,7 @@ def row_loss(
         if out is not None:
             out.zero_()
     if labels is not None:
-        hard = exponential_(torch.sub(student, student_max, out=work[0]))
+        hard = _rows.exponential_(torch.sub(student, student_max, out=work[0]))
         hard_sum = hard.sum(-1, keepdim=True)
         loss += (hard_sum.log() + (student_max - student.gather(1, labels))) * options.hard_weight
         if out is not None:
@@ -113,7 +95,7 @@ def row_loss(
             out.scatter_add_(1, labels, torch.full_like(hard_sum, -options.hard_weight))
     if out is not None:
         # A student's class of probability 0 that the target or the label asks for: the loss is inf, its gradient 0.
-        if may_be_infinite(loss):
+        if _rows.may_be_infinite(loss):
             out.masked_fill_(student == -math.inf, 0)
         if options.student_softcap is not None:
             tanh_squared = student.div_(options.student_softcap).square_().clamp_(max=1)  # slope 0 where -inf was kept
@@ -126,7 +108,7 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
     student, teacher, indices, labels, counted, weight = inputs
     classes, dtype = options.classes, loss.dtype
     labels = checked_labels(labels, counted, classes)
-    weight = row_weights(weight, counted, dtype)
+    weight = _rows.row_weights(weight, counted, dtype)
     logits = [(student, options.student_softcap)]
     whole_list: Target | None = None
     if options.soft_weight == 0:
@@ -139,27 +121,27 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
     short = classes < SHORT
     copies = short or any(cap is not None or x.dtype != dtype or x.stride(-1) != 1 for x, cap in logits)
     count = BUFFERS + 3 * copies
-    limit = rows_of_a_block(loss.numel(), classes, count, loss)
+    limit = _rows.rows_of_a_block(loss.numel(), classes, count, loss)
     memory = loss.new_empty(count, classes, limit).mT if short else loss.new_empty(count, limit, classes)
     whole = memory.unbind()
     d_rows = None if gradient is None else gradient.view(-1, student.shape[-1])
     student_buffer = teacher_buffer = wide = None
-    for index, rows in row_blocks(student.shape[:-1], limit):
+    for index, rows in _rows.row_blocks(student.shape[:-1], limit):
         size = rows.stop - rows.start
         work = whole if size == limit else [buffer[:size] for buffer in whole]
         if copies:
             *work, student_buffer, teacher_buffer, wide = work
-        block = capped(rows_at(student, index, classes), options.student_softcap, student_buffer)
+        block = capped(_rows.rows_at(student, index, classes), options.student_softcap, student_buffer)
         if whole_list is None:
-            target: Target = (capped(rows_at(teacher, index, classes), options.teacher_softcap, teacher_buffer),)
+            target: Target = (capped(_rows.rows_at(teacher, index, classes), options.teacher_softcap, teacher_buffer),)
         else:
             target = tuple(x[rows] for x in whole_list)
-        here = None if d_rows is None else rows_at(d_rows, (rows,), classes)
+        here = None if d_rows is None else _rows.rows_at(d_rows, (rows,), classes)
         out = here if wide is None or here is None else wide
         loss[rows] = row_loss(options, block, target, at(labels, rows), out, work)
         if here is not None and out is not None:
             if weight is not None:
-                weigh_rows_(out, weight[rows], at(counted, rows))
+                _rows.weigh_rows_(out, weight[rows], at(counted, rows))
             if out is not here:
                 here.copy_(out)
     if counted is not None:
@@ -192,7 +174,7 @@ def _launch(
     if options.soft_weight:
         target = (teacher,) if indices is None else sorted_list(options, teacher, indices, counted, loss.dtype)
     labels = checked_labels(labels, counted, options.classes)
-    labels, counted, weight, expected = contiguous(labels, counted, weight, expected)
+    labels, counted, weight, expected = _rows.contiguous(labels, counted, weight, expected)
     kernels_of(options).rows(
         student, target, labels, counted, options, loss=loss, gradient=gradient, weight=weight, expected=expected
     )
@@ -241,7 +223,7 @@ def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     gradient, ctx.gradient = ctx.gradient, None
     if grad_loss is None:
         return None, *nothing
-    inputs, options = Inputs(*ctx.saved_tensors, weight=grad_loss), RowOptions(*ctx.options)
+    inputs, options = Inputs._make([*ctx.saved_tensors, grad_loss]), RowOptions(*ctx.options)
     if gradient is None:
         _, gradient = (_op if _common.traced() else _forward)(*inputs, True, *options)
     elif options.backend != "torch":
@@ -249,7 +231,7 @@ def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
         _launch(options, inputs, loss, gradient, expected=ctx.weight)
     elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
         ratio = grad_loss if ctx.weight is None else grad_loss / ctx.weight
-        gradient.view(-1, gradient.shape[-1]).mul_(row_weights(ratio, inputs.counted, ratio.dtype))
+        gradient.view(-1, gradient.shape[-1]).mul_(_rows.row_weights(ratio, inputs.counted, ratio.dtype))
     return gradient, *nothing
 
 
