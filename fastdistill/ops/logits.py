@@ -208,9 +208,9 @@ def _fake(student, teacher, *rest):  # type: ignore[no-untyped-def]
     return _outputs(student, teacher, rest[INPUTS - 2])
 
 
-def _setup_context(ctx, flat, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.weight = flat[:INPUTS]
-    needs_gradient, *ctx.options = flat[INPUTS:]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.weight = inputs[:INPUTS]
+    needs_gradient, *ctx.options = inputs[INPUTS:]
     ctx.gradient = output[1] if needs_gradient else None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
