@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastdistill.ops._attention import Attention, Counted
 
+from fastdistill.ops._rows import RowOptions
+
 Call = Callable[[], object]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -52,11 +54,11 @@ def _rows(kind: str, classes: int, name: str, with_all: bool, rows: int = 64) ->
     labels = torch.empty(rows, dtype=torch.int64) if with_all else None
     counted = torch.empty(rows, dtype=torch.bool) if with_all else None
     cap = 30.0 if with_all else None
+    options = RowOptions(kind, "", classes, 2.0, 0.5, 1.0, 0.5, cap, cap, "triton")
 
     def call() -> None:
         logits.rows(
-            student, teacher, labels, counted, kind, classes=classes, temperature=2.0, beta=0.5, soft_weight=1.0,
-            hard_weight=0.5, student_softcap=cap, teacher_softcap=cap, loss=loss, gradient=gradient, weight=loss,
+            student, (teacher,), labels, counted, options, loss=loss, gradient=gradient, weight=loss,
             expected=loss if with_all else None,
         )  # fmt: skip
 
@@ -74,12 +76,14 @@ def topk_cases() -> Iterator[tuple[str, Call]]:
 def _listed(classes: int, tail: str, name: str, with_all: bool, rows: int = 64) -> tuple[str, Call]:
     student, loss, p = torch.empty(rows, classes, dtype=DTYPES[name]), torch.empty(rows), torch.empty(rows, 64)
     labels = torch.empty(rows, dtype=torch.int64) if with_all else None
+    cap = 30.0 if with_all else None
+    options = RowOptions("soft_cross_entropy", tail, classes, 1.0, 0.5, 1.0, 0.5, cap, None, "triton")
 
     def call() -> None:
         topk.rows(
-            student, (p, p.long(), loss if tail == "bucket" else None), labels, loss > 0 if with_all else None,
-            classes=classes, temperature=1.0, soft_weight=1.0, hard_weight=0.5, softcap=30.0 if with_all else None,
-            loss=loss, gradient=torch.empty_like(student), weight=loss, expected=loss if with_all else None,
+            student, (p, p.long(), loss)[: 3 if tail == "bucket" else 2], labels, loss > 0 if with_all else None,
+            options, loss=loss, gradient=torch.empty_like(student), weight=loss,
+            expected=loss if with_all else None,
         )  # fmt: skip
 
     return f"topk {tail} V={classes} {name}" + (" all options" if with_all else ""), call

@@ -1,67 +1,38 @@
-"""Knowledge-distillation losses for PyTorch that stay low on memory, and TinyBERT's two-stage distillation.
+"""Knowledge-distillation losses for PyTorch that stay low on memory, and a trainer for TinyBERT's two-stage recipe.
 
-The losses (functions and modules) are here and need torch and numpy alone. The trainer lives in
-`fastdistill.train.trainer` and `fastdistill.train.stages`, with the extra `fastdistill[train]`.
+The losses (functions and modules) are here and need only torch and numpy. They are imported on first use, so that
+`import fastdistill` alone does not import torch. The trainer is `fastdistill.train`, with the extra
+`fastdistill[train]`.
 """
 
-from fastdistill.functional import (
-    attention_kl,
-    attention_mse,
-    jsd,
-    kl_div,
-    linear_jsd,
-    linear_kl_div,
-    linear_mse,
-    linear_soft_cross_entropy,
-    linear_topk_soft_cross_entropy,
-    linear_tvd,
-    soft_cross_entropy,
-    topk_soft_cross_entropy,
-    tvd,
-)
-from fastdistill.losses import (
-    AttentionKLLoss,
-    AttentionMSELoss,
-    JSDLoss,
-    KLDivLoss,
-    LinearJSDLoss,
-    LinearKLDivLoss,
-    LinearMSELoss,
-    LinearSoftCrossEntropyLoss,
-    LinearTopKSoftCrossEntropyLoss,
-    LinearTVDLoss,
-    SoftCrossEntropyLoss,
-    TopKSoftCrossEntropyLoss,
-    TVDLoss,
-)
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdistill import functional as functional
+    from fastdistill import losses as losses
+    from fastdistill.functional import *  # noqa: F403
+    from fastdistill.losses import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AttentionKLLoss",
-    "AttentionMSELoss",
-    "JSDLoss",
-    "KLDivLoss",
-    "LinearJSDLoss",
-    "LinearKLDivLoss",
-    "LinearMSELoss",
-    "LinearSoftCrossEntropyLoss",
-    "LinearTVDLoss",
-    "LinearTopKSoftCrossEntropyLoss",
-    "SoftCrossEntropyLoss",
-    "TVDLoss",
-    "TopKSoftCrossEntropyLoss",
-    "attention_kl",
-    "attention_mse",
-    "jsd",
-    "kl_div",
-    "linear_jsd",
-    "linear_kl_div",
-    "linear_mse",
-    "linear_soft_cross_entropy",
-    "linear_topk_soft_cross_entropy",
-    "linear_tvd",
-    "soft_cross_entropy",
-    "topk_soft_cross_entropy",
-    "tvd",
-]
+_MODULES = ("functional", "losses", "reference")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"fastdistill.{name}")
+    # Other submodules are left to the import statement: importing fastdistill.cli must not import torch.
+    if name == "__all__" or not (name.startswith("_") or find_spec(f"fastdistill.{name}")):
+        from fastdistill import functional, losses
+
+        public = {name: getattr(module, name) for module in (functional, losses) for name in module.__all__}
+        globals().update(public, __all__=sorted(public))
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module 'fastdistill' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__"), *_MODULES})

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions. Each raises before any work and names the argument, what it was,
+"""Checks the arguments of the public functions. Each check raises before any work, and names the argument, what it was,
 what it should be and how to mend it."""
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def given(**optional: Tensor | None) -> dict[str, Tensor]:
-    """The optional tensors that are not None."""
+    """Returns the optional tensors that are not None."""
     return {name: x for name, x in optional.items() if x is not None}
 
 
 def floating(**tensors: Tensor) -> None:
-    """Real floating tensors, all on one device."""
+    """Checks that all are real floating tensors on one device."""
     first_name, first = "", None
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
@@ -26,9 +26,9 @@ def floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}; it should be floating point: cast it with .float()")
         if hasattr(x, "full_tensor"):
             raise TypeError(
-                f"{name} is a DTensor; it should be a plain tensor: under FSDP pass "
-                f'{name}.full_tensor(grad_placements=[Partial("avg")]), whose gradient is reduced (that of a bare '
-                "full_tensor() is not), or call the op inside the forward of the module that FSDP wraps"
+                f"{name} is a DTensor; it should be a plain tensor: under FSDP call the op inside the forward of the "
+                f'module that FSDP wraps, or pass {name}.full_tensor(grad_placements=[Partial("avg")]); without '
+                "grad_placements its gradient would not be averaged over the processes"
             )
         if first is None:
             first_name, first = name, x
@@ -37,7 +37,7 @@ def floating(**tensors: Tensor) -> None:
 
 
 def frozen(**tensors: Tensor | None) -> None:
-    """The teacher's side gets no gradient, so asking for one is a mistake worth an error."""
+    """Checks that no tensor of the teacher requires a gradient: it gets none, so asking for one is a mistake."""
     for name, x in tensors.items():
         if x is not None and x.requires_grad:
             raise ValueError(
@@ -47,7 +47,7 @@ def frozen(**tensors: Tensor | None) -> None:
 
 
 def same_dtype(**tensors: Tensor | None) -> None:
-    """Operands of one matrix product. Not called under autocast, which casts them."""
+    """Checks the operands of one matrix product, after autocast has cast them."""
     present = {name: x.dtype for name, x in tensors.items() if x is not None}
     if len(set(present.values())) > 1:
         listed = ", ".join(f"{name} {dtype}" for name, dtype in present.items())
@@ -60,7 +60,7 @@ def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None
 
 
 def mask(name: str, x: Tensor | None, expected: tuple[int, ...] | None, meaning: str, device: torch.device) -> None:
-    """A bool tensor, True = counts; `expected` None: of any shape."""
+    """Checks a bool tensor, True = counts. With `expected` None it may have any shape."""
     if x is None:
         return
     if not isinstance(x, Tensor) or x.dtype != torch.bool:
@@ -84,7 +84,7 @@ def integers(name: str, x: Tensor, expected: tuple[int, ...], meaning: str, devi
     on_device(name, x, device)
 
 
-def reduction(value: str, num_items: int | Tensor | None, allowed: tuple[str, ...] = REDUCTIONS) -> None:
+def reduction(value: str, num_items: int | float | Tensor | None, allowed: tuple[str, ...] = REDUCTIONS) -> None:
     if value not in allowed:
         raise ValueError(f"reduction is {value!r}; it should be one of {', '.join(map(repr, allowed))}")
     if num_items is None:
@@ -93,11 +93,11 @@ def reduction(value: str, num_items: int | Tensor | None, allowed: tuple[str, ..
         raise ValueError(f"num_items is given but reduction is {value!r}; only 'mean' divides by it")
     if isinstance(num_items, Tensor):
         if num_items.dim() != 0:
-            raise ValueError(f"num_items has shape {tuple(num_items.shape)}; it should be a 0-d tensor or an int")
-    elif isinstance(num_items, bool) or not isinstance(num_items, (int, torch.SymInt)):
-        raise TypeError(f"num_items is {type(num_items).__name__}; it should be an int or a 0-d tensor")
-    elif num_items < 0:
-        raise ValueError(f"num_items is {num_items}; it should be the number of counted items, 0 or more")
+            raise ValueError(f"num_items has shape {tuple(num_items.shape)}; it should be a number or a 0-d tensor")
+    elif isinstance(num_items, bool) or not isinstance(num_items, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"num_items is {type(num_items).__name__}; it should be a number or a 0-d tensor")
+    elif not 0 <= num_items < math.inf:
+        raise ValueError(f"num_items is {num_items}; it should be the number of counted items, finite and 0 or more")
 
 
 def positive(name: str, value: float) -> None:
@@ -108,6 +108,11 @@ def positive(name: str, value: float) -> None:
 def integer(name: str, value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} is {type(value).__name__}; it should be an int")
+
+
+def boolean(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is {type(value).__name__}; it should be a bool")
 
 
 def finite(name: str, value: float | None) -> None:

@@ -17,9 +17,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastdistill.ops._rows import RowOptions
 
 # Inside the package where it is installed, beside it in a checkout.
 _INSIDE = Path(__file__).parent / "csrc"
@@ -64,34 +68,28 @@ def unavailable(device: torch.device) -> str | None:
 
 def rows(
     student: Tensor,  # (*, >= V)
-    teacher: Tensor | None,  # (*, >= V); None: the soft loss has no weight
+    target: tuple[Tensor, ...],  # the teacher's logits (*, >= V); (): the soft loss has no weight
     labels: Tensor | None,  # (N)
     counted: Tensor | None,  # (N)
-    kind: str,
+    options: RowOptions,
     *,
-    classes: int,  # V
-    temperature: float,
-    beta: float,
-    soft_weight: float,
-    hard_weight: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
     loss: Tensor,  # (N), float32
     gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
     weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
     expected: Tensor | None = None,  # (N), the weights that `gradient` was written with before; None: it was not
 ) -> None:
-    """Writes `loss`, and `gradient` where it is given; with `expected` only of rows whose weight is another.
+    """Writes `loss`, and `gradient` if it is given. With `expected` it writes only the rows whose weight differs.
 
-    What `fastdistill.kernels.logits.rows` does, but for the biases. Student and teacher have one dtype of `DTYPES`.
+    Does what `fastdistill.kernels.logits.rows` does, without biases. Student and teacher have one dtype of `DTYPES`.
     """
-    if teacher is None:  # KL of the student from itself: 0, and so is its gradient
-        teacher, kind, soft_weight = student, "kl_div", 0.0
+    kind, soft_weight = options.kind, options.soft_weight
+    if not target:  # KL of the student from itself: 0, and so is its gradient
+        target, kind, soft_weight = (student,), "kl_div", 0.0
     library(student.device).rows(
-        student, teacher, None if labels is None else labels.long(), counted,
+        student, *target, None if labels is None else labels.long(), counted,
         None if weight is None else weight.float(), None if expected is None else expected.float(), loss, gradient,
-        KINDS.index(kind), classes, temperature, beta, soft_weight, hard_weight, student_softcap or 0.0,
-        teacher_softcap or 0.0,
+        KINDS.index(kind), options.classes, options.temperature, options.beta, soft_weight, options.hard_weight,
+        options.student_softcap or 0.0, options.teacher_softcap or 0.0,
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The losses as nn.Modules over `fastdistill.functional`: the constructor takes the options, forward the tensors.
 
-What a forward takes and raises is documented at the function of the same name.
+The function of the same name documents what a forward takes and raises.
 """
 
 from __future__ import annotations
@@ -31,26 +31,55 @@ __all__ = [
 
 
 class _Loss(nn.Module):
-    """Keeps the options; a repr that shows them."""
+    """Calls `function` with the options given to the constructor and the tensors given to forward.
+
+    Options are the keywords of `function` that are no tensors; the repr shows them.
+    """
 
     function: Callable[..., Tensor]
+    defaults: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        """Gives the class the options of its function, and the signatures that `help` and editors show."""
+        super().__init_subclass__()
+        parameters = inspect.signature(cls.function).parameters.values()
+        tensors = [p for p in parameters if "Tensor" in p.annotation]
+        options = [p for p in parameters if "Tensor" not in p.annotation]
+        cls.defaults = {p.name: p.default for p in options}
+        if "__init__" not in vars(cls):
+            cls.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+        if "forward" not in vars(cls):
+            cls.forward = _forward_of(tensors)
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        unknown = options.keys() - inspect.signature(self.function).parameters.keys()
+        unknown = options.keys() - self.defaults.keys()
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
-        self.options = options
+        self.options = self.defaults | options
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
+def _forward_of(tensors: list[inspect.Parameter]) -> Any:
+    """Returns a forward whose signature lists the tensors."""
+
+    def forward(self: _Loss, *tensors: Tensor, **keywords: Tensor | None) -> Tensor:
+        return self.function(*tensors, **keywords, **self.options)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([own, *tensors], return_annotation="Tensor")  # type: ignore[attr-defined]
+    return forward
+
+
 class LinearMSELoss(_Loss):
-    """`linear_mse` with a projection of its own, `.projection`: train it with the student and save it.
+    """Computes `linear_mse` with a projection of its own, `.projection`: train it with the student and save it.
 
     Args:
-        student_dim: d_s. teacher_dim: d_t. bias: give the projection a bias, as TinyBERT's code does.
+        student_dim: d_s.
+        teacher_dim: d_t.
+        bias: give the projection a bias, as TinyBERT's code does.
         reduction, backend: as in `fastdistill.linear_mse`.
     """
 
@@ -68,253 +97,79 @@ class LinearMSELoss(_Loss):
         teacher: Tensor,  # (*, d_t)
         *,
         mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
     ) -> Tensor:
         weight, bias = self.projection.weight, self.projection.bias
         return self.function(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
 
 
-class _AttentionLoss(_Loss):
-    def __init__(
-        self,
-        *,
-        student_scale: float | None = None,
-        teacher_scale: float | None = None,
-        is_causal: bool = False,
-        reduction: str = "mean",
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            student_scale=student_scale,
-            teacher_scale=teacher_scale,
-            is_causal=is_causal,
-            reduction=reduction,
-            backend=backend,
-        )
-
-    def forward(
-        self,
-        student_query: Tensor,  # (B, H, L, D_s)
-        student_key: Tensor,  # (B, H_kv, S, D_s)
-        teacher_query: Tensor,  # (B, H, L, D_t)
-        teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
-        *,
-        key_mask: Tensor | None = None,  # (B, S)
-        query_mask: Tensor | None = None,  # (B, L)
-        attn_mask: Tensor | None = None,  # broadcastable to (B, H, L, S)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return self.function(
-            student_query,
-            student_key,
-            teacher_query,
-            teacher_key,
-            key_mask=key_mask,
-            query_mask=query_mask,
-            attn_mask=attn_mask,
-            num_items=num_items,
-            **self.options,
-        )
-
-
-class AttentionMSELoss(_AttentionLoss):
-    """`fastdistill.attention_mse` with its scales, causality, reduction and backend fixed."""
+class AttentionMSELoss(_Loss):
+    """Computes `fastdistill.attention_mse` with its options fixed."""
 
     function = staticmethod(F.attention_mse)
 
 
-class AttentionKLLoss(_AttentionLoss):
-    """`fastdistill.attention_kl` with its scales, causality, reduction and backend fixed."""
+class AttentionKLLoss(_Loss):
+    """Computes `fastdistill.attention_kl` with its options fixed."""
 
     function = staticmethod(F.attention_kl)
 
 
-class _ClassesLoss(_Loss):
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        t_squared: bool = False,
-        alpha: float = 1.0,
-        ignore_index: int = -100,
-        vocab_size: int | None = None,
-        student_softcap: float | None = None,
-        reduction: str = "mean",
-        backend: str = "auto",
-        **more: Any,
-    ) -> None:
-        super().__init__(
-            temperature=temperature,
-            t_squared=t_squared,
-            alpha=alpha,
-            ignore_index=ignore_index,
-            vocab_size=vocab_size,
-            student_softcap=student_softcap,
-            reduction=reduction,
-            backend=backend,
-            **more,
-        )
-
-
-class _LogitsLoss(_ClassesLoss):
-    def __init__(self, *, teacher_softcap: float | None = None, **options: Any) -> None:
-        super().__init__(teacher_softcap=teacher_softcap, **options)
-
-    def forward(
-        self,
-        student_logits: Tensor,  # (*, V)
-        teacher_logits: Tensor,  # (*, V)
-        *,
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return self.function(
-            student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items, **self.options
-        )
-
-
-class _LinearLogitsLoss(_ClassesLoss):
-    def __init__(self, *, teacher_softcap: float | None = None, **options: Any) -> None:
-        super().__init__(teacher_softcap=teacher_softcap, **options)
-
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        teacher: Tensor,  # (*, d_t)
-        teacher_weight: Tensor,  # (V, d_t)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        teacher_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return self.function(
-            student,
-            student_weight,
-            teacher,
-            teacher_weight,
-            student_bias=student_bias,
-            teacher_bias=teacher_bias,
-            labels=labels,
-            mask=mask,
-            num_items=num_items,
-            **self.options,
-        )
-
-
-class SoftCrossEntropyLoss(_LogitsLoss):
-    """`fastdistill.soft_cross_entropy` with its options fixed; tensors, labels and masks come with the call."""
+class SoftCrossEntropyLoss(_Loss):
+    """Computes `fastdistill.soft_cross_entropy` with its options fixed."""
 
     function = staticmethod(F.soft_cross_entropy)
 
 
-class KLDivLoss(_LogitsLoss):
-    """`fastdistill.kl_div` with its options fixed; tensors, labels and masks come with the call."""
+class KLDivLoss(_Loss):
+    """Computes `fastdistill.kl_div` with its options fixed."""
 
     function = staticmethod(F.kl_div)
 
-    def __init__(self, *, reverse: bool = False, **options: Any) -> None:
-        super().__init__(reverse=reverse, **options)
 
-
-class JSDLoss(_LogitsLoss):
-    """`fastdistill.jsd` with its options fixed; tensors, labels and masks come with the call."""
+class JSDLoss(_Loss):
+    """Computes `fastdistill.jsd` with its options fixed."""
 
     function = staticmethod(F.jsd)
 
-    def __init__(self, *, beta: float = 0.5, **options: Any) -> None:
-        super().__init__(beta=beta, **options)
 
-
-class TVDLoss(_LogitsLoss):
-    """`fastdistill.tvd` with its options fixed; tensors, labels and masks come with the call."""
+class TVDLoss(_Loss):
+    """Computes `fastdistill.tvd` with its options fixed."""
 
     function = staticmethod(F.tvd)
 
 
-class LinearSoftCrossEntropyLoss(_LinearLogitsLoss):
-    """`fastdistill.linear_soft_cross_entropy` with its options fixed; tensors, labels and masks come with the call."""
+class TopKSoftCrossEntropyLoss(_Loss):
+    """Computes `fastdistill.topk_soft_cross_entropy` with its options fixed."""
+
+    function = staticmethod(F.topk_soft_cross_entropy)
+
+
+class LinearSoftCrossEntropyLoss(_Loss):
+    """Computes `fastdistill.linear_soft_cross_entropy` with its options fixed."""
 
     function = staticmethod(F.linear_soft_cross_entropy)
 
 
-class LinearKLDivLoss(_LinearLogitsLoss):
-    """`fastdistill.linear_kl_div` with its options fixed; tensors, labels and masks come with the call."""
+class LinearKLDivLoss(_Loss):
+    """Computes `fastdistill.linear_kl_div` with its options fixed."""
 
     function = staticmethod(F.linear_kl_div)
 
-    def __init__(self, *, reverse: bool = False, **options: Any) -> None:
-        super().__init__(reverse=reverse, **options)
 
-
-class LinearJSDLoss(_LinearLogitsLoss):
-    """`fastdistill.linear_jsd` with its options fixed; tensors, labels and masks come with the call."""
+class LinearJSDLoss(_Loss):
+    """Computes `fastdistill.linear_jsd` with its options fixed."""
 
     function = staticmethod(F.linear_jsd)
 
-    def __init__(self, *, beta: float = 0.5, **options: Any) -> None:
-        super().__init__(beta=beta, **options)
 
-
-class LinearTVDLoss(_LinearLogitsLoss):
-    """`fastdistill.linear_tvd` with its options fixed; tensors, labels and masks come with the call."""
+class LinearTVDLoss(_Loss):
+    """Computes `fastdistill.linear_tvd` with its options fixed."""
 
     function = staticmethod(F.linear_tvd)
 
 
-class _TopKLoss(_ClassesLoss):
-    def __init__(self, *, tail: str = "renormalize", **options: Any) -> None:
-        super().__init__(tail=tail, **options)
-
-
-class TopKSoftCrossEntropyLoss(_TopKLoss):
-    """`fastdistill.topk_soft_cross_entropy` with its options fixed; tensors, labels and masks come with the call."""
-
-    function = staticmethod(F.topk_soft_cross_entropy)
-
-    def forward(
-        self,
-        student_logits: Tensor,  # (*, V)
-        topk_logprobs: Tensor,  # (*, k)
-        topk_indices: Tensor,  # (*, k)
-        *,
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return self.function(
-            student_logits, topk_logprobs, topk_indices, labels=labels, mask=mask, num_items=num_items, **self.options
-        )
-
-
-class LinearTopKSoftCrossEntropyLoss(_TopKLoss):
-    """`fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""
+class LinearTopKSoftCrossEntropyLoss(_Loss):
+    """Computes `fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""
 
     function = staticmethod(F.linear_topk_soft_cross_entropy)
-
-    def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        student_weight: Tensor,  # (V, d_s)
-        topk_logprobs: Tensor,  # (*, k)
-        topk_indices: Tensor,  # (*, k)
-        *,
-        student_bias: Tensor | None = None,  # (V)
-        labels: Tensor | None = None,  # (*)
-        mask: Tensor | None = None,  # (*)
-        num_items: int | Tensor | None = None,
-    ) -> Tensor:
-        return self.function(
-            student,
-            student_weight,
-            topk_logprobs,
-            topk_indices,
-            student_bias=student_bias,
-            labels=labels,
-            mask=mask,
-            num_items=num_items,
-            **self.options,
-        )

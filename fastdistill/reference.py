@@ -1,17 +1,18 @@
 """Every op's definition in plain eager PyTorch: the oracle of the tests and `backend="reference"`.
 
-Nothing here is clever. Everything is materialised, autograd differentiates it, and it runs in any floating
-dtype on any device: give it float64 for the truth. Inputs are cast to float32 (float64 stays), so a reference
-in bfloat16 measures what the dtype of the *inputs* costs, not what eager bfloat16 arithmetic costs.
+Nothing here is clever. Everything is materialised, autograd differentiates it, and it runs in any floating dtype on any
+device: float64 inputs give the true value. Inputs are cast to float32 (float64 stays), so a reference in bfloat16
+measures the cost of the *inputs'* dtype, not that of eager bfloat16 arithmetic.
 
-Rows, tokens and pairs that do not count are replaced by zeros before any arithmetic, so whatever they hold
-(NaN included) reaches neither the value nor a gradient.
+Rows, tokens and pairs that are masked out are replaced by zeros before any arithmetic, so their content, even NaN,
+reaches neither the value nor a gradient.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ from torch.nn import functional as F
 
 
 def _wide(*tensors: Any) -> list[Any]:
-    """The tensors in the dtype losses are computed in: float64 if any of them is, else float32."""
+    """Casts the tensors to the dtype losses are computed in: float64 if any of them is float64, else float32."""
     dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
     return [None if x is None else x.to(dtype) for x in tensors]
 
 
-def reduce(per_item: Tensor, counted: Tensor, reduction: str, num_items: int | Tensor | None) -> Tensor:
-    """Sum, or mean over the counted items; `per_item` is already 0 where `counted` is False."""
+def reduce(per_item: Tensor, counted: Tensor, reduction: str, num_items: int | float | Tensor | None) -> Tensor:
+    """Sums, or averages over the counted items. `per_item` is already 0 where `counted` is False."""
     if reduction == "none":
         return per_item
     total = per_item.sum()
@@ -36,8 +37,8 @@ def reduce(per_item: Tensor, counted: Tensor, reduction: str, num_items: int | T
 
 
 def divisor(num_items: int | float | Tensor, like: Tensor) -> Tensor:
-    """`num_items` as a 0-d tensor to divide a sum by; no item at all divides by 1, so that the mean is 0."""
-    count = torch.as_tensor(num_items, device=like.device).to(like.dtype)
+    """Returns `num_items` as a 0-d tensor to divide a sum by. A count of 0 divides by 1, so that the mean is 0."""
+    count = torch.as_tensor(num_items, device=like.device, dtype=like.dtype)
     return torch.where(count == 0, torch.ones_like(count), count)
 
 
@@ -52,7 +53,7 @@ def linear_mse(
     *,
     mask: Tensor | None = None,  # (*)
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
 ) -> Tensor:
     student, weight, teacher, bias = _wide(student, weight, teacher, bias)
     counted = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
@@ -80,7 +81,7 @@ def allowed_pairs(
     is_causal: bool = False,
     attn_mask: Tensor | None = None,  # broadcastable to (B, H, L, S)
 ) -> Tensor:  # (B, H, L, S)
-    """The pairs (b, h, i, j) that every mask given allows; causal: j <= i + S - L."""
+    """Returns the pairs (b, h, i, j) that every given mask allows; causal: j <= i + S - L."""
     allowed = torch.ones(batch, heads, query_length, key_length, dtype=torch.bool, device=device)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
@@ -96,7 +97,7 @@ def allowed_pairs(
 
 
 def attention_scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
-    """scale * <q_i, k_j> for query (B, H, L, D) and key (B, H_kv, S, D): (B, H, L, S)."""
+    """Returns scale * <q_i, k_j>, (B, H, L, S), for query (B, H, L, D) and key (B, H_kv, S, D)."""
     groups = query.shape[1] // key.shape[1]
     return (query @ key.repeat_interleave(groups, dim=1).mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -106,29 +107,23 @@ def _both_scores(
     student_key: Tensor,
     teacher_query: Tensor,
     teacher_key: Tensor,
-    student_scale: float | None,
-    teacher_scale: float | None,
-    key_mask: Tensor | None,
-    query_mask: Tensor | None,
-    is_causal: bool,
-    attn_mask: Tensor | None,
+    *,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Student scores, teacher scores and the allowed pairs, each (B, H, L, S)."""
+    """Returns student scores, teacher scores and the allowed pairs, each (B, H, L, S)."""
     student_query, student_key, teacher_query, teacher_key = _wide(
         student_query, student_key, teacher_query, teacher_key
     )
     batch, heads, query_length, _ = student_query.shape
     allowed = allowed_pairs(
-        batch,
-        heads,
-        query_length,
-        student_key.shape[2],
-        student_query.device,
-        key_mask=key_mask,
-        query_mask=query_mask,
-        is_causal=is_causal,
-        attn_mask=attn_mask,
-    )
+        batch, heads, query_length, student_key.shape[2], student_query.device,
+        key_mask=key_mask, query_mask=query_mask, is_causal=is_causal, attn_mask=attn_mask,
+    )  # fmt: skip
     if query_mask is not None:
         student_query = torch.where(query_mask[:, None, :, None], student_query, 0)
         teacher_query = torch.where(query_mask[:, None, :, None], teacher_query, 0)
@@ -146,19 +141,13 @@ def attention_mse(
     teacher_query: Tensor,  # (B, H, L, D_t)
     teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
     *,
-    student_scale: float | None = None,
-    teacher_scale: float | None = None,
-    key_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    **scales_and_masks: Any,  # of `_both_scores`
 ) -> Tensor:
     student_scores, teacher_scores, allowed = _both_scores(
-        student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale,
-        key_mask, query_mask, is_causal, attn_mask,
-    )  # fmt: skip
+        student_query, student_key, teacher_query, teacher_key, **scales_and_masks
+    )
     difference = torch.where(allowed, student_scores - teacher_scores, 0)
     return reduce(difference.square(), allowed, reduction, num_items)
 
@@ -169,21 +158,15 @@ def attention_kl(
     teacher_query: Tensor,  # (B, H, L, D_t)
     teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
     *,
-    student_scale: float | None = None,
-    teacher_scale: float | None = None,
-    key_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
     reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    **scales_and_masks: Any,  # of `_both_scores`
 ) -> Tensor:
     student_scores, teacher_scores, allowed = _both_scores(
-        student_query, student_key, teacher_query, teacher_key, student_scale, teacher_scale,
-        key_mask, query_mask, is_causal, attn_mask,
-    )  # fmt: skip
+        student_query, student_key, teacher_query, teacher_key, **scales_and_masks
+    )
     counted = allowed.any(-1)  # (B, H, L)
-    # A row with no allowed key is given all of them, so that its softmax is finite; it is dropped below.
+    # A row with no allowed key gets all of them, so that its softmax is finite; it is dropped below.
     allowed = allowed | ~counted.unsqueeze(-1)
     student_logp = torch.log_softmax(torch.where(allowed, student_scores, -math.inf), dim=-1)
     teacher_logp = torch.log_softmax(torch.where(allowed, teacher_scores, -math.inf), dim=-1)
@@ -195,24 +178,24 @@ def attention_kl(
 
 
 def _expectation(weight_logp: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
-    """sum_v w (log p - log q) with w = exp(weight_logp) and 0 * anything = 0."""
+    """Returns sum_v w (log p - log q) with w = exp(weight_logp) and 0 * inf = 0."""
     weight = weight_logp.exp()
     some = weight > 0
     difference = torch.where(some, logp, 0) - torch.where(some, logq, 0)
     return (weight * difference).sum(-1)
 
 
-def _soft_cross_entropy(student_logp: Tensor, teacher_logp: Tensor, **_: object) -> Tensor:
+def _soft_cross_entropy(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return _expectation(teacher_logp, torch.zeros_like(teacher_logp), student_logp)
 
 
-def _kl_div(student_logp: Tensor, teacher_logp: Tensor, *, reverse: bool = False, **_: object) -> Tensor:
+def _kl_div(student_logp: Tensor, teacher_logp: Tensor, *, reverse: bool = False) -> Tensor:
     if reverse:
         return _expectation(student_logp, student_logp, teacher_logp)
     return _expectation(teacher_logp, teacher_logp, student_logp)
 
 
-def _jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5, **_: object) -> Tensor:
+def _jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5) -> Tensor:
     if beta in (0, 1):
         return _kl_div(student_logp, teacher_logp, reverse=beta == 1)
     nowhere = (student_logp == -math.inf) & (teacher_logp == -math.inf)  # log m would be -inf - (-inf) backward
@@ -225,30 +208,45 @@ def _jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5, **_: 
     )
 
 
-def _tvd(student_logp: Tensor, teacher_logp: Tensor, **_: object) -> Tensor:
+def _tvd(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return 0.5 * (teacher_logp.exp() - student_logp.exp()).abs().sum(-1)
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits as the losses see them: softcapped, and -inf kept as it is, a constant."""
+    """Returns the logits after the softcap, which keeps -inf as a constant."""
     infinite = logits == -math.inf
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.where(infinite, -math.inf, logits)
 
 
-def _with_labels(
-    soft: Tensor,  # (*), the soft loss of each row
-    student_logits: Tensor,  # (*, V), capped
-    counted: Tensor,  # (*)
-    temperature: float,
-    t_squared: bool,
-    labels: Tensor | None,
-    alpha: float,
-    reduction: str,
-    num_items: int | Tensor | None,
+def _class_loss(
+    soft: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
+    student_logits: Tensor,  # (*, >= V)
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
 ) -> Tensor:
-    loss = soft * temperature**2 if t_squared else soft
+    """`soft` takes a function that zeroes rows that are masked out, and the student's log-probabilities; it returns
+    the soft loss of each row."""
+    student_logits = student_logits[..., :vocab_size]
+    counted = _counted_rows(student_logits, labels, ignore_index, mask)
+
+    def clean(x: Tensor) -> Tensor:
+        return torch.where(counted.unsqueeze(-1), x, 0)
+
+    student_logits = capped(clean(student_logits), student_softcap)
+    loss = soft(clean, torch.log_softmax(student_logits / temperature, -1))
+    if t_squared:
+        loss = loss * temperature**2
     if labels is not None:
         hard = F.cross_entropy(
             student_logits.reshape(-1, student_logits.shape[-1]),
@@ -270,33 +268,23 @@ def _counted_rows(student: Tensor, labels: Tensor | None, ignore_index: int, mas
 
 
 def _divergence(
-    kind: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
     student_logits: Tensor,  # (*, V)
     teacher_logits: Tensor,  # (*, V)
     *,
+    own: dict[str, Any] | None = None,  # options of the formula
     temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
     vocab_size: int | None = None,
-    student_softcap: float | None = None,
     teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
-    **options: Any,
+    **keywords: Any,
 ) -> Tensor:
-    student_logits, teacher_logits = _wide(student_logits[..., :vocab_size], teacher_logits[..., :vocab_size])
-    counted = _counted_rows(student_logits, labels, ignore_index, mask)
-    student_logits = capped(torch.where(counted.unsqueeze(-1), student_logits, 0), student_softcap)
-    teacher_logits = capped(torch.where(counted.unsqueeze(-1), teacher_logits, 0), teacher_softcap)
-    soft = kind(
-        torch.log_softmax(student_logits / temperature, -1),
-        torch.log_softmax(teacher_logits / temperature, -1),
-        **options,
-    )
-    return _with_labels(soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items)
+    student_logits, teacher_logits = _wide(student_logits, teacher_logits)
+
+    def soft(clean: Callable[[Tensor], Tensor], student_logp: Tensor) -> Tensor:
+        teacher = capped(clean(teacher_logits[..., :vocab_size]), teacher_softcap)
+        return formula(student_logp, torch.log_softmax(teacher / temperature, -1), **(own or {}))
+
+    return _class_loss(soft, student_logits, temperature=temperature, vocab_size=vocab_size, **keywords)
 
 
 def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
@@ -304,14 +292,14 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **keyword
     return _divergence(_soft_cross_entropy, student_logits, teacher_logits, **keywords)
 
 
-def kl_div(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+def kl_div(student_logits: Tensor, teacher_logits: Tensor, *, reverse: bool = False, **keywords: Any) -> Tensor:
     """KL(p_t || p_s); reverse=True: KL(p_s || p_t)."""
-    return _divergence(_kl_div, student_logits, teacher_logits, **keywords)
+    return _divergence(_kl_div, student_logits, teacher_logits, own={"reverse": reverse}, **keywords)
 
 
-def jsd(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
+def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **keywords: Any) -> Tensor:
     """beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s."""
-    return _divergence(_jsd, student_logits, teacher_logits, **keywords)
+    return _divergence(_jsd, student_logits, teacher_logits, own={"beta": beta}, **keywords)
 
 
 def tvd(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
@@ -326,42 +314,35 @@ def topk_soft_cross_entropy(
     *,
     tail: str = "renormalize",
     temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | Tensor | None = None,
+    teacher_softcap: None = None,
+    **keywords: Any,
 ) -> Tensor:
-    student_logits, topk_logprobs = _wide(student_logits[..., :vocab_size], topk_logprobs)
-    counted = _counted_rows(student_logits, labels, ignore_index, mask)
-    student_logits = capped(torch.where(counted.unsqueeze(-1), student_logits, 0), student_softcap)
-    topk_logprobs = torch.where(counted.unsqueeze(-1), topk_logprobs, 0)
-    topk_indices = torch.where(counted.unsqueeze(-1), topk_indices, 0).long()
-    student_logp = torch.log_softmax(student_logits / temperature, -1)
-    teacher_logp = topk_logprobs / temperature
-    student_topk = student_logp.gather(-1, topk_indices)
-    if tail == "renormalize":
-        teacher_logp = torch.log_softmax(teacher_logp, -1)
-    else:  # the remaining classes become one
-        rest = student_logp.scatter(-1, topk_indices, -math.inf)
-        student_topk = torch.cat([student_topk, torch.logsumexp(rest, -1, keepdim=True)], -1)
-        teacher_rest = torch.log1p(-topk_logprobs.exp().sum(-1, keepdim=True).clamp(max=1))
-        if topk_indices.shape[-1] == student_logits.shape[-1]:  # none remains: what is left is rounding
-            teacher_rest = torch.full_like(teacher_rest, -math.inf)
-        teacher_logp = torch.cat([teacher_logp, teacher_rest], -1)
-    soft = _soft_cross_entropy(student_topk, teacher_logp)
-    return _with_labels(soft, student_logits, counted, temperature, t_squared, labels, alpha, reduction, num_items)
+    student_logits, topk_logprobs = _wide(student_logits, topk_logprobs)
+
+    def soft(clean: Callable[[Tensor], Tensor], student_logp: Tensor) -> Tensor:
+        teacher, indices = clean(topk_logprobs), clean(topk_indices).long()
+        student_topk = student_logp.gather(-1, indices)
+        teacher_logp = teacher / temperature
+        if tail == "renormalize":
+            teacher_logp = torch.log_softmax(teacher_logp, -1)
+        else:  # the remaining classes become one
+            rest = student_logp.scatter(-1, indices, -math.inf)
+            student_topk = torch.cat([student_topk, torch.logsumexp(rest, -1, keepdim=True)], -1)
+            teacher_rest = torch.log1p(-teacher.exp().sum(-1, keepdim=True).clamp(max=1))
+            if indices.shape[-1] == student_logp.shape[-1]:  # no class remains: the rest would be rounding
+                teacher_rest = torch.full_like(teacher_rest, -math.inf)
+            teacher_logp = torch.cat([teacher_logp, teacher_rest], -1)
+        return _soft_cross_entropy(student_topk, teacher_logp)
+
+    return _class_loss(soft, student_logits, temperature=temperature, **keywords)
 
 
 # -- logits straight from hidden states and vocabulary weights -------------------------------------------
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Tensor) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, keywords: dict[str, Any]) -> Tensor:
     hidden, weight, bias = _wide(hidden, weight, bias)
+    counted = _counted_rows(hidden, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask"))
     return F.linear(torch.where(counted.unsqueeze(-1), hidden, 0), weight, bias)
 
 
@@ -376,26 +357,15 @@ def _linear(
     teacher_bias: Tensor | None = None,  # (V)
     **keywords: Any,
 ) -> Tensor:
-    counted = _counted_rows(student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask"))
-    student_logits = _logits(student, student_weight, student_bias, counted)
-    teacher_logits = _logits(teacher, teacher_weight, teacher_bias, counted)
+    student_logits = _logits(student, student_weight, student_bias, keywords)
+    teacher_logits = _logits(teacher, teacher_weight, teacher_bias, keywords)
     return loss(student_logits, teacher_logits, **keywords)
 
 
-def linear_soft_cross_entropy(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(soft_cross_entropy, *tensors, **keywords)
-
-
-def linear_kl_div(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(kl_div, *tensors, **keywords)
-
-
-def linear_jsd(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(jsd, *tensors, **keywords)
-
-
-def linear_tvd(*tensors: Tensor, **keywords: Any) -> Tensor:
-    return _linear(tvd, *tensors, **keywords)
+linear_soft_cross_entropy = partial(_linear, soft_cross_entropy)
+linear_kl_div = partial(_linear, kl_div)
+linear_jsd = partial(_linear, jsd)
+linear_tvd = partial(_linear, tvd)
 
 
 def linear_topk_soft_cross_entropy(
@@ -407,6 +377,5 @@ def linear_topk_soft_cross_entropy(
     student_bias: Tensor | None = None,  # (V)
     **keywords: Any,
 ) -> Tensor:
-    counted = _counted_rows(student, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask"))
-    student_logits = _logits(student, student_weight, student_bias, counted)
+    student_logits = _logits(student, student_weight, student_bias, keywords)
     return topk_soft_cross_entropy(student_logits, topk_logprobs, topk_indices, **keywords)

@@ -17,12 +17,17 @@ Rows that fit are held in registers, and each logit is read once. Longer rows ar
 maxima and sums, for the loss and E_s[c], and for the gradient. Kinds without E_s[c] read them twice.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import log1p, on_device_of, power_of_2, row_offset, rows_of, tanh
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastdistill.ops._rows import RowOptions
 
 # Longest row that is held in registers, and the block of longer rows. A row twice as long would leave a thread of the
 # largest program 64 registers and spill.
@@ -328,18 +333,11 @@ def _rows(
 
 def rows(
     student: Tensor,  # (*, >= V)
-    teacher: Tensor | None,  # (*, >= V); None: the soft loss has no weight
+    target: tuple[Tensor, ...],  # the teacher's logits (*, >= V); (): the soft loss has no weight
     labels: Tensor | None,  # (N)
     counted: Tensor | None,  # (N)
-    kind: str,
+    options: "RowOptions",
     *,
-    classes: int,  # V
-    temperature: float,
-    beta: float,
-    soft_weight: float,
-    hard_weight: float,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
     loss: Tensor,  # (N), float32 or float64, the dtype of the computation
     gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
     weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
@@ -347,23 +345,25 @@ def rows(
     student_bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
     teacher_bias: Tensor | None = None,  # (>= V)
 ) -> None:
-    """Writes `loss`, and `gradient` where it is given; with `expected` only of rows whose weight is another."""
+    """Writes `loss`, and `gradient` if it is given. With `expected` it writes only the rows whose weight differs."""
     student, *student_rows = rows_of(student)
-    teacher_rows = [1, 0, 0]
-    if teacher is not None:
-        teacher, *teacher_rows = rows_of(teacher)
+    teacher, teacher_rows = None, [1, 0, 0]
+    if target:
+        teacher, *teacher_rows = rows_of(*target)
     count = student.shape[:-1].numel()
     if count == 0:
         return
-    resident = classes <= RESIDENT
-    block = max(power_of_2(classes), 16) if resident else BLOCK
+    resident = options.classes <= RESIDENT
+    block = max(power_of_2(options.classes), 16) if resident else BLOCK
     with on_device_of(student):
         _rows[(count,)](
             student, teacher, student_bias, teacher_bias, labels, counted, weight, expected, loss, gradient,
             *student_rows, *teacher_rows,
-            0 if gradient is None else gradient.shape[-1], classes,
-            temperature, beta, soft_weight, hard_weight, student_softcap or 1.0, teacher_softcap or 1.0,
-            KIND=kind, HAS_STUDENT_CAP=student_softcap is not None, HAS_TEACHER_CAP=teacher_softcap is not None,
+            0 if gradient is None else gradient.shape[-1], options.classes,
+            options.temperature, options.beta, options.soft_weight, options.hard_weight,
+            options.student_softcap or 1.0, options.teacher_softcap or 1.0,
+            KIND=options.kind,
+            HAS_STUDENT_CAP=options.student_softcap is not None, HAS_TEACHER_CAP=options.teacher_softcap is not None,
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32, RESIDENT=resident, BLOCK=block,
             # A thread holds 16 numbers of each side.
             num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),

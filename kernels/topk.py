@@ -14,6 +14,8 @@ Rows that fit are held in registers, and each logit is read once. Longer rows ar
 and sums, then for the gradient. The logits of the listed classes are fetched in between.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,9 @@ from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2, row_offset, rows_of
 from fastdistill.kernels.logits import BLOCK, RESIDENT, _capped, _exp, _finish, _load, _rescale
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastdistill.ops._rows import RowOptions
 
 LIST_BLOCK = 1024  # listed classes fetched at a time
 
@@ -218,39 +223,34 @@ def _rows(
 
 def rows(
     student: Tensor,  # (*, >= V)
-    listed: tuple[Tensor, Tensor, Tensor | None] | None,  # p (N, k), classes (N, k) ascending, p_r (N) or None
+    target: tuple[Tensor, ...],  # p (N, k), classes (N, k) ascending, and with a bucket p_r (N); (): no soft loss
     labels: Tensor | None,  # (N)
     counted: Tensor | None,  # (N)
+    options: "RowOptions",
     *,
-    classes: int,  # V
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    softcap: float | None,
     loss: Tensor,  # (N), float32 or float64, the dtype of the computation and of p
     gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
     weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
     expected: Tensor | None = None,  # (N), the weights that `gradient` was written with before; None: it was not
-    bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
+    student_bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
+    teacher_bias: None = None,  # a list has none
 ) -> None:
-    """Writes `loss`, and `gradient` where it is given; with `expected` only of rows whose weight is another.
-
-    Without `listed` the soft loss has no weight.
-    """
+    """Writes `loss`, and `gradient` if it is given. With `expected` it writes only the rows whose weight differs."""
     student, *student_rows = rows_of(student)
     count = student.shape[:-1].numel()
     if count == 0:
         return
-    p, listed_classes, rest = listed or (None, None, None)
+    p, listed_classes, rest = (*target, None, None, None)[:3]
     length = 1 if p is None else p.shape[-1]
-    resident = classes <= RESIDENT
-    block = max(power_of_2(classes), 16) if resident else BLOCK
+    resident = options.classes <= RESIDENT
+    block = max(power_of_2(options.classes), 16) if resident else BLOCK
     with on_device_of(student):
         _rows[(count,)](
-            student, bias, p, listed_classes, rest, labels, counted, weight, expected, loss, gradient,
-            *student_rows, length, 0 if gradient is None else gradient.shape[-1], classes,
-            temperature, soft_weight, hard_weight, softcap or 1.0,
-            HAS_CAP=softcap is not None, WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
+            student, student_bias, p, listed_classes, rest, labels, counted, weight, expected, loss, gradient,
+            *student_rows, length, 0 if gradient is None else gradient.shape[-1], options.classes,
+            options.temperature, options.soft_weight, options.hard_weight, options.student_softcap or 1.0,
+            HAS_CAP=options.student_softcap is not None,
+            WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
             RESIDENT=resident, BLOCK=block, LIST_BLOCK=min(power_of_2(length), LIST_BLOCK),
             # A thread holds 16 logits.
             num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),

@@ -45,6 +45,29 @@ print(*sorted({"transformers", "datasets", "accelerate", "tokenizers", "triton",
     assert heavy <= set(python("import sys, torch; print(*sys.modules)").split())  # not one that torch itself left out
 
 
+def test_torch_is_imported_on_first_use() -> None:
+    """`fastdistill --help` must not wait for torch; names, modules, completion and pickles work all the same."""
+    code = """
+import sys
+import fastdistill, fastdistill.cli
+from fastdistill import __version__, cli
+assert not hasattr(fastdistill, "_nothing")
+print("torch" in sys.modules)
+"""
+    assert python(code) == "False"
+    code = """
+import pickle, fastdistill
+assert fastdistill.functional.kl_div is fastdistill.kl_div
+assert {"kl_div", "KLDivLoss", "functional", "losses", "__version__"} <= set(dir(fastdistill))
+assert not hasattr(fastdistill, "nothing")
+from fastdistill import *
+assert KLDivLoss is fastdistill.losses.KLDivLoss
+assert pickle.loads(pickle.dumps(kl_div)) is kl_div
+print(pickle.loads(pickle.dumps(JSDLoss(beta=0.2))).options["beta"])
+"""
+    assert python(code) == "0.2"
+
+
 def test_ops_pull_in_nothing_heavy() -> None:
     """Every public function, forward and backward, with torch and numpy alone importable."""
     code = """

@@ -1,4 +1,4 @@
-"""What every op shares: the dtype it computes in, products that stay wide, and the way gradients are scaled."""
+"""Shared parts of all ops: the dtype of the computation, products with wide results, and the scaling of gradients."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any tensor is float64, else float32."""
+    """Returns float64 if any tensor is float64, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def widest_dtype(x: Tensor) -> torch.dtype:
-    """What sums that cancel are kept in: float64 wherever the device of x has it."""
+    """Returns the dtype for sums that cancel: float64 wherever the device of x supports it."""
     if x.device.type == "xpu":
         return torch.float64 if torch.xpu.get_device_properties(x.device).has_fp64 else torch.float32
     return torch.float32 if x.device.type == "mps" else torch.float64
@@ -24,14 +24,14 @@ def narrow(x: Tensor) -> bool:
 
 
 def wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a @ b, float32 or wider out of the accumulator even where the operands are 16-bit."""
+    """Computes a @ b; the result comes out of the accumulator in `dtype`, even for 16-bit operands."""
     if a.is_cuda and dtype == torch.float32 and narrow(a) and a.dtype == b.dtype:
         return torch.mm(a, b, out_dtype=dtype, out=out)
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
 def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in total's dtype out of the accumulator."""
+    """Adds a @ b to total; the product comes out of the accumulator in total's dtype."""
     if total.is_cuda and total.dtype == torch.float32 and narrow(a) and a.dtype == b.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -39,19 +39,19 @@ def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """Backward may be called under the caller's autocast, which would round our products."""
+    """Disables autocast: backward may run under the caller's, which would round our products."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale (0-d) rounded once to `dtype`, out of place: backward may run again on the same tensors."""
+    """Returns gradient * scale (0-d), rounded once to `dtype`. Backward may run again, so it is not done in place."""
     # A 0-d factor would be rounded to the gradient's dtype first; as a 1-d tensor it keeps its own.
     out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, scale.reshape((1,) * max(gradient.dim(), 1)), out=out)
 
 
 def unit(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(weights / u, u), u () a power of 2 that makes the largest about 1: float16 has no room for 1e-6 of anything."""
+    """Returns (weights / u, u) with u () a power of 2: the largest becomes about 1, so none underflows in float16."""
     if weights.numel() == 0:
         return weights, weights.new_ones(())
     _, exponent = torch.frexp(weights.abs().amax())
@@ -60,7 +60,7 @@ def unit(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refuse_double_backward(op: str) -> None:
-    """Called by every backward: with create_graph=True autograd runs it with gradients enabled."""
+    """Raises in a backward with create_graph=True, which autograd runs with gradients enabled."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{op} cannot be differentiated twice: call backward without create_graph=True, or use backend='reference'"
@@ -68,5 +68,5 @@ def refuse_double_backward(op: str) -> None:
 
 
 def traced() -> bool:
-    """Whether torch.compile or a dispatch mode (fake tensors, a profiler of operations) sees each operation."""
+    """Returns whether torch.compile or a dispatch mode (fake tensors, a profiler of operations) sees each operation."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None

@@ -1,95 +1,70 @@
-"""What the losses over classes share: blocks of rows, the cross-entropy with labels, and the loop over blocks.
+"""Shared parts of the losses over classes: their options, elementary operations, and the cutting of rows into blocks.
 
-A row's loss is soft_weight * soft + hard_weight * hard. The soft part compares the student's softmax with a target
-(logits.py: the teacher's logits; topk.py: its k most likely classes), the hard part is the cross-entropy with a label.
-Both are computed on blocks of rows that stay in the cache, and with a row's loss comes its gradient, since all it needs
-is there.
+The loss of a row is `soft_weight * soft + hard_weight * hard`. The soft part compares the student's softmax with the
+teacher's logits (_divergence.py) or with the teacher's k most likely classes (_topk.py). The hard part is the
+cross-entropy with a label. Both work on blocks of rows that stay in the cache, and compute a row's gradient together
+with its loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common
+
+class RowOptions(NamedTuple):
+    """The options of a loss over classes, as the ops and the kernels' launchers take them: one value.
+
+    A registered op takes the fields one by one, in this order; `SCHEMA` lists them in torch.library's language.
+    """
+
+    kind: str  # the soft loss: "soft_cross_entropy", "kl_div", "reverse_kl", "jsd" or "tvd"
+    tail: str  # "": the teacher gives logits; "renormalize" or "bucket": a list of its most likely classes
+    classes: int  # V; later columns are padding
+    temperature: float
+    beta: float  # jsd's weight of the teacher
+    soft_weight: float
+    hard_weight: float
+    student_softcap: float | None
+    teacher_softcap: float | None
+    backend: str  # "torch", "triton" or "cuda"
+
+
+_SCHEMA_TYPES = {str: "str", int: "SymInt", float: "float", float | None: "float?"}
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(RowOptions).items())
+
+Index = tuple[int | slice, ...]
+Target = tuple[Tensor, ...]  # the teacher of a block of n rows, (n, .) each; () where the soft loss has no weight
+
+BUFFERS = 4  # scratch buffers of a block
+SHORT = 32  # rows of fewer classes are short
+
+# Bytes of a block's buffers. On the CPU they stay in the cache; on a GPU the cost of launches weighs more than memory.
+CPU_BYTES, GPU_BYTES = 5 << 20, 1 << 28
 
 LOG2E = math.log2(math.e)
 
-# Bytes of a block's buffers. On the CPU they stay in the cache; on a GPU launches weigh more than memory.
-CPU_BYTES, GPU_BYTES = 5 << 20, 1 << 28
-
-BUFFERS = 4  # scratch of a block
-SHORT = 32  # rows of fewer classes are short
-
-Index = tuple[int | slice, ...]
-Target = tuple[Tensor, ...]  # what the soft loss compares a block with, (n, .) each; () where it has no weight
-
-
-class SoftLoss(Protocol):
-    def __call__(
-        self,
-        student: Tensor,  # (n, V), logits as they are after the softcap, in the dtype of the computation
-        student_max: Tensor,  # (n, 1)
-        target: Target,
-        weight: float,
-        out: Tensor | None,  # (n, V), for the gradient of weight * loss in student; None: not wanted
-        work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
-    ) -> Tensor:  # weight * loss, (n, 1)
-        ...
-
-
-class RowLoss(NamedTuple):
-    soft: SoftLoss
-    soft_weight: float
-    hard_weight: float
-    softcap: float | None  # the student's
-
-    def __call__(
-        self,
-        student: Tensor,  # (n, V), capped; overwritten where there is a softcap
-        target: Target,
-        labels: Tensor | None,  # (n, 1)
-        out: Tensor | None,  # (n, V), for the gradient of each row's loss in its logits before the softcap
-        work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
-    ) -> Tensor:  # (n)
-        student_max = row_max(student)
-        if target:
-            loss = self.soft(student, student_max, target, self.soft_weight, out, work)
-        else:
-            loss = torch.zeros_like(student_max)
-            if out is not None:
-                out.zero_()
-        if labels is not None:
-            hard = exponential_(torch.sub(student, student_max, out=work[0]))
-            hard_sum = hard.sum(-1, keepdim=True)
-            loss += (hard_sum.log() + (student_max - student.gather(1, labels))) * self.hard_weight
-            if out is not None:
-                out += hard.mul_(self.hard_weight / hard_sum)
-                out.scatter_add_(1, labels, torch.full_like(hard_sum, -self.hard_weight))
-        if out is not None:
-            # A class of probability 0 that the target or the label asks for: the loss is infinite, its own gradient 0.
-            if may_be_infinite(loss):
-                out.masked_fill_(student == -math.inf, 0)
-            if self.softcap is not None:
-                tanh_squared = student.div_(self.softcap).square_().clamp_(max=1)  # slope 0 where -inf was kept
-                out *= tanh_squared.neg_().add_(1)
-        return loss[:, 0]
+# -- elementary operations -----------------------------------------------------------------------------------
 
 
 def exponential(x: Tensor, out: Tensor, temperature: float = 1.0) -> Tensor:
-    """exp(x / T); `out` may be x."""
+    """Returns exp(x / T), in `out`, which may be x."""
     if x.dtype == torch.float64:
         return torch.div(x, temperature, out=out).exp_()
-    # ATen's exp2 is one vector loop, several times faster than its exp and softmax, and as accurate.
+    # ATen's exp2 is one vector loop: several times faster than its exp and softmax, and as accurate.
     return torch.mul(x, LOG2E / temperature, out=out).exp2_()
 
 
+def exponential_(x: Tensor, temperature: float = 1.0) -> Tensor:
+    return exponential(x, x, temperature)
+
+
 def exponents_(x: Tensor, temperature: float) -> float:
-    """x / T in place, in the units whose `power` is its exponential; returns what a unit is."""
+    """Scales x in place to the exponents that `power` takes; returns the number by which to multiply them for x / T."""
     if x.dtype == torch.float64:
         x /= temperature
         return 1.0
@@ -101,12 +76,8 @@ def power(exponents: Tensor, out: Tensor) -> Tensor:
     return torch.exp(exponents, out=out) if out.dtype == torch.float64 else torch.exp2(exponents, out=out)
 
 
-def exponential_(x: Tensor, temperature: float = 1.0) -> Tensor:
-    return exponential(x, x, temperature)
-
-
 def weigh_(value: Tensor, weight: Tensor) -> Tensor:  # (n, V), (n, V) -> (n, 1)
-    """value *= weight, 0 times anything being 0; returns the sums of the rows."""
+    """Multiplies `value` by `weight` in place, with 0 * inf = 0; returns the sums of the rows."""
     total = value.mul_(weight).sum(-1, keepdim=True)
     if may_be_infinite(total):
         total = value.masked_fill_(weight == 0, 0).sum(-1, keepdim=True)
@@ -114,7 +85,7 @@ def weigh_(value: Tensor, weight: Tensor) -> Tensor:  # (n, V), (n, V) -> (n, 1)
 
 
 def may_be_infinite(x: Tensor) -> bool:
-    """Whether x may hold inf or NaN. A device is not waited for: there it always may."""
+    """Returns whether x may hold inf or NaN: always True on a device, where looking would be a host sync."""
     return x.device.type != "cpu" or not math.isfinite(x.sum())
 
 
@@ -123,12 +94,15 @@ def row_max(logits: Tensor) -> Tensor:  # (n, V) -> (n, 1)
     whole = classes - classes % 32
     if whole == classes or not 32 < classes < 1024:
         return logits.amax(-1, keepdim=True)
-    # On the CPU, amax takes what is left beyond a multiple of 32 one by one: of a short row, most of its time.
+    # On the CPU, amax handles the columns beyond a multiple of 32 one by one, which dominates the time of short rows.
     return torch.maximum(logits[:, :whole].amax(-1, keepdim=True), logits[:, -32:].amax(-1, keepdim=True))
 
 
 def capped(logits: Tensor, softcap: float | None, buffer: Tensor | None) -> Tensor:
-    """Logits as the losses see them: wide, softcapped, -inf kept. In `buffer`; None: they are that already."""
+    """Copies logits into `buffer` in its dtype and applies the softcap, which keeps -inf.
+
+    Without a buffer it returns the logits unchanged: they need neither a cast nor a softcap.
+    """
     if buffer is None:
         return logits
     if softcap is None:
@@ -137,11 +111,14 @@ def capped(logits: Tensor, softcap: float | None, buffer: Tensor | None) -> Tens
     return buffer.copy_(logits).div_(softcap).tanh_().mul_(softcap).masked_fill_(impossible, -math.inf)
 
 
-def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tuple[Index, slice]]:
-    """Cuts rows that lie in dimensions of `shape` into blocks of at most `limit` consecutive ones.
+# -- blocks of rows ------------------------------------------------------------------------------------------
 
-    Yields a block's index in those dimensions and the numbers of its rows. Logits like x[:, :-1] cannot be flattened
-    without copying them all; a block of them can.
+
+def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tuple[Index, slice]]:
+    """Cuts rows that lie in dimensions of `shape` into blocks of at most `limit` consecutive rows.
+
+    Yields a block's index in those dimensions and its range of row numbers. Logits like x[:, :-1] cannot be flattened
+    without a copy of all of them; a block of them can.
     """
     outer, inner = shape[0], math.prod(shape[1:])
     if inner > limit:
@@ -157,7 +134,7 @@ def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tup
 
 
 def rows_of_a_block(rows: int, classes: int, buffers: int, like: Tensor) -> int:
-    """As many as `buffers` buffers like `like` have room for, four and one for each thread at least."""
+    """Returns how many rows fit in `buffers` buffers like `like`: at least four, and at least one a thread."""
     limit, least = GPU_BYTES, 4
     if like.device.type == "cpu":
         threads = torch.get_num_threads()
@@ -176,10 +153,15 @@ def at(x: Tensor | None, rows: slice) -> Tensor | None:
     return None if x is None else x[rows]
 
 
-def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes: int) -> Tensor:
-    """Class numbers (N, k) as the ops index with: long, 0 where the row does not count.
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Returns the tensors as kernels read them: a mask like m[:, :1] and the gradient of a sum have other strides."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
-    Raises IndexError where they are outside the classes, if that can be known without waiting for a device.
+
+def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes: int) -> Tensor:
+    """Returns class numbers (N, k) to index with: int64, and 0 in rows that are masked out.
+
+    Raises IndexError for numbers outside the classes, on the CPU only: on a device the check would be a host sync.
     """
     indices = indices.long()
     if counted is not None:
@@ -191,67 +173,12 @@ def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes:
     return indices
 
 
-def checked_labels(labels: Tensor | None, counted: Tensor | None, classes: int) -> Tensor | None:  # (N)
-    return None if labels is None else checked_indices("labels", labels.unsqueeze(-1), counted, classes)[:, 0]
+def checked_labels(labels: Tensor | None, counted: Tensor | None, classes: int) -> Tensor | None:  # (N) -> (N, 1)
+    return None if labels is None else checked_indices("labels", labels.unsqueeze(-1), counted, classes)
 
 
-def row_losses(
-    row_loss: RowLoss,
-    student: Tensor,  # (*, >= V)
-    teacher: Tensor | None,  # (*, >= V), the target, or
-    listed: Target,  # the target, (N, .) each
-    labels: Tensor | None,  # (N)
-    counted: Tensor | None,  # (N)
-    weight: Tensor | None,  # (N), of each row's gradient; None: 1
-    needs_gradient: bool,
-    classes: int,  # V
-    teacher_softcap: float | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # loss (N), gradient as student, or empty
-    if labels is not None:
-        labels = checked_indices("labels", labels.unsqueeze(-1), counted, classes)
-    weight = row_weight(weight, counted, dtype)
-    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=dtype)
-    d_student = student.new_empty(student.shape if needs_gradient else 0)
-    d_rows = d_student.view(-1, student.shape[-1])
-    # Short rows are worked on in columns, which vectorises every step; that, too, takes copies.
-    short = classes < SHORT
-    copies = short or any(
-        x is not None and (softcap is not None or x.dtype != dtype or x.stride(-1) != 1)
-        for x, softcap in ((student, row_loss.softcap), (teacher, teacher_softcap))
-    )
-    count = BUFFERS + 3 * copies
-    limit = rows_of_a_block(loss.numel(), classes, count, loss)
-    memory = loss.new_empty(count, classes, limit).mT if short else loss.new_empty(count, limit, classes)
-    whole = memory.unbind()
-    student_buffer = teacher_buffer = wide = None
-    for index, rows in row_blocks(student.shape[:-1], limit):
-        size = rows.stop - rows.start
-        work = whole if size == limit else [buffer[:size] for buffer in whole]
-        if copies:
-            *work, student_buffer, teacher_buffer, wide = work
-        block = capped(rows_at(student, index, classes), row_loss.softcap, student_buffer)
-        if teacher is None:
-            target = tuple(x[rows] for x in listed)
-        else:
-            target = (capped(rows_at(teacher, index, classes), teacher_softcap, teacher_buffer),)
-        gradient = rows_at(d_rows, (rows,), classes) if needs_gradient else None
-        out = gradient if wide is None or gradient is None else wide
-        loss[rows] = row_loss(block, target, at(labels, rows), out, work)
-        if gradient is not None and out is not None:
-            if weight is not None:
-                weigh_rows_(out, weight[rows], at(counted, rows))
-            if out is not gradient:
-                gradient.copy_(out)
-    if counted is not None:
-        loss.masked_fill_(~counted, 0)
-    if needs_gradient and classes < student.shape[-1]:
-        d_rows[:, classes:] = 0
-    return loss, d_student
-
-
-def row_weight(weight: Tensor | None, counted: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # (N) -> (N, 1)
-    """What the gradients of rows are multiplied by: 0 where one does not count; None: all by 1."""
+def row_weights(weight: Tensor | None, counted: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # (N) -> (N, 1)
+    """Returns the factors of the rows' gradients, 0 for rows that are masked out; None: all are 1."""
     if counted is None:
         return None if weight is None else weight.unsqueeze(-1)
     weight = counted.to(dtype) if weight is None else weight.masked_fill(~counted, 0)
@@ -259,84 +186,7 @@ def row_weight(weight: Tensor | None, counted: Tensor | None, dtype: torch.dtype
 
 
 def weigh_rows_(gradient: Tensor, weight: Tensor, counted: Tensor | None) -> None:  # (n, V), (n, 1), (n)
-    """gradient *= weight, 0 where a row does not count, whatever it holds."""
+    """Multiplies the gradient by `weight` in place; rows that are masked out become 0 even if they hold NaN."""
     gradient *= weight
     if counted is not None and may_be_infinite(gradient):
         gradient.masked_fill_(~counted.unsqueeze(-1), 0)
-
-
-# -- registration --------------------------------------------------------------------------------------------
-
-
-def differentiable(
-    name: str,
-    function: Callable[..., tuple[Tensor, Tensor]],
-    update: Callable[..., None],
-    fake: Callable[..., Any],
-    tensors: int,
-) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`function` with its gradient in the first argument, the student's logits.
-
-    Its arguments are `tensors` tensors, the last of them `counted`, then the weight of each row's gradient, whether the
-    gradient is wanted, and options, the last of them the backend; it returns the losses and the gradient.
-
-    Whoever traces sees one registered op, fastdistill::name, and the same op again in the backward. Everybody else is
-    spared a registered op's tens of microseconds, and the second run: the forward leaves the gradient of the weights it
-    was given, and the first backward corrects it in place to those that arrive. (A second backward of the same graph
-    runs the function again.) Plain torch scales it. `update` is Triton's: it is given the gradient, the weights it has,
-    and what `function` takes, and scales or computes again the rows whose weight is another, which on a device only a
-    kernel can tell without waiting. Of N rows of V 16-bit numbers, forward and backward read and write 6 N V bytes if
-    the weights are right, 10 if they are a power of 2 times as large, else 12; computed in the backward alone, 10.
-    """
-
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, ctx.gradient = output
-        if not inputs[tensors + 1]:
-            ctx.gradient = None
-        ctx.weight = inputs[tensors]
-        ctx.options = inputs[tensors + 2 :]
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:tensors])
-
-    def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
-        _common.refuse_double_backward(name)
-        nothing = (None,) * (tensors + 1 + len(ctx.options))
-        gradient, ctx.gradient = ctx.gradient, None
-        if grad_loss is None:
-            return None, *nothing
-        inputs = ctx.saved_tensors
-        if gradient is None:
-            run = op if _common.traced() else function
-            _, gradient = run(*inputs, grad_loss, True, *ctx.options)
-        elif ctx.options[-1] in ("triton", "cuda"):
-            update(gradient, ctx.weight, *inputs, grad_loss, *ctx.options)
-        elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
-            grad_loss = grad_loss if ctx.weight is None else grad_loss / ctx.weight
-            gradient.view(-1, gradient.shape[-1]).mul_(row_weight(grad_loss, inputs[-1], grad_loss.dtype))
-        return gradient, *nothing
-
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = function(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
-
-    op = torch.library.custom_op(f"fastdistill::{name}", function, mutates_args=())
-    op.register_fake(fake)
-    op.register_autograd(backward, setup_context=setup_context)
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    plain: Any = type(name, (torch.autograd.Function,), methods)
-    return lambda *arguments: (op if _common.traced() else plain.apply)(*arguments)
-
-
-def gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: str) -> tuple[Tensor | None, bool]:
-    """The weights (N) to compute the gradient with in the forward, None: all 1, and whether the forward leaves one.
-
-    One of 16 bits that is scaled is rounded twice, so it waits for its weights. Triton's is not scaled but computed
-    again where they were not expected, and waits only if nothing is known of them.
-    """
-    if _common.traced() or not (torch.is_grad_enabled() and student.requires_grad):
-        return None, False
-    if row_gradient is None if backend in ("triton", "cuda") else _common.narrow(student):
-        return None, False
-    return None if row_gradient is None else row_gradient.expand(student.shape[:-1].numel()), True

@@ -1,17 +1,6 @@
-"""Divergences between the student's and the teacher's softmax over the classes, one loss a row.
+"""The losses over classes from the student's logits, one loss a row: the op, its autograd, its portable implementation.
 
-Of each side x = z - max z, e = exp(x / T), Z = sum e, p = e / Z; m = beta p_t + (1 - beta) p_s; E_s and E_t are means
-under p_s and p_t:
-
-    kind                loss                                         gradient in the student's logits z
-    soft_cross_entropy  log Z_s - E_t[x_s] / T                       (p_s - p_t) / T
-    kl_div              E_t[x_t - x_s] / T - log(Z_t / Z_s)          (p_s - p_t) / T
-    reverse_kl          E_s[c] / T - log(Z_s / Z_t)                  p_s (c - E_s[c]) / T^2           c = x_s - x_t
-    jsd                 beta E_t[log(p_t / m)] + (1 - beta) E_s[c]   (1 - beta) p_s (c - E_s[c]) / T  c = log(p_s / m)
-    tvd                 sum |p_s - p_t| / 2                          p_s (c - E_s[c]) / 2T            c = sgn(p_s - p_t)
-
-The gradient is the only tensor of the logits' size. Differences are taken class by class before they are summed, and a
-row's largest e is exactly 1: a student close to its teacher, or sure of its class, keeps its digits.
+The teacher is its logits, or a list of its most likely classes. The gradient is the only tensor of the logits' size.
 """
 
 from __future__ import annotations
@@ -23,218 +12,245 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common
-from fastdistill.ops._rows import (
-    RowLoss,
-    Target,
-    checked_labels,
-    differentiable,
-    exponents_,
-    gradient_in_forward,
-    power,
-    row_losses,
-    row_max,
-    weigh_,
-)
+from fastdistill.ops import _common, _rows
+from fastdistill.ops._divergence import divergence
+from fastdistill.ops._rows import BUFFERS, SCHEMA, SHORT, RowOptions, Target, at, capped, checked_labels
+from fastdistill.ops._topk import listed, sorted_list, topk_divergence
 
 
-class Divergence(NamedTuple):
-    kind: str
-    temperature: float
-    beta: float
-
-    def __call__(
-        self,
-        student: Tensor,  # (n, V)
-        student_max: Tensor,  # (n, 1)
-        target: Target,  # the teacher's logits (n, V)
-        weight: float,
-        out: Tensor | None,  # (n, V)
-        work: Sequence[Tensor],
-    ) -> Tensor:  # (n, 1)
-        (teacher,) = target
-        a, b, c, d = work
-        # x is overwritten by e where it is not needed again.
-        student_x = torch.sub(student, student_max, out=a)
-        unit = exponents_(student_x, self.temperature)  # x / T = unit * student_x
-        student_e = power(student_x, a if self.kind in ("jsd", "tvd") else b)
-        student_sum = student_e.sum(-1, keepdim=True)
-        teacher_x = torch.sub(teacher, row_max(teacher), out=c)
-        exponents_(teacher_x, self.temperature)
-        teacher_e = power(teacher_x, d if self.kind in ("kl_div", "reverse_kl") else c)
-        teacher_sum = teacher_e.sum(-1, keepdim=True)
-        slope = weight / self.temperature
-        if self.kind == "soft_cross_entropy":
-            loss = student_sum.log() - weigh_(student_x, teacher_e) * (unit / teacher_sum)
-            if out is not None:
-                _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
-        elif self.kind == "kl_div":
-            mean = weigh_(teacher_x.sub_(student_x), teacher_e) / teacher_sum
-            loss = mean * unit - _log_ratio(teacher_e, teacher_sum, student_e, student_sum, scratch=a)
-            if out is not None:
-                _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
-        elif self.kind == "reverse_kl":
-            mean = weigh_(student_x.sub_(teacher_x), student_e) / student_sum
-            loss = mean * unit - _log_ratio(student_e, student_sum, teacher_e, teacher_sum, scratch=c)
-            if out is not None:
-                _centred(student_x, student_e, mean, slope * unit / student_sum, out)
-        elif self.kind == "jsd":
-            student_p = student_e.mul_(1 / student_sum)
-            # The smallest normal number more: ratios of the two are finite, and 1 where both probabilities are 0.
-            tiny = torch.finfo(student_p.dtype).tiny
-            student_q = torch.add(student_p, tiny, out=b)
-            teacher_q = teacher_e.mul_(1 / teacher_sum).add_(tiny)
-            difference = torch.sub(teacher_q, student_q, out=d)
-            # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
-            student_log = torch.div(difference, student_q, out=b).mul_(self.beta).log1p_()
-            teacher_log = difference.div_(teacher_q).mul_(self.beta - 1).log1p_()
-            mean = student_log.mul_(student_p).sum(-1, keepdim=True)
-            loss = (self.beta - 1) * mean - self.beta * teacher_log.mul_(teacher_q).sum(-1, keepdim=True)
-            if out is not None:
-                _centred(student_log, student_p, mean, slope * (self.beta - 1), out)
-        else:
-            # The gradient's factor goes into p, which is then not multiplied by it once more.
-            factor = slope / 2
-            student_p = student_e.mul_(factor / student_sum)
-            difference = torch.sub(student_p, teacher_e.mul_(factor / teacher_sum), out=b)  # exactly 0 where equal
-            loss = torch.abs(difference, out=c).sum(-1, keepdim=True) / (2 * factor)
-            if out is not None:
-                value = torch.mul(difference.sign_(), student_p, out=c)
-                torch.addcmul(value, student_p, value.sum(-1, keepdim=True) / factor, value=-1, out=out)
-        return loss.clamp_(min=0).mul_(weight)  # rounding may leave -1e-8 of a loss that is 0
+class Inputs(NamedTuple):
+    student: Tensor  # (*, >= V)
+    teacher: Tensor  # logits (*, >= V), or with `indices` log-probabilities (N, k)
+    indices: Tensor | None  # (N, k)
+    labels: Tensor | None  # (N)
+    counted: Tensor | None  # (N)
+    weight: Tensor | None  # (N), of each row's gradient; None: 1
 
 
-def _difference(
-    student_e: Tensor, student_sum: Tensor, teacher_e: Tensor, teacher_sum: Tensor, factor: float, out: Tensor
-) -> None:
-    """out = factor (p_s - p_t)."""
-    torch.mul(student_e, factor / student_sum, out=out)
-    out.addcmul_(teacher_e, factor / teacher_sum, value=-1)
+INPUTS = len(Inputs._fields)
 
 
-def _centred(value: Tensor, p: Tensor, mean: Tensor, factor: float | Tensor, out: Tensor) -> None:
-    """out = factor (value - p mean), value being p c with sum `mean`: the gradient of a mean under the softmax p."""
-    torch.addcmul(value, p, mean, value=-1, out=out).mul_(factor)
-
-
-def _log_ratio(e: Tensor, e_sum: Tensor, other: Tensor, other_sum: Tensor, scratch: Tensor) -> Tensor:
-    """log(e_sum / other_sum), to the last digit where they are close: their difference is summed class by class."""
-    excess = torch.sub(e, other, out=scratch).sum(-1, keepdim=True).div_(other_sum)
-    return torch.where(excess.abs() < 0.5, excess.log1p(), (e_sum / other_sum).log())
-
-
-def divergence(
+def row_losses(
     student: Tensor,  # (*, >= V)
-    teacher: Tensor,  # (*, >= V)
-    kind: str,
-    *,
-    counted: Tensor | None,  # (*)
+    teacher: Tensor,  # logits (*, >= V), or with `indices` log-probabilities (*, k)
+    indices: Tensor | None,  # (*, k)
     labels: Tensor | None,  # (*)
-    temperature: float,
-    soft_weight: float,
-    hard_weight: float,
-    beta: float,
-    vocab_size: int | None,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    row_gradient: Tensor | None,  # (), what each row's loss is expected to be weighed by
-    backend: str,
+    counted: Tensor | None,  # (*)
+    row_gradient: Tensor | None,  # (), the factor that each row's loss is expected to get; None: unknown
+    options: RowOptions,
 ) -> Tensor:  # (*)
-    loss, _ = _divergence(
+    if indices is not None:
+        teacher, indices = (x.reshape(-1, x.shape[-1]) for x in (teacher, indices))
+    loss, _ = (_op if _common.traced() else _Eager.apply)(
         student if student.dim() > 1 else student.unsqueeze(0),
         teacher if teacher.dim() > 1 else teacher.unsqueeze(0),
-        labels.reshape(-1) if labels is not None and hard_weight else None,
+        indices,
+        labels.reshape(-1) if labels is not None and options.hard_weight else None,
         None if counted is None else counted.reshape(-1),
-        *gradient_in_forward(student, row_gradient, backend),
-        kind,
-        temperature,
-        beta,
-        soft_weight,
-        hard_weight,
-        student.shape[-1] if vocab_size is None else vocab_size,
-        student_softcap,
-        teacher_softcap,
-        backend,
+        *_gradient_in_forward(student, row_gradient, options.backend),
+        *options,
     )
     return loss if student.dim() == 2 else loss.view(student.shape[:-1])
 
 
-def _forward(
-    student: Tensor,  # (*, >= V)
-    teacher: Tensor,  # (*, >= V)
-    labels: Tensor | None,  # (N)
-    counted: Tensor | None,  # (N)
-    weight: Tensor | None,  # (N), of each row's gradient; None: 1
-    needs_gradient: bool,
-    kind: str,
-    temperature: float,
-    beta: float,
-    soft_weight: float,
-    hard_weight: float,
-    classes: int,  # V
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
-    if backend in ("triton", "cuda"):
-        loss, d_student = _fake(student, teacher, labels, counted, weight, needs_gradient)
-        _launch(
-            loss, d_student if needs_gradient else None, None, student, teacher, labels, counted, weight, kind,
-            temperature, beta, soft_weight, hard_weight, classes, student_softcap, teacher_softcap, backend,
-        )  # fmt: skip
-        return loss, d_student
-    return row_losses(
-        RowLoss(Divergence(kind, temperature, beta), soft_weight, hard_weight, student_softcap),
-        student, teacher if soft_weight else None, (), labels, counted, weight, needs_gradient, classes,
-        teacher_softcap, _common.compute_dtype(student, teacher),
-    )  # fmt: skip
+def _gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: str) -> tuple[Tensor | None, bool]:
+    """Returns the weights (N) with which the forward computes the gradient (None: all 1), and whether it computes one.
+
+    The kernels recompute a row whose weight differs from the expected one, so they wait only if no weight is known.
+    Plain torch scales the gradient; one of 16 bits would be rounded twice, so it waits for the backward.
+    """
+    if _common.traced() or not (torch.is_grad_enabled() and student.requires_grad):
+        return None, False
+    if row_gradient is None if backend in ("triton", "cuda") else _common.narrow(student):
+        return None, False
+    return None if row_gradient is None else row_gradient.expand(student.shape[:-1].numel()), True
 
 
-def _update(gradient: Tensor, expected: Tensor, student: Tensor, teacher: Tensor, *rest: Any) -> None:
-    loss, _ = _fake(student, teacher, None, None, None, False)
-    _launch(loss, gradient, expected, student, teacher, *rest)
+# -- portable ------------------------------------------------------------------------------------------------
+
+
+def row_loss(
+    options: RowOptions,
+    student: Tensor,  # (n, V), wide and capped; overwritten where there is a softcap
+    target: Target,
+    labels: Tensor | None,  # (n, 1)
+    out: Tensor
+    | None,  # (n, V), for the gradient of each row's loss in its logits before the softcap; None: not wanted
+    work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
+) -> Tensor:  # (n)
+    student_max = _rows.row_max(student)
+    if target:
+        soft = topk_divergence if options.tail else divergence
+        loss = soft(options, student, student_max, target, out, work)
+    else:
+        loss = torch.zeros_like(student_max)
+        if out is not None:
+            out.zero_()
+    if labels is not None:
+        hard = _rows.exponential_(torch.sub(student, student_max, out=work[0]))
+        hard_sum = hard.sum(-1, keepdim=True)
+        loss += (hard_sum.log() + (student_max - student.gather(1, labels))) * options.hard_weight
+        if out is not None:
+            out += hard.mul_(options.hard_weight / hard_sum)
+            out.scatter_add_(1, labels, torch.full_like(hard_sum, -options.hard_weight))
+    if out is not None:
+        # A student's class of probability 0 that the target or the label asks for: the loss is inf, its gradient 0.
+        if _rows.may_be_infinite(loss):
+            out.masked_fill_(student == -math.inf, 0)
+        if options.student_softcap is not None:
+            tanh_squared = student.div_(options.student_softcap).square_().clamp_(max=1)  # slope 0 where -inf was kept
+            out *= tanh_squared.neg_().add_(1)
+    return loss[:, 0]
+
+
+def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tensor | None) -> None:
+    """Writes the losses (N), and the gradient, which is like the student, if it is given."""
+    student, teacher, indices, labels, counted, weight = inputs
+    classes, dtype = options.classes, loss.dtype
+    labels = checked_labels(labels, counted, classes)
+    weight = _rows.row_weights(weight, counted, dtype)
+    logits = [(student, options.student_softcap)]
+    whole_list: Target | None = None
+    if options.soft_weight == 0:
+        whole_list = ()
+    elif indices is not None:
+        whole_list = listed(options, teacher, indices, counted, dtype)
+    else:
+        logits.append((teacher, options.teacher_softcap))
+    # Short rows are stored by columns, which vectorises every step; that takes copies, as casts and softcaps do.
+    short = classes < SHORT
+    copies = short or any(cap is not None or x.dtype != dtype or x.stride(-1) != 1 for x, cap in logits)
+    count = BUFFERS + 3 * copies
+    limit = _rows.rows_of_a_block(loss.numel(), classes, count, loss)
+    memory = loss.new_empty(count, classes, limit).mT if short else loss.new_empty(count, limit, classes)
+    whole = memory.unbind()
+    d_rows = None if gradient is None else gradient.view(-1, student.shape[-1])
+    student_buffer = teacher_buffer = wide = None
+    for index, rows in _rows.row_blocks(student.shape[:-1], limit):
+        size = rows.stop - rows.start
+        work = whole if size == limit else [buffer[:size] for buffer in whole]
+        if copies:
+            *work, student_buffer, teacher_buffer, wide = work
+        block = capped(_rows.rows_at(student, index, classes), options.student_softcap, student_buffer)
+        if whole_list is None:
+            target: Target = (capped(_rows.rows_at(teacher, index, classes), options.teacher_softcap, teacher_buffer),)
+        else:
+            target = tuple(x[rows] for x in whole_list)
+        here = None if d_rows is None else _rows.rows_at(d_rows, (rows,), classes)
+        out = here if wide is None or here is None else wide
+        loss[rows] = row_loss(options, block, target, at(labels, rows), out, work)
+        if here is not None and out is not None:
+            if weight is not None:
+                _rows.weigh_rows_(out, weight[rows], at(counted, rows))
+            if out is not here:
+                here.copy_(out)
+    if counted is not None:
+        loss.masked_fill_(~counted, 0)
+    if d_rows is not None and classes < student.shape[-1]:
+        d_rows[:, classes:] = 0
+
+
+# -- kernels -------------------------------------------------------------------------------------------------
+
+
+def kernels_of(options: RowOptions) -> Any:
+    """Returns the module whose `rows` launches the kernel."""
+    if options.backend == "cuda":
+        from fastdistill import cuda
+
+        return cuda
+    from fastdistill.kernels import logits, topk
+
+    return topk if options.tail else logits
 
 
 def _launch(
-    loss: Tensor,  # (N)
-    gradient: Tensor | None,  # as student
-    expected: Tensor | None,  # (N), the weights it has
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    counted: Tensor | None,
-    weight: Tensor | None,
-    kind: str,
-    temperature: float,
-    beta: float,
-    soft_weight: float,
-    hard_weight: float,
-    classes: int,
-    student_softcap: float | None,
-    teacher_softcap: float | None,
-    backend: str,
+    options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tensor | None, expected: Tensor | None = None
 ) -> None:
-    kernels: Any
-    if backend == "cuda":
-        from fastdistill import cuda as kernels
-    else:
-        from fastdistill.kernels import logits as kernels  # type: ignore[no-redef]
-
-    labels = checked_labels(labels, counted, classes)
-    # A mask like m[:, :1] and the gradient of a sum have strides of their own.
-    labels, counted, weight, expected = (
-        None if x is None else x.contiguous() for x in (labels, counted, weight, expected)
+    """As `_in_blocks`. With `expected` (N), the weights that `gradient` was written with before, the kernel fixes the
+    rows whose weight differs."""
+    student, teacher, indices, labels, counted, weight = inputs
+    target: Target = ()
+    if options.soft_weight:
+        target = (teacher,) if indices is None else sorted_list(options, teacher, indices, counted, loss.dtype)
+    labels = checked_labels(labels, counted, options.classes)
+    labels, counted, weight, expected = _rows.contiguous(labels, counted, weight, expected)
+    kernels_of(options).rows(
+        student, target, labels, counted, options, loss=loss, gradient=gradient, weight=weight, expected=expected
     )
-    kernels.rows(
-        student, teacher if soft_weight else None, labels, counted, kind, classes=classes, temperature=temperature,
-        beta=beta, soft_weight=soft_weight, hard_weight=hard_weight, student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap, loss=loss, gradient=gradient, weight=weight, expected=expected,
-    )  # fmt: skip
 
 
-def _fake(student, teacher, labels, counted, weight, needs_gradient, *_):  # type: ignore[no-untyped-def]
+# -- registration --------------------------------------------------------------------------------------------
+#
+# Whoever traces sees one registered op, and the same op again in the backward. Eager calls bypass torch.library, which
+# costs tens of microseconds, and the second run: the forward leaves the gradient for the weights it was given, and the
+# first backward corrects it in place for the weights that arrive. (A second backward of the same graph runs the
+# function again.) Plain torch scales the gradient. Kernels fix the rows whose weight differs; the comparison runs in
+# the kernel to avoid a host sync. For N rows of V 16-bit numbers, forward and backward read and write 6 N V bytes if
+# the weights are right, 10 if they are off by a power of 2, else 12; computed in the backward alone, 10.
+
+
+def _forward(*flat: Any) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
+    """Takes `Inputs`, whether the gradient is wanted, and `RowOptions`, field by field."""
+    inputs, needs_gradient, options = Inputs(*flat[:INPUTS]), flat[INPUTS], RowOptions(*flat[INPUTS + 1 :])
+    loss, gradient = _outputs(inputs.student, inputs.teacher, needs_gradient)
+    run = _in_blocks if options.backend == "torch" else _launch
+    run(options, inputs, loss, gradient if needs_gradient else None)
+    return loss, gradient
+
+
+def _outputs(student: Tensor, teacher: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
     loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_common.compute_dtype(student, teacher))
     return loss, student.new_empty(student.shape if needs_gradient else 0)
 
 
-_divergence = differentiable("divergence", _forward, _update, _fake, tensors=4)
+def _fake(student, teacher, *rest):  # type: ignore[no-untyped-def]
+    return _outputs(student, teacher, rest[INPUTS - 2])
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.weight = inputs[:INPUTS]
+    needs_gradient, *ctx.options = inputs[INPUTS:]
+    ctx.gradient = output[1] if needs_gradient else None
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+    _common.refuse_double_backward("the loss over classes")
+    nothing = (None,) * (INPUTS + len(ctx.options))
+    gradient, ctx.gradient = ctx.gradient, None
+    if grad_loss is None:
+        return None, *nothing
+    inputs, options = Inputs._make([*ctx.saved_tensors, grad_loss]), RowOptions(*ctx.options)
+    if gradient is None:
+        _, gradient = (_op if _common.traced() else _forward)(*inputs, True, *options)
+    elif options.backend != "torch":
+        loss, _ = _outputs(inputs.student, inputs.teacher, False)
+        _launch(options, inputs, loss, gradient, expected=ctx.weight)
+    elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
+        ratio = grad_loss if ctx.weight is None else grad_loss / ctx.weight
+        gradient.view(-1, gradient.shape[-1]).mul_(_rows.row_weights(ratio, inputs.counted, ratio.dtype))
+    return gradient, *nothing
+
+
+_op = torch.library.custom_op(
+    "fastdistill::row_losses",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, Tensor? indices, Tensor? labels, Tensor? counted, Tensor? weight, "
+    f"bool needs_gradient, {SCHEMA}) -> (Tensor, Tensor)",
+)
+_op.register_fake(_fake)
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)

@@ -467,9 +467,11 @@ def test_hidden_states_of_short_sequences_leave_the_kernels_unless_they_are_forc
     length: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    monkeypatch.setattr(fastdistill.functional, "pick_backend", lambda name, *_: "triton" if name == "auto" else name)
     monkeypatch.setattr(
-        fastdistill.functional, "_attention_mse_op", lambda *x: taken.append(x[-1]) or (torch.ones(()), 1)
+        fastdistill.functional.attention, "pick_backend", lambda name, *_: "triton" if name == "auto" else name
+    )
+    monkeypatch.setattr(
+        fastdistill.functional.attention, "_attention_mse_op", lambda *x: taken.append(x[-1]) or (torch.ones(()), 1)
     )
     states = [torch.empty_like(x, device="cpu") for x in pair(1, length, length, 312, 768, BF16)]
     fastdistill.attention_mse(*states)

@@ -25,6 +25,7 @@ from torch import Tensor
 import fastdistill
 from fastdistill import cuda, reference
 from fastdistill.functional import explain_backends, pick_backend
+from fastdistill.ops._rows import RowOptions
 
 pytestmark = pytest.mark.skipif(not _simulated.POSSIBLE, reason="csrc is built with nvcc and g++, and one is missing")
 
@@ -522,7 +523,7 @@ def test_where_it_cannot_be_built_auto_takes_triton(says: str, card: torch.devic
     for _ in range(2):
         with pytest.raises(ValueError, match=rf"^backend is 'cuda', but .* for sm_90a with .*nvcc fatal : {says}"):
             pick_backend("cuda", card, alike)
-    assert says in {op: why for op, _, why in explain_backends(card)}["kl_div"]
+    assert says in why_of(card, "kl_div")
     assert (pretended / "runs").read_text() == "run\n"
 
 
@@ -628,15 +629,24 @@ def test_where_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
     picked = [pick_backend("auto", card, logits) for logits in (alike, mixed, ())]
     assert picked == ["cuda", "triton", "triton"]
-    assert {row[1] for row in explain_backends(card) if row[0] in ("soft_cross_entropy", "kl_div", "jsd", "tvd")} == {
-        "cuda"
-    }
+    (ops,) = (ops for backend, _, ops in explain_backends(card) if backend == "cuda")
+    assert set(ops) == {"soft_cross_entropy", "kl_div", "jsd", "tvd"}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert pick_backend("auto", card, alike) == "triton"
     assert pick_backend("cuda", card, alike) == "cuda"
     monkeypatch.setattr(cuda, "unavailable", lambda device: "there is no nvcc")
     assert pick_backend("auto", card, alike) == "triton"
-    assert "not cuda: there is no nvcc" in {op: why for op, _, why in explain_backends(card)}["kl_div"]
+    assert "not cuda: there is no nvcc" in why_of(card, "kl_div")
+    assert "not cuda" not in why_of(card, "linear_kl_div")
+
+
+def why_of(device: torch.device, op: str) -> str:
+    (why,) = (why for _, why, ops in explain_backends(device) if op in ops)
+    return why
+
+
+def plain(kind: str, classes: int) -> RowOptions:
+    return RowOptions(kind, "", classes, 1.0, KINDS[kind][1].get("beta", 0.5), 1.0, 0.0, None, None, "cuda")
 
 
 # -- On a card -------------------------------------------------------------------------------------------------
@@ -651,10 +661,7 @@ def test_the_card_agrees_with_the_simulation(simulator: ctypes.CDLL, kind: str, 
         inputs = logits(3, classes, dtype)
         student, teacher = (x.cuda() for x in inputs.values())
         loss, gradient = student.new_empty(3, dtype=torch.float32), torch.empty_like(student)
-        cuda.rows(
-            student, teacher, None, None, kind, classes=classes, temperature=1.0, beta=KINDS[kind][1].get("beta", 0.5),
-            soft_weight=1.0, hard_weight=0.0, student_softcap=None, teacher_softcap=None, loss=loss, gradient=gradient,
-        )  # fmt: skip
+        cuda.rows(student, (teacher,), None, None, plain(kind, classes), loss=loss, gradient=gradient)
         simulated = simulate(simulator, kind, *inputs.values())
         found = errors({"value": loss.cpu(), "student_logits": gradient.cpu()}, simulated)
         assert found["value"] < 1e-5
@@ -674,10 +681,14 @@ def test_threads_that_launch_for_rows_of_several_lengths(dtype: torch.dtype) -> 
         for _ in range(200):
             found.append(torch.empty_like(x))
             cuda.rows(
-                x, t, None, None, "kl_div", classes=classes, temperature=1.0, beta=0.5, soft_weight=1.0,
-                hard_weight=0.0, student_softcap=None, teacher_softcap=None,
-                loss=x.new_empty(4, dtype=torch.float32), gradient=found[-1],
-            )  # fmt: skip
+                x,
+                (t,),
+                None,
+                None,
+                plain("kl_div", classes),
+                loss=x.new_empty(4, dtype=torch.float32),
+                gradient=found[-1],
+            )
         return found
 
     sizes = (700, 16000) * 2
@@ -695,12 +706,12 @@ def test_the_sanitizer_finds_nothing(check: str) -> None:
     if sanitizer is None:
         pytest.skip("compute-sanitizer is missing")
     script = (
-        "import torch; from fastdistill import cuda\n"
+        "import torch; from fastdistill import cuda; from fastdistill.ops._rows import RowOptions\n"
         "for v in (1000, 20001, 128256, 600001):\n"
         "    x, t = torch.randn(2, 2, v, device='cuda', dtype=torch.bfloat16)\n"
-        "    cuda.rows(x, t, None, None, 'jsd', classes=v, temperature=1.0, beta=0.5, soft_weight=1.0,\n"
-        "              hard_weight=0.0, student_softcap=None, teacher_softcap=None,\n"
-        "              loss=x.new_empty(2, dtype=torch.float32), gradient=torch.empty_like(x))\n"
+        "    options = RowOptions('jsd', '', v, 1.0, 0.5, 1.0, 0.0, None, None, 'cuda')\n"
+        "    loss = x.new_empty(2, dtype=torch.float32)\n"
+        "    cuda.rows(x, (t,), None, None, options, loss=loss, gradient=torch.empty_like(x))\n"
         "torch.cuda.synchronize()"
     )
     run = subprocess.run(

@@ -1,0 +1,206 @@
+"""Losses on attention scores, from queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastdistill import _checks as check
+from fastdistill import reference
+from fastdistill.functional._dispatch import mean, pick_backend
+from fastdistill.functional._docs import documented
+from fastdistill.ops._attention import WIDEST_TILE
+from fastdistill.ops._common import no_autocast
+from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
+from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
+from fastdistill.ops.attention_mse import takes_gram
+
+__all__ = ["attention_kl", "attention_mse"]
+
+
+@documented
+def attention_mse(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    *,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes the mean squared error between student and teacher attention scores, without an L x S tensor.
+
+    The scores are those before the softmax. The item is an allowed pair (b, h, i, j); its loss is
+    `(a_student - a_teacher)^2` with `a[b,h,i,j] = scale * <query[b,h,i], key[b,h,j]>`. This is the attention loss of
+    TinyBERT (arXiv 1909.10351, equation 7). Time and memory are linear in L and S, causal or not; a dense `attn_mask`
+    costs time L x S and linear memory.
+
+    With hidden states as both query and key (one head, `(B, 1, L, d)`, both scales 1) it is the token-similarity
+    loss `||H_s H_s^T - H_t H_t^T||^2` of similarity-preserving distillation (arXiv 1907.09682), between any two
+    widths and without a projection.
+
+    Args:
+        {attention}
+
+    Raises:
+        {attention_raises}
+    """
+    masks = _Masks(key_mask, query_mask, is_causal, attn_mask)
+    return _attention(
+        _attention_mse_op, reference.attention_mse, student_query, student_key, teacher_query, teacher_key,
+        student_scale, teacher_scale, masks, reduction, num_items, backend,
+    )  # fmt: skip
+
+
+@documented
+def attention_kl(
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    *,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes the KL divergence from the student's attention distribution to the teacher's, without an L x S tensor.
+
+    The item is a query row (b, h, i) with at least one allowed key; its loss is
+    `KL(softmax(teacher scores) || softmax(student scores))` over the allowed keys. This is MiniLM's attention
+    transfer (arXiv 2002.10957, equation 6); with values in place of queries and keys it is MiniLM's value relation
+    (equation 9), and with heads re-split by reshaping first it is MiniLMv2's loss (arXiv 2012.15828). Time is L x S,
+    memory linear in L and S.
+
+    Args:
+        {attention}
+
+    Raises:
+        {attention_raises}
+    """
+    masks = _Masks(key_mask, query_mask, is_causal, attn_mask)
+    return _attention(
+        _attention_kl_op, reference.attention_kl, student_query, student_key, teacher_query, teacher_key,
+        student_scale, teacher_scale, masks, reduction, num_items, backend,
+    )  # fmt: skip
+
+
+class _Masks(NamedTuple):
+    key_mask: Tensor | None  # (B, S)
+    query_mask: Tensor | None  # (B, L)
+    is_causal: bool
+    attn_mask: Tensor | None  # broadcastable to (B, H, L, S)
+
+
+def _attention(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    definition: Callable[..., Tensor],
+    student_query: Tensor,
+    student_key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    student_scale: float | None,
+    teacher_scale: float | None,
+    masks: _Masks,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    backend: str,
+) -> Tensor:
+    tensors = (student_query, student_key, teacher_query, teacher_key)
+    check.floating(
+        student_query=student_query, student_key=student_key, teacher_query=teacher_query, teacher_key=teacher_key
+    )
+    check.frozen(teacher_query=teacher_query, teacher_key=teacher_key)
+    check.reduction(reduction, num_items, ("mean", "sum"))
+    check.finite("student_scale", student_scale)
+    check.finite("teacher_scale", teacher_scale)
+    _check_heads(*tensors)
+    masks = _checked_masks(masks, student_query, student_key)
+    is_tiled = definition is reference.attention_kl or masks.is_causal or masks.attn_mask is not None
+    backend = _pick(backend, tensors, is_tiled)
+    with no_autocast(student_query):
+        if backend == "reference":
+            return definition(
+                *tensors, student_scale=student_scale, teacher_scale=teacher_scale, **masks._asdict(),
+                reduction=reduction, num_items=num_items,
+            )  # fmt: skip
+        total, count = op(
+            *tensors,
+            student_query.shape[3] ** -0.5 if student_scale is None else float(student_scale),
+            teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
+            *masks,
+            backend,
+        )
+        if reduction == "sum":
+            return total
+        return mean(total, count if num_items is None else num_items)
+
+
+def _pick(backend: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor], is_tiled: bool) -> str:
+    """Returns the backend. `is_tiled`: the kernels need tiles of scores, which wide heads do not fit."""
+    chosen = pick_backend(backend, tensors[0].device)
+    width = max(x.shape[3] for x in tensors)
+    if chosen != "triton" or width <= WIDEST_TILE:
+        return chosen
+    if backend == "triton" and is_tiled:
+        raise ValueError(
+            f"backend is 'triton', but heads are {width} wide; its tiles of scores hold up to {WIDEST_TILE}: "
+            "use backend='auto' or 'torch'"
+        )
+    # Gram matrices of hidden states cost more than the scores of short sequences. If forced, the kernels run anyway.
+    return "torch" if backend == "auto" and (is_tiled or not takes_gram(*tensors)) else chosen
+
+
+def _check_heads(student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> None:
+    for name, x in (("student_query", student_query), ("student_key", student_key),
+                    ("teacher_query", teacher_query), ("teacher_key", teacher_key)):  # fmt: skip
+        if x.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be (batch, heads, length, head_dim)")
+    batch, heads, query_length, _ = student_query.shape
+    key_length = student_key.shape[2]
+    if teacher_query.shape[1] != heads:
+        raise ValueError(
+            f"teacher_query has {teacher_query.shape[1]} heads and student_query {heads}; score matrices pair head "
+            "by head: give the student the teacher's number of heads, or re-split both into equally many "
+            "relation heads (MiniLMv2) by reshaping query and key first"
+        )
+    for side, query, key in (("student", student_query, student_key), ("teacher", teacher_query, teacher_key)):
+        width, key_heads = query.shape[3], key.shape[1]
+        check.shape(f"{side}_query", query, (batch, heads, query_length, width), "(B, H, L, D)")
+        check.shape(f"{side}_key", key, (batch, key_heads, key_length, width), "(B, H_kv, S, D), D the query's")
+        if key_heads == 0 or heads % key_heads:
+            raise ValueError(f"{side}_key has {key_heads} heads; the {heads} query heads should be a multiple of that")
+        if query.dtype != key.dtype:
+            raise TypeError(f"{side}_query is {query.dtype} and {side}_key {key.dtype}; they should be the same")
+        if width == 0:
+            raise ValueError(f"{side}_query has head_dim 0; it should be at least 1")
+
+
+def _checked_masks(masks: _Masks, query: Tensor, key: Tensor) -> _Masks:
+    """Returns the masks with `attn_mask` in four dimensions."""
+    full = (*query.shape[:3], key.shape[2])
+    check.mask("key_mask", masks.key_mask, (full[0], full[3]), "(B, S)", query.device)
+    check.mask("query_mask", masks.query_mask, (full[0], full[2]), "(B, L)", query.device)
+    check.boolean("is_causal", masks.is_causal)
+    if masks.attn_mask is None:
+        return masks
+    check.mask("attn_mask", masks.attn_mask, None, "", query.device)
+    shape = tuple(masks.attn_mask.shape)
+    padded = (1,) * (4 - len(shape)) + shape
+    if len(padded) != 4 or any(m not in (1, n) for m, n in zip(padded, full, strict=True)):
+        raise ValueError(f"attn_mask has shape {shape}; it should broadcast to {full}, (B, H, L, S)")
+    return masks._replace(attn_mask=masks.attn_mask.reshape(padded))

@@ -1,0 +1,330 @@
+"""Losses over classes from hidden states and the weights of the vocabulary head, without logits in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from fastdistill import _checks as check
+from fastdistill import reference
+from fastdistill.functional import _rows
+from fastdistill.functional._dispatch import autocast, pick_backend
+from fastdistill.functional._docs import documented
+from fastdistill.functional._rows import Keywords
+from fastdistill.ops._common import no_autocast
+from fastdistill.ops.linear_logits import Inputs, linear_row_losses
+
+__all__ = [
+    "linear_jsd",
+    "linear_kl_div",
+    "linear_soft_cross_entropy",
+    "linear_topk_soft_cross_entropy",
+    "linear_tvd",
+]
+
+Head = tuple[Tensor, Any, Tensor | None]  # hidden states (*, d), weight (V, d), bias (V)
+
+
+@documented
+def linear_soft_cross_entropy(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes `soft_cross_entropy` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
+
+    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+
+    Args:
+        {student_head}
+        {teacher_head}
+        {student_bias}
+        {teacher_bias}
+        {linear_options}
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
+    return _against_head("soft_cross_entropy", reference.linear_soft_cross_entropy, student_head, teacher_head, given)
+
+
+@documented
+def linear_kl_div(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes `kl_div` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
+
+    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+
+    Args:
+        {student_head}
+        {teacher_head}
+        {student_bias}
+        {teacher_bias}
+        reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
+        {linear_options}
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
+    return _against_head(
+        _rows.kl_kind(reverse), reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse
+    )
+
+
+@documented
+def linear_jsd(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes `jsd` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
+
+    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+
+    Args:
+        {student_head}
+        {teacher_head}
+        {student_bias}
+        {teacher_bias}
+        beta: weight of the teacher in the mixture, 0 to 1.
+        {linear_options}
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
+    return _against_head(_rows.jsd_kind(beta), reference.linear_jsd, student_head, teacher_head, given, beta=beta)
+
+
+@documented
+def linear_tvd(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes `tvd` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
+
+    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+
+    Args:
+        {student_head}
+        {teacher_head}
+        {student_bias}
+        {teacher_bias}
+        {linear_options}
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
+    return _against_head("tvd", reference.linear_tvd, student_head, teacher_head, given)
+
+
+@documented
+def linear_topk_soft_cross_entropy(
+    student: Tensor,
+    student_weight: Tensor,
+    topk_logprobs: Tensor,
+    topk_indices: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    tail: str = "renormalize",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes `topk_soft_cross_entropy` of the logits `x @ W.T + b` without storing the `(*, V)` tensor.
+
+    Args:
+        {student_head}
+        {topk}
+        {student_bias}
+        {tail}
+        {topk_options}
+
+    Raises:
+        {class_raises}
+        IndexError: on the CPU, an index outside the classes.
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     None, reduction, num_items, backend)  # fmt: skip
+    head = (student, student_weight, student_bias)
+    check.floating(
+        student=student, student_weight=student_weight, topk_logprobs=topk_logprobs,
+        **check.given(student_bias=student_bias),
+    )  # fmt: skip
+    rows, classes = _check_head("student", head)
+    _rows.check_keywords(given, rows, classes, student.device)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    return _loss(
+        "soft_cross_entropy", reference.linear_topk_soft_cross_entropy, head, (topk_logprobs, None, None),
+        topk_indices, given, tail=tail,
+    )  # fmt: skip
+
+
+def _check_head(side: str, head: Head) -> tuple[tuple[int, ...], int]:
+    """Returns the shape of the rows and the number of classes."""
+    hidden, weight, bias = head
+    if hidden.dim() < 1:
+        raise ValueError(f"{side} is a scalar; it should be (*, d)")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{side}_weight has shape {tuple(weight.shape)}; it should be (V, {hidden.shape[-1]}), as in "
+            "nn.Linear(d, V).weight"
+        )
+    if bias is not None:
+        check.shape(f"{side}_bias", bias, (weight.shape[0],), "(V)")
+    return tuple(hidden.shape[:-1]), weight.shape[0]
+
+
+def _against_head(
+    kind: str, definition: Callable[..., Tensor], student: Head, teacher: Head, given: Keywords, **own: Any
+) -> Tensor:
+    check.floating(
+        student=student[0], student_weight=student[1], teacher=teacher[0], teacher_weight=teacher[1],
+        **check.given(student_bias=student[2], teacher_bias=teacher[2]),
+    )  # fmt: skip
+    check.frozen(teacher=teacher[0], teacher_weight=teacher[1], teacher_bias=teacher[2])
+    rows, classes = _check_head("student", student)
+    _, teacher_classes = _check_head("teacher", teacher)
+    expected = (*rows, teacher[0].shape[-1])
+    check.shape("teacher", teacher[0], expected, "(*, d_t) with the student's leading dimensions")
+    if given.vocab_size is None:
+        _rows.check_same_vocabulary("student_weight", classes, "teacher_weight", teacher_classes)
+    _rows.check_keywords(given, rows, min(classes, teacher_classes), student[0].device)
+    return _loss(kind, definition, student, teacher, None, given, **own)
+
+
+def _loss(
+    kind: str,
+    definition: Callable[..., Tensor],
+    student: Head,
+    teacher: Head,  # with `indices` log-probabilities (*, k), None and None
+    indices: Tensor | None,  # (*, k)
+    given: Keywords,
+    **own: Any,  # the keywords of this loss alone
+) -> Tensor:
+    """Picks the backend, casts for autocast, runs the op and reduces its losses; the arguments are checked."""
+    backend = pick_backend(given.backend, student[0].device, kind=kind)
+    hidden, weight, bias = _operands("student", student)
+    if indices is None:
+        teacher = _operands("teacher", teacher)
+    teacher_hidden, teacher_weight, teacher_bias = teacher
+    with no_autocast(hidden):
+        if backend == "reference":
+            others, biases = (teacher_hidden, indices), {"student_bias": bias}
+            if indices is None:
+                others, biases = (teacher_hidden, teacher_weight), biases | {"teacher_bias": teacher_bias}
+            return definition(hidden, weight, *others, **biases, **_rows.for_reference(given, own))
+        rows, counted = hidden.shape[:-1], _rows.counted_rows(given)
+        options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
+        inputs = Inputs(
+            _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
+            None if indices is None else _flat(indices),
+            None if given.labels is None else given.labels.reshape(-1),
+            None if counted is None else counted.reshape(-1),
+            row_weight=None,
+        )  # fmt: skip
+        loss = linear_row_losses(inputs, given.reduction == "none", options)
+        if given.reduction == "none":
+            return loss.view(rows)
+        return _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
+
+
+def _operands(side: str, head: Head) -> Head:
+    hidden, weight, bias = autocast(*head)
+    check.same_dtype(**{side: hidden, f"{side}_weight": weight, f"{side}_bias": bias})
+    return hidden, weight, bias
+
+
+def _flat(x: Tensor) -> Tensor:  # (*, d) -> (N, d)
+    return x.reshape(-1, x.shape[-1])

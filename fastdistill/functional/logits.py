@@ -1,0 +1,284 @@
+"""Losses over classes from logits, against a teacher's logits or its k most likely classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill import _checks as check
+from fastdistill import reference
+from fastdistill.functional import _rows
+from fastdistill.functional._dispatch import pick_backend
+from fastdistill.functional._docs import documented
+from fastdistill.functional._rows import Keywords
+from fastdistill.ops._common import no_autocast
+from fastdistill.ops.logits import row_losses
+
+__all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tvd"]
+
+
+@documented
+def soft_cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes the cross-entropy of the student under the teacher's distribution: `-sum p_t log p_s`.
+
+    With `p = softmax(z / temperature)` of each side, summed over the classes; the item is a row. This is the
+    prediction loss of TinyBERT (arXiv 1909.10351, equation 10) and Hinton's distillation (arXiv 1503.02531). It equals
+    `kl_div` plus the teacher's entropy, so both have the same gradient.
+
+    Args:
+        {logits}
+        {logits_options}
+
+    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
+    A class with teacher mass and student probability 0 gives inf, as the formula does.
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    return _against_logits("soft_cross_entropy", reference.soft_cross_entropy, student_logits, teacher_logits, given)
+
+
+@documented
+def kl_div(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    reverse: bool = False,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes the Kullback-Leibler divergence between teacher and student: `sum p_t (log p_t - log p_s)`.
+
+    This is `KL(p_t || p_s)` with `p = softmax(z / temperature)`, or `KL(p_s || p_t)` with `reverse` (arXiv 2306.08543);
+    the item is a row.
+
+    Args:
+        {logits}
+        reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
+        {logits_options}
+
+    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
+    A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    return _against_logits(
+        _rows.kl_kind(reverse), reference.kl_div, student_logits, teacher_logits, given, reverse=reverse
+    )
+
+
+@documented
+def jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes the generalised Jensen-Shannon divergence: `beta KL(p_t || m) + (1 - beta) KL(p_s || m)`.
+
+    With `m = beta p_t + (1 - beta) p_s` and `p = softmax(z / temperature)` (GKD, arXiv 2306.13649, equation 1); beta 0
+    is `KL(p_t || p_s)` and beta 1 `KL(p_s || p_t)`. The item is a row. At beta 0.5 it is symmetric and at most log 2.
+
+    Args:
+        {logits}
+        beta: weight of the teacher in the mixture, 0 to 1.
+        {logits_options}
+
+    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    return _against_logits(_rows.jsd_kind(beta), reference.jsd, student_logits, teacher_logits, given, beta=beta)
+
+
+@documented
+def tvd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes the total variation distance between teacher and student: `0.5 sum |p_t - p_s|`, between 0 and 1.
+
+    With `p = softmax(z / temperature)`; the item is a row (f-distillation, arXiv 2307.15190). Where the two are equal
+    the subgradient is 0.
+
+    Args:
+        {logits}
+        {logits_options}
+
+    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
+
+    Raises:
+        {class_raises}
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+    return _against_logits("tvd", reference.tvd, student_logits, teacher_logits, given)
+
+
+@documented
+def topk_soft_cross_entropy(
+    student_logits: Tensor,
+    topk_logprobs: Tensor,
+    topk_indices: Tensor,
+    *,
+    tail: str = "renormalize",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    labels: Tensor | None = None,
+    alpha: float = 1.0,
+    ignore_index: int = -100,
+    mask: Tensor | None = None,
+    vocab_size: int | None = None,
+    student_softcap: float | None = None,
+    reduction: str = "mean",
+    num_items: int | float | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Computes the soft cross-entropy against the k most likely classes of an offline teacher.
+
+    With `tail="renormalize"` the k classes are the teacher's whole distribution: their log-probabilities are divided
+    by the temperature and normalised again. With `tail="bucket"` (temperature 1) the teacher's remaining mass is one
+    more class, compared with the student's remaining mass. The item is a row.
+
+    Args:
+        student_logits: `(*, V)`.
+        {topk}
+        {tail}
+        {topk_options}
+
+    Raises:
+        {class_raises}
+        IndexError: on the CPU, an index outside the classes.
+    """
+    given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
+                     None, reduction, num_items, backend)  # fmt: skip
+    check.floating(student_logits=student_logits, topk_logprobs=topk_logprobs)
+    rows, classes = _shape(student_logits)
+    _rows.check_keywords(given, rows, classes, student_logits.device)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    return _loss(
+        "soft_cross_entropy", reference.topk_soft_cross_entropy, student_logits, topk_logprobs, topk_indices, given,
+        tail=tail,
+    )  # fmt: skip
+
+
+def _shape(student_logits: Tensor) -> tuple[tuple[int, ...], int]:
+    if student_logits.dim() < 1:
+        raise ValueError("student_logits is a scalar; it should be (*, V)")
+    *rows, classes = student_logits.shape
+    return tuple(rows), classes
+
+
+def _against_logits(
+    kind: str,
+    definition: Callable[..., Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    given: Keywords,
+    **own: Any,
+) -> Tensor:
+    check.floating(student_logits=student_logits, teacher_logits=teacher_logits)
+    check.frozen(teacher_logits=teacher_logits)
+    rows, classes = _shape(student_logits)
+    check.shape("teacher_logits", teacher_logits, (*rows, *teacher_logits.shape[-1:]), "(*, V) with the student's *")
+    if given.vocab_size is None:
+        _rows.check_same_vocabulary("student_logits", classes, "teacher_logits", teacher_logits.shape[-1])
+    _rows.check_keywords(given, rows, min(classes, teacher_logits.shape[-1]), student_logits.device)
+    return _loss(kind, definition, student_logits, teacher_logits, None, given, **own)
+
+
+def _loss(
+    kind: str,
+    definition: Callable[..., Tensor],
+    student: Tensor,  # (*, >= V)
+    teacher: Tensor,  # logits (*, >= V), or with `indices` log-probabilities (*, k)
+    indices: Tensor | None,  # (*, k)
+    given: Keywords,
+    **own: Any,  # the keywords of this loss alone
+) -> Tensor:
+    """Picks the backend, runs the op and reduces its losses; the arguments are checked."""
+    dtypes = (student.dtype, teacher.dtype) if indices is None else ()
+    backend = pick_backend(given.backend, student.device, dtypes, kind)
+    with no_autocast(student):
+        if backend == "reference":
+            tensors = (teacher,) if indices is None else (teacher, indices)
+            return definition(student, *tensors, **_rows.for_reference(given, own))
+        counted = _rows.counted_rows(given)
+        count = _rows.divisor(given, counted, student.shape[:-1].numel())
+        options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
+        row_gradient = _row_gradient(student, given.reduction, count, backend)
+        per_row = row_losses(student, teacher, indices, given.labels, counted, row_gradient, options)
+        return per_row if given.reduction == "none" else _rows.reduced(per_row.sum(), count)
+
+
+def _row_gradient(student: Tensor, reduction: str, count: int | float | Tensor | None, backend: str) -> Tensor | None:
+    """Returns the gradient of the mean or sum in each row's loss, (), as autograd will compute it; None: unknown."""
+    if reduction == "none" or torch.compiler.is_compiling():
+        return None
+    # Plain torch takes None for 1. It compares the weight with the gradient that arrives, a host sync on a device.
+    if backend == "torch" and (count is None or student.device.type != "cpu"):
+        return None
+    one = torch.ones((), dtype=torch.promote_types(student.dtype, torch.float32), device=student.device)
+    return _rows.reduced(one, count)

@@ -1,0 +1,117 @@
+"""The soft losses against the teacher's logits: divergences between two softmax distributions, one loss a row.
+
+For each side, x = z - max z, e = exp(x / T), Z = sum e and p = e / Z. Further, m = beta p_t + (1 - beta) p_s, and E_s
+and E_t are means under p_s and p_t:
+
+    kind                loss                                         gradient in the student's logits z
+    soft_cross_entropy  log Z_s - E_t[x_s] / T                       (p_s - p_t) / T
+    kl_div              E_t[x_t - x_s] / T - log(Z_t / Z_s)          (p_s - p_t) / T
+    reverse_kl          E_s[c] / T - log(Z_s / Z_t)                  p_s (c - E_s[c]) / T^2           c = x_s - x_t
+    jsd                 beta E_t[log(p_t / m)] + (1 - beta) E_s[c]   (1 - beta) p_s (c - E_s[c]) / T  c = log(p_s / m)
+    tvd                 sum |p_s - p_t| / 2                          p_s (c - E_s[c]) / 2T            c = sgn(p_s - p_t)
+
+The gradient is the only tensor of the logits' size. Differences are taken class by class before they are summed, and
+the largest e of a row is exactly 1, so the loss keeps its digits where the student is close to its teacher or nearly
+certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdistill.ops._rows import RowOptions, Target, exponents_, power, row_max, weigh_
+
+
+def divergence(
+    options: RowOptions,
+    student: Tensor,  # (n, V)
+    student_max: Tensor,  # (n, 1)
+    target: Target,  # the teacher's logits (n, V)
+    out: Tensor | None,  # (n, V)
+    work: Sequence[Tensor],
+) -> Tensor:  # (n, 1)
+    (teacher,) = target
+    a, b, c, d = work
+    kind = options.kind
+    # x is overwritten by e where it is not needed again.
+    student_x = torch.sub(student, student_max, out=a)
+    unit = exponents_(student_x, options.temperature)  # x / T = unit * student_x
+    student_e = power(student_x, a if kind in ("jsd", "tvd") else b)
+    student_sum = student_e.sum(-1, keepdim=True)
+    teacher_x = torch.sub(teacher, row_max(teacher), out=c)
+    exponents_(teacher_x, options.temperature)
+    teacher_e = power(teacher_x, d if kind in ("kl_div", "reverse_kl") else c)
+    teacher_sum = teacher_e.sum(-1, keepdim=True)
+    slope = options.soft_weight / options.temperature
+    if kind == "soft_cross_entropy":
+        loss = student_sum.log() - weigh_(student_x, teacher_e) * (unit / teacher_sum)
+        if out is not None:
+            _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
+    elif kind == "kl_div":
+        mean = weigh_(teacher_x.sub_(student_x), teacher_e) / teacher_sum
+        loss = mean * unit - _log_ratio(teacher_e, teacher_sum, student_e, student_sum, scratch=a)
+        if out is not None:
+            _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
+    elif kind == "reverse_kl":
+        mean = weigh_(student_x.sub_(teacher_x), student_e) / student_sum
+        loss = mean * unit - _log_ratio(student_e, student_sum, teacher_e, teacher_sum, scratch=c)
+        if out is not None:
+            _centred(student_x, student_e, mean, slope * unit / student_sum, out)
+    elif kind == "jsd":
+        student_p, teacher_p = student_e.mul_(1 / student_sum), teacher_e.mul_(1 / teacher_sum)
+        loss = _jsd(student_p, teacher_p, options.beta, slope, out, b, d)
+    else:
+        # The gradient's factor goes into p, which saves one more product.
+        factor = slope / 2
+        student_p, teacher_p = student_e.mul_(factor / student_sum), teacher_e.mul_(factor / teacher_sum)
+        loss = _tvd(student_p, teacher_p, factor, out, b, c)
+    return loss.clamp_(min=0).mul_(options.soft_weight)  # rounding may leave -1e-8 of a loss that is 0
+
+
+def _jsd(
+    student_p: Tensor, teacher_p: Tensor, beta: float, slope: float, out: Tensor | None, b: Tensor, d: Tensor
+) -> Tensor:
+    # Adding the smallest normal number makes the ratios of the two finite, and 1 where both probabilities are 0.
+    tiny = torch.finfo(student_p.dtype).tiny
+    student_q, teacher_q = torch.add(student_p, tiny, out=b), teacher_p.add_(tiny)
+    difference = torch.sub(teacher_q, student_q, out=d)
+    # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
+    student_log = torch.div(difference, student_q, out=b).mul_(beta).log1p_()
+    teacher_log = difference.div_(teacher_q).mul_(beta - 1).log1p_()
+    mean = student_log.mul_(student_p).sum(-1, keepdim=True)
+    if out is not None:
+        _centred(student_log, student_p, mean, slope * (beta - 1), out)
+    return (beta - 1) * mean - beta * teacher_log.mul_(teacher_q).sum(-1, keepdim=True)
+
+
+def _tvd(
+    student_p: Tensor, teacher_p: Tensor, factor: float, out: Tensor | None, b: Tensor, c: Tensor
+) -> Tensor:  # from factor * p of each side; `c` may be teacher_p
+    difference = torch.sub(student_p, teacher_p, out=b)  # exactly 0 where the two are equal
+    loss = torch.abs(difference, out=c).sum(-1, keepdim=True) / (2 * factor)
+    if out is not None:
+        value = torch.mul(difference.sign_(), student_p, out=c)
+        torch.addcmul(value, student_p, value.sum(-1, keepdim=True) / factor, value=-1, out=out)
+    return loss
+
+
+def _difference(
+    student_e: Tensor, student_sum: Tensor, teacher_e: Tensor, teacher_sum: Tensor, factor: float, out: Tensor
+) -> None:
+    """Writes factor (p_s - p_t)."""
+    torch.mul(student_e, factor / student_sum, out=out)
+    out.addcmul_(teacher_e, factor / teacher_sum, value=-1)
+
+
+def _centred(value: Tensor, p: Tensor, mean: Tensor, factor: float | Tensor, out: Tensor) -> None:
+    """Writes factor (value - p mean), the gradient of a mean under the softmax p; `value` is p c, `mean` its sum."""
+    torch.addcmul(value, p, mean, value=-1, out=out).mul_(factor)
+
+
+def _log_ratio(e: Tensor, e_sum: Tensor, other: Tensor, other_sum: Tensor, scratch: Tensor) -> Tensor:
+    """Returns log(e_sum / other_sum), without cancellation where the two are close: it sums class differences."""
+    excess = torch.sub(e, other, out=scratch).sum(-1, keepdim=True).div_(other_sum)
+    return torch.where(excess.abs() < 0.5, excess.log1p(), (e_sum / other_sum).log())
