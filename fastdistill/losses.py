@@ -40,8 +40,10 @@ class _Loss(nn.Module):
     defaults: dict[str, Any]
 
     def __init_subclass__(cls) -> None:
-        """Gives the class the options of its function, and the signatures that `help` and editors show."""
+        """Gives a class with a function its options, and the signatures that `help` shows. Subclasses inherit them."""
         super().__init_subclass__()
+        if "function" not in vars(cls):
+            return
         parameters = inspect.signature(cls.function).parameters.values()
         tensors = [p for p in parameters if "Tensor" in p.annotation]
         options = [p for p in parameters if "Tensor" not in p.annotation]

@@ -228,6 +228,15 @@ def _in_process(rank: int, meeting: str, results: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("name", fastdistill.losses.__all__)
+def test_a_subclass_inherits_forward(name: str) -> None:
+    """FSDP makes a subclass of the class of each module that it wraps."""
+    parent = getattr(fastdistill, name)
+    child = type("Child", (parent,), {})
+    assert child.forward is parent.forward
+    assert child.defaults is parent.defaults
+
+
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     """DDP, and FSDP2 with the loss as a part of a unit or as its own, over halves that count unequally many tokens."""
     results = tmp_path / "gradients.pt"
