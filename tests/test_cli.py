@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from fastdistill import cli
-from fastdistill.recipes import commands
+from fastdistill.recipes import evaluate
 from fastdistill.recipes.glue import get_task
 
 STUDENT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
@@ -129,11 +129,10 @@ class TestGeneral:
     def test_resume_goes_on(self, files, tmp_path, monkeypatch, capsys):
         from fastdistill.train.trainer import DistillationTrainer
 
-        options, step = commands._training_arguments, DistillationTrainer.training_step
-        monkeypatch.setattr(commands, "_training_arguments", lambda found: {**options(found), "save_steps": 5})
-        whole = arguments(files, "general", tmp_path / "whole", "--epochs", 4, "--batch-size", 8)
-        assert cli.main(whole) == 0
-        argv = arguments(files, "general", tmp_path / "out", "--epochs", 4, "--batch-size", 8)
+        step = DistillationTrainer.training_step
+        options = ("--epochs", 4, "--batch-size", 8, "--save_steps", 5)
+        assert cli.main(arguments(files, "general", tmp_path / "whole", *options)) == 0
+        argv = arguments(files, "general", tmp_path / "out", *options)
         steps = []
 
         def interrupted(self, *args, **kwargs):
@@ -391,7 +390,7 @@ class TestBadInput:
         """Of a teacher below zero nothing is kept; where figures cannot go is said first."""
         task = ["--task", "sst-2", "--data", str(files / "SST-2")]
         argv = ["evaluate", "--model", str(files / "teacher"), "--against", str(files / "teacher"), *task, "--json"]
-        monkeypatch.setattr(commands, "_metrics", lambda *_: {"dev": {"accuracy": -0.1, "score": -0.1}})
+        monkeypatch.setattr(evaluate, "metrics", lambda *_: {"dev": {"accuracy": -0.1, "score": -0.1}})
         assert cli.main([*argv, str(tmp_path / "new" / "figures.json")]) == 0
         assert json.loads((tmp_path / "new" / "figures.json").read_text())[str(files / "teacher")]["kept"] is None
         assert "--json is the folder" in fails(capsys, [*argv, str(tmp_path), "--overwrite"])

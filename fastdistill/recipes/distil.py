@@ -1,0 +1,439 @@
+"""The trainings behind the commands: general distillation, a task's two stages, a cached teacher, gold labels alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from fastdistill.recipes.augment import read_augmented
+from fastdistill.recipes.evaluate import metrics, named_task
+from fastdistill.recipes.glue import Task
+from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralOptions, TaskOptions
+from fastdistill.recipes.search import check_grid, search
+from fastdistill.train.cache import (
+    identity,
+    read_cache,
+    read_manifest,
+    teacher_config,
+    terms_served,
+    weightless_teacher,
+)
+from fastdistill.train.checkpoints import load_model
+from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus, read_corpus
+from fastdistill.train.finetune import finetune
+from fastdistill.train.objective import (
+    Objective,
+    check_method_options,
+    projection_kind,
+    read_projections,
+    resolve_terms,
+)
+from fastdistill.train.options import ObjectiveOptions
+from fastdistill.train.outputs import check, drop_checkpoints, whole_output
+from fastdistill.train.processes import check_gpus, main_first, on_main, processes
+from fastdistill.train.stages import CachedStage, GeneralStage, IntermediateStage, PredictionStage
+from fastdistill.train.students import build_student, init_from_teacher, is_config, positions, save_projections
+
+__all__ = ["distil_cached", "distil_general", "distil_task", "finetune_task"]
+
+CALIBRATION_TOKENS = 20_000  # that a student is folded from its teacher with
+
+
+# -- stage 1 -----------------------------------------------------------------------------------------------
+
+
+def distil_general(options: GeneralOptions) -> None:
+    """Distils a student on a corpus of plain text into `options.output`, as `GeneralStage` writes it."""
+    objective = objective_options(options)
+    if options.streaming and options.max_steps < 1:
+        raise ValueError("--streaming needs --max-steps: a corpus that is not read beforehand has no length")
+    if is_finished(options):
+        return
+    teacher, tokenizer = load_model(options.teacher, "AutoModel", trust_remote_code=options.trust_remote_code)
+    check_length(options.max_length, "teacher", teacher)
+    if options.streaming:
+        corpus = read_corpus(options.corpus, streaming=True)
+        blocks = first_blocks(pack_corpus(corpus, tokenizer, options.max_length), options.max_length)
+    else:
+        corpus = blocks = main_first(lambda: pack_corpus(options.corpus, tokenizer, options.max_length))
+    with tempfile.TemporaryDirectory() as scratch:
+        student = make_student(options, options.student, teacher, tokenizer, blocks, options.seed, Path(scratch))
+        check_length(options.max_length, "student", student)
+        stage = GeneralStage(
+            corpus=corpus,
+            max_length=options.max_length,
+            streaming=options.streaming,
+            projections=projections_folder(options.student, scratch),
+            **objective,
+            **schedule(options),
+        )
+        stage.run(student, teacher, tokenizer, options.output, resume=options.resume, overwrite=options.overwrite)
+    finish(options.output)
+
+
+def distil_cached(options: CachedOptions) -> None:
+    """Distils a student from what `cache_teacher` wrote into `options.output`, as `CachedStage` writes it."""
+    if is_finished(options):
+        return
+    dataset = read_cache(options.cache, verify=options.verify)
+    tokenizer = AutoTokenizer.from_pretrained(options.cache)
+    options = replace(options, terms=options.terms or terms_served(options.cache))
+    is_live = "attention" in (options.terms or ())
+    if options.teacher is not None:
+        teacher = cached_teacher(options, options.teacher)
+    elif is_live or options.init == "teacher":
+        raise ValueError("the attention term and --init teacher need --teacher: a cache holds no scores and no weights")
+    else:
+        teacher = weightless_teacher(options.cache)
+        options = replace(options, init="random" if is_config(options.student) else options.init)
+    with tempfile.TemporaryDirectory() as scratch:
+        student = make_student(options, options.student, teacher, tokenizer, dataset, options.seed, Path(scratch))
+        settings = schedule(options)
+        settings["arguments"]["dataloader_num_workers"] = options.workers
+        objective = {**objective_options(options), "layer_map": layer_map(options.layer_map)}
+        folder = projections_folder(options.student, scratch)
+        stage = CachedStage(cache=options.cache, projections=folder, **objective, **settings)
+        whole = {"resume": options.resume, "overwrite": options.overwrite}
+        stage.run(student, teacher if is_live else None, tokenizer, options.output, **whole)
+    finish(options.output)
+
+
+def cached_teacher(options: CachedOptions, name: str) -> Any:
+    """Returns the teacher `name`. ValueError where the cache is another one's.
+
+    A bare encoder's pooler may be random, and so is not compared.
+    """
+    theirs = read_manifest(options.cache)["teacher"]
+    teacher, _ = load_model(name, theirs["class"], trust_remote_code=options.trust_remote_code)
+    if teacher.base_model is teacher:
+        return teacher
+    dtype = getattr(teacher_config(options.cache), "dtype", None) or teacher.dtype
+    cached = teacher if dtype == teacher.dtype else copy.deepcopy(teacher).to(dtype)
+    if identity(cached)["weights_sha256"] != theirs["weights_sha256"]:
+        raise ValueError(
+            f"--teacher {name} has other weights than {theirs['name']}, the teacher whose cache {options.cache} is"
+        )
+    return teacher
+
+
+# -- stage 2 -----------------------------------------------------------------------------------------------
+
+
+def distil_task(options: TaskOptions) -> dict[str, Any]:
+    """Distils a student on a task: the intermediate stage, the prediction stage over a grid, the dev sets' metrics.
+
+    Returns what `results.json` in `options.output` holds (see `fastdistill.recipes.search.search`).
+    """
+    task = named_task(options, "train")
+    objective = objective_options(options)
+    check_stages(options, task, objective["terms"])
+    run = TaskRun(options, task, objective)
+    check_grid(**run.grid)
+    if options.augmented and not isinstance(task, Task):
+        raise ValueError(f"--task is {task.name}; --augmented holds rows of a GLUE task")
+    if is_finished(options):
+        return read_results(options.output)
+    with tempfile.TemporaryDirectory() as scratch:
+        run.load(Path(scratch))
+        with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
+            run.prepare(work)
+            results = grid_search(options, run.task, run.tokenizer, work, run.train_last, run.grid)
+    finish(options.output)
+    return results
+
+
+@dataclass
+class TaskRun:
+    """The models and rows of `distil_task`, and its trainings."""
+
+    options: TaskOptions
+    task: Any
+    objective: dict[str, Any]
+    teacher: Any = None
+    tokenizer: Any = None
+    student: Any = None
+    rows: Any = None
+    projections: Path | None = None
+
+    def __post_init__(self) -> None:
+        options, task = self.options, self.task
+        self.intermediate = {
+            "learning_rate": options.intermediate_learning_rate or task.intermediate_learning_rate,
+            "batch_size": options.intermediate_batch_size or task.batch_size,
+        }
+        self.has_prediction = options.prediction_epochs != 0
+        last = {"learning_rate": task.prediction_learning_rate, "batch_size": task.batch_size}
+        last = last if self.has_prediction else self.intermediate
+        self.grid = {
+            "learning_rates": options.learning_rates or [last["learning_rate"]],
+            "batch_sizes": options.batch_sizes or [last["batch_size"]],
+            "seeds": options.seeds,
+        }
+        epochs = options.intermediate_epochs
+        self.epochs = task.intermediate_epochs if epochs is None else epochs
+
+    def load(self, scratch: Path) -> None:
+        """Reads models and rows, and refuses what the stages would refuse before `overwrite` drops a run."""
+        options, task = self.options, self.task
+        self.teacher, self.tokenizer = load_model(
+            options.teacher, task.auto_class, trust_remote_code=options.trust_remote_code, needs_head=True
+        )
+        self.task = task = task.for_model(self.teacher.config)
+        rows = read_augmented(task, options.augmented) if options.augmented else task.load_split("train", options.data)
+        self.rows = task.tokenize(rows, self.tokenizer)
+        for split in task.evaluations:
+            task.load_split(split, options.data)  # a malformed line shows before the training, not after it
+        seed = options.seeds[0]
+        self.student = make_student(options, options.student, self.teacher, self.tokenizer, self.rows, seed, scratch)
+        check_rows(task, self.tokenizer, self.student)
+        self.projections = projections_folder(options.student, scratch)
+        if self.epochs > 0:
+            checked = Objective(self.student.config, self.teacher.config, **self.objective)
+            if self.projections is not None and len(checked.projections):
+                checked.load_projections(self.projections)
+
+    def prepare(self, work: Path) -> None:
+        """Trains the intermediate stage, and gives the rows what the prediction stage needs."""
+        options, task = self.options, self.task
+        if self.epochs > 0 and self.has_prediction:
+            folder = work / "intermediate"
+            self.student = self.distil(self.student, **self.intermediate, seed=options.seeds[0], folder=folder)
+        if task.caches_logits:
+            if self.has_prediction and options.labels == "teacher":
+                self.rows = add_teacher_logits(self.rows, self.teacher, self.tokenizer, bf16=options.bf16)
+        elif options.augmented:  # changed words change the score, so the published recipe leaves these rows out
+            self.rows = task.tokenize(task.load_split("train", options.data), self.tokenizer)
+
+    def distil(self, model: Any, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+        stage = IntermediateStage(
+            dataset=self.rows,
+            epochs=self.epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            projections=self.projections,
+            seed=seed,
+            arguments=trainer_arguments(self.options),
+            **self.objective,
+        )
+        return stage.run(model, self.teacher, self.tokenizer, folder, resume=True)
+
+    def train_last(self, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+        """Trains a copy of the student through the last stage, at one point of the grid."""
+        options, model = self.options, copy.deepcopy(self.student)
+        if not self.has_prediction:
+            return self.distil(model, learning_rate, batch_size, seed, folder)
+        settings: dict[str, Any] = {
+            "epochs": options.prediction_epochs or self.task.prediction_epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "arguments": trainer_arguments(options),
+        }
+        if options.labels == "gold":
+            return finetune(model, self.rows, self.tokenizer, folder, **settings, resume=True)
+        stage = PredictionStage(dataset=self.rows, parity=options.parity, temperature=options.temperature, **settings)
+        return stage.run(model, self.teacher, self.tokenizer, folder, resume=True)
+
+
+def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
+    """Raises ValueError where no stage of `task` would train the head, or one would on labels that are not there."""
+    if options.prediction_epochs == 0:
+        if "prediction" not in terms or options.intermediate_epochs == 0:
+            raise ValueError(
+                "--prediction-epochs is 0, and nothing else trains the head of the student; add prediction to --terms, "
+                "and leave --intermediate-epochs above 0"
+            )
+        if options.labels == "gold":
+            raise ValueError("--labels gold is for the prediction stage, which --prediction-epochs 0 leaves out")
+    if "prediction" in terms and task.is_regression and options.augmented:
+        raise ValueError(
+            f"--terms prediction learns the gold scores of {task.name}, which changed words change; leave out "
+            "--augmented, or prediction"
+        )
+
+
+def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
+    """Trains a model on a task's gold labels over a grid. Returns what `results.json` holds, as `distil_task` does."""
+    task = named_task(options, "train")
+    grid = {"learning_rates": options.learning_rates, "batch_sizes": options.batch_sizes, "seeds": options.seeds}
+    check_grid(**grid)
+    if options.teacher is None and options.init is not None:
+        raise ValueError("--init needs --teacher, whose weights it takes")
+    if is_finished(options):
+        return read_results(options.output)
+    rows = task.load_split("train", options.data)
+    labels = task.model_options(rows)
+    trust = options.trust_remote_code
+    settings = {"headless": labels} if options.teacher else labels  # a student takes its teacher's labels, if any
+    source, tokenizer = load_model(
+        options.teacher or options.model, task.auto_class, trust_remote_code=trust, **settings
+    )
+    task = task.for_model(source.config, "teacher" if options.teacher else "model")
+    train = task.tokenize(rows, tokenizer)
+    for split in task.evaluations:
+        task.load_split(split, options.data)  # a malformed line shows before the training, not after it
+
+    def fit(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+        torch.manual_seed(seed)  # of the weights that no checkpoint brings
+        if options.teacher:
+            model = make_student(options, options.model, source, tokenizer, train, seed)
+        else:
+            model = build_student(options.model, source, trust_remote_code=trust)
+        settings = {"epochs": options.epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+        arguments = trainer_arguments(options)
+        return finetune(model, train, tokenizer, folder, **settings, arguments=arguments, resume=True)
+
+    if options.teacher:  # refuses a wrong --model before --overwrite drops a run
+        init = "random" if is_config(options.model) else options.init
+        check_rows(task, tokenizer, build_student(options.model, source, init=init, trust_remote_code=trust))
+    with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
+        results = grid_search(options, task, tokenizer, work, fit, grid)
+    finish(options.output)
+    return results
+
+
+# -- options -----------------------------------------------------------------------------------------------
+
+
+def objective_options(options: Any) -> dict[str, Any]:
+    """Returns what `Objective` takes. ValueError for options that the method does not have."""
+    found = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions)}
+    own = {name: found[name] for name in ("parity", "teacher_layer", "relation_heads")}
+    check_method_options(options.method, **own)
+    is_mapped = options.method == "tinybert"  # else --layer-map only says which layers a new student starts from
+    found["layer_map"] = layer_map(options.layer_map) if is_mapped else None
+    found["terms"] = resolve_terms(options.method, options.terms)
+    if options.projection is None:  # as the student's folder brings them
+        projections = read_projections(options.student)
+        found["projection"] = projection_kind(projections) if projections else "shared"
+    return found
+
+
+def layer_map(text: str) -> str | list[int | None]:
+    if not text.startswith(tuple("-0123456789")):
+        return text
+    try:
+        return [None if part == "-" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layer-map is {text!r}; a list looks like 0,3,6,-,12 with - for none") from None
+
+
+def schedule(options: Any) -> dict[str, Any]:
+    """Returns what a stage takes of a `Schedule`."""
+    names = ("epochs", "batch_size", "learning_rate", "warmup", "scheduler", "weight_decay", "seed")
+    return {**{name: getattr(options, name) for name in names}, "arguments": trainer_arguments(options)}
+
+
+def trainer_arguments(options: Any) -> dict[str, Any]:
+    """Returns the TrainingArguments that are the same in every stage of a command."""
+    found = {"bf16": options.bf16, "max_steps": options.max_steps, "report_to": "none", **options.arguments}
+    if found.get("push_to_hub"):
+        found.setdefault("hub_model_id", options.output.name)  # else the working folder's name
+    return found
+
+
+# -- students ----------------------------------------------------------------------------------------------
+
+
+def make_student(
+    options: Any, spec: str, teacher: Any, tokenizer: Any, dataset: Any, seed: int, scratch: Path | None = None
+) -> Any:
+    """Returns the student; one that is folded from the teacher leaves the projections to start from in `scratch`."""
+    torch.manual_seed(seed)  # of weights that no checkpoint brings
+    init = "random" if is_config(spec) else options.init
+    student = build_student(spec, teacher, init=init, trust_remote_code=options.trust_remote_code)
+    if not is_config(spec) or options.init == "random":
+        return student
+    rows = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
+    chosen: list[Any] = []  # rows spread over the text to learn from
+    tokens = 0
+    for i in range(0, len(rows), max(len(rows) // 1000, 1)):
+        if tokens < CALIBRATION_TOKENS:
+            chosen.append(rows[i])
+            tokens += len(chosen[-1]["input_ids"])
+    calibration = PaddingCollator(tokenizer)(chosen)
+    places = layer_map(options.layer_map)
+    weight = init_from_teacher(student, teacher, layer_map=places, calibration=calibration)
+    if scratch is not None:
+        save_projections(student, teacher, weight, scratch, **objective_options(options))
+    return student
+
+
+def projections_folder(*folders: str | Path) -> Path | None:
+    """Returns the first folder that brings projections: an earlier stage's student, or where a folded one left them."""
+    return next((Path(folder) for folder in folders if read_projections(folder)), None)
+
+
+def first_blocks(blocks: Any, max_length: int) -> Any:
+    """Returns enough of a stream's first blocks to calibrate with."""
+    first = list(itertools.islice(blocks, CALIBRATION_TOKENS // max_length + 1))
+    if not first:
+        raise ValueError("corpus holds no text")
+    return Dataset.from_list(first)
+
+
+def check_rows(task: Any, tokenizer: Any, student: Any) -> None:
+    longest = min(task.max_length, tokenizer.model_max_length)
+    if positions(student) < longest:
+        raise ValueError(
+            f"the student takes {positions(student)} tokens at most; rows of {task.name} are cut to {longest}. Give it "
+            f"max_position_embeddings {student.config.max_position_embeddings + longest - positions(student)} or more"
+        )
+
+
+def check_length(max_length: int, name: str, model: Any) -> None:
+    if max_length > positions(model):
+        raise ValueError(f"--max-length is {max_length}; the {name} takes {positions(model)} tokens at most")
+
+
+# -- outputs -----------------------------------------------------------------------------------------------
+
+
+def is_finished(options: Any) -> bool:
+    """Returns whether `resume` finds a student there already; one killed in its last moment is tidied."""
+    check_gpus()
+
+    def look() -> bool:
+        output: Path = options.output
+        if options.resume and not options.overwrite and (output / "config.json").is_file():
+            drop_checkpoints(output)
+            return True
+        check(output, resume=options.resume, overwrite=options.overwrite)
+        return False
+
+    finished = on_main(look)
+    if finished:
+        finish(options.output, "finished before:")
+    return finished
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    file = output / "results.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def grid_search(
+    options: Any, task: Any, tokenizer: Any, work: Path, train: Callable[..., Any], grid: dict[str, Any]
+) -> dict[str, Any]:
+    """Runs the last training over the grid, of which the best becomes the output itself."""
+    return search(train, lambda model: metrics(task, options.data, model, tokenizer), work, name=task.name, **grid)
+
+
+def finish(output: Path, what: str = "wrote") -> None:
+    """Removes what only a killed run would have needed, once the output is whole, and names it."""
+    if processes().is_main_process:
+        runs = output / "runs"
+        if runs.is_dir() and len(list(runs.iterdir())) == 1:
+            shutil.rmtree(runs)
+        print(f"{what} {output}")
