@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from inspect import get_annotations
 from pathlib import Path
@@ -41,11 +41,18 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "info": (InfoOptions, ""),
 }
 
+CPUINFO = Path("/proc/cpuinfo")
+PRINTED = {"task": "print_results", "finetune": "print_results", "evaluate": "print_figures"}  # what prints the results
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    command, options = parse(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TQDM_DELAY", "1")  # no progress bars of what takes less than a second
+    options = None
     try:
+        command, options = parse(argv)
         run(command, options)
+        return 0
     except (ValueError, OSError) as error:  # the library raises these for bad input; anything else is a bug
         message = as_flags(str(error), type(options))
     except ModuleNotFoundError as error:
@@ -54,9 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         way_on = "; run the same command with --resume to go on from the last checkpoint"
         print("interrupted" + (way_on if hasattr(options, "resume") else ""), file=sys.stderr)
         return 130
-    else:
-        return 0
-    print(f"fastdistill {command}: error: {message}", file=sys.stderr)
+    print(f"fastdistill {argv[0]}: error: {message}", file=sys.stderr)
     return 2
 
 
@@ -64,39 +69,30 @@ def run(command: str, options: Any) -> None:
     """Calls the function of a command and prints its results, on the main process of many."""
     if command == "info":
         return info()
+    from transformers.utils import logging
+
     from fastdistill import recipes
-    from fastdistill.recipes.evaluate import print_figures
-    from fastdistill.recipes.search import print_results
     from fastdistill.train.processes import processes
 
     warn_of_slow_bf16(options)
-    with quiet():
-        results = getattr(recipes, COMMANDS[command][1])(options)
-    if command in ("task", "finetune", "evaluate") and results and processes().is_main_process:
-        print_figures(results) if command == "evaluate" else print_results(results)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides transformers' warnings, such as the report on a new head; TrainingArguments' log_level shows them again."""
-    from transformers.utils import logging
-
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # such as the report on a new head; --log_level shows them again
     try:
-        yield
+        results = getattr(recipes, COMMANDS[command][1])(options)
     finally:
         logging.set_verbosity(level)
+    if command in PRINTED and results and processes().is_main_process:
+        getattr(recipes, PRINTED[command])(results)
 
 
 def warn_of_slow_bf16(options: Any) -> None:
+    """Warns where bfloat16 is computed in software: such a CPU took 70 times as long as in float32."""
     import torch
 
-    cpu = Path("/proc/cpuinfo")
-    if not getattr(options, "bf16", False) or torch.accelerator.is_available() or not cpu.is_file():
+    if not getattr(options, "bf16", False) or torch.accelerator.is_available() or not CPUINFO.is_file():
         return
-    if not {"avx512_bf16", "amx_bf16", "bf16"} & set(cpu.read_text().split()):  # the last is Arm's
-        print("warning: this CPU has no bfloat16 instructions; float32 (without --bf16) is faster", file=sys.stderr)
+    if not {"avx512_bf16", "amx_bf16", "bf16"} & set(CPUINFO.read_text().split()):  # the last is Arm's
+        print("warning: this CPU has no bfloat16 instructions; without --bf16 float32 is faster", file=sys.stderr)
 
 
 # -- arguments ---------------------------------------------------------------------------------------------
@@ -131,42 +127,41 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     parser.add_argument("--version", action="version", version=f"fastdistill {fastdistill.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (options, _) in COMMANDS.items():
-        commands.add_parser(name, help=str(options.__doc__).rstrip("."), add_help=False)
+        commands.add_parser(name, help=str(options.__doc__).rstrip("."), add_help=not fields(options))
     command = parser.parse_args(argv[:1]).command
 
     kind = COMMANDS[command][0]
+    parser, rest = (flags_of(command, kind) if fields(kind) else commands.choices[command]), list(argv[1:])
     is_training = issubclass(kind, of.Training)
-    parser = flags_of(command, kind, is_training)
-    file, argv = config_file(argv[1:]) if is_training else (None, argv[1:])
     try:
-        given = read_config(file, kind) if file else []
-        found, rest = parser.parse_known_args([*given, *argv])
+        found, rest = parser.parse_known_args(read_config(rest) if is_training else rest)
         values = {name: value for name, value in vars(found).items() if name != "config"}
-        if is_training and rest:
-            values["arguments"] = training_arguments(parser.prog, rest)
-        elif rest:
+        if rest and is_training:
+            values["arguments"], rest = training_arguments(rest)
+        if rest:
             raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
         return command, kind(**values)
     except (ValueError, OSError) as error:
         parser.error(as_flags(str(error), kind))
 
 
-def flags_of(command: str, options: type, is_training: bool) -> Any:
-    """Returns a parser of a command's flags, which leaves out those that are not given."""
+def flags_of(command: str, options: type) -> Any:
+    """Returns a parser of a command's flags. It leaves out those that are not given."""
     from transformers.hf_argparser import HfArgumentParser
 
-    required = [f"--{f.name} {f.name.upper()}" for f in flag_fields(options) if is_required(f)]
+    found = groups(options)
+    required = [f.name for group in found for f in fields(group) if is_required(f)]
     parser = HfArgumentParser(
-        groups(options, is_training),
+        found,
         prog=f"fastdistill {command}",
-        usage=" ".join(["%(prog)s", *required, "[options]"]),
+        usage=" ".join(["%(prog)s", *(f"--{name} {name.upper()}" for name in required), "[options]"]),
         description=options.__doc__,
-        epilog=EPILOG if is_training else None,
         formatter_class=argparse.HelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    if is_training:
+    if issubclass(options, of.Training):
+        parser.epilog = EPILOG
         parser.add_argument("--config", metavar="FILE", help="YAML file of options by their names; flags win over it")
     for action in parser._actions:  # help and messages show one spelling of each
         if action.dest != "help":
@@ -174,110 +169,83 @@ def flags_of(command: str, options: type, is_training: bool) -> Any:
     return parser
 
 
-def flag_fields(options: type) -> list[Field[Any]]:
-    return [f for f in fields(options) if "help" in f.metadata]
-
-
 def is_required(f: Field[Any]) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-def groups(options: type, is_training: bool) -> list[type]:
-    """Returns a dataclass of flags for each class that `options` inherits from. HfArgumentParser makes groups of them.
-
-    A field belongs to the class that declares it first. None has a default, except that the help text names it.
-    """
-    hints, found, flags = get_type_hints(options), [], {f.name: f for f in flag_fields(options)}
-    bases = options.__mro__
-    metavars = {int: "N", float: "X", Path: "PATH", str: "NAME"}
-    for i, base in enumerate(bases):
-        later = {name for other in bases[i + 1 :] for name in get_annotations(other)}
+def groups(options: type) -> list[type]:
+    """Returns the flags of each class that `options` inherits from as a dataclass, of which HfArgumentParser makes a
+    group. A field belongs to the class that declares it first."""
+    hints = get_type_hints(options)
+    left = {f.name: f for f in fields(options) if f.metadata}
+    found = []
+    for base in reversed(options.__mro__):
         group = []
-        for name in get_annotations(base):
-            if name in later or name not in flags:
-                continue
-            f, metadata = flags[name], dict(flags[name].metadata)
+        for f in [left.pop(name) for name in get_annotations(base) if name in left]:
+            metadata = dict(f.metadata)
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            if default not in (MISSING, None, False, -1, []) and "default:" not in metadata["help"]:
-                shown = " ".join(map(str, default)) if isinstance(default, list) else default
-                metadata["help"] += f" (default: {shown})"
-            metadata["help"] = metadata["help"].replace("%", "%%")
-            if is_training and name in ALIASES:
-                metadata["aliases"] = [f"--{ALIASES[name]}", f"--{ALIASES[name].replace('_', '-')}"]
-            kind = next((kind for kind in metavars if re.search(rf"\b{kind.__name__}\b", str(hints[name]))), None)
-            if kind and "metavar" not in metadata and "Literal" not in str(hints[name]):
-                metadata["metavar"] = metavars[kind]
+            if default not in (MISSING, None, False, -1, []) and "default:" not in f.metadata["help"]:
+                metadata["help"] += f" (default: {str(default).strip('[]')})"
+            if issubclass(options, of.Training) and f.name in ALIASES:
+                metadata["aliases"] = [f"--{ALIASES[f.name]}", f"--{ALIASES[f.name].replace('_', '-')}"]
             absent = {} if is_required(f) else {"default": argparse.SUPPRESS}
-            group.append((name, hints[name], field(**absent, metadata=metadata)))
-        if group:
-            title = {"_argument_group_name": base.__name__.removesuffix("Options").lower()}
-            found.append(make_dataclass(base.__name__, group, namespace=title, kw_only=True))
-    return found
+            group.append((f.name, hints[f.name], field(**absent, metadata=metadata)))
+        title = base.__name__.removesuffix("Options").lower()
+        found.insert(0, make_dataclass(base.__name__, group, namespace={"_argument_group_name": title}, kw_only=True))
+    return sorted((group for group in found if fields(group)), key=lambda group: group.__name__ != "Models")
 
 
-def config_file(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+def read_config(argv: list[str]) -> list[str]:
+    """Returns the options of the YAML file that `--config` names, as flags, and then those of `argv`, which win."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    found, rest = parser.parse_known_args(argv)
-    return found.config, rest
-
-
-def read_config(file: str, options: type) -> list[str]:
-    """Returns the options of a YAML file as flags. ValueError for a key that is no option."""
+    parser.add_argument("--config", type=Path)
+    file = parser.parse_known_args(argv)[0].config
+    if file is None:
+        return argv
     import yaml  # type: ignore[import-untyped]
 
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not YAML ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file}: it should hold options, such as `batch_size: 32`, a line each")
-    known = {f.name for f in flag_fields(options)}
-    unknown = [key for key in found if str(key).replace("-", "_") not in {*known, *ALIASES.values()}]
-    if unknown:
-        from transformers import TrainingArguments
-
-        known = {f.name for f in fields(TrainingArguments)}
-        if wrong := [str(key) for key in unknown if str(key).replace("-", "_") not in known]:
-            raise ValueError(f"{file}: unknown key {', '.join(wrong)}")
     flags: list[str] = []
     for key, value in found.items():
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
+    return flags + argv
 
 
-def training_arguments(prog: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Returns the TrainingArguments among the flags. ValueError for others, and for those that a command decides."""
+def training_arguments(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the TrainingArguments among flags, and the other flags. ValueError for those that a command decides."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    parser = HfArgumentParser(TrainingArguments, prog=prog, usage="%(prog)s [options]", allow_abbrev=False)
     absent = object()
     start = argparse.Namespace(**{f.name: absent for f in fields(TrainingArguments)})
-    found, rest = parser.parse_known_args(argv, start)
-    if rest:
-        raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
+    parser = HfArgumentParser(TrainingArguments, usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
+    try:
+        found, rest = parser.parse_known_args(argv, start)
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from None
     values = {name: value for name, value in vars(found).items() if value is not absent}
-    for name in values:
-        if name in DECIDED:
-            raise ValueError(f"--{name} is what this command decides from {DECIDED[name]}; use that")
-    return values
+    for name in DECIDED.keys() & values.keys():
+        raise ValueError(f"this command decides --{name} itself; use {DECIDED[name]}")
+    return values, rest
 
 
 def as_flags(message: str, options: type) -> str:
-    """Returns a message of the Python functions on one line and with flags in the place of `options`' fields."""
+    """Returns a message of the Python functions on one line, with flags in the place of `options`' fields."""
     names = "|".join(f.name for f in fields(options)) or "-"
 
-    def flag(name: str) -> str:
-        return "--" + name.replace("_", "-")
+    def flag(found: re.Match[str]) -> str:
+        start, name, value = found.groups()
+        return f"{'use ' if start else ''}--{name.replace('_', '-')}{f' {value}' if value else ''}"
 
-    message = " ".join(message.split())
-    message = re.sub(rf"^({names}) is ", lambda m: f"{flag(m[1])} is ", message)
-    message = re.sub(rf"\b(pass )?({names})=True\b", lambda m: ("use " if m[1] else "") + flag(m[2]), message)
-    value = r"""['"]([\w-]+)['"]"""
-    return re.sub(rf"\b(pass )?({names})={value}", lambda m: f"{'use ' if m[1] else ''}{flag(m[2])} {m[3]}", message)
+    message = re.sub(rf"^()({names})()(?= is )", flag, " ".join(message.split()))
+    return re.sub(rf"""\b(pass )?({names})=(?:True|['"]([\w-]+)['"])""", flag, message)
 
 
 # -- info --------------------------------------------------------------------------------------------------

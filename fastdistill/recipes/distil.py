@@ -8,7 +8,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from fastdistill.train.objective import (
     read_projections,
     resolve_terms,
 )
-from fastdistill.train.options import ObjectiveOptions
+from fastdistill.train.options import ObjectiveOptions, Schedule
 from fastdistill.train.outputs import check, drop_checkpoints, whole_output
 from fastdistill.train.processes import check_gpus, main_first, on_main, processes
 from fastdistill.train.stages import CachedStage, GeneralStage, IntermediateStage, PredictionStage
@@ -50,43 +51,33 @@ __all__ = ["distil_cached", "distil_general", "distil_task", "finetune_task"]
 CALIBRATION_TOKENS = 20_000  # that a student is folded from its teacher with
 
 
-# -- stage 1 -----------------------------------------------------------------------------------------------
+# -- stage 1, cached teachers ------------------------------------------------------------------------------
 
 
 def distil_general(options: GeneralOptions) -> None:
     """Distils a student on a corpus of plain text into `options.output`, as `GeneralStage` writes it."""
-    objective = objective_options(options)
+    objective_options(options)  # refuses what the method does not have
     if options.streaming and options.max_steps < 1:
         raise ValueError("--streaming needs --max-steps: a corpus that is not read beforehand has no length")
     if is_finished(options):
         return
     teacher, tokenizer = load_model(options.teacher, "AutoModel", trust_remote_code=options.trust_remote_code)
-    check_length(options.max_length, "teacher", teacher)
+    length = options.max_length
+    check_length(length, "teacher", teacher)
     if options.streaming:
         corpus = read_corpus(options.corpus, streaming=True)
-        blocks = first_blocks(pack_corpus(corpus, tokenizer, options.max_length), options.max_length)
+        blocks = first_blocks(pack_corpus(corpus, tokenizer, length), CALIBRATION_TOKENS // length + 1)
     else:
-        corpus = blocks = main_first(lambda: pack_corpus(options.corpus, tokenizer, options.max_length))
-    with tempfile.TemporaryDirectory() as scratch:
-        student = make_student(options, options.student, teacher, tokenizer, blocks, options.seed, Path(scratch))
-        check_length(options.max_length, "student", student)
-        stage = GeneralStage(
-            corpus=corpus,
-            max_length=options.max_length,
-            streaming=options.streaming,
-            projections=projections_folder(options.student, scratch),
-            **objective,
-            **schedule(options),
-        )
-        stage.run(student, teacher, tokenizer, options.output, resume=options.resume, overwrite=options.overwrite)
-    finish(options.output)
+        corpus = blocks = main_first(lambda: pack_corpus(options.corpus, tokenizer, length))
+    stage = partial(GeneralStage, corpus=corpus, max_length=length, streaming=options.streaming)
+    run_stage(options, stage, teacher, tokenizer, blocks)
 
 
 def distil_cached(options: CachedOptions) -> None:
     """Distils a student from what `cache_teacher` wrote into `options.output`, as `CachedStage` writes it."""
     if is_finished(options):
         return
-    dataset = read_cache(options.cache, verify=options.verify)
+    rows = read_cache(options.cache, verify=options.verify)
     tokenizer = AutoTokenizer.from_pretrained(options.cache)
     options = replace(options, terms=options.terms or terms_served(options.cache))
     is_live = "attention" in (options.terms or ())
@@ -97,13 +88,17 @@ def distil_cached(options: CachedOptions) -> None:
     else:
         teacher = weightless_teacher(options.cache)
         options = replace(options, init="random" if is_config(options.student) else options.init)
+    run_stage(options, partial(CachedStage, cache=options.cache), teacher, tokenizer, rows, is_live=is_live)
+
+
+def run_stage(options: Any, stage: Any, teacher: Any, tokenizer: Any, rows: Any, is_live: bool = True) -> None:
+    """Makes the student and trains it; the teacher runs as well if it `is_live`."""
     with tempfile.TemporaryDirectory() as scratch:
-        student = make_student(options, options.student, teacher, tokenizer, dataset, options.seed, Path(scratch))
-        settings = schedule(options)
-        settings["arguments"]["dataloader_num_workers"] = options.workers
-        objective = {**objective_options(options), "layer_map": layer_map(options.layer_map)}
-        folder = projections_folder(options.student, scratch)
-        stage = CachedStage(cache=options.cache, projections=folder, **objective, **settings)
+        student = make_student(options, options.student, teacher, tokenizer, rows, options.seed, Path(scratch))
+        if isinstance(options, GeneralOptions):
+            check_length(options.max_length, "student", student)
+        projections = projections_folder(options.student, scratch)
+        stage = stage(projections=projections, **objective_options(options), **schedule(options))
         whole = {"resume": options.resume, "overwrite": options.overwrite}
         stage.run(student, teacher if is_live else None, tokenizer, options.output, **whole)
     finish(options.output)
@@ -136,9 +131,8 @@ def distil_task(options: TaskOptions) -> dict[str, Any]:
     Returns what `results.json` in `options.output` holds (see `fastdistill.recipes.search.search`).
     """
     task = named_task(options, "train")
-    objective = objective_options(options)
-    check_stages(options, task, objective["terms"])
-    run = TaskRun(options, task, objective)
+    run = TaskRun(options, task)
+    check_stages(options, task, run.objective["terms"])
     check_grid(**run.grid)
     if options.augmented and not isinstance(task, Task):
         raise ValueError(f"--task is {task.name}; --augmented holds rows of a GLUE task")
@@ -146,59 +140,45 @@ def distil_task(options: TaskOptions) -> dict[str, Any]:
         return read_results(options.output)
     with tempfile.TemporaryDirectory() as scratch:
         run.load(Path(scratch))
-        with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
-            run.prepare(work)
-            results = grid_search(options, run.task, run.tokenizer, work, run.train_last, run.grid)
-    finish(options.output)
-    return results
+        return grid_search(options, run.task, run.tokenizer, run.grid, run.train_last, run.prepare)
 
 
-@dataclass
 class TaskRun:
-    """The models and rows of `distil_task`, and its trainings."""
+    """The trainings of `distil_task`, with the models and rows that `load` reads."""
 
-    options: TaskOptions
-    task: Any
-    objective: dict[str, Any]
-    teacher: Any = None
-    tokenizer: Any = None
-    student: Any = None
-    rows: Any = None
-    projections: Path | None = None
-
-    def __post_init__(self) -> None:
-        options, task = self.options, self.task
+    def __init__(self, options: TaskOptions, task: Any) -> None:
+        self.options, self.task = options, task
+        self.objective = objective_options(options)
+        self.has_prediction = options.prediction_epochs != 0
+        epochs = options.intermediate_epochs
+        self.intermediate_epochs = task.intermediate_epochs if epochs is None else epochs
         self.intermediate = {
             "learning_rate": options.intermediate_learning_rate or task.intermediate_learning_rate,
             "batch_size": options.intermediate_batch_size or task.batch_size,
         }
-        self.has_prediction = options.prediction_epochs != 0
-        last = {"learning_rate": task.prediction_learning_rate, "batch_size": task.batch_size}
-        last = last if self.has_prediction else self.intermediate
+        prediction = {"learning_rate": task.prediction_learning_rate, "batch_size": task.batch_size}
+        last = prediction if self.has_prediction else self.intermediate
         self.grid = {
             "learning_rates": options.learning_rates or [last["learning_rate"]],
             "batch_sizes": options.batch_sizes or [last["batch_size"]],
             "seeds": options.seeds,
         }
-        epochs = options.intermediate_epochs
-        self.epochs = task.intermediate_epochs if epochs is None else epochs
 
     def load(self, scratch: Path) -> None:
         """Reads models and rows, and refuses what the stages would refuse before `overwrite` drops a run."""
-        options, task = self.options, self.task
+        options, trust = self.options, self.options.trust_remote_code
         self.teacher, self.tokenizer = load_model(
-            options.teacher, task.auto_class, trust_remote_code=options.trust_remote_code, needs_head=True
+            options.teacher, self.task.auto_class, trust_remote_code=trust, needs_head=True
         )
-        self.task = task = task.for_model(self.teacher.config)
+        self.task = task = self.task.for_model(self.teacher.config)
         rows = read_augmented(task, options.augmented) if options.augmented else task.load_split("train", options.data)
-        self.rows = task.tokenize(rows, self.tokenizer)
-        for split in task.evaluations:
-            task.load_split(split, options.data)  # a malformed line shows before the training, not after it
+        self.rows = rows = task.tokenize(rows, self.tokenizer)
+        check_splits(task, options)
         seed = options.seeds[0]
-        self.student = make_student(options, options.student, self.teacher, self.tokenizer, self.rows, seed, scratch)
+        self.student = make_student(options, options.student, self.teacher, self.tokenizer, rows, seed, scratch)
         check_rows(task, self.tokenizer, self.student)
         self.projections = projections_folder(options.student, scratch)
-        if self.epochs > 0:
+        if self.intermediate_epochs > 0:
             checked = Objective(self.student.config, self.teacher.config, **self.objective)
             if self.projections is not None and len(checked.projections):
                 checked.load_projections(self.projections)
@@ -206,7 +186,7 @@ class TaskRun:
     def prepare(self, work: Path) -> None:
         """Trains the intermediate stage, and gives the rows what the prediction stage needs."""
         options, task = self.options, self.task
-        if self.epochs > 0 and self.has_prediction:
+        if self.intermediate_epochs > 0 and self.has_prediction:
             folder = work / "intermediate"
             self.student = self.distil(self.student, **self.intermediate, seed=options.seeds[0], folder=folder)
         if task.caches_logits:
@@ -215,34 +195,24 @@ class TaskRun:
         elif options.augmented:  # changed words change the score, so the published recipe leaves these rows out
             self.rows = task.tokenize(task.load_split("train", options.data), self.tokenizer)
 
-    def distil(self, model: Any, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
-        stage = IntermediateStage(
-            dataset=self.rows,
-            epochs=self.epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            projections=self.projections,
-            seed=seed,
-            arguments=trainer_arguments(self.options),
-            **self.objective,
-        )
+    def distil(self, model: Any, folder: Path, **settings: Any) -> Any:
+        """Trains a student through the intermediate stage."""
+        settings.update(epochs=self.intermediate_epochs, arguments=trainer_arguments(self.options))
+        stage = IntermediateStage(dataset=self.rows, projections=self.projections, **self.objective, **settings)
         return stage.run(model, self.teacher, self.tokenizer, folder, resume=True)
 
     def train_last(self, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
         """Trains a copy of the student through the last stage, at one point of the grid."""
         options, model = self.options, copy.deepcopy(self.student)
+        settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
         if not self.has_prediction:
-            return self.distil(model, learning_rate, batch_size, seed, folder)
-        settings: dict[str, Any] = {
-            "epochs": options.prediction_epochs or self.task.prediction_epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "arguments": trainer_arguments(options),
-        }
+            return self.distil(model, folder, **settings)
+        epochs = options.prediction_epochs or self.task.prediction_epochs
+        settings.update(epochs=epochs, arguments=trainer_arguments(options))
         if options.labels == "gold":
             return finetune(model, self.rows, self.tokenizer, folder, **settings, resume=True)
-        stage = PredictionStage(dataset=self.rows, parity=options.parity, temperature=options.temperature, **settings)
+        how = {"parity": options.parity, "temperature": options.temperature}
+        stage = PredictionStage(dataset=self.rows, **how, **settings)
         return stage.run(model, self.teacher, self.tokenizer, folder, resume=True)
 
 
@@ -263,6 +233,9 @@ def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
         )
 
 
+# -- gold labels -------------------------------------------------------------------------------------------
+
+
 def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
     """Trains a model on a task's gold labels over a grid. Returns what `results.json` holds, as `distil_task` does."""
     task = named_task(options, "train")
@@ -272,35 +245,28 @@ def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
         raise ValueError("--init needs --teacher, whose weights it takes")
     if is_finished(options):
         return read_results(options.output)
-    rows = task.load_split("train", options.data)
+    rows, trust = task.load_split("train", options.data), options.trust_remote_code
     labels = task.model_options(rows)
-    trust = options.trust_remote_code
-    settings = {"headless": labels} if options.teacher else labels  # a student takes its teacher's labels, if any
-    source, tokenizer = load_model(
-        options.teacher or options.model, task.auto_class, trust_remote_code=trust, **settings
-    )
+    own = {"headless": labels} if options.teacher else labels  # a student takes its teacher's labels, if any
+    source, tokenizer = load_model(options.teacher or options.model, task.auto_class, trust_remote_code=trust, **own)
     task = task.for_model(source.config, "teacher" if options.teacher else "model")
-    train = task.tokenize(rows, tokenizer)
-    for split in task.evaluations:
-        task.load_split(split, options.data)  # a malformed line shows before the training, not after it
+    rows = task.tokenize(rows, tokenizer)
+    check_splits(task, options)
 
     def fit(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
         torch.manual_seed(seed)  # of the weights that no checkpoint brings
         if options.teacher:
-            model = make_student(options, options.model, source, tokenizer, train, seed)
+            model = make_student(options, options.model, source, tokenizer, rows, seed)
         else:
             model = build_student(options.model, source, trust_remote_code=trust)
         settings = {"epochs": options.epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
         arguments = trainer_arguments(options)
-        return finetune(model, train, tokenizer, folder, **settings, arguments=arguments, resume=True)
+        return finetune(model, rows, tokenizer, folder, **settings, arguments=arguments, resume=True)
 
     if options.teacher:  # refuses a wrong --model before --overwrite drops a run
         init = "random" if is_config(options.model) else options.init
         check_rows(task, tokenizer, build_student(options.model, source, init=init, trust_remote_code=trust))
-    with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
-        results = grid_search(options, task, tokenizer, work, fit, grid)
-    finish(options.output)
-    return results
+    return grid_search(options, task, tokenizer, grid, fit)
 
 
 # -- options -----------------------------------------------------------------------------------------------
@@ -331,13 +297,14 @@ def layer_map(text: str) -> str | list[int | None]:
 
 def schedule(options: Any) -> dict[str, Any]:
     """Returns what a stage takes of a `Schedule`."""
-    names = ("epochs", "batch_size", "learning_rate", "warmup", "scheduler", "weight_decay", "seed")
-    return {**{name: getattr(options, name) for name in names}, "arguments": trainer_arguments(options)}
+    return {**{f.name: getattr(options, f.name) for f in fields(Schedule)}, "arguments": trainer_arguments(options)}
 
 
 def trainer_arguments(options: Any) -> dict[str, Any]:
     """Returns the TrainingArguments that are the same in every stage of a command."""
     found = {"bf16": options.bf16, "max_steps": options.max_steps, "report_to": "none", **options.arguments}
+    if hasattr(options, "workers"):
+        found["dataloader_num_workers"] = options.workers
     if found.get("push_to_hub"):
         found.setdefault("hub_model_id", options.output.name)  # else the working folder's name
     return found
@@ -375,12 +342,17 @@ def projections_folder(*folders: str | Path) -> Path | None:
     return next((Path(folder) for folder in folders if read_projections(folder)), None)
 
 
-def first_blocks(blocks: Any, max_length: int) -> Any:
-    """Returns enough of a stream's first blocks to calibrate with."""
-    first = list(itertools.islice(blocks, CALIBRATION_TOKENS // max_length + 1))
+def first_blocks(blocks: Any, number: int) -> Any:
+    first = list(itertools.islice(blocks, number))
     if not first:
         raise ValueError("corpus holds no text")
     return Dataset.from_list(first)
+
+
+def check_splits(task: Any, options: Any) -> None:
+    """Reads the evaluation sets, so that a malformed line shows before the training and not after it."""
+    for split in task.evaluations:
+        task.load_split(split, options.data)
 
 
 def check_rows(task: Any, tokenizer: Any, student: Any) -> None:
@@ -424,10 +396,20 @@ def read_results(output: Path) -> dict[str, Any]:
 
 
 def grid_search(
-    options: Any, task: Any, tokenizer: Any, work: Path, train: Callable[..., Any], grid: dict[str, Any]
+    options: Any,
+    task: Any,
+    tokenizer: Any,
+    grid: dict[str, Any],
+    train: Callable[..., Any],
+    prepare: Callable[[Path], None] = lambda work: None,
 ) -> dict[str, Any]:
-    """Runs the last training over the grid, of which the best becomes the output itself."""
-    return search(train, lambda model: metrics(task, options.data, model, tokenizer), work, name=task.name, **grid)
+    """Writes the output: what `prepare` does once, then the best of the trainings over the grid."""
+    with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
+        prepare(work)
+        evaluate = partial(metrics, task, options.data, tokenizer)
+        results = search(train, evaluate, work, name=task.name, **grid)
+    finish(options.output)
+    return results
 
 
 def finish(output: Path, what: str = "wrote") -> None:

@@ -30,7 +30,7 @@ def evaluate_task(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for name, (model, tokenizer) in zip(names, models, strict=True):
         task = task.for_model(model.config, argument=name)
-        found = metrics(task, options.data, model, tokenizer)
+        found = metrics(task, options.data, tokenizer, model)
         figures[name] = {"parameters": count_parameters(model), "metrics": found}
     if options.against:
         (student, tokenizer), (teacher, _) = models
@@ -54,7 +54,7 @@ def named_task(options: Any, *splits: str) -> Any:
     return task
 
 
-def metrics(task: Any, data: Path | None, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+def metrics(task: Any, data: Path | None, tokenizer: Any, model: Any) -> dict[str, dict[str, float]]:
     """Returns the metrics of each evaluation set on its own (MNLI has two)."""
     return {split: task.evaluate(task.load_split(split, data), model, tokenizer) for split in task.evaluations}
 

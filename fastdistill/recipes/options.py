@@ -15,6 +15,10 @@ from typing import Any, Literal
 from fastdistill.train.options import ObjectiveOptions, Schedule
 
 INNER_TERMS = ("embedding", "hidden", "attention", "query_relation", "key_relation", "value_relation")
+INNER = (
+    "embedding, hidden, attention of tinybert; attention, value_relation of minilm; query_relation, key_relation, "
+    "value_relation of minilmv2 (default: all)"
+)
 RECIPE = "the published recipe's"
 
 
@@ -26,33 +30,26 @@ def flag(help: str, default: Any = MISSING, **argparse: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-# -- limits ------------------------------------------------------------------------------------------------
-
-Limit = tuple[Callable[[Any], bool], str]
-COUNT: Limit = (lambda x: x >= 1, "a positive integer")
-POSITIVE: Limit = (lambda x: 0 < x < math.inf, "a number above 0")
-FROM_ZERO: Limit = (lambda x: 0 <= x < math.inf, "0 or more")
-SEED: Limit = (lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1")
-
-LIMITS: dict[str, Limit] = {
-    **dict.fromkeys(("batch_size", "batch_sizes", "intermediate_batch_size", "max_length"), COUNT),
-    **dict.fromkeys(("epochs", "learning_rate", "learning_rates", "intermediate_learning_rate"), POSITIVE),
-    **dict.fromkeys(("intermediate_epochs", "prediction_epochs", "workers"), FROM_ZERO),
-    **dict.fromkeys(("seed", "seeds"), SEED),
-    "temperature": POSITIVE,
-    "max_steps": (lambda x: x == -1 or x >= 1, "a positive integer"),
-}
+# What an option should be, how that is tested, and the names of such options.
+LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("a positive integer", lambda x: x >= 1, "batch_size batch_sizes intermediate_batch_size max_length"),
+    ("a positive integer", lambda x: x >= 1 or x == -1, "max_steps"),
+    ("a number above 0", lambda x: 0 < x < math.inf, "epochs learning_rate learning_rates temperature"),
+    ("a number above 0", lambda x: 0 < x < math.inf, "intermediate_learning_rate"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "intermediate_epochs prediction_epochs workers"),
+    ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
+)
 
 
 class Checked:
     """Raises ValueError for an option outside its limits, before any work."""
 
     def __post_init__(self) -> None:
-        for name, (is_within, what) in LIMITS.items():
-            value = getattr(self, name, None)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if not all(x is None or is_within(x) for x in values):
-                raise ValueError(f"{name} is {value}; it should be {what}")
+        for what, is_within, names in LIMITS:
+            for name in names.split():
+                value = getattr(self, name, None)
+                if not all(x is None or is_within(x) for x in (value if isinstance(value, list) else [value])):
+                    raise ValueError(f"{name} is {value}; it should be {what}")
 
 
 # -- groups of flags ---------------------------------------------------------------------------------------
@@ -77,25 +74,18 @@ class TaskData:
     task: str = flag(
         "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI of GLUE, SQuAD, SQuAD2, or tagging of words"
     )
-    data: Path | None = flag("the task's own files (default: from the hub)", None, metavar="DIR")
+    data: Path | None = flag("the task's own files (default: from the hub)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses(ObjectiveOptions):
     """The inner losses; a command that trains the head as well adds flags for the prediction loss."""
 
-    terms: list[str] | None = flag(
-        "embedding, hidden, attention of tinybert; attention, value_relation of minilm; query_relation, key_relation, "
-        "value_relation of minilmv2 (default: all)",
-        None,
-        choices=INNER_TERMS,
-        metavar="TERM",
-    )
+    terms: list[str] | None = flag(INNER, None, choices=INNER_TERMS, metavar="TERM")
     layer_map: str = flag(
         "uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the embedding "
         "output on: 0,3,6,9,12 (- for none)",
         "uniform",
-        metavar="MAP",
     )
     projection: Literal["shared", "per_layer"] | None = flag(  # type: ignore[assignment]
         "of hidden states (default: as the student's folder brings them, else shared)", None
@@ -109,14 +99,10 @@ class Grid:
     """What the last training is searched over."""
 
     learning_rates: list[float] | None = flag(
-        f"of the last training (default: {RECIPE}); of several the best on the dev sets is kept", None, metavar="RATE"
+        f"of the last training (default: {RECIPE}); of several the best on the dev sets is kept", None
     )
-    batch_sizes: list[int] | None = flag(
-        f"of the last training, in each process (default: {RECIPE})", None, metavar="SIZE"
-    )
-    seeds: list[int] = flag(
-        "for each learning rate and batch size; of several runs all stay in runs/", [42], metavar="SEED"
-    )
+    batch_sizes: list[int] | None = flag(f"of the last training, in each process (default: {RECIPE})", None)
+    seeds: list[int] = flag("for each learning rate and batch size; of several runs all stay in runs/", [42])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +110,13 @@ class Training:
     """What every training takes. `arguments` is anything else that transformers.TrainingArguments takes; it wins."""
 
     bf16: bool = flag("bfloat16 autocast", False)
-    max_steps: int = flag("optimiser steps of each stage (default: as many as the epochs make)", -1, metavar="N")
+    max_steps: int = flag("optimiser steps of each stage (default: as many as the epochs make)", -1)
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    output: Path = flag("folder to write", metavar="DIR")
+    output: Path = flag("folder to write")
     overwrite: bool = flag("replace what is in the output", False)
     resume: bool = flag("continue an interrupted run", False)
 
@@ -142,7 +128,7 @@ class Output:
 class DemoOptions:
     """Run the whole pipeline on built-in text: no network, no GPU, minutes."""
 
-    output: Path = flag("folder to write", Path("demo-output"), metavar="DIR")
+    output: Path = flag("folder to write", Path("demo-output"))
     overwrite: bool = flag("replace what is in the output folder", False)
 
 
@@ -150,10 +136,10 @@ class DemoOptions:
 class GeneralOptions(Models, Losses, Schedule, Training, Output):
     """Stage 1: distil on a corpus of plain text."""
 
-    corpus: list[str] = flag("text files, a paragraph a line", metavar="FILE")
-    max_length: int = flag("tokens in a block", 128, metavar="N")
+    corpus: list[str] = flag("text files, a paragraph a line")
+    max_length: int = flag("tokens in a block", 128)
     streaming: bool = flag("read the corpus while it trains, not before; needs --max-steps", False)
-    batch_size: int = flag("of each process", 256, metavar="N")
+    batch_size: int = flag("of each process", 256)
     warmup: float = flag("share of the steps", 0.1)
 
 
@@ -162,8 +148,8 @@ class AugmentOptions(TaskData, Output, Loading):
     """Make copies of a task's training rows with some words replaced."""
 
     teacher: str = flag("masked language model: folder or hub name")
-    glove: Path = flag("word vectors in GloVe's text format", metavar="FILE")
-    output: Path = flag("NAME.tsv, as the task's own train.tsv, or NAME.arrow", metavar="FILE")
+    glove: Path = flag("word vectors in GloVe's text format")
+    output: Path = flag("NAME.tsv, as the task's own train.tsv, or NAME.arrow")
     copies: int | None = flag("of each sentence (default: the published code's for the task)", None)
     candidates: int = flag("words for each word", 15)
     probability: float = flag("of a word to be replaced", 0.4)
@@ -177,26 +163,18 @@ class AugmentOptions(TaskData, Output, Loading):
 class TaskOptions(Models, TaskData, Losses, Grid, Training, Output):
     """Stage 2: intermediate, prediction, evaluation on a task."""
 
-    augmented: Path | None = flag(
-        "train on these rows: what augment wrote, or a tsv like the task's own", None, metavar="FILE"
-    )
+    augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
     terms: list[str] | None = flag(
-        "embedding, hidden, attention of tinybert; attention, value_relation of minilm; query_relation, key_relation, "
-        "value_relation of minilmv2 (default: all); and prediction, in the same stage",
-        None,
-        choices=(*INNER_TERMS, "prediction"),
-        metavar="TERM",
+        INNER + "; and prediction, in the same stage", None, choices=(*INNER_TERMS, "prediction"), metavar="TERM"
     )
-    temperature: float = flag("of predictions", 1.0, metavar="T")
+    temperature: float = flag("of predictions", 1.0)
     labels: Literal["teacher", "gold"] = flag(
         "of the prediction stage: the teacher's predictions, or the gold labels alone", "teacher"
     )
-    intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None, metavar="N")
-    intermediate_learning_rate: float | None = flag(f"default: {RECIPE}", None, metavar="RATE")
-    intermediate_batch_size: int | None = flag(f"of each process (default: {RECIPE})", None, metavar="N")
-    prediction_epochs: float | None = flag(
-        f"default: {RECIPE}; 0: skip the stage, with prediction among --terms", None, metavar="N"
-    )
+    intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None)
+    intermediate_learning_rate: float | None = flag(f"default: {RECIPE}", None)
+    intermediate_batch_size: int | None = flag(f"of each process (default: {RECIPE})", None)
+    prediction_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage, with prediction among --terms", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +182,10 @@ class CacheOptions(Output, Loading):
     """Precompute a teacher's outputs on a data set."""
 
     teacher: str = flag("checkpoint: folder or hub name")
-    data: list[Path] = flag("text files, a paragraph a line; with --task the folder of its tsv files", metavar="PATH")
+    data: list[Path] = flag("text files, a paragraph a line; with --task the folder of its tsv files")
     task: str | None = flag("GLUE task whose training rows a classifier reads, instead of plain text", None)
-    top_k: int | None = flag("classes of each token that a language model keeps", None, metavar="K")
-    hidden: list[int] = flag("hidden states; 0: the embedding output", [], metavar="I")
+    top_k: int | None = flag("classes of each token that a language model keeps", None)
+    hidden: list[int] = flag("hidden states; 0: the embedding output", [])
     max_length: int = flag("tokens in a block of text", 128)
     batch_size: int = flag("rows at a time", 16)
     bf16: bool = flag("bfloat16 autocast", False)
@@ -217,7 +195,7 @@ class CacheOptions(Output, Loading):
 class CachedOptions(Losses, Schedule, Training, Output, Loading):
     """Distil from what cache wrote; no teacher runs."""
 
-    cache: Path = flag("what cache wrote", metavar="DIR")
+    cache: Path = flag("what cache wrote")
     student: str = flag("checkpoint; or a preset or JSON config file of the teacher's kind")
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
     init: Literal["random", "teacher"] | None = flag(
@@ -234,10 +212,8 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
         "the teacher's other classes: left out, or one class together", "renormalize"
     )
     verify: bool = flag("compare every file's SHA-256 first", False)
-    workers: int = flag(
-        "processes that read the cache for each one that trains; with 0 it reads for itself", 0, metavar="N"
-    )
-    batch_size: int = flag("of each process", 256, metavar="N")
+    workers: int = flag("processes that read the cache for each one that trains; with 0 it reads for itself", 0)
+    batch_size: int = flag("of each process", 256)
     warmup: float = flag("share of the steps", 0.1)
     # A cache serves the terms of TinyBERT alone: these are no flags.
     method: Literal["tinybert", "minilm", "minilmv2"] = "tinybert"
@@ -253,10 +229,10 @@ class FinetuneOptions(TaskData, Grid, Training, Output, Loading):
     model: str = flag("checkpoint; or with --teacher a preset or config file")
     teacher: str | None = flag("whose vocabulary, labels and (with --init teacher) weights a preset takes", None)
     init: Literal["random", "teacher"] | None = flag("of a preset or config (default: teacher)", None)
-    layer_map: str = flag("the layers of --teacher that a preset starts from, as in task", "uniform", metavar="MAP")
-    epochs: float = flag("passes over the data", 3, metavar="N")
-    learning_rates: list[float] = flag("of several the best on the dev sets is kept", [3e-5], metavar="RATE")
-    batch_sizes: list[int] = flag("in each process", [32], metavar="SIZE")
+    layer_map: str = flag("the layers of --teacher that a preset starts from, as in task", "uniform")
+    epochs: float = flag("passes over the data", 3)
+    learning_rates: list[float] = flag("of several the best on the dev sets is kept", [3e-5])
+    batch_sizes: list[int] = flag("in each process", [32])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +240,6 @@ class EvaluateOptions(TaskData, Loading):
     """Print a model's metrics on a task."""
 
     model: str = flag("checkpoint: folder or hub name")
-    against: str | None = flag("compare with this model: size, speed, share kept", None, metavar="TEACHER")
-    json: Path | None = flag("write the figures there as well", None, metavar="FILE")
+    against: str | None = flag("compare with this model: size, speed, share kept", None)
+    json: Path | None = flag("write the figures there as well", None)
     overwrite: bool = flag("replace that file", False)
