@@ -146,7 +146,7 @@ def test_classes_beyond_the_vocabulary_take_no_part(tmp_path: Path) -> None:
         logprobs = torch.tensor(cached["topk_logprobs"])
         assert error(logprobs, truth.gather(-1, torch.tensor(cached["topk_indices"]))) < 2**-11
         assert error(logprobs.exp().sum(-1), torch.ones(len(logprobs))) < 2e-3
-    with pytest.raises(ValueError, match="--top-k is 61; it should be 1 to 60"):
+    with pytest.raises(ValueError, match="top_k is 61; it should be 1 to 60"):
         write(tmp_path / "other", teacher, top_k=61)
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     for options, message in (
         ({}, "give top_k for a language model, hidden, or both"),
         ({"top_k": 0}, "top_k is 0; it should be 1 to 60"),
-        ({"top_k": 61}, "--top-k is 61; it should be 1 to 60"),
+        ({"top_k": 61}, "top_k is 61; it should be 1 to 60"),
         ({"hidden": [5]}, r"hidden holds \[5\]; LlamaForCausalLM has 0..4"),
         ({"top_k": 2, "teacher": _tiny.classifier()}, r"returns logits \(1, 2\); it should be a language model"),
         ({"top_k": 2, "teacher": _tiny.model()}, "returns no logits; it should be a language model"),

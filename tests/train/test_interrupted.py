@@ -29,7 +29,6 @@ from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from fastdistill import cli
-from fastdistill.recipes import distil, evaluate
 from fastdistill.train.data import pack_corpus, read_corpus
 from fastdistill.train.outputs import last_checkpoint
 from fastdistill.train.resumable import Terminated
@@ -287,10 +286,9 @@ def test_ctrl_c_names_resume_where_there_is_one(monkeypatch: pytest.MonkeyPatch,
         raise KeyboardInterrupt
 
     general = ["general", "--teacher", "t", "--student", "s", "--corpus", "c", "--output", str(tmp_path / "out")]
-    metrics = ["evaluate", "--model", "m", "--task", "SST-2"]
-    monkeypatch.setattr(distil, "distil_general", interrupted)
-    monkeypatch.setattr(evaluate, "evaluate_task", interrupted)
-    for argv in (general, metrics):
+    evaluate = ["evaluate", "--model", "m", "--task", "SST-2"]
+    for function, argv in (("distil.distil_general", general), ("evaluate.evaluate_task", evaluate)):
+        monkeypatch.setattr(f"fastdistill.recipes.{function}", interrupted)
         assert cli.main(argv) == 130
         assert ("--resume" in capsys.readouterr().err) is (argv is general)
 
