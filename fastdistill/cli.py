@@ -142,7 +142,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
             raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
         return command, kind(**values)
     except (ValueError, OSError) as error:
-        parser.error(as_flags(str(error), kind))
+        return parser.error(as_flags(str(error), kind))
 
 
 def flags_of(command: str, options: type) -> Any:
@@ -178,7 +178,7 @@ def groups(options: type) -> list[type]:
     group. A field belongs to the class that declares it first."""
     hints = get_type_hints(options)
     left = {f.name: f for f in fields(options) if f.metadata}
-    found = []
+    found: list[type] = []
     for base in reversed(options.__mro__):
         group = []
         for f in [left.pop(name) for name in get_annotations(base) if name in left]:
@@ -188,8 +188,8 @@ def groups(options: type) -> list[type]:
                 metadata["help"] += f" (default: {str(default).strip('[]')})"
             if issubclass(options, of.Training) and f.name in ALIASES:
                 metadata["aliases"] = [f"--{ALIASES[f.name]}", f"--{ALIASES[f.name].replace('_', '-')}"]
-            absent = {} if is_required(f) else {"default": argparse.SUPPRESS}
-            group.append((f.name, hints[f.name], field(**absent, metadata=metadata)))
+            absent: Any = MISSING if is_required(f) else argparse.SUPPRESS
+            group.append((f.name, hints[f.name], field(default=absent, metadata=metadata)))
         title = base.__name__.removesuffix("Options").lower()
         found.insert(0, make_dataclass(base.__name__, group, namespace={"_argument_group_name": title}, kw_only=True))
     return sorted((group for group in found if fields(group)), key=lambda group: group.__name__ != "Models")

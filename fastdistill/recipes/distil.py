@@ -158,7 +158,7 @@ class TaskRun:
         }
         prediction = {"learning_rate": task.prediction_learning_rate, "batch_size": task.batch_size}
         last = prediction if self.has_prediction else self.intermediate
-        self.grid = {
+        self.grid: dict[str, Any] = {
             "learning_rates": options.learning_rates or [last["learning_rate"]],
             "batch_sizes": options.batch_sizes or [last["batch_size"]],
             "seeds": options.seeds,
@@ -211,8 +211,8 @@ class TaskRun:
         settings.update(epochs=epochs, arguments=trainer_arguments(options))
         if options.labels == "gold":
             return finetune(model, self.rows, self.tokenizer, folder, **settings, resume=True)
-        how = {"parity": options.parity, "temperature": options.temperature}
-        stage = PredictionStage(dataset=self.rows, **how, **settings)
+        settings.update(parity=options.parity, temperature=options.temperature)
+        stage = PredictionStage(dataset=self.rows, **settings)
         return stage.run(model, self.teacher, self.tokenizer, folder, resume=True)
 
 
@@ -239,7 +239,7 @@ def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
 def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
     """Trains a model on a task's gold labels over a grid. Returns what `results.json` holds, as `distil_task` does."""
     task = named_task(options, "train")
-    grid = {"learning_rates": options.learning_rates, "batch_sizes": options.batch_sizes, "seeds": options.seeds}
+    grid: dict[str, Any] = {name: getattr(options, name) for name in ("learning_rates", "batch_sizes", "seeds")}
     check_grid(**grid)
     if options.teacher is None and options.init is not None:
         raise ValueError("--init needs --teacher, whose weights it takes")
@@ -252,21 +252,23 @@ def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
     task = task.for_model(source.config, "teacher" if options.teacher else "model")
     rows = task.tokenize(rows, tokenizer)
     check_splits(task, options)
-
-    def fit(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
-        torch.manual_seed(seed)  # of the weights that no checkpoint brings
-        if options.teacher:
-            model = make_student(options, options.model, source, tokenizer, rows, seed)
-        else:
-            model = build_student(options.model, source, trust_remote_code=trust)
-        settings = {"epochs": options.epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-        arguments = trainer_arguments(options)
-        return finetune(model, rows, tokenizer, folder, **settings, arguments=arguments, resume=True)
-
     if options.teacher:  # refuses a wrong --model before --overwrite drops a run
         init = "random" if is_config(options.model) else options.init
         check_rows(task, tokenizer, build_student(options.model, source, init=init, trust_remote_code=trust))
-    return grid_search(options, task, tokenizer, grid, fit)
+    return grid_search(options, task, tokenizer, grid, partial(fit, options, source, tokenizer, rows))
+
+
+def fit(options: FinetuneOptions, source: Any, tokenizer: Any, rows: Any, *point: Any) -> Any:
+    """Trains the model at one point of the grid."""
+    learning_rate, batch_size, seed, folder = point
+    torch.manual_seed(seed)  # of the weights that no checkpoint brings
+    if options.teacher:
+        model = make_student(options, options.model, source, tokenizer, rows, seed)
+    else:
+        model = build_student(options.model, source, trust_remote_code=options.trust_remote_code)
+    settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    settings.update(epochs=options.epochs, arguments=trainer_arguments(options))
+    return finetune(model, rows, tokenizer, folder, **settings, resume=True)
 
 
 # -- options -----------------------------------------------------------------------------------------------
