@@ -138,6 +138,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         values = {name: value for name, value in vars(found).items() if name != "config"}
         if rest and is_training:
             values["arguments"], rest = training_arguments(rest)
+            if command != "task" and "eval_strategy" in values["arguments"]:
+                raise ValueError("--eval_strategy is for task alone, which evaluates on a dev set while it trains")
         if rest:
             raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
         return command, kind(**values)

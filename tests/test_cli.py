@@ -181,6 +181,24 @@ class TestTask:
         assert student["parameters"]["total"] < teacher["parameters"]["total"]
         assert student["speed_up"] > 0
 
+    def test_evaluates_on_the_dev_set_while_it_trains(self, files, tmp_path):
+        options = ("--intermediate-epochs", 0, "--prediction-epochs", 1, "--eval_strategy", "steps", "--eval_steps", 2)
+        assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
+        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2]
+
+    def test_the_python_function_returns_the_results(self, files, tmp_path):
+        from fastdistill.recipes import distil_task
+        from fastdistill.recipes.options import TaskOptions
+
+        models = {"teacher": str(files / "teacher"), "student": str(files / "student.json")}
+        options = TaskOptions(
+            **models, task="SST-2", data=files / "SST-2", output=tmp_path / "out", max_steps=1, resume=True
+        )
+        results = distil_task(options)
+        assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+        assert distil_task(options) == results  # finished before
+
     def test_augmented_rows_replace_the_training_set(self, files, tmp_path):
         rows = (files / "SST-2" / "train.tsv").read_text().splitlines()
         (tmp_path / "augmented.tsv").write_text("\n".join(rows[:17]) + "\n")
@@ -675,6 +693,7 @@ class TestFlags:
             ("finetune", ("--seed", "1"), "this command decides --seed itself; use --seeds"),
             ("finetune", ("--learnin_rates", "1"), "unrecognized arguments: --learnin_rates 1"),
             ("general", ("--eval_delay", "x"), "argument --eval_delay/--eval-delay: invalid float value: 'x'"),
+            ("finetune", ("--eval_strategy", "steps"), "--eval_strategy is for task alone"),
             ("general", ("stray",), "unrecognized arguments: stray"),
         ],
     )

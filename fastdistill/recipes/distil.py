@@ -174,6 +174,9 @@ class TaskRun:
         rows = read_augmented(task, options.augmented) if options.augmented else task.load_split("train", options.data)
         self.rows = rows = task.tokenize(rows, self.tokenizer)
         check_splits(task, options)
+        self.dev = None
+        if options.arguments.get("eval_strategy", "no") != "no":
+            self.dev = task.tokenize(task.load_split(task.evaluations[0], options.data), self.tokenizer)
         seed = options.seeds[0]
         self.student = make_student(options, options.student, self.teacher, self.tokenizer, rows, seed, scratch)
         check_rows(task, self.tokenizer, self.student)
@@ -199,7 +202,7 @@ class TaskRun:
         """Trains a student through the intermediate stage."""
         settings.update(epochs=self.intermediate_epochs, arguments=trainer_arguments(self.options))
         stage = IntermediateStage(dataset=self.rows, projections=self.projections, **self.objective, **settings)
-        return stage.run(model, self.teacher, self.tokenizer, folder, resume=True)
+        return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
 
     def train_last(self, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
         """Trains a copy of the student through the last stage, at one point of the grid."""
@@ -213,7 +216,7 @@ class TaskRun:
             return finetune(model, self.rows, self.tokenizer, folder, **settings, resume=True)
         settings.update(parity=options.parity, temperature=options.temperature)
         stage = PredictionStage(dataset=self.rows, **settings)
-        return stage.run(model, self.teacher, self.tokenizer, folder, resume=True)
+        return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
 
 
 def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
