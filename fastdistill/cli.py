@@ -15,6 +15,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from importlib import metadata
 from inspect import get_annotations
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -184,14 +185,14 @@ def groups(options: type) -> list[type]:
     for base in reversed(options.__mro__):
         group = []
         for f in [left.pop(name) for name in get_annotations(base) if name in left]:
-            metadata = dict(f.metadata)
+            shown = dict(f.metadata)
             default = f.default if f.default_factory is MISSING else f.default_factory()
             if default not in (MISSING, None, False, -1, []) and "default:" not in f.metadata["help"]:
-                metadata["help"] += f" (default: {str(default).strip('[]')})"
+                shown["help"] += f" (default: {str(default).strip('[]')})"
             if issubclass(options, of.Training) and f.name in ALIASES:
-                metadata["aliases"] = [f"--{ALIASES[f.name]}", f"--{ALIASES[f.name].replace('_', '-')}"]
+                shown["aliases"] = [f"--{ALIASES[f.name]}", f"--{ALIASES[f.name].replace('_', '-')}"]
             absent: Any = MISSING if is_required(f) else argparse.SUPPRESS
-            group.append((f.name, hints[f.name], field(default=absent, metadata=metadata)))
+            group.append((f.name, hints[f.name], field(default=absent, metadata=shown)))
         title = base.__name__.removesuffix("Options").lower()
         found.insert(0, make_dataclass(base.__name__, group, namespace={"_argument_group_name": title}, kw_only=True))
     return sorted((group for group in found if fields(group)), key=lambda group: group.__name__ != "Models")
@@ -259,9 +260,10 @@ def info() -> None:
 
     from fastdistill.functional import explain_backends
 
+    installed = {found.name: found.version for found in metadata.distributions()}
     print(f"fastdistill {fastdistill.__version__}, Python {platform.python_version()} on {platform.platform()}")
     for name in ("torch", "numpy", "triton", "transformers", "datasets", "accelerate", "tokenizers"):
-        print(f"  {name:<13} {version(name)}")
+        print(f"  {name:<13} {installed.get(name, 'not installed')}")
     devices = [torch.device("cpu")]
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is not None:
@@ -272,15 +274,6 @@ def info() -> None:
         for backend, why, ops in explain_backends(device):
             print(textwrap.fill(f"backend {backend}: {why}", 100, initial_indent="  ", subsequent_indent="    "))
             print(textwrap.fill(", ".join(ops), 100, initial_indent="    ", subsequent_indent="    "))
-
-
-def version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def distil_general(options: GeneralOptions) -> None:
     objective_options(options)  # refuses what the method does not have
     if options.streaming and options.max_steps < 1:
         raise ValueError("--streaming needs --max-steps: a corpus that is not read beforehand has no length")
-    if is_finished(options):
+    if finished(options) is not None:
         return
     teacher, tokenizer = load_model(options.teacher, "AutoModel", trust_remote_code=options.trust_remote_code)
     length = options.max_length
@@ -75,7 +75,7 @@ def distil_general(options: GeneralOptions) -> None:
 
 def distil_cached(options: CachedOptions) -> None:
     """Distils a student from what `cache_teacher` wrote into `options.output`, as `CachedStage` writes it."""
-    if is_finished(options):
+    if finished(options) is not None:
         return
     rows = read_cache(options.cache, verify=options.verify)
     tokenizer = AutoTokenizer.from_pretrained(options.cache)
@@ -98,9 +98,10 @@ def run_stage(options: Any, stage: Any, teacher: Any, tokenizer: Any, rows: Any,
         if isinstance(options, GeneralOptions):
             check_length(options.max_length, "student", student)
         projections = projections_folder(options.student, scratch)
-        stage = stage(projections=projections, **objective_options(options), **schedule(options))
+        settings = {f.name: getattr(options, f.name) for f in fields(Schedule)}
+        settings.update(objective_options(options), arguments=trainer_arguments(options), projections=projections)
         whole = {"resume": options.resume, "overwrite": options.overwrite}
-        stage.run(student, teacher if is_live else None, tokenizer, options.output, **whole)
+        stage(**settings).run(student, teacher if is_live else None, tokenizer, options.output, **whole)
     finish(options.output)
 
 
@@ -136,8 +137,8 @@ def distil_task(options: TaskOptions) -> dict[str, Any]:
     check_grid(**run.grid)
     if options.augmented and not isinstance(task, Task):
         raise ValueError(f"--task is {task.name}; --augmented holds rows of a GLUE task")
-    if is_finished(options):
-        return read_results(options.output)
+    if (results := finished(options)) is not None:
+        return results
     with tempfile.TemporaryDirectory() as scratch:
         run.load(Path(scratch))
         return grid_search(options, run.task, run.tokenizer, run.grid, run.train_last, run.prepare)
@@ -246,8 +247,8 @@ def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
     check_grid(**grid)
     if options.teacher is None and options.init is not None:
         raise ValueError("--init needs --teacher, whose weights it takes")
-    if is_finished(options):
-        return read_results(options.output)
+    if (results := finished(options)) is not None:
+        return results
     rows, trust = task.load_split("train", options.data), options.trust_remote_code
     labels = task.model_options(rows)
     own = {"headless": labels} if options.teacher else labels  # a student takes its teacher's labels, if any
@@ -292,6 +293,7 @@ def objective_options(options: Any) -> dict[str, Any]:
 
 
 def layer_map(text: str) -> str | list[int | None]:
+    """Returns a map's name, or the list that `text` spells."""
     if not text.startswith(tuple("-0123456789")):
         return text
     try:
@@ -300,16 +302,12 @@ def layer_map(text: str) -> str | list[int | None]:
         raise ValueError(f"--layer-map is {text!r}; a list looks like 0,3,6,-,12 with - for none") from None
 
 
-def schedule(options: Any) -> dict[str, Any]:
-    """Returns what a stage takes of a `Schedule`."""
-    return {**{f.name: getattr(options, f.name) for f in fields(Schedule)}, "arguments": trainer_arguments(options)}
-
-
 def trainer_arguments(options: Any) -> dict[str, Any]:
     """Returns the TrainingArguments that are the same in every stage of a command."""
-    found = {"bf16": options.bf16, "max_steps": options.max_steps, "report_to": "none", **options.arguments}
-    if hasattr(options, "workers"):
+    found = {"bf16": options.bf16, "max_steps": options.max_steps, "report_to": "none"}
+    if isinstance(options, CachedOptions):
         found["dataloader_num_workers"] = options.workers
+    found.update(options.arguments)
     if found.get("push_to_hub"):
         found.setdefault("hub_model_id", options.output.name)  # else the working folder's name
     return found
@@ -347,7 +345,8 @@ def projections_folder(*folders: str | Path) -> Path | None:
     return next((Path(folder) for folder in folders if read_projections(folder)), None)
 
 
-def first_blocks(blocks: Any, number: int) -> Any:
+def first_blocks(blocks: Any, number: int) -> Dataset:
+    """Returns the first blocks of a stream."""
     first = list(itertools.islice(blocks, number))
     if not first:
         raise ValueError("corpus holds no text")
@@ -361,6 +360,7 @@ def check_splits(task: Any, options: Any) -> None:
 
 
 def check_rows(task: Any, tokenizer: Any, student: Any) -> None:
+    """Raises ValueError where the student takes shorter rows than the task has."""
     longest = min(task.max_length, tokenizer.model_max_length)
     if positions(student) < longest:
         raise ValueError(
@@ -370,6 +370,7 @@ def check_rows(task: Any, tokenizer: Any, student: Any) -> None:
 
 
 def check_length(max_length: int, name: str, model: Any) -> None:
+    """Raises ValueError where a model takes shorter blocks."""
     if max_length > positions(model):
         raise ValueError(f"--max-length is {max_length}; the {name} takes {positions(model)} tokens at most")
 
@@ -377,27 +378,23 @@ def check_length(max_length: int, name: str, model: Any) -> None:
 # -- outputs -----------------------------------------------------------------------------------------------
 
 
-def is_finished(options: Any) -> bool:
-    """Returns whether `resume` finds a student there already; one killed in its last moment is tidied."""
+def finished(options: Any) -> dict[str, Any] | None:
+    """Returns the results of a run that `resume` finds finished, empty where it has none; None where there is work."""
     check_gpus()
+    output: Path = options.output
 
-    def look() -> bool:
-        output: Path = options.output
-        if options.resume and not options.overwrite and (output / "config.json").is_file():
-            drop_checkpoints(output)
-            return True
-        check(output, resume=options.resume, overwrite=options.overwrite)
-        return False
+    def look() -> dict[str, Any] | None:
+        if options.overwrite or not (options.resume and (output / "config.json").is_file()):
+            check(output, resume=options.resume, overwrite=options.overwrite)
+            return None
+        drop_checkpoints(output)  # of a run that was killed in its last moment
+        file = output / "results.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
-    finished = on_main(look)
-    if finished:
-        finish(options.output, "finished before:")
-    return finished
-
-
-def read_results(output: Path) -> dict[str, Any]:
-    file = output / "results.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    results = on_main(look)
+    if results is not None:
+        finish(output, "finished before:")
+    return results
 
 
 def grid_search(
