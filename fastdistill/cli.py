@@ -47,6 +47,7 @@ PRINTED = {"task": "print_results", "finetune": "print_results", "evaluate": "pr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TQDM_DELAY", "1")  # no progress bars of what takes less than a second
     options = None

@@ -70,7 +70,7 @@ class Models(Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskData:
+class Data:
     task: str = flag(
         "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI of GLUE, SQuAD, SQuAD2, or tagging of words"
     )
@@ -144,7 +144,7 @@ class GeneralOptions(Models, Losses, Schedule, Training, Output):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentOptions(TaskData, Output, Loading):
+class AugmentOptions(Data, Output, Loading):
     """Make copies of a task's training rows with some words replaced."""
 
     teacher: str = flag("masked language model: folder or hub name")
@@ -160,7 +160,7 @@ class AugmentOptions(TaskData, Output, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions(Models, TaskData, Losses, Grid, Training, Output):
+class TaskOptions(Models, Data, Losses, Grid, Training, Output):
     """Stage 2: intermediate, prediction, evaluation on a task."""
 
     augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
@@ -223,7 +223,7 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(TaskData, Grid, Training, Output, Loading):
+class FinetuneOptions(Data, Grid, Training, Output, Loading):
     """Train a model on a task's gold labels alone: a teacher, or a student as baseline."""
 
     model: str = flag("checkpoint; or with --teacher a preset or config file")
@@ -236,7 +236,7 @@ class FinetuneOptions(TaskData, Grid, Training, Output, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(TaskData, Loading):
+class EvaluateOptions(Data, Loading):
     """Print a model's metrics on a task."""
 
     model: str = flag("checkpoint: folder or hub name")
