@@ -185,7 +185,7 @@ class TestTask:
         options = ("--intermediate-epochs", 0, "--prediction-epochs", 1, "--eval_strategy", "steps", "--eval_steps", 2)
         assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
         state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
-        assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2]
+        assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 3]
 
     def test_the_python_function_returns_the_results(self, files, tmp_path):
         from fastdistill.recipes import distil_task
