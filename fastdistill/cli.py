@@ -1,7 +1,7 @@
-"""The command line: parses the options of a command, calls its Python function, prints the result.
+"""Parses the options of a command, calls its Python function, prints the result.
 
 Flags are generated from the dataclasses of `fastdistill.recipes.options`. Bad input ends with exit code 2 and one line.
-PyTorch is loaded when a command runs, transformers' argument parser when the flags of a command are parsed.
+Imports are deferred: PyTorch until a command runs, transformers' argument parser until a command's flags are parsed.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ COMMANDS: dict[str, tuple[type, str]] = {
 }
 
 CPUINFO = Path("/proc/cpuinfo")
-PRINTED = {"task": "print_results", "finetune": "print_results", "evaluate": "print_figures"}  # what prints the results
+PRINTERS = {"task": "print_results", "finetune": "print_results", "evaluate": "print_figures"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit code: 0, 2 for bad input, 130 for Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("TQDM_DELAY", "1")  # no progress bars of what takes less than a second
+    os.environ.setdefault("TQDM_DELAY", "1")  # hides progress bars of work that takes less than a second
     options = None
     try:
         command, options = parse(argv)
@@ -78,13 +78,13 @@ def run(command: str, options: Any) -> None:
 
     warn_of_slow_bf16(options)
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # such as the report on a new head; --log_level shows them again
+    logging.set_verbosity_error()  # hides the report on a new head; --log_level shows it again
     try:
         results = getattr(recipes, COMMANDS[command][1])(options)
     finally:
         logging.set_verbosity(level)
-    if command in PRINTED and results and processes().is_main_process:
-        getattr(recipes, PRINTED[command])(results)
+    if command in PRINTERS and results and processes().is_main_process:
+        getattr(recipes, PRINTERS[command])(results)
 
 
 def warn_of_slow_bf16(options: Any) -> None:
@@ -99,7 +99,7 @@ def warn_of_slow_bf16(options: Any) -> None:
 
 # -- arguments ---------------------------------------------------------------------------------------------
 
-# What TrainingArguments call our short names.
+# The names in TrainingArguments of our short names.
 ALIASES = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
@@ -107,7 +107,7 @@ ALIASES = {
     "scheduler": "lr_scheduler_type",
     "workers": "dataloader_num_workers",
 }
-# TrainingArguments that a command decides itself, and the flags that say them.
+# The TrainingArguments that a command sets itself, and the flags to use for them.
 DECIDED = {
     "output_dir": "--output",
     "resume_from_checkpoint": "--resume",
@@ -178,8 +178,10 @@ def is_required(f: Field[Any]) -> bool:
 
 
 def groups(options: type) -> list[type]:
-    """Returns the flags of each class that `options` inherits from as a dataclass, of which HfArgumentParser makes a
-    group. A field belongs to the class that declares it first."""
+    """Returns a dataclass of flags for each class that `options` inherits from; HfArgumentParser makes groups of them.
+
+    A field belongs to the class that declares it first.
+    """
     hints = get_type_hints(options)
     left = {f.name: f for f in fields(options) if f.metadata}
     found: list[type] = []
@@ -224,7 +226,7 @@ def read_config(argv: list[str]) -> list[str]:
 
 
 def training_arguments(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the TrainingArguments among flags, and the other flags. ValueError for those that a command decides."""
+    """Returns the TrainingArguments among flags, and the other flags. Raises ValueError for those in DECIDED."""
     from transformers import HfArgumentParser, TrainingArguments
 
     absent = object()
@@ -236,7 +238,7 @@ def training_arguments(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(str(error)) from None
     values = {name: value for name, value in vars(found).items() if value is not absent}
     for name in DECIDED.keys() & values.keys():
-        raise ValueError(f"this command decides --{name} itself; use {DECIDED[name]}")
+        raise ValueError(f"this command sets --{name} itself; use {DECIDED[name]}")
     return values, rest
 
 

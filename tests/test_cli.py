@@ -687,10 +687,10 @@ class TestFlags:
     @pytest.mark.parametrize(
         ("command", "flags", "what"),
         [
-            ("general", ("--output_dir", "x"), "this command decides --output_dir itself; use --output"),
-            ("task", ("--learning_rate", "1e-5"), "decides --learning_rate itself; use --learning-rates"),
+            ("general", ("--output_dir", "x"), "this command sets --output_dir itself; use --output"),
+            ("task", ("--learning_rate", "1e-5"), "sets --learning_rate itself; use --learning-rates"),
             ("task", ("--num-train-epochs", "1"), "use --intermediate-epochs and --prediction-epochs"),
-            ("finetune", ("--seed", "1"), "this command decides --seed itself; use --seeds"),
+            ("finetune", ("--seed", "1"), "this command sets --seed itself; use --seeds"),
             ("finetune", ("--learnin_rates", "1"), "unrecognized arguments: --learnin_rates 1"),
             ("general", ("--eval_delay", "x"), "argument --eval_delay/--eval-delay: invalid float value: 'x'"),
             ("finetune", ("--eval_strategy", "steps"), "--eval_strategy is for task alone"),
@@ -745,7 +745,7 @@ class TestConfig:
             ("learnin_rate: 1", "unrecognized arguments: --learnin_rate=1"),
             ("batch_size: 0", "--batch-size is 0; it should be a positive integer"),
             ("method: bert", "argument --method: invalid choice: 'bert'"),
-            ("output_dir: x", "this command decides --output_dir itself; use --output"),
+            ("output_dir: x", "this command sets --output_dir itself; use --output"),
             ("- a", "run.yaml: it should hold options, such as `batch_size: 32`, a line each"),
             ("a: [", "run.yaml: not YAML"),
         ],

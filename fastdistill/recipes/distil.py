@@ -1,4 +1,4 @@
-"""The trainings behind the commands: general distillation, a task's two stages, a cached teacher, gold labels alone."""
+"""Runs the trainings behind the commands: on a corpus, on a task, from a cached teacher, on gold labels alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from fastdistill.train.students import build_student, init_from_teacher, is_conf
 
 __all__ = ["distil_cached", "distil_general", "distil_task", "finetune_task"]
 
-CALIBRATION_TOKENS = 20_000  # that a student is folded from its teacher with
+CALIBRATION_TOKENS = 20_000  # enough to fold a student from its teacher
 
 
 # -- stage 1, cached teachers ------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def distil_cached(options: CachedOptions) -> None:
 
 
 def run_stage(options: Any, stage: Any, teacher: Any, tokenizer: Any, rows: Any, is_live: bool = True) -> None:
-    """Makes the student and trains it; the teacher runs as well if it `is_live`."""
+    """Makes the student and trains it. Where the teacher is not `is_live`, the rows hold its outputs."""
     with tempfile.TemporaryDirectory() as scratch:
         student = make_student(options, options.student, teacher, tokenizer, rows, options.seed, Path(scratch))
         if isinstance(options, GeneralOptions):
@@ -106,9 +106,9 @@ def run_stage(options: Any, stage: Any, teacher: Any, tokenizer: Any, rows: Any,
 
 
 def cached_teacher(options: CachedOptions, name: str) -> Any:
-    """Returns the teacher `name`. ValueError where the cache is another one's.
+    """Returns the teacher `name`. Raises ValueError where another teacher wrote the cache.
 
-    A bare encoder's pooler may be random, and so is not compared.
+    A bare encoder is not compared, because its pooler may be random.
     """
     theirs = read_manifest(options.cache)["teacher"]
     teacher, _ = load_model(name, theirs["class"], trust_remote_code=options.trust_remote_code)
@@ -166,7 +166,7 @@ class TaskRun:
         }
 
     def load(self, scratch: Path) -> None:
-        """Reads models and rows, and refuses what the stages would refuse before `overwrite` drops a run."""
+        """Reads models and rows. Raises the errors of the stages early, before `overwrite` drops a run."""
         options, trust = self.options, self.options.trust_remote_code
         self.teacher, self.tokenizer = load_model(
             options.teacher, self.task.auto_class, trust_remote_code=trust, needs_head=True
@@ -265,7 +265,7 @@ def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
 def fit(options: FinetuneOptions, source: Any, tokenizer: Any, rows: Any, *point: Any) -> Any:
     """Trains the model at one point of the grid."""
     learning_rate, batch_size, seed, folder = point
-    torch.manual_seed(seed)  # of the weights that no checkpoint brings
+    torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
     if options.teacher:
         model = make_student(options, options.model, source, tokenizer, rows, seed)
     else:
@@ -279,7 +279,7 @@ def fit(options: FinetuneOptions, source: Any, tokenizer: Any, rows: Any, *point
 
 
 def objective_options(options: Any) -> dict[str, Any]:
-    """Returns what `Objective` takes. ValueError for options that the method does not have."""
+    """Returns the keywords of `Objective`. Raises ValueError for options that the method does not have."""
     found = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions)}
     own = {name: found[name] for name in ("parity", "teacher_layer", "relation_heads")}
     check_method_options(options.method, **own)
@@ -320,7 +320,7 @@ def make_student(
     options: Any, spec: str, teacher: Any, tokenizer: Any, dataset: Any, seed: int, scratch: Path | None = None
 ) -> Any:
     """Returns the student; one that is folded from the teacher leaves the projections to start from in `scratch`."""
-    torch.manual_seed(seed)  # of weights that no checkpoint brings
+    torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
     init = "random" if is_config(spec) else options.init
     student = build_student(spec, teacher, init=init, trust_remote_code=options.trust_remote_code)
     if not is_config(spec) or options.init == "random":
@@ -379,7 +379,7 @@ def check_length(max_length: int, name: str, model: Any) -> None:
 
 
 def finished(options: Any) -> dict[str, Any] | None:
-    """Returns the results of a run that `resume` finds finished, empty where it has none; None where there is work."""
+    """Returns the results of a run that is finished, for `resume`: empty without a results.json, None if not finished."""
     check_gpus()
     output: Path = options.output
 
@@ -387,7 +387,7 @@ def finished(options: Any) -> dict[str, Any] | None:
         if options.overwrite or not (options.resume and (output / "config.json").is_file()):
             check(output, resume=options.resume, overwrite=options.overwrite)
             return None
-        drop_checkpoints(output)  # of a run that was killed in its last moment
+        drop_checkpoints(output)  # a run that was killed in its last moment leaves one
         file = output / "results.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -405,7 +405,7 @@ def grid_search(
     train: Callable[..., Any],
     prepare: Callable[[Path], None] = lambda work: None,
 ) -> dict[str, Any]:
-    """Writes the output: what `prepare` does once, then the best of the trainings over the grid."""
+    """Prepares once, trains at each point of the grid, and keeps the best run as the output itself."""
     with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
         prepare(work)
         evaluate = partial(metrics, task, options.data, tokenizer)
@@ -415,7 +415,7 @@ def grid_search(
 
 
 def finish(output: Path, what: str = "wrote") -> None:
-    """Removes what only a killed run would have needed, once the output is whole, and names it."""
+    """Drops the folder of runs if it holds one run only, the output itself, and prints the output's path."""
     if processes().is_main_process:
         runs = output / "runs"
         if runs.is_dir() and len(list(runs.iterdir())) == 1:

@@ -1,4 +1,4 @@
-"""A model's metrics on a task, and how it compares with its teacher."""
+"""Measures a model on a task, and compares it with its teacher."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluate_task(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
 
 
 def named_task(options: Any, *splits: str) -> Any:
-    """Returns the task, once its files are known to be there: those of its evaluations, and `splits`."""
+    """Returns the task. Raises FileNotFoundError where a file of its evaluation sets or of `splits` is missing."""
     task = get_task(options.task)
     if options.data is not None:
         for split in (*splits, *task.evaluations):

@@ -1,7 +1,7 @@
-"""The options of every command as one frozen dataclass each, which the Python functions take as well.
+"""Defines the options of each command as a frozen dataclass, which the command's Python function takes as well.
 
 The command line is generated from these classes: a field with a help text is a flag, and each class that a command
-inherits from is a group of flags in `--help`. Only the standard library is imported here.
+inherits from is a group of flags in `--help`. This module imports the standard library only.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def flag(help: str, default: Any = MISSING, **argparse: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-# What an option should be, how that is tested, and the names of such options.
+# (what an option should be, the test for it, the names of such options)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a positive integer", lambda x: x >= 1, "batch_size batch_sizes intermediate_batch_size max_length"),
     ("a positive integer", lambda x: x >= 1 or x == -1, "max_steps"),
     ("a number above 0", lambda x: 0 < x < math.inf, "epochs learning_rate learning_rates temperature"),
     ("a number above 0", lambda x: 0 < x < math.inf, "intermediate_learning_rate"),
-    ("0 or more", lambda x: 0 <= x < math.inf, "intermediate_epochs prediction_epochs workers"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
 )
 
@@ -96,7 +96,7 @@ class Losses(ObjectiveOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What the last training is searched over."""
+    """The last training runs for each combination of these."""
 
     learning_rates: list[float] | None = flag(
         f"of the last training (default: {RECIPE}); of several the best on the dev sets is kept", None
@@ -107,7 +107,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What every training takes. `arguments` is anything else that transformers.TrainingArguments takes; it wins."""
+    """Options of every training. `arguments` holds any others of transformers.TrainingArguments, and wins."""
 
     bf16: bool = flag("bfloat16 autocast", False)
     max_steps: int = flag("optimiser steps of each stage (default: as many as the epochs make)", -1)
@@ -139,7 +139,7 @@ class GeneralOptions(Models, Losses, Schedule, Training, Output):
     corpus: list[str] = flag("text files, a paragraph a line")
     max_length: int = flag("tokens in a block", 128)
     streaming: bool = flag("read the corpus while it trains, not before; needs --max-steps", False)
-    batch_size: int = flag("of each process", 256)
+    batch_size: int = flag("rows of each process and step", 256)
     warmup: float = flag("share of the steps", 0.1)
 
 
@@ -154,7 +154,7 @@ class AugmentOptions(Data, Output, Loading):
     candidates: int = flag("words for each word", 15)
     probability: float = flag("of a word to be replaced", 0.4)
     legacy: bool = flag("sentence pairs as the published code makes them", False)
-    seed: int = flag("of the choice of words", 42)
+    seed: int = flag("seed of the choice of words", 42)
     batch_size: int = flag("masked sentences at a time", 64)
     bf16: bool = flag("bfloat16 autocast", False)
 
@@ -193,9 +193,9 @@ class CacheOptions(Output, Loading):
 
 @dataclass(frozen=True, kw_only=True)
 class CachedOptions(Losses, Schedule, Training, Output, Loading):
-    """Distil from what cache wrote; no teacher runs."""
+    """Distil from a cache of teacher outputs; no teacher runs."""
 
-    cache: Path = flag("what cache wrote")
+    cache: Path = flag("folder that the command cache wrote")
     student: str = flag("checkpoint; or a preset or JSON config file of the teacher's kind")
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
     init: Literal["random", "teacher"] | None = flag(
@@ -213,9 +213,9 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
     )
     verify: bool = flag("compare every file's SHA-256 first", False)
     workers: int = flag("processes that read the cache for each one that trains; with 0 it reads for itself", 0)
-    batch_size: int = flag("of each process", 256)
+    batch_size: int = flag("rows of each process and step", 256)
     warmup: float = flag("share of the steps", 0.1)
-    # A cache serves the terms of TinyBERT alone: these are no flags.
+    # These are no flags: a cache serves the terms of TinyBERT only.
     method: Literal["tinybert", "minilm", "minilmv2"] = "tinybert"
     parity: Literal["masked", "official"] = "masked"
     teacher_layer: int | None = None

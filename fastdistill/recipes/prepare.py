@@ -1,4 +1,4 @@
-"""What a distillation reads besides its models: augmented rows, an offline teacher's outputs; and the demo."""
+"""Prepares the data of a distillation: augmented rows, cached teacher outputs. Runs the demo."""
 
 from __future__ import annotations
 

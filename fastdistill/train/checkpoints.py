@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer by name: a folder, a hub name, or a published TinyBERT."""
+"""Loads a model and its tokenizer by name: a folder, a hub name, or a published TinyBERT."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_folder(name: str) -> None:
 
 def _tokenizer(name: str, model: PreTrainedModel, trust_remote_code: bool) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:  # of GPT-2 and Llama; padding is masked, whatever stands there
+    if tokenizer.pad_token is None:  # GPT-2 and Llama have none; padding is masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions(model))  # rows are cut to what fits
     return tokenizer
