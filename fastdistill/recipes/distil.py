@@ -379,7 +379,7 @@ def check_length(max_length: int, name: str, model: Any) -> None:
 
 
 def finished(options: Any) -> dict[str, Any] | None:
-    """Returns the results of a run that is finished, for `resume`: empty without a results.json, None if not finished."""
+    """Returns the results of a finished run that `resume` finds: empty without a results.json; None without a run."""
     check_gpus()
     output: Path = options.output
 

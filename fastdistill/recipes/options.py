@@ -64,9 +64,7 @@ class Loading(Checked):
 class Models(Loading):
     teacher: str = flag("checkpoint: folder or hub name")
     student: str = flag("tinybert-4l-312, tinybert-6l-768, a JSON config file, or a checkpoint")
-    init: Literal["random", "teacher"] | None = flag(
-        "weights of a preset or config (default: folded from the teacher)", None
-    )
+    init: Literal["random", "teacher"] | None = flag("weights of a preset (default: folded from the teacher)", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +96,7 @@ class Losses(ObjectiveOptions):
 class Grid:
     """The last training runs for each combination of these."""
 
-    learning_rates: list[float] | None = flag(
-        f"of the last training (default: {RECIPE}); of several the best on the dev sets is kept", None
-    )
+    learning_rates: list[float] | None = flag(f"the best on the dev sets is kept (default: {RECIPE})", None)
     batch_sizes: list[int] | None = flag(f"of the last training, in each process (default: {RECIPE})", None)
     seeds: list[int] = flag("for each learning rate and batch size; of several runs all stay in runs/", [42])
 
@@ -168,9 +164,7 @@ class TaskOptions(Models, Data, Losses, Grid, Training, Output):
         INNER + "; and prediction, in the same stage", None, choices=(*INNER_TERMS, "prediction"), metavar="TERM"
     )
     temperature: float = flag("of predictions", 1.0)
-    labels: Literal["teacher", "gold"] = flag(
-        "of the prediction stage: the teacher's predictions, or the gold labels alone", "teacher"
-    )
+    labels: Literal["teacher", "gold"] = flag("learn the teacher's predictions, or gold labels alone", "teacher")
     intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None)
     intermediate_learning_rate: float | None = flag(f"default: {RECIPE}", None)
     intermediate_batch_size: int | None = flag(f"of each process (default: {RECIPE})", None)
@@ -198,9 +192,7 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
     cache: Path = flag("folder that the command cache wrote")
     student: str = flag("checkpoint; or a preset or JSON config file of the teacher's kind")
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
-    init: Literal["random", "teacher"] | None = flag(
-        "weights of a preset or config (default: --teacher's, if given)", None
-    )
+    init: Literal["random", "teacher"] | None = flag("weights of a preset (default: --teacher's, if given)", None)
     terms: list[str] | None = flag(
         "losses (default: all that the cache serves)",
         None,
@@ -208,9 +200,7 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
         metavar="TERM",
     )
     temperature: float = flag("of the prediction", 1.0)
-    tail: Literal["renormalize", "bucket"] = flag(
-        "the teacher's other classes: left out, or one class together", "renormalize"
-    )
+    tail: Literal["renormalize", "bucket"] = flag("other classes: left out, or taken as one", "renormalize")
     verify: bool = flag("compare every file's SHA-256 first", False)
     workers: int = flag("processes that read the cache for each one that trains; with 0 it reads for itself", 0)
     batch_size: int = flag("rows of each process and step", 256)
