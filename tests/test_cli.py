@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from _tiny import classifier, config, texts, tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+import fastdistill
 from fastdistill import cli
-from fastdistill.recipes import commands
+from fastdistill.recipes import evaluate
 from fastdistill.recipes.glue import get_task
 
 STUDENT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
@@ -129,11 +131,10 @@ class TestGeneral:
     def test_resume_goes_on(self, files, tmp_path, monkeypatch, capsys):
         from fastdistill.train.trainer import DistillationTrainer
 
-        options, step = commands._training_arguments, DistillationTrainer.training_step
-        monkeypatch.setattr(commands, "_training_arguments", lambda found: {**options(found), "save_steps": 5})
-        whole = arguments(files, "general", tmp_path / "whole", "--epochs", 4, "--batch-size", 8)
-        assert cli.main(whole) == 0
-        argv = arguments(files, "general", tmp_path / "out", "--epochs", 4, "--batch-size", 8)
+        step = DistillationTrainer.training_step
+        options = ("--epochs", 4, "--batch-size", 8, "--save_steps", 5)
+        assert cli.main(arguments(files, "general", tmp_path / "whole", *options)) == 0
+        argv = arguments(files, "general", tmp_path / "out", *options)
         steps = []
 
         def interrupted(self, *args, **kwargs):
@@ -179,6 +180,24 @@ class TestTask:
         assert student["kept"] == pytest.approx(max(scores) / teacher["metrics"]["dev"]["accuracy"])
         assert student["parameters"]["total"] < teacher["parameters"]["total"]
         assert student["speed_up"] > 0
+
+    def test_evaluates_on_the_dev_set_while_it_trains(self, files, tmp_path):
+        options = ("--intermediate-epochs", 0, "--prediction-epochs", 1, "--eval_strategy", "steps", "--eval_steps", 2)
+        assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
+        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+        assert [entry["step"] for entry in state["log_history"] if "eval_loss" in entry] == [2, 3]
+
+    def test_the_python_function_returns_the_results(self, files, tmp_path):
+        from fastdistill.recipes import distil_task
+        from fastdistill.recipes.options import TaskOptions
+
+        models = {"teacher": str(files / "teacher"), "student": str(files / "student.json")}
+        options = TaskOptions(
+            **models, task="SST-2", data=files / "SST-2", output=tmp_path / "out", max_steps=1, resume=True
+        )
+        results = distil_task(options)
+        assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+        assert distil_task(options) == results  # finished before
 
     def test_augmented_rows_replace_the_training_set(self, files, tmp_path):
         rows = (files / "SST-2" / "train.tsv").read_text().splitlines()
@@ -305,7 +324,7 @@ class TestMethodsAndAblations:
         assert "leave --intermediate-epochs above 0" in line(*joint, "--intermediate-epochs", 0)
         assert "--labels gold is for the prediction stage" in line(*joint, "--labels", "gold")
         assert "those of method 'minilm'" in line("--method", "minilm", "--terms", "hidden")
-        assert "relation_heads is 4" in line("--relation-heads", 4, command="general")
+        assert "--relation-heads is 4" in line("--relation-heads", 4, command="general")
         assert "parity is 'official'" in line("--method", "minilm", "--parity", "official")
         assert "invalid choice: 'prediction'" in line("--terms", "prediction", command="general")
         (files / "wide.json").write_text(json.dumps({**STUDENT, "num_attention_heads": 2}))
@@ -361,7 +380,7 @@ class TestBadInput:
             (["--layer-map", "0,5"], "layer_map[1] is 5"),
             (["--student", "{}/narrow.json"], "head"),
             (["--student", "{}/none.json"], "none.json"),
-            (["--temperature", "inf"], "argument --temperature: 'inf' is no number above 0"),
+            (["--temperature", "inf"], "--temperature is inf; it should be a number above 0"),
             (["--student", "{}/text.json"], "text.json"),
             (["--student", "{}/flat.json"], "flat.json: num_hidden_layers is 0; it should be 1 or more"),
             (
@@ -391,7 +410,7 @@ class TestBadInput:
         """Of a teacher below zero nothing is kept; where figures cannot go is said first."""
         task = ["--task", "sst-2", "--data", str(files / "SST-2")]
         argv = ["evaluate", "--model", str(files / "teacher"), "--against", str(files / "teacher"), *task, "--json"]
-        monkeypatch.setattr(commands, "_metrics", lambda *_: {"dev": {"accuracy": -0.1, "score": -0.1}})
+        monkeypatch.setattr(evaluate, "metrics", lambda *_: {"dev": {"accuracy": -0.1, "score": -0.1}})
         assert cli.main([*argv, str(tmp_path / "new" / "figures.json")]) == 0
         assert json.loads((tmp_path / "new" / "figures.json").read_text())[str(files / "teacher")]["kept"] is None
         assert "--json is the folder" in fails(capsys, [*argv, str(tmp_path), "--overwrite"])
@@ -428,7 +447,7 @@ class TestBadInput:
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "0,x"))
         assert "--layer-map is '0,x'" in line
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "middle"))
-        assert "layer_map is 'middle'" in line
+        assert "--layer-map is 'middle'" in line
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "0,9"))
         assert "0..2" in line
         argv = arguments(files, "general", tmp_path / "out", "--max-steps", 1, "--layer-map=-,2", "--terms", "hidden")
@@ -469,34 +488,37 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("command", "flag", "value", "what"),
         [
-            ("general", "--batch-size", "0", "'0' is no whole number above 0"),
-            ("general", "--batch-size", "-3", "'-3' is no whole number above 0"),
-            ("general", "--batch-size", "1.5", "'1.5' is no whole number above 0"),
-            ("general", "--epochs", "0", "'0' is no number above 0"),
-            ("general", "--learning-rate", "nan", "'nan' is no number above 0"),
-            ("general", "--max-length", "0", "'0' is no whole number above 0"),
-            ("finetune", "--epochs", "inf", "'inf' is no number above 0"),
-            ("finetune", "--max-steps", "0", "'0' is no whole number above 0"),
-            ("task", "--intermediate-learning-rate", "0", "'0' is no number above 0"),
-            ("task", "--intermediate-batch-size", "0", "'0' is no whole number above 0"),
-            ("task", "--intermediate-epochs", "-1", "'-1' is no number from 0 on"),
-            ("task", "--prediction-epochs", "few", "'few' is no number from 0 on"),
+            ("general", "--batch-size", "0", "--batch-size is 0; it should be a positive integer"),
+            ("general", "--batch-size", "-3", "--batch-size is -3; it should be a positive integer"),
+            ("general", "--batch-size", "1.5", "argument --batch-size: invalid int value: '1.5'"),
+            ("general", "--epochs", "0", "--epochs is 0.0; it should be a number above 0"),
+            ("general", "--learning-rate", "nan", "--learning-rate is nan; it should be a number above 0"),
+            ("general", "--max-length", "0", "--max-length is 0; it should be a positive integer"),
+            ("finetune", "--epochs", "inf", "--epochs is inf; it should be a number above 0"),
+            ("finetune", "--max-steps", "0", "--max-steps is 0; it should be a positive integer"),
+            ("task", "--intermediate-learning-rate", "0", "--intermediate-learning-rate is 0.0; it should be a number"),
+            ("task", "--intermediate-batch-size", "0", "--intermediate-batch-size is 0; it should be a positive"),
+            ("task", "--intermediate-epochs", "-1", "--intermediate-epochs is -1.0; it should be 0 or more"),
+            ("task", "--prediction-epochs", "few", "argument --prediction-epochs: invalid float value: 'few'"),
         ],
     )
     def test_numbers_that_would_train_nothing(self, files, tmp_path, capsys, command, flag, value, what):
         line = fails(capsys, arguments(files, command, tmp_path / "out", flag, value))
-        assert f"argument {flag}: {what}" in line
+        assert what in line
         assert list(tmp_path.iterdir()) == []
 
     def test_grids(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "task", tmp_path / "out", "--learning-rates", "1e-5", "0"))
-        assert "argument --learning-rates: '0' is no number above 0" in line
+        assert "--learning-rates is [1e-05, 0.0]; it should be a number above 0" in line
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--seeds", "1", "1"))
         assert "seeds is [1, 1]" in line
         for command, flag in (("task", "--seeds"), ("general", "--seed")):
             for wrong in ("-1", str(2**32)):
                 line = fails(capsys, arguments(files, command, tmp_path / "out", f"{flag}={wrong}"))
-                assert f"argument {flag}: '{wrong}' is no whole number from 0 to 2**32 - 1" in line
+                assert (
+                    f"{flag} is {[int(wrong)] if flag == '--seeds' else wrong}; it should be from 0 to 2**32 - 1"
+                    in line
+                )
         assert list(tmp_path.iterdir()) == []
 
     def test_a_checkpoint_of_other_labels_gets_a_new_head(self, files, tmp_path):
@@ -542,7 +564,217 @@ class TestBadInput:
         assert "--init needs --teacher" in line
 
 
+# The flags of each command; ! marks the required ones.
+FLAGS = {
+    "demo": "output overwrite",
+    "general": (
+        "teacher! student! init corpus! max-length streaming method layer-map projection parity terms "
+        "teacher-layer relation-heads epochs batch-size learning-rate seed bf16 max-steps trust-remote-code "
+        "output! overwrite resume"
+    ),
+    "augment": (
+        "teacher! task! data glove! output! copies candidates probability legacy seed batch-size bf16 "
+        "overwrite resume trust-remote-code"
+    ),
+    "task": (
+        "teacher! student! init task! data augmented method layer-map projection parity terms teacher-layer "
+        "relation-heads temperature labels intermediate-epochs intermediate-learning-rate intermediate-batch-size "
+        "prediction-epochs learning-rates batch-sizes seeds bf16 max-steps trust-remote-code output! "
+        "overwrite resume"
+    ),
+    "cache": ("teacher! data! task top-k hidden max-length batch-size bf16 trust-remote-code output! overwrite resume"),
+    "train-cached": (
+        "cache! student! teacher init terms layer-map projection temperature tail verify workers epochs "
+        "batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
+    ),
+    "finetune": (
+        "model! teacher init layer-map task! data epochs learning-rates batch-sizes seeds bf16 max-steps "
+        "trust-remote-code output! overwrite resume"
+    ),
+    "evaluate": "model! against task! data json overwrite trust-remote-code",
+    "info": "",
+}
+# Their defaults, where a flag has one.
+DEFAULTS = {
+    "demo": {"output": "demo-output"},
+    "general": {
+        "max_length": 128,
+        "method": "tinybert",
+        "layer_map": "uniform",
+        "parity": "masked",
+        "epochs": 3,
+        "batch_size": 256,
+        "learning_rate": 5e-05,
+        "seed": 42,
+    },
+    "augment": {"candidates": 15, "probability": 0.4, "seed": 42, "batch_size": 64},
+    "task": {
+        "method": "tinybert",
+        "layer_map": "uniform",
+        "parity": "masked",
+        "temperature": 1.0,
+        "labels": "teacher",
+        "seeds": [42],
+    },
+    "cache": {"max_length": 128, "batch_size": 16},
+    "train-cached": {
+        "layer_map": "uniform",
+        "temperature": 1.0,
+        "tail": "renormalize",
+        "epochs": 3,
+        "batch_size": 256,
+        "learning_rate": 5e-05,
+        "seed": 42,
+    },
+    "finetune": {"layer_map": "uniform", "epochs": 3, "learning_rates": [3e-05], "batch_sizes": [32], "seeds": [42]},
+}
+
+
+class TestFlags:
+    @pytest.mark.parametrize("command", list(FLAGS))
+    def test_names_defaults_and_what_is_required(self, command):
+        parser = cli.flags_of(command, kind := cli.COMMANDS[command][0])
+        found = {action.dest: action.required for action in parser._actions if action.dest not in ("help", "config")}
+        expected = {flag.rstrip("!").replace("-", "_"): flag.endswith("!") for flag in FLAGS[command].split()}
+        schedule = {"warmup": False, "scheduler": False, "weight_decay": False}  # of the API, flags since
+        assert found == {**expected, **(schedule if command in ("general", "train-cached") else {})}
+        for field in fields(kind):
+            if expected.get(field.name) is False:
+                default = field.default if field.default_factory is MISSING else field.default_factory()
+                default = str(default) if isinstance(default, Path) else default
+                given = DEFAULTS.get(command, {})
+                assert default == given[field.name] if field.name in given else default in (None, False, -1, [])
+
+    def test_both_spellings_and_booleans(self, files, tmp_path):
+        for flags in (
+            ("--batch-size", "8", "--streaming", "--max-steps", "3"),
+            ("--batch_size=8", "--streaming", "true", "--max_steps", "3"),
+            ("--per_device_train_batch_size", "8", "--streaming", "yes", "--max-steps", "3"),
+        ):
+            _, options = cli.parse(arguments(files, "general", tmp_path, *flags))
+            assert (options.batch_size, options.streaming, options.max_steps) == (8, True, 3)
+        with pytest.raises(SystemExit):
+            cli.parse(arguments(files, "general", tmp_path, "--batch", "8"))  # no abbreviations
+
+    def test_training_arguments_reach_the_trainer(self, files, tmp_path, monkeypatch):
+        from fastdistill.train.trainer import DistillationTrainer
+
+        seen, step = [], DistillationTrainer.training_step
+
+        def noted(self, *args, **kwargs):
+            seen.append(self.args)
+            return step(self, *args, **kwargs)
+
+        monkeypatch.setattr(DistillationTrainer, "training_step", noted)
+        flags = ("--gradient_accumulation_steps", 2, "--save-strategy", "no", "--no_dataloader_pin_memory")
+        own = ("--max-steps", 1, "--batch-size", 8, "--lr_scheduler_type", "constant")
+        assert cli.main(arguments(files, "general", tmp_path / "out", *flags, *own)) == 0
+        assert len(seen) == 2  # one optimiser step
+        assert (seen[0].gradient_accumulation_steps, seen[0].save_strategy) == (2, "no")
+        assert (seen[0].lr_scheduler_type, seen[0].dataloader_pin_memory) == ("constant", False)
+
+    def test_only_given_training_arguments_are_passed_on(self, files, tmp_path):
+        flags = ("--report_to", "wandb", "--bf16", "--gradient_checkpointing", "--eval_steps", 5, "--push_to_hub")
+        _, options = cli.parse(arguments(files, "task", tmp_path / "out", *flags))
+        expected = {"report_to": "wandb", "gradient_checkpointing": True, "eval_steps": 5, "push_to_hub": True}
+        assert options.arguments == expected
+        assert options.bf16 is True
+        from fastdistill.recipes.distil import trainer_arguments
+
+        found = trainer_arguments(options)
+        assert (found["report_to"], found["hub_model_id"]) == ("wandb", "out")  # not the working folder's name
+
+    @pytest.mark.parametrize(
+        ("command", "flags", "what"),
+        [
+            ("general", ("--output_dir", "x"), "this command sets --output_dir itself; use --output"),
+            ("task", ("--learning_rate", "1e-5"), "sets --learning_rate itself; use --learning-rates"),
+            ("task", ("--num-train-epochs", "1"), "use --intermediate-epochs and --prediction-epochs"),
+            ("finetune", ("--seed", "1"), "this command sets --seed itself; use --seeds"),
+            ("finetune", ("--learnin_rates", "1"), "unrecognized arguments: --learnin_rates 1"),
+            ("general", ("--eval_delay", "x"), "argument --eval_delay/--eval-delay: invalid float value: 'x'"),
+            ("finetune", ("--eval_strategy", "steps"), "--eval_strategy is for task alone"),
+            ("general", ("stray",), "unrecognized arguments: stray"),
+        ],
+    )
+    def test_what_is_refused(self, files, tmp_path, capsys, command, flags, what):
+        assert what in fails(capsys, arguments(files, command, tmp_path / "out", *flags))
+        assert not list(tmp_path.iterdir())
+
+    def test_bf16_without_instructions_is_warned_of(self, files, tmp_path, capsys, monkeypatch):
+        (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f\n")
+        monkeypatch.setattr(cli, "CPUINFO", tmp_path / "cpuinfo")
+        options = cli.parse(arguments(files, "finetune", tmp_path / "out", "--bf16"))[1]
+        for flags, warnings in (("avx2 avx512f", not torch.accelerator.is_available()), ("avx512_bf16", 0)):
+            (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+            cli.warn_of_slow_bf16(options)
+            assert capsys.readouterr().err.count("float32 is faster") == warnings
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["--version"])
+        assert end.value.code == 0
+        assert capsys.readouterr().out.strip() == f"fastdistill {fastdistill.__version__}"
+
+
+class TestConfig:
+    def parse(self, files, tmp_path, text, *flags):
+        (tmp_path / "run.yaml").write_text(text)
+        return cli.parse(arguments(files, "general", tmp_path / "out", "--config", tmp_path / "run.yaml", *flags))[1]
+
+    def test_flags_win_over_the_file_and_the_file_over_defaults(self, files, tmp_path):
+        text = "batch-size: 8\nepochs: 2\nlearning_rate: 1e-3\nterms: [hidden, attention]\nstreaming: false\n"
+        text += "layer_map: '-,2'\nseed:\ngradient_accumulation_steps: 4\nlr_scheduler_kwargs: {num_cycles: 2}\n"
+        options = self.parse(files, tmp_path, text, "--epochs", 5, "--terms", "embedding")
+        assert (options.batch_size, options.epochs, options.learning_rate) == (8, 5, 1e-3)
+        assert (options.terms, options.layer_map, options.seed) == (["embedding"], "-,2", 42)
+        kwargs = options.arguments.pop("lr_scheduler_kwargs")
+        assert (json.loads(kwargs), options.arguments) == ({"num_cycles": 2}, {"gradient_accumulation_steps": 4})
+        options = self.parse(files, tmp_path, "num_train_epochs: 2\n", "--epochs", 5)
+        assert options.epochs == 5
+
+    def test_required_flags_may_come_from_it(self, files, tmp_path):
+        values = {"teacher": "t", "student": "s", "corpus": ["a b.txt", "c.txt"], "output": "out", "overwrite": True}
+        (tmp_path / "run.yaml").write_text(json.dumps(values))
+        _, options = cli.parse(["general", "--config", str(tmp_path / "run.yaml")])
+        assert (options.corpus, options.output, options.overwrite) == (["a b.txt", "c.txt"], Path("out"), True)
+
+    @pytest.mark.parametrize(
+        ("text", "what"),
+        [
+            ("learnin_rate: 1", "unrecognized arguments: --learnin_rate=1"),
+            ("batch_size: 0", "--batch-size is 0; it should be a positive integer"),
+            ("method: bert", "argument --method: invalid choice: 'bert'"),
+            ("output_dir: x", "this command sets --output_dir itself; use --output"),
+            ("- a", "run.yaml: it should hold options, such as `batch_size: 32`, a line each"),
+            ("a: [", "run.yaml: not YAML"),
+        ],
+    )
+    def test_what_is_refused(self, files, tmp_path, capsys, text, what):
+        (tmp_path / "run.yaml").write_text(text)
+        line = fails(capsys, arguments(files, "general", tmp_path / "out", "--config", tmp_path / "run.yaml"))
+        assert what in line
+
+    def test_a_file_that_is_not_there(self, files, tmp_path, capsys):
+        line = fails(capsys, arguments(files, "general", tmp_path / "out", "--config", tmp_path / "none.yaml"))
+        assert "No such file or directory" in line
+        assert "none.yaml" in line
+        assert "--config" in fails(capsys, ["evaluate", "--model", "m", "--task", "t", "--config", "x"])
+
+
 class TestHelpAndInfo:
+    def test_info_on_a_base_install(self):
+        code = (
+            "import sys\n"
+            "for name in ('transformers', 'datasets', 'accelerate', 'rich', 'yaml'): sys.modules[name] = None\n"
+            "from fastdistill import cli\n"
+            "raise SystemExit(cli.main(['info']))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert "linear_kl_div" in done.stdout
+        whys = [line for line in done.stdout.splitlines() if line.startswith("  backend ")]
+        assert len(whys) == len(set(whys))
+
     @pytest.mark.parametrize("command", ["general", "task", "finetune", "evaluate", "info", "demo"])
     def test_help(self, command, capsys):
         with pytest.raises(SystemExit) as end:
@@ -553,7 +785,8 @@ class TestHelpAndInfo:
     def test_help_imports_nothing_heavy(self):
         code = (
             "import sys, contextlib\n"
-            "heavy = {'transformers', 'datasets', 'accelerate', 'triton', 'rich'}\n"
+            # not transformers, whose argument parser reads the flags; importing it loads no torch
+            "heavy = {'torch', 'datasets', 'accelerate', 'triton', 'rich'}\n"
             "from fastdistill import cli\n"
             "with contextlib.suppress(SystemExit): cli.main(['task', '--help'])\n"
             "print(sorted(heavy & set(sys.modules)))"

@@ -224,7 +224,7 @@ def test_stages_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_commands_of_the_glue_table_are_commands(tmp_path: Path) -> None:
     """Each leg once, in an order in which what it needs is there."""
     from bench import glue
-    from fastdistill.cli import parser_of_commands
+    from fastdistill.cli import parse
 
     paths = {name: tmp_path / name for name in ("data", "glove", "out")}
     arguments = argparse.Namespace(
@@ -233,7 +233,7 @@ def test_the_commands_of_the_glue_table_are_commands(tmp_path: Path) -> None:
     done = set(glue.CONFIGS)
     commands = set()
     for leg in glue.Plan(arguments).legs():
-        parsed = vars(parser_of_commands().parse_args([*leg.command, "--output", leg.output]))
+        parsed = vars(parse([*leg.command, "--output", str(leg.output)])[1])
         needed = {str(parsed[name]) for name in ("teacher", "student", "model", "augmented") if parsed.get(name)}
         assert needed <= done | {"bert", "mlm"}, leg.output
         assert leg.output not in done

@@ -583,7 +583,7 @@ def test_workers_read_the_same_rows(files: Path, tmp_path: Path, capsys: pytest.
         assert torch.equal(weights, other[name]), name
     with pytest.raises(SystemExit):
         cli.main([*argv, *command("--workers", -1, "--output", tmp_path / "none")])
-    assert "'-1' is no whole number from 0 on" in capsys.readouterr().err
+    assert "--workers is -1; it should be 0 or more" in capsys.readouterr().err
 
 
 def test_a_student_folded_from_the_teacher(files: Path, tmp_path: Path) -> None:
@@ -620,7 +620,7 @@ def test_bad_input_is_one_line(files: Path, tmp_path: Path, capsys: pytest.Captu
     argv = command("cache", "--teacher", files / "causal", "--data", files / "text.txt", "--output", folder)
     argv += command("--max-length", 16)
     assert "use --top-k, --hidden or both" in fails(capsys, argv)
-    assert "top_k is 61; it should be 1 to 60" in fails(capsys, [*argv, "--top-k", "61"])
+    assert "--top-k is 61; it should be 1 to 60" in fails(capsys, [*argv, "--top-k", "61"])
     assert "hidden holds [9]" in fails(capsys, [*argv, "--hidden", "9"])
     assert "there is no --top-k" in fails(capsys, [*argv, "--task", "sst-2", "--top-k", "2"])
     assert "row 0 has 128 tokens; the teacher takes 64" in fails(capsys, [*argv, "--top-k", "2", "--max-length", "128"])

@@ -29,7 +29,6 @@ from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from fastdistill import cli
-from fastdistill.recipes import commands
 from fastdistill.train.data import pack_corpus, read_corpus
 from fastdistill.train.outputs import last_checkpoint
 from fastdistill.train.resumable import Terminated
@@ -288,8 +287,8 @@ def test_ctrl_c_names_resume_where_there_is_one(monkeypatch: pytest.MonkeyPatch,
 
     general = ["general", "--teacher", "t", "--student", "s", "--corpus", "c", "--output", str(tmp_path / "out")]
     evaluate = ["evaluate", "--model", "m", "--task", "SST-2"]
-    for argv in (general, evaluate):
-        monkeypatch.setattr(commands, f"run_{argv[0]}", interrupted)
+    for function, argv in (("distil.distil_general", general), ("evaluate.evaluate_task", evaluate)):
+        monkeypatch.setattr(f"fastdistill.recipes.{function}", interrupted)
         assert cli.main(argv) == 130
         assert ("--resume" in capsys.readouterr().err) is (argv is general)
 

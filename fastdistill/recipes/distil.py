@@ -1,0 +1,423 @@
+"""Runs the trainings behind the commands: on a corpus, on a task, from a cached teacher, on gold labels alone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from fastdistill.recipes.augment import read_augmented
+from fastdistill.recipes.evaluate import metrics, named_task
+from fastdistill.recipes.glue import Task
+from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralOptions, TaskOptions
+from fastdistill.recipes.search import check_grid, search
+from fastdistill.train.cache import (
+    identity,
+    read_cache,
+    read_manifest,
+    teacher_config,
+    terms_served,
+    weightless_teacher,
+)
+from fastdistill.train.checkpoints import load_model
+from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus, read_corpus
+from fastdistill.train.finetune import finetune
+from fastdistill.train.objective import (
+    Objective,
+    check_method_options,
+    projection_kind,
+    read_projections,
+    resolve_terms,
+)
+from fastdistill.train.options import ObjectiveOptions, Schedule
+from fastdistill.train.outputs import check, drop_checkpoints, whole_output
+from fastdistill.train.processes import check_gpus, main_first, on_main, processes
+from fastdistill.train.stages import CachedStage, GeneralStage, IntermediateStage, PredictionStage
+from fastdistill.train.students import build_student, init_from_teacher, is_config, positions, save_projections
+
+__all__ = ["distil_cached", "distil_general", "distil_task", "finetune_task"]
+
+CALIBRATION_TOKENS = 20_000  # enough to fold a student from its teacher
+
+
+# -- stage 1, cached teachers ------------------------------------------------------------------------------
+
+
+def distil_general(options: GeneralOptions) -> None:
+    """Distils a student on a corpus of plain text into `options.output`, as `GeneralStage` writes it."""
+    objective_options(options)  # refuses what the method does not have
+    if options.streaming and options.max_steps < 1:
+        raise ValueError("--streaming needs --max-steps: a corpus that is not read beforehand has no length")
+    if finished(options) is not None:
+        return
+    teacher, tokenizer = load_model(options.teacher, "AutoModel", trust_remote_code=options.trust_remote_code)
+    length = options.max_length
+    check_length(length, "teacher", teacher)
+    if options.streaming:
+        corpus = read_corpus(options.corpus, streaming=True)
+        blocks = first_blocks(pack_corpus(corpus, tokenizer, length), CALIBRATION_TOKENS // length + 1)
+    else:
+        corpus = blocks = main_first(lambda: pack_corpus(options.corpus, tokenizer, length))
+    stage = partial(GeneralStage, corpus=corpus, max_length=length, streaming=options.streaming)
+    run_stage(options, stage, teacher, tokenizer, blocks)
+
+
+def distil_cached(options: CachedOptions) -> None:
+    """Distils a student from what `cache_teacher` wrote into `options.output`, as `CachedStage` writes it."""
+    if finished(options) is not None:
+        return
+    rows = read_cache(options.cache, verify=options.verify)
+    tokenizer = AutoTokenizer.from_pretrained(options.cache)
+    options = replace(options, terms=options.terms or terms_served(options.cache))
+    is_live = "attention" in (options.terms or ())
+    if options.teacher is not None:
+        teacher = cached_teacher(options, options.teacher)
+    elif is_live or options.init == "teacher":
+        raise ValueError("the attention term and --init teacher need --teacher: a cache holds no scores and no weights")
+    else:
+        teacher = weightless_teacher(options.cache)
+        options = replace(options, init="random" if is_config(options.student) else options.init)
+    run_stage(options, partial(CachedStage, cache=options.cache), teacher, tokenizer, rows, is_live=is_live)
+
+
+def run_stage(options: Any, stage: Any, teacher: Any, tokenizer: Any, rows: Any, is_live: bool = True) -> None:
+    """Makes the student and trains it. Where the teacher is not `is_live`, the rows hold its outputs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        student = make_student(options, options.student, teacher, tokenizer, rows, options.seed, Path(scratch))
+        if isinstance(options, GeneralOptions):
+            check_length(options.max_length, "student", student)
+        projections = projections_folder(options.student, scratch)
+        settings = {f.name: getattr(options, f.name) for f in fields(Schedule)}
+        settings.update(objective_options(options), arguments=trainer_arguments(options), projections=projections)
+        whole = {"resume": options.resume, "overwrite": options.overwrite}
+        stage(**settings).run(student, teacher if is_live else None, tokenizer, options.output, **whole)
+    finish(options.output)
+
+
+def cached_teacher(options: CachedOptions, name: str) -> Any:
+    """Returns the teacher `name`. Raises ValueError where another teacher wrote the cache.
+
+    A bare encoder is not compared, because its pooler may be random.
+    """
+    theirs = read_manifest(options.cache)["teacher"]
+    teacher, _ = load_model(name, theirs["class"], trust_remote_code=options.trust_remote_code)
+    if teacher.base_model is teacher:
+        return teacher
+    dtype = getattr(teacher_config(options.cache), "dtype", None) or teacher.dtype
+    cached = teacher if dtype == teacher.dtype else copy.deepcopy(teacher).to(dtype)
+    if identity(cached)["weights_sha256"] != theirs["weights_sha256"]:
+        raise ValueError(
+            f"--teacher {name} has other weights than {theirs['name']}, the teacher whose cache {options.cache} is"
+        )
+    return teacher
+
+
+# -- stage 2 -----------------------------------------------------------------------------------------------
+
+
+def distil_task(options: TaskOptions) -> dict[str, Any]:
+    """Distils a student on a task: the intermediate stage, the prediction stage over a grid, the dev sets' metrics.
+
+    Returns what `results.json` in `options.output` holds (see `fastdistill.recipes.search.search`).
+    """
+    task = named_task(options, "train")
+    run = TaskRun(options, task)
+    check_stages(options, task, run.objective["terms"])
+    check_grid(**run.grid)
+    if options.augmented and not isinstance(task, Task):
+        raise ValueError(f"--task is {task.name}; --augmented holds rows of a GLUE task")
+    if (results := finished(options)) is not None:
+        return results
+    with tempfile.TemporaryDirectory() as scratch:
+        run.load(Path(scratch))
+        return grid_search(options, run.task, run.tokenizer, run.grid, run.train_last, run.prepare)
+
+
+class TaskRun:
+    """The trainings of `distil_task`, with the models and rows that `load` reads."""
+
+    def __init__(self, options: TaskOptions, task: Any) -> None:
+        self.options, self.task = options, task
+        self.objective = objective_options(options)
+        self.has_prediction = options.prediction_epochs != 0
+        epochs = options.intermediate_epochs
+        self.intermediate_epochs = task.intermediate_epochs if epochs is None else epochs
+        self.intermediate = {
+            "learning_rate": options.intermediate_learning_rate or task.intermediate_learning_rate,
+            "batch_size": options.intermediate_batch_size or task.batch_size,
+        }
+        prediction = {"learning_rate": task.prediction_learning_rate, "batch_size": task.batch_size}
+        last = prediction if self.has_prediction else self.intermediate
+        self.grid: dict[str, Any] = {
+            "learning_rates": options.learning_rates or [last["learning_rate"]],
+            "batch_sizes": options.batch_sizes or [last["batch_size"]],
+            "seeds": options.seeds,
+        }
+
+    def load(self, scratch: Path) -> None:
+        """Reads models and rows. Raises the errors of the stages early, before `overwrite` drops a run."""
+        options, trust = self.options, self.options.trust_remote_code
+        self.teacher, self.tokenizer = load_model(
+            options.teacher, self.task.auto_class, trust_remote_code=trust, needs_head=True
+        )
+        self.task = task = self.task.for_model(self.teacher.config)
+        rows = read_augmented(task, options.augmented) if options.augmented else task.load_split("train", options.data)
+        self.rows = rows = task.tokenize(rows, self.tokenizer)
+        check_splits(task, options)
+        self.dev = None
+        if options.arguments.get("eval_strategy", "no") != "no":
+            self.dev = task.tokenize(task.load_split(task.evaluations[0], options.data), self.tokenizer)
+        seed = options.seeds[0]
+        self.student = make_student(options, options.student, self.teacher, self.tokenizer, rows, seed, scratch)
+        check_rows(task, self.tokenizer, self.student)
+        self.projections = projections_folder(options.student, scratch)
+        if self.intermediate_epochs > 0:
+            checked = Objective(self.student.config, self.teacher.config, **self.objective)
+            if self.projections is not None and len(checked.projections):
+                checked.load_projections(self.projections)
+
+    def prepare(self, work: Path) -> None:
+        """Trains the intermediate stage, and gives the rows what the prediction stage needs."""
+        options, task = self.options, self.task
+        if self.intermediate_epochs > 0 and self.has_prediction:
+            folder = work / "intermediate"
+            self.student = self.distil(self.student, **self.intermediate, seed=options.seeds[0], folder=folder)
+        if task.caches_logits:
+            if self.has_prediction and options.labels == "teacher":
+                self.rows = add_teacher_logits(self.rows, self.teacher, self.tokenizer, bf16=options.bf16)
+        elif options.augmented:  # changed words change the score, so the published recipe leaves these rows out
+            self.rows = task.tokenize(task.load_split("train", options.data), self.tokenizer)
+
+    def distil(self, model: Any, folder: Path, **settings: Any) -> Any:
+        """Trains a student through the intermediate stage."""
+        settings.update(epochs=self.intermediate_epochs, arguments=trainer_arguments(self.options))
+        stage = IntermediateStage(dataset=self.rows, projections=self.projections, **self.objective, **settings)
+        return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
+
+    def train_last(self, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+        """Trains a copy of the student through the last stage, at one point of the grid."""
+        options, model = self.options, copy.deepcopy(self.student)
+        settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+        if not self.has_prediction:
+            return self.distil(model, folder, **settings)
+        epochs = options.prediction_epochs or self.task.prediction_epochs
+        settings.update(epochs=epochs, arguments=trainer_arguments(options))
+        if options.labels == "gold":
+            return finetune(model, self.rows, self.tokenizer, folder, **settings, resume=True)
+        settings.update(parity=options.parity, temperature=options.temperature)
+        stage = PredictionStage(dataset=self.rows, **settings)
+        return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
+
+
+def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
+    """Raises ValueError where no stage of `task` would train the head, or one would on labels that are not there."""
+    if options.prediction_epochs == 0:
+        if "prediction" not in terms or options.intermediate_epochs == 0:
+            raise ValueError(
+                "--prediction-epochs is 0, and nothing else trains the head of the student; add prediction to --terms, "
+                "and leave --intermediate-epochs above 0"
+            )
+        if options.labels == "gold":
+            raise ValueError("--labels gold is for the prediction stage, which --prediction-epochs 0 leaves out")
+    if "prediction" in terms and task.is_regression and options.augmented:
+        raise ValueError(
+            f"--terms prediction learns the gold scores of {task.name}, which changed words change; leave out "
+            "--augmented, or prediction"
+        )
+
+
+# -- gold labels -------------------------------------------------------------------------------------------
+
+
+def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
+    """Trains a model on a task's gold labels over a grid. Returns what `results.json` holds, as `distil_task` does."""
+    task = named_task(options, "train")
+    grid: dict[str, Any] = {name: getattr(options, name) for name in ("learning_rates", "batch_sizes", "seeds")}
+    check_grid(**grid)
+    if options.teacher is None and options.init is not None:
+        raise ValueError("--init needs --teacher, whose weights it takes")
+    if (results := finished(options)) is not None:
+        return results
+    rows, trust = task.load_split("train", options.data), options.trust_remote_code
+    labels = task.model_options(rows)
+    own = {"headless": labels} if options.teacher else labels  # a student takes its teacher's labels, if any
+    source, tokenizer = load_model(options.teacher or options.model, task.auto_class, trust_remote_code=trust, **own)
+    task = task.for_model(source.config, "teacher" if options.teacher else "model")
+    rows = task.tokenize(rows, tokenizer)
+    check_splits(task, options)
+    if options.teacher:  # refuses a wrong --model before --overwrite drops a run
+        init = "random" if is_config(options.model) else options.init
+        check_rows(task, tokenizer, build_student(options.model, source, init=init, trust_remote_code=trust))
+    return grid_search(options, task, tokenizer, grid, partial(fit, options, source, tokenizer, rows))
+
+
+def fit(options: FinetuneOptions, source: Any, tokenizer: Any, rows: Any, *point: Any) -> Any:
+    """Trains the model at one point of the grid."""
+    learning_rate, batch_size, seed, folder = point
+    torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
+    if options.teacher:
+        model = make_student(options, options.model, source, tokenizer, rows, seed)
+    else:
+        model = build_student(options.model, source, trust_remote_code=options.trust_remote_code)
+    settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    settings.update(epochs=options.epochs, arguments=trainer_arguments(options))
+    return finetune(model, rows, tokenizer, folder, **settings, resume=True)
+
+
+# -- options -----------------------------------------------------------------------------------------------
+
+
+def objective_options(options: Any) -> dict[str, Any]:
+    """Returns the keywords of `Objective`. Raises ValueError for options that the method does not have."""
+    found = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions)}
+    own = {name: found[name] for name in ("parity", "teacher_layer", "relation_heads")}
+    check_method_options(options.method, **own)
+    is_mapped = options.method == "tinybert"  # else --layer-map only says which layers a new student starts from
+    found["layer_map"] = layer_map(options.layer_map) if is_mapped else None
+    found["terms"] = resolve_terms(options.method, options.terms)
+    if options.projection is None:  # as the student's folder brings them
+        projections = read_projections(options.student)
+        found["projection"] = projection_kind(projections) if projections else "shared"
+    return found
+
+
+def layer_map(text: str) -> str | list[int | None]:
+    """Returns a map's name, or the list that `text` spells."""
+    if not text.startswith(tuple("-0123456789")):
+        return text
+    try:
+        return [None if part == "-" else int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--layer-map is {text!r}; a list looks like 0,3,6,-,12 with - for none") from None
+
+
+def trainer_arguments(options: Any) -> dict[str, Any]:
+    """Returns the TrainingArguments that are the same in every stage of a command."""
+    found = {"bf16": options.bf16, "max_steps": options.max_steps, "report_to": "none"}
+    if isinstance(options, CachedOptions):
+        found["dataloader_num_workers"] = options.workers
+    found.update(options.arguments)
+    if found.get("push_to_hub"):
+        found.setdefault("hub_model_id", options.output.name)  # else the working folder's name
+    return found
+
+
+# -- students ----------------------------------------------------------------------------------------------
+
+
+def make_student(
+    options: Any, spec: str, teacher: Any, tokenizer: Any, dataset: Any, seed: int, scratch: Path | None = None
+) -> Any:
+    """Returns the student; one that is folded from the teacher leaves the projections to start from in `scratch`."""
+    torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
+    init = "random" if is_config(spec) else options.init
+    student = build_student(spec, teacher, init=init, trust_remote_code=options.trust_remote_code)
+    if not is_config(spec) or options.init == "random":
+        return student
+    rows = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
+    chosen: list[Any] = []  # rows spread over the text to learn from
+    tokens = 0
+    for i in range(0, len(rows), max(len(rows) // 1000, 1)):
+        if tokens < CALIBRATION_TOKENS:
+            chosen.append(rows[i])
+            tokens += len(chosen[-1]["input_ids"])
+    calibration = PaddingCollator(tokenizer)(chosen)
+    places = layer_map(options.layer_map)
+    weight = init_from_teacher(student, teacher, layer_map=places, calibration=calibration)
+    if scratch is not None:
+        save_projections(student, teacher, weight, scratch, **objective_options(options))
+    return student
+
+
+def projections_folder(*folders: str | Path) -> Path | None:
+    """Returns the first folder that brings projections: an earlier stage's student, or where a folded one left them."""
+    return next((Path(folder) for folder in folders if read_projections(folder)), None)
+
+
+def first_blocks(blocks: Any, number: int) -> Dataset:
+    """Returns the first blocks of a stream."""
+    first = list(itertools.islice(blocks, number))
+    if not first:
+        raise ValueError("corpus holds no text")
+    return Dataset.from_list(first)
+
+
+def check_splits(task: Any, options: Any) -> None:
+    """Reads the evaluation sets, so that a malformed line shows before the training and not after it."""
+    for split in task.evaluations:
+        task.load_split(split, options.data)
+
+
+def check_rows(task: Any, tokenizer: Any, student: Any) -> None:
+    """Raises ValueError where the student takes shorter rows than the task has."""
+    longest = min(task.max_length, tokenizer.model_max_length)
+    if positions(student) < longest:
+        raise ValueError(
+            f"the student takes {positions(student)} tokens at most; rows of {task.name} are cut to {longest}. Give it "
+            f"max_position_embeddings {student.config.max_position_embeddings + longest - positions(student)} or more"
+        )
+
+
+def check_length(max_length: int, name: str, model: Any) -> None:
+    """Raises ValueError where a model takes shorter blocks."""
+    if max_length > positions(model):
+        raise ValueError(f"--max-length is {max_length}; the {name} takes {positions(model)} tokens at most")
+
+
+# -- outputs -----------------------------------------------------------------------------------------------
+
+
+def finished(options: Any) -> dict[str, Any] | None:
+    """Returns the results of a finished run that `resume` finds: empty without a results.json; None without a run."""
+    check_gpus()
+    output: Path = options.output
+
+    def look() -> dict[str, Any] | None:
+        if options.overwrite or not (options.resume and (output / "config.json").is_file()):
+            check(output, resume=options.resume, overwrite=options.overwrite)
+            return None
+        drop_checkpoints(output)  # a run that was killed in its last moment leaves one
+        file = output / "results.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+    results = on_main(look)
+    if results is not None:
+        finish(output, "finished before:")
+    return results
+
+
+def grid_search(
+    options: Any,
+    task: Any,
+    tokenizer: Any,
+    grid: dict[str, Any],
+    train: Callable[..., Any],
+    prepare: Callable[[Path], None] = lambda work: None,
+) -> dict[str, Any]:
+    """Prepares once, trains at each point of the grid, and keeps the best run as the output itself."""
+    with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
+        prepare(work)
+        evaluate = partial(metrics, task, options.data, tokenizer)
+        results = search(train, evaluate, work, name=task.name, **grid)
+    finish(options.output)
+    return results
+
+
+def finish(output: Path, what: str = "wrote") -> None:
+    """Drops the folder of runs if it holds one run only, the output itself, and prints the output's path."""
+    if processes().is_main_process:
+        runs = output / "runs"
+        if runs.is_dir() and len(list(runs.iterdir())) == 1:
+            shutil.rmtree(runs)
+        print(f"{what} {output}")

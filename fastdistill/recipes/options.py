@@ -1,0 +1,235 @@
+"""Defines the options of each command as a frozen dataclass, which the command's Python function takes as well.
+
+The command line is generated from these classes: a field with a help text is a flag, and each class that a command
+inherits from is a group of flags in `--help`. This module imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fastdistill.train.options import ObjectiveOptions, Schedule
+
+INNER_TERMS = ("embedding", "hidden", "attention", "query_relation", "key_relation", "value_relation")
+INNER = (
+    "embedding, hidden, attention of tinybert; attention, value_relation of minilm; query_relation, key_relation, "
+    "value_relation of minilmv2 (default: all)"
+)
+RECIPE = "the published recipe's"
+
+
+def flag(help: str, default: Any = MISSING, **argparse: Any) -> Any:
+    """Returns a field that is a flag: its help text and any other keywords of `ArgumentParser.add_argument`."""
+    metadata = {"help": help, **argparse}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# (what an option should be, the test for it, the names of such options)
+LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("a positive integer", lambda x: x >= 1, "batch_size batch_sizes intermediate_batch_size max_length"),
+    ("a positive integer", lambda x: x >= 1 or x == -1, "max_steps"),
+    ("a number above 0", lambda x: 0 < x < math.inf, "epochs learning_rate learning_rates temperature"),
+    ("a number above 0", lambda x: 0 < x < math.inf, "intermediate_learning_rate"),
+    ("0 or more", lambda x: 0 <= x < math.inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
+    ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
+)
+
+
+class Checked:
+    """Raises ValueError for an option outside its limits, before any work."""
+
+    def __post_init__(self) -> None:
+        for what, is_within, names in LIMITS:
+            for name in names.split():
+                value = getattr(self, name, None)
+                if not all(x is None or is_within(x) for x in (value if isinstance(value, list) else [value])):
+                    raise ValueError(f"{name} is {value}; it should be {what}")
+
+
+# -- groups of flags ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Checked):
+    trust_remote_code: bool = flag("run model code that a checkpoint brings along", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models(Loading):
+    teacher: str = flag("checkpoint: folder or hub name")
+    student: str = flag("tinybert-4l-312, tinybert-6l-768, a JSON config file, or a checkpoint")
+    init: Literal["random", "teacher"] | None = flag("weights of a preset (default: folded from the teacher)", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    task: str = flag(
+        "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI of GLUE, SQuAD, SQuAD2, or tagging of words"
+    )
+    data: Path | None = flag("the task's own files (default: from the hub)", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses(ObjectiveOptions):
+    """The inner losses; a command that trains the head as well adds flags for the prediction loss."""
+
+    terms: list[str] | None = flag(INNER, None, choices=INNER_TERMS, metavar="TERM")
+    layer_map: str = flag(
+        "uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the embedding "
+        "output on: 0,3,6,9,12 (- for none)",
+        "uniform",
+    )
+    projection: Literal["shared", "per_layer"] | None = flag(  # type: ignore[assignment]
+        "of hidden states (default: as the student's folder brings them, else shared)", None
+    )
+    temperature: float = 1.0
+    tail: Literal["renormalize", "bucket"] = "renormalize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The last training runs for each combination of these."""
+
+    learning_rates: list[float] | None = flag(f"the best on the dev sets is kept (default: {RECIPE})", None)
+    batch_sizes: list[int] | None = flag(f"of the last training, in each process (default: {RECIPE})", None)
+    seeds: list[int] = flag("for each learning rate and batch size; of several runs all stay in runs/", [42])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Options of every training. `arguments` holds any others of transformers.TrainingArguments, and wins."""
+
+    bf16: bool = flag("bfloat16 autocast", False)
+    max_steps: int = flag("optimiser steps of each stage (default: as many as the epochs make)", -1)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    output: Path = flag("folder to write")
+    overwrite: bool = flag("replace what is in the output", False)
+    resume: bool = flag("continue an interrupted run", False)
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Run the whole pipeline on built-in text: no network, no GPU, minutes."""
+
+    output: Path = flag("folder to write", Path("demo-output"))
+    overwrite: bool = flag("replace what is in the output folder", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralOptions(Models, Losses, Schedule, Training, Output):
+    """Stage 1: distil on a corpus of plain text."""
+
+    corpus: list[str] = flag("text files, a paragraph a line")
+    max_length: int = flag("tokens in a block", 128)
+    streaming: bool = flag("read the corpus while it trains, not before; needs --max-steps", False)
+    batch_size: int = flag("rows of each process and step", 256)
+    warmup: float = flag("share of the steps", 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentOptions(Data, Output, Loading):
+    """Make copies of a task's training rows with some words replaced."""
+
+    teacher: str = flag("masked language model: folder or hub name")
+    glove: Path = flag("word vectors in GloVe's text format")
+    output: Path = flag("NAME.tsv, as the task's own train.tsv, or NAME.arrow")
+    copies: int | None = flag("of each sentence (default: the published code's for the task)", None)
+    candidates: int = flag("words for each word", 15)
+    probability: float = flag("of a word to be replaced", 0.4)
+    legacy: bool = flag("sentence pairs as the published code makes them", False)
+    seed: int = flag("seed of the choice of words", 42)
+    batch_size: int = flag("masked sentences at a time", 64)
+    bf16: bool = flag("bfloat16 autocast", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(Models, Data, Losses, Grid, Training, Output):
+    """Stage 2: intermediate, prediction, evaluation on a task."""
+
+    augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
+    terms: list[str] | None = flag(
+        INNER + "; and prediction, in the same stage", None, choices=(*INNER_TERMS, "prediction"), metavar="TERM"
+    )
+    temperature: float = flag("of predictions", 1.0)
+    labels: Literal["teacher", "gold"] = flag("learn the teacher's predictions, or gold labels alone", "teacher")
+    intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None)
+    intermediate_learning_rate: float | None = flag(f"default: {RECIPE}", None)
+    intermediate_batch_size: int | None = flag(f"of each process (default: {RECIPE})", None)
+    prediction_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage, with prediction among --terms", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(Output, Loading):
+    """Precompute a teacher's outputs on a data set."""
+
+    teacher: str = flag("checkpoint: folder or hub name")
+    data: list[Path] = flag("text files, a paragraph a line; with --task the folder of its tsv files")
+    task: str | None = flag("GLUE task whose training rows a classifier reads, instead of plain text", None)
+    top_k: int | None = flag("classes of each token that a language model keeps", None)
+    hidden: list[int] = flag("hidden states; 0: the embedding output", [])
+    max_length: int = flag("tokens in a block of text", 128)
+    batch_size: int = flag("rows at a time", 16)
+    bf16: bool = flag("bfloat16 autocast", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedOptions(Losses, Schedule, Training, Output, Loading):
+    """Distil from a cache of teacher outputs; no teacher runs."""
+
+    cache: Path = flag("folder that the command cache wrote")
+    student: str = flag("checkpoint; or a preset or JSON config file of the teacher's kind")
+    teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
+    init: Literal["random", "teacher"] | None = flag("weights of a preset (default: --teacher's, if given)", None)
+    terms: list[str] | None = flag(
+        "losses (default: all that the cache serves)",
+        None,
+        choices=("embedding", "hidden", "attention", "prediction"),
+        metavar="TERM",
+    )
+    temperature: float = flag("of the prediction", 1.0)
+    tail: Literal["renormalize", "bucket"] = flag("other classes: left out, or taken as one", "renormalize")
+    verify: bool = flag("compare every file's SHA-256 first", False)
+    workers: int = flag("processes that read the cache for each one that trains; with 0 it reads for itself", 0)
+    batch_size: int = flag("rows of each process and step", 256)
+    warmup: float = flag("share of the steps", 0.1)
+    # These are no flags: a cache serves the terms of TinyBERT only.
+    method: Literal["tinybert", "minilm", "minilmv2"] = "tinybert"
+    parity: Literal["masked", "official"] = "masked"
+    teacher_layer: int | None = None
+    relation_heads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(Data, Grid, Training, Output, Loading):
+    """Train a model on a task's gold labels alone: a teacher, or a student as baseline."""
+
+    model: str = flag("checkpoint; or with --teacher a preset or config file")
+    teacher: str | None = flag("whose vocabulary, labels and (with --init teacher) weights a preset takes", None)
+    init: Literal["random", "teacher"] | None = flag("of a preset or config (default: teacher)", None)
+    layer_map: str = flag("the layers of --teacher that a preset starts from, as in task", "uniform")
+    epochs: float = flag("passes over the data", 3)
+    learning_rates: list[float] = flag("of several the best on the dev sets is kept", [3e-5])
+    batch_sizes: list[int] = flag("in each process", [32])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(Data, Loading):
+    """Print a model's metrics on a task."""
+
+    model: str = flag("checkpoint: folder or hub name")
+    against: str | None = flag("compare with this model: size, speed, share kept", None)
+    json: Path | None = flag("write the figures there as well", None)
+    overwrite: bool = flag("replace that file", False)
