@@ -47,7 +47,7 @@ SAME_KERNEL = {
 AROUND_KERNELS = (
     "test_opcheck", "test_compiled_whole_equals_eager", "test_autocast", "test_activation_checkpointing",
     "test_functional_call", "test_earlier_operations_keep_their_saved_tensors", "test_differentiating_twice_raises",
-    "test_inputs_are_never_written", "test_num_items_is_the_divisor",
+    "test_inputs_are_never_written", "test_num_items_is_the_divisor", "test_a_module_is_its_function",
 )  # fmt: skip
 SAME_REGISTERED_OP = {"kl_div-all-options", "tvd", "topk_soft_cross_entropy-renormalize", "attention_kl-causal"}
 
@@ -124,7 +124,7 @@ def stands_for_another(item: pytest.Item) -> bool:
     if any(part in item.name for part in SLOW_INTERPRETED):
         return True
     op = str(item.callspec.params.get("op"))
-    if item.module.__name__ not in ("test_contract", "test_properties"):
+    if item.module.__name__ not in ("test_contract", "test_properties", "test_losses"):
         return False
     return op in SAME_KERNEL or (item.originalname in AROUND_KERNELS and op in SAME_REGISTERED_OP)
 
