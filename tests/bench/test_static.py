@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="Triton compiles the kernels")
 
 
 def test_no_kernel_spills_or_reads_in_small_pieces() -> None:
-    """One configuration of each kernel and dtype; the slow test below compiles all of them."""
-    check("sm_90", "--few")
+    """Compiles one bfloat16 configuration of each kernel; the slow test below compiles all of them."""
+    check("sm_90", "--few", "--kernel", "bf16")
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_no_configuration_spills_or_reads_in_small_pieces(arch: str) -> None:
 def check(arch: str, *options: str) -> None:
     run = _compiler("-m", "bench.static", "--check", "--arch", arch, *options)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count(f"| {arch} |") > 10
+    assert run.stdout.count(f"| {arch} |") >= 8
 
 
 SIZES = """
