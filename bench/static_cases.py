@@ -12,7 +12,6 @@ from fastdistill.kernels import attention_mse, attention_tiles, linear_mse, logi
 from torch import Tensor
 
 from fastdistill.ops._attention import Attention, Counted
-
 from fastdistill.ops._rows import RowOptions
 
 Call = Callable[[], object]
