@@ -62,6 +62,11 @@ class Launch:
         return f"{self.function.__module__.rsplit('.', 1)[-1]}.{self.function.__name__.strip('_')}"
 
     @property
+    def dtype(self) -> str:
+        """The type of the first tensor, as Triton writes it."""
+        return next(kind for kind in self.signature.values() if kind.startswith("*"))
+
+    @property
     def key(self) -> tuple[str, ...]:
         """A key that is equal for launches of the same compiled kernel."""
         return (self.name, *map(repr, (self.signature, self.constants, self.attributes, self.options)))
@@ -150,12 +155,9 @@ def _nvidia(cubin: bytes) -> tuple[int, int, int, int]:
         file.write(cubin)
         file.flush()
 
-        def dump(flag: str) -> str:
-            command = [tools / "cuobjdump", flag, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage, code = dump("-res-usage"), dump("-sass")
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+        command = [tools / "cuobjdump", "-res-usage", "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
     widths = [next((int(part) for part in load.split(".") if part.isdigit()), 32) for load in loads]
     copies = 128 if "UTMALDG" in code or "UBLKCP" in code else 0
@@ -240,10 +242,14 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="exit with 1 if a kernel spills, or loads less than 16 bytes at once"
     )
+    parser.add_argument("--few", action="store_true", help="only one case for each kernel and dtype")
     arguments = parser.parse_args()
-    rows = [
-        compiled(launch, case, ARCHS[arch]) for arch in arguments.arch for case, launch in cases(arch, arguments.kernel)
-    ]
+    rows = []
+    for arch in arguments.arch:
+        chosen = list(cases(arch, arguments.kernel))
+        if arguments.few:  # the last, which has the most options
+            chosen = list({(launch.name, launch.dtype): (case, launch) for case, launch in chosen}.values())
+        rows += [compiled(launch, case, ARCHS[arch]) for case, launch in chosen]
     print(table(rows))
     failures = [fault for row in rows for fault in faults(row)] if arguments.check else []
     print(*failures, sep="\n", file=sys.stderr)

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import combinations
 
 import hypothesis
 import numpy as np
@@ -24,22 +25,38 @@ import _simulated
 torch.set_num_threads(1)  # pytest-xdist runs one worker a core
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-hypothesis.settings.register_profile("quick", max_examples=8, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("quick", max_examples=4, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("all", parent=hypothesis.settings.get_profile("quick"), max_examples=30)
 
 
-# Names of tests, and their sizes, that take more than a few seconds in the interpreter: thousands of programs.
+# Parts of the names of cases that take more than a few seconds in the interpreter, which runs a program at a time.
 SLOW_INTERPRETED = (
     "30522", "50257", "128256", "31_elements", "1030-33", "257-1000", "any_number_of_tokens", "accumulate_in_float32",
     "the_same_curve", "opcheck[triton-whole", "compiled_once_for_every_length", "several_threads",
     "triton-400-", "triton-160-",
 )  # fmt: skip
 
+# Ops that another op of the table stands for in the interpreter: both run the same kernels with the same branches.
+SAME_KERNEL = {
+    "soft_cross_entropy", "kl_div", "kl_div-reverse", "jsd", "linear_soft_cross_entropy", "linear_kl_div", "linear_jsd",
+    "linear_tvd", "linear_kl_div-reverse", "linear_kl_div-all-options", "linear_topk_soft_cross_entropy-renormalize",
+    "attention_mse-long", "attention_mse-long-causal",
+}  # fmt: skip
+
+# Tests of what stands between PyTorch and the kernels. In the interpreter they need one op for each registered op.
+AROUND_KERNELS = (
+    "test_opcheck", "test_compiled_whole_equals_eager", "test_autocast", "test_activation_checkpointing",
+    "test_functional_call", "test_earlier_operations_keep_their_saved_tensors", "test_differentiating_twice_raises",
+    "test_inputs_are_never_written", "test_num_items_is_the_divisor", "test_a_module_is_its_function",
+)  # fmt: skip
+SAME_REGISTERED_OP = {"kl_div-all-options", "tvd", "topk_soft_cross_entropy-renormalize", "attention_kl-causal"}
+
+ON_LOGITS = {"soft_cross_entropy", "kl_div", "jsd", "tvd"}  # the ops for which csrc has kernels
+
 
 def on_the_card(item: pytest.Item) -> bool:
-    """Where there is a GPU, the contract of every backend is tested on it."""
-    of_the_contract = "backend" in item.fixturenames or item.module.__name__ == "test_properties"  # which draws it
-    return torch.cuda.is_available() and of_the_contract
+    """Returns whether a test runs on the GPU: those of every backend do, where there is one."""
+    return torch.cuda.is_available() and "backend" in item.fixturenames
 
 
 @pytest.fixture(autouse=True)
@@ -102,19 +119,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", _oracle.BACKENDS)
 
 
-# Ops whose kernels others run as well: in the interpreter the contract's quick tests are of one op for each kernel, and
-# for each way through it.
-SAME_KERNEL = {
-    "soft_cross_entropy", "kl_div", "kl_div-reverse", "jsd", "linear_soft_cross_entropy", "linear_kl_div", "linear_jsd",
-    "linear_tvd", "linear_kl_div-reverse", "linear_kl_div-all-options", "linear_topk_soft_cross_entropy-renormalize",
-}  # fmt: skip
+def stands_for_another(item: pytest.Item) -> bool:
+    """Returns whether a case repeats in the interpreter what another case of the quick run checks."""
+    if any(part in item.name for part in SLOW_INTERPRETED):
+        return True
+    op = str(item.callspec.params.get("op"))
+    if item.module.__name__ not in ("test_contract", "test_properties", "test_losses"):
+        return False
+    return op in SAME_KERNEL or (item.originalname in AROUND_KERNELS and op in SAME_REGISTERED_OP)
 
 
-ON_LOGITS = {"soft_cross_entropy", "kl_div", "jsd", "tvd"}  # what csrc has kernels for
+def pairwise(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Chooses few cases of a test in which every pair of values of two of its parameters occurs (greedily)."""
+    pairs = {
+        case: set(combinations(((name, repr(value)) for name, value in sorted(case.callspec.params.items())), 2))
+        for case in cases
+    }
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs[case] & missing))
+        chosen.append(best)
+        missing -= pairs[best]
+    return chosen
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the interpreter not everything is worth its time."""
+    """Marks as slow what the interpreter need not repeat, and leaves out what a backend cannot run."""
     if torch.cuda.is_available():
         unseen = pytest.mark.skip(reason="classes are looked at on the CPU only: it would wait for the card")
         for item in items:
@@ -123,24 +154,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(unseen)
         return
     kept, dropped = [], []
+    interpreted: dict[str, list[pytest.Item]] = {}  # the cases of each test that the quick run may take
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
-        interpreted = backend == "triton"
         if backend == "cuda":
             item.add_marker(pytest.mark.slow)
             other = getattr(item.callspec.params.get("op"), "name", "kl_div") not in ON_LOGITS
-            if other or any(name in item.name for name in SLOW_INTERPRETED):
+            if other or any(part in item.name for part in SLOW_INTERPRETED):
                 dropped.append(item)
                 continue
-        # What is allocated is a question for a GPU: the interpreter's arrays are not PyTorch's.
+        # The memory tests need a GPU for these backends: the interpreter's arrays are not PyTorch's.
         if backend in ("triton", "cuda") and item.module.__name__ == "test_memory":
             dropped.append(item)
             continue
-        if interpreted:
-            contract = item.module.__name__ in ("test_contract", "test_properties")
-            same = contract and str(item.callspec.params.get("op")) in SAME_KERNEL
-            if same or any(name in item.name for name in SLOW_INTERPRETED):
+        if backend == "triton":
+            if stands_for_another(item):
                 item.add_marker(pytest.mark.slow)
+            elif not item.get_closest_marker("slow"):
+                interpreted.setdefault(item.nodeid.split("[")[0], []).append(item)
         kept.append(item)
+    for cases in interpreted.values():
+        for item in set(cases) - set(pairwise(cases)):
+            item.add_marker(pytest.mark.slow)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)

@@ -1,4 +1,4 @@
-"""Every shipped configuration of the Triton kernels, compiled for GPUs that need not be there."""
+"""Compiles the shipped configurations of the Triton kernels for GPUs; none has to be present."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ import pytest
 pytest.importorskip("triton", reason="Triton compiles the kernels")
 
 
-@pytest.mark.parametrize(
-    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_80", "sm_100", "gfx942"))]
-)
-def test_no_kernel_spills_or_reads_in_small_pieces(arch: str) -> None:
-    run = _compiler("-m", "bench.static", "--check", "--arch", arch)
+def test_no_kernel_spills_or_reads_in_small_pieces() -> None:
+    """Compiles one bfloat16 configuration of each kernel; the slow test below compiles all of them."""
+    check("sm_90", "--few", "--kernel", "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_configuration_spills_or_reads_in_small_pieces(arch: str) -> None:
+    check(arch)
+
+
+def check(arch: str, *options: str) -> None:
+    run = _compiler("-m", "bench.static", "--check", "--arch", arch, *options)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count(f"| {arch} |") > 10
+    assert run.stdout.count(f"| {arch} |") >= 8
 
 
 SIZES = """
@@ -30,7 +38,7 @@ for name, keys in first.items():
 
 
 def test_nothing_is_compiled_again_when_only_the_number_of_tokens_changes() -> None:
-    """Sizes are told apart by whether 16 divides them, or products of them: a few variants, all met in 33 steps."""
+    """Triton specialises on whether 16 divides a size or a product of sizes: 33 steps meet all of the few variants."""
     run = _compiler("-c", SIZES)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()
@@ -42,7 +50,7 @@ def test_nothing_is_compiled_again_when_only_the_number_of_tokens_changes() -> N
 
 
 def _compiler(*command: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one has Triton's interpreter in the compiler's place."""
+    """Runs Python in another process, since Triton's interpreter replaces the compiler in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-W", "ignore", *command],

@@ -1,6 +1,6 @@
-"""Peak memory of a forward and backward, beyond the inputs: every allocation and release, replayed from the profiler.
+"""Measures the peak memory of a forward and backward beyond the inputs, from the profiler's allocations and releases.
 
-Linear in tokens, never L x S or N x V. Gradients are part of the peak, since a caller must hold them.
+The peak should grow linearly with the tokens, never with L x S or N x V. It includes the gradients.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIB = 2**20
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most that `call` had allocated at once."""
+    """Returns the most bytes that `call` had allocated at once."""
     if torch.cuda.is_available():
         call()  # libraries allocate what they keep, cuBLAS 32 MiB
         torch.cuda.synchronize()
@@ -160,7 +160,7 @@ def vocabulary(op: Op, tokens: int, classes: int) -> dict[str, Any]:
 @pytest.mark.parametrize("op", LINEAR, ids=str)
 def test_linear_losses_at_2048_tokens_need_a_fraction_of_eager(op: Op, backend: str) -> None:
     found = peak(op, vocabulary(op, 2048, V), op.learned, backend=backend)
-    # Eager's peak grows by the same for each token; 2048 of them would take gigabytes.
+    # Eager's peak grows by the same for each token; 2048 tokens would take gigabytes.
     few, more = (peak(op.textbook, vocabulary(op, tokens, V), op.learned) for tokens in (16, 32))
     eager = few + (more - few) / 16 * (2048 - 16)
     assert eager > 2 * 4 * 2048 * V
