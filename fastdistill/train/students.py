@@ -20,39 +20,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.bert.modeling_bert import BertLayer
 
 from fastdistill.train.capture import forward_arguments
 from fastdistill.train.checks import check_vocabularies
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published, read_json
 
-__all__ = [
-    "PRESETS",
-    "build_student",
-    "count_parameters",
-    "init_from_teacher",
-    "measure_seconds",
-    "save_projections",
-]
+__all__ = ["PRESETS", "build_student", "count_parameters", "init_from_teacher", "measure_seconds", "save_projections"]
 
 logger = logging.getLogger(__name__)
 
 # From arXiv 1909.10351, section 4.1. The teacher's config gives the rest: vocabulary, positions, dropout, labels.
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
 PRESETS: dict[str, dict[str, int]] = {
-    "tinybert-4l-312": {
-        "num_hidden_layers": 4,
-        "hidden_size": 312,
-        "intermediate_size": 1200,
-        "num_attention_heads": 12,
-    },
-    "tinybert-6l-768": {
-        "num_hidden_layers": 6,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-    },
+    "tinybert-4l-312": dict(zip(SIZES, (4, 312, 1200, 12), strict=True)),
+    "tinybert-6l-768": dict(zip(SIZES, (6, 768, 3072, 12), strict=True)),
 }
 LABEL_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 LABELLED = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
@@ -80,46 +65,43 @@ def build_student(
         trust_remote_code: run the model code that a checkpoint brings along.
 
     Returns a float32 model in eval mode, on the CPU.
-    Raises FileNotFoundError for a folder without a model; OSError for an unknown name; ValueError for a vocabulary
-    other than the teacher's, a config key that the teacher's family does not have, and whatever `init_from_teacher`
-    refuses.
+    Raises OSError for a folder without a model or an unknown name; ValueError for a vocabulary other than the
+    teacher's, a config key that the teacher's family does not have, and whatever `init_from_teacher` refuses.
     """
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
-    labels = {}
-    if auto_name(teacher) in LABELLED:
-        labels = {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
+    kind = auto_name(teacher)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if kind in LABELLED:
+        options |= {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
     if is_config(spec):
-        config = read_config(spec, teacher, labels, trust_remote_code)
+        config = read_config(spec, teacher, **options)
         check_vocabularies(config, teacher.config)
         if type(config) is type(teacher.config):
             student = type(teacher)(config).float()
         else:
-            student = auto_class(teacher).from_config(config, dtype=torch.float32)
+            student = getattr(modeling_auto, kind).from_config(config, dtype=torch.float32)
         if init != "random":
             init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
     else:
         if init is not None:
             raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
-        student = read_student(spec, teacher, trust_remote_code=trust_remote_code, labels=labels)
+        student = read_student(spec, kind, **options)
         check_vocabularies(student.config, teacher.config)
     return student.eval()
 
 
-def read_student(
-    spec: str | Path, teacher: PreTrainedModel, *, trust_remote_code: bool, labels: Mapping[str, Any]
-) -> PreTrainedModel:
-    """Reads a checkpoint as a model with the teacher's kind of head."""
+def read_student(spec: str | Path, kind: str, *, trust_remote_code: bool, **labels: Any) -> PreTrainedModel:
+    """Reads a checkpoint as a model of the Auto class `kind`."""
     path = Path(spec)
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json; it is not a transformers checkpoint")
     if is_published(path):
-        return load_published(path, auto_name(teacher), relu=False, **labels)
+        return load_published(path, kind, relu=False, **labels)
     try:
-        return load_checkpoint(auto_class(teacher), spec, trust_remote_code=trust_remote_code, **labels)[0]
+        return load_checkpoint(getattr(modeling_auto, kind), spec, trust_remote_code=trust_remote_code, **labels)[0]
     except OSError as error:
-        presets = ", ".join(PRESETS)
-        raise OSError(f"{spec}: no preset ({presets}), no file, and no checkpoint: {error}") from error
+        raise OSError(f"{spec}: no preset ({', '.join(PRESETS)}), no file, and no checkpoint: {error}") from error
 
 
 def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
@@ -128,18 +110,21 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     Random weights are those that the checkpoint lacks, and a head's if `options` change its `num_labels`. Raises
     ValueError if weights of the encoder are missing, or if any other weight has another shape than the config says.
     """
-    with without_load_report():
+    report = logging.getLogger("transformers.modeling_utils")
+    report.addFilter(is_no_load_report)
+    try:
         model, loaded = kind.from_pretrained(
             str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    finally:
+        report.removeFilter(is_no_load_report)
     prefix, kind_name, missing = f"{model.base_model_prefix}.", type(model).__name__, set(loaded["missing_keys"])
     is_headless = model.base_model is model
     if names := first_names(key for key in missing if is_headless or key.startswith(prefix)):
         raise ValueError(f"{name}: its weights are no {kind_name}'s; there is no {names}")
     parts = {part for part, _ in model.base_model.named_children()}
-    if names := first_names(
-        key for key in loaded["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in parts
-    ):
+    unused = (key for key in loaded["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in parts)
+    if names := first_names(unused):
         logger.warning("%s holds weights that a %s of its config does not use: %s", name, kind_name, names)
     for key, found, expected in sorted(loaded["mismatched_keys"]):
         if "num_labels" not in options or key.startswith(prefix):
@@ -154,22 +139,12 @@ def first_names(weights: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
-@contextmanager
-def without_load_report() -> Iterator[None]:
-    """Hides the table in which transformers warns of every weight that is missing, unused or of another shape.
+def is_no_load_report(record: logging.LogRecord) -> bool:
+    """Filters out the table in which transformers warns of every weight that is missing, unused or of another shape.
 
     `load_checkpoint` raises or warns where it matters; the rest is a head that is new on purpose.
     """
-
-    def is_kept(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in (text := record.getMessage()) or "CONVERSION" in text  # an error refers to these
-
-    source = logging.getLogger("transformers.modeling_utils")
-    source.addFilter(is_kept)
-    try:
-        yield
-    finally:
-        source.removeFilter(is_kept)
+    return "LOAD REPORT" not in (text := record.getMessage()) or "CONVERSION" in text  # an error refers to these
 
 
 def is_config(spec: str | Path) -> bool:
@@ -177,11 +152,11 @@ def is_config(spec: str | Path) -> bool:
     return str(spec) in PRESETS or Path(spec).is_file()
 
 
-def read_config(spec: str | Path, teacher: PreTrainedModel, labels: Mapping[str, Any], trust_remote_code: bool) -> Any:
+def read_config(spec: str | Path, teacher: PreTrainedModel, **options: Any) -> Any:
     """Returns the config that a preset or a JSON file describes, with the teacher's labels."""
     values = PRESETS.get(str(spec)) or read_json(spec)
     if "model_type" in values:
-        return AutoConfig.from_pretrained(str(spec), trust_remote_code=trust_remote_code, **labels)
+        return AutoConfig.from_pretrained(str(spec), **options)
     config = copy.deepcopy(teacher.config)
     for name in values:
         if not hasattr(config, name):
@@ -233,23 +208,6 @@ def auto_name(model: PreTrainedModel) -> str:
     raise ValueError(f"teacher is a {type(model).__name__}; build_student knows what {known} make")
 
 
-def auto_class(model: PreTrainedModel) -> Any:
-    return getattr(modeling_auto, auto_name(model))
-
-
-# -- the teacher folded into a smaller student -----------------------------------------------------------------
-
-LAYER_MODULES = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "attention.output.LayerNorm",
-    "intermediate.dense",
-    "output.dense",
-    "output.LayerNorm",
-)
-LAYER_PARAMETERS = {f"{module}.{kind}" for module in LAYER_MODULES for kind in ("weight", "bias")}
 RIDGE = 0.01
 
 
@@ -301,7 +259,8 @@ def init_from_teacher(
         x = fold_embeddings(target, source, batch, mask, hidden[first] @ projection, projection)
         for layer, place in zip(target.encoder.layer, places, strict=True):
             theirs = copy.deepcopy(source.encoder.layer[place - 1]).float().cpu()
-            x = fold_layer(layer, theirs, x, hidden[place - 1], attended[place], hidden[place], projection, mask)
+            states = hidden[place - 1], attended[place], hidden[place]
+            x = fold_layer(layer, theirs, x, states, projection, mask)
     return projection
 
 
@@ -322,16 +281,16 @@ def teacher_states(
     def tokens(x: Tensor) -> Tensor:  # (N, L, d) -> (T, d)
         return x.float().cpu()[mask]
 
-    def keep(place: int) -> Any:
-        return lambda _module, _inputs, output: attended.__setitem__(place, tokens(output))
-
-    layers = teacher.encoder.layer
-    hooks = [layers[place - 1].attention.output.register_forward_hook(keep(place)) for place in set(places) - {0}]
+    hooks = [
+        teacher.encoder.layer[place - 1].attention.output.register_forward_hook(
+            lambda _module, _inputs, output, place=place: attended.update({place: tokens(output)})
+        )
+        for place in {*places} - {0}
+    ]
     states = teacher(**batch, output_hidden_states=True).hidden_states
     for hook in hooks:
         hook.remove()
-    wanted = {*places, *(place - 1 for place in places if place)}
-    return {i: tokens(states[i]) for i in wanted}, attended
+    return {i: tokens(states[i]) for place in places for i in {place, max(place - 1, 0)}}, attended
 
 
 def save_projections(
@@ -351,12 +310,11 @@ def save_projections(
 
 def check_foldable(student: Any, teacher: Any) -> None:
     """Raises ValueError if the student cannot start from the teacher's weights."""
+    with torch.device("meta"):
+        expected = dict(BertLayer(BertConfig()).named_parameters()).keys()
     for side, model in (("student", student), ("teacher", teacher)):
         layers = getattr(getattr(model, "encoder", None), "layer", None)
-        is_bert = isinstance(layers, nn.ModuleList) and all(
-            {name for name, _ in layer.named_parameters()} == LAYER_PARAMETERS for layer in layers
-        )
-        if not is_bert:
+        if layers is None or any(dict(layer.named_parameters()).keys() != expected for layer in layers):
             raise ValueError(
                 f"the {side} is a {type(model).__name__}, whose layers are not BERT's; init='teacher' folds BERT, "
                 "RoBERTa and ELECTRA. Use init='random'"
@@ -395,13 +353,12 @@ def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, places: Sequ
         layer.load_state_dict(teacher.base_model.encoder.layer[place - 1].state_dict())
     theirs = dict(teacher.named_parameters())
     for name, parameter in student.named_parameters():
-        if ".layer." in name or name not in theirs:
-            continue
-        x = theirs[name]
-        if "embeddings." in name:
-            x = x[: len(parameter)]  # the first positions and types
-        if x.shape == parameter.shape:
-            parameter.copy_(x)
+        if ".layer." not in name and name in theirs:
+            x = theirs[name]
+            if "embeddings." in name:
+                x = x[: len(parameter)]  # the first positions and types
+            if x.shape == parameter.shape:
+                parameter.copy_(x)
 
 
 def principal_projection(states: Sequence[Tensor], width: int) -> Tensor:
@@ -452,25 +409,18 @@ def fold_embeddings(
 
 
 def fold_layer(
-    student: Any,
-    teacher: Any,
-    x: Tensor,
-    teacher_x: Tensor,
-    attended: Tensor,
-    output: Tensor,
-    projection: Tensor,
-    mask: Tensor,
+    student: Any, teacher: Any, x: Tensor, states: tuple[Tensor, Tensor, Tensor], projection: Tensor, mask: Tensor
 ) -> Tensor:
-    """Fits one layer and returns the student's output (T, d_s).
+    """Fits one layer and returns the student's output (T, d_s). `x` (T, d_s) is the student's input.
 
-    `x` (T, d_s) is the student's input; `teacher_x`, `attended` and `output` (T, d_t) are the teacher's states before
-    its layer, after the attention and after the FFN.
+    `states` (T, d_t) are the teacher's before its layer, after the attention and after the FFN.
     """
+    teacher_x, attended, output = states
     ours, theirs = student.attention.self, teacher.attention.self
     heads, d, d_t = ours.num_attention_heads, ours.attention_head_size, theirs.attention_head_size
     # The teacher's queries, keys and values, as far as they are linear in the student's input.
     fits = {name: solve(x, getattr(theirs, name)(teacher_x)) for name in ("query", "key", "value")}
-    query, key, value = (append_one(x) @ fit.float() for fit in fits.values())  # (T, H * d_t)
+    query, key, value = (F.pad(x, (0, 1), value=1.0) @ fit.float() for fit in fits.values())  # (T, H * d_t)
     to_student = projection.T @ teacher.attention.output.dense.weight  # (d_s, H * d_t)
     for head in range(heads):
         wide, narrow = slice(head * d_t, (head + 1) * d_t), slice(head * d, (head + 1) * d)
@@ -488,15 +438,12 @@ def fold_layer(
         for name, reduction in reductions.items():
             set_linear(getattr(ours, name), fits[name][:, wide] @ reduction, narrow)
 
-    def split(name: str) -> Tensor:  # (N, H, L, d)
-        padded = x.new_zeros(*mask.shape, heads * d)
-        padded[mask] = getattr(ours, name)(x)
-        return padded.unflatten(2, (heads, d)).transpose(1, 2)
-
-    context = F.scaled_dot_product_attention(
-        split("query"), split("key"), split("value"), attn_mask=mask[:, None, None, :]
-    )
-    x = fit_residual(student.attention.output, context.transpose(1, 2).flatten(2)[mask], x, attended @ projection)
+    padded = x.new_zeros(*mask.shape, x.shape[1])  # (N, L, d_s)
+    padded[mask] = x
+    query, key, value = (getattr(ours, name)(padded).unflatten(2, (heads, d)).transpose(1, 2) for name in fits)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])  # (N, H, L, d)
+    context = context.transpose(1, 2).flatten(2)[mask]  # (T, H * d)
+    x = fit_residual(student.attention.output, context, x, attended @ projection)
 
     before = teacher.intermediate.dense(attended)  # (T, FFN)
     strength = teacher.intermediate.intermediate_act_fn(before).square().mean(0).sqrt()
@@ -518,8 +465,8 @@ def fit_norm(norm: nn.LayerNorm, inputs: Tensor, goal: Tensor) -> None:
     """Fits scale and bias of each dimension by least squares."""
     x = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
     x_mean, goal_mean = x.mean(0), goal.mean(0)
-    variance = (x - x_mean).square().mean(0).clamp_min(1e-12)
-    norm.weight.copy_(((x - x_mean) * (goal - goal_mean)).mean(0) / variance)
+    covariance = ((x - x_mean) * (goal - goal_mean)).mean(0)
+    norm.weight.copy_(covariance / x.var(0, correction=0).clamp_min(1e-12))
     norm.bias.copy_(goal_mean - norm.weight * x_mean)
 
 
@@ -532,13 +479,9 @@ def set_linear(linear: nn.Linear, solution: Tensor, rows: slice) -> None:
     linear.bias[rows] = solution[-1].to(linear.bias)
 
 
-def append_one(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 1), value=1.0)
-
-
 def solve(inputs: Tensor, goal: Tensor) -> Tensor:
     """Solves a ridge regression with an intercept, which comes last: (T, a), (T, b) -> (a + 1, b), float64."""
-    x = append_one(inputs).double()
+    x = F.pad(inputs, (0, 1), value=1.0).double()
     gram = x.T @ x
     gram.diagonal()[:-1].add_(RIDGE * gram.diagonal()[:-1].mean())
     return torch.linalg.solve(gram, x.T @ goal.double())
@@ -550,9 +493,6 @@ def roots(x: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     root = values.clamp_min(values.max() * 1e-6 + 1e-30).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-# -- size and speed ---------------------------------------------------------------------------------------------
 
 
 def positions(model: PreTrainedModel) -> int:
