@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
 __all__ = ["is_published", "load_published", "load_published_projections", "load_published_tokenizer"]
+
+logger = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, VOCABULARY = "config.json", "pytorch_model.bin", "vocab.txt"
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -51,20 +51,17 @@ def load_published(
         options: settings that win over config.json, such as `num_labels` and `id2label`. Without any there are as many
             labels as the checkpoint's classifier has rows.
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: config.json is not a BERT's; the weights are not plain tensors; some are missing, unexpected or of
-            another shape, and the message names them.
+    Raises ValueError if config.json is not a BERT's, or if weights are missing, unexpected or of another shape, which
+    the message names; FileNotFoundError for a missing file.
     """
     weights, path = _read_weights(folder), Path(folder) / WEIGHTS
     config = _bert_config(folder, weights, auto_class, options)
     model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
     untrained = _untrained_head(model, weights)
     _fill(model, weights, untrained, path)
-    has_projections = any(FIT.fullmatch(name) for name in weights)
     if untrained and relu:
         logger.warning("%s has no %s; the model's is random until it is trained", path, untrained)
-    elif relu and has_projections and isinstance(model, BertForSequenceClassification):
+    elif relu and isinstance(model, BertForSequenceClassification) and any(FIT.fullmatch(name) for name in weights):
         model.bert.pooler.activation = nn.Sequential(nn.Tanh(), nn.ReLU())
     return model.eval()
 
@@ -72,20 +69,20 @@ def load_published(
 def _bert_config(
     folder: str | Path, weights: dict[str, Tensor], auto_class: str, options: dict[str, Any]
 ) -> BertConfig:
-    values = read_json(Path(folder) / CONFIG)
-    missing = [name for name in SIZES if not isinstance(values.get(name), int)]
-    if missing:
+    path = Path(folder) / CONFIG
+    values = read_json(path)
+    if missing := [name for name in SIZES if not isinstance(values.get(name), int)]:
         raise ValueError(
-            f"{Path(folder) / CONFIG}: no model_type, and no {', '.join(missing)}; it is neither transformers' nor "
-            "that of a published TinyBERT"
+            f"{path}: no model_type, and no {', '.join(missing)}; it is neither transformers' nor that of a published "
+            "TinyBERT"
         )
     known = BertConfig()  # does not have the published code's pre_trained, training, cell, structure, emb_size
     # The two outputs of a span head are no labels.
     dropped = ("num_labels", "id2label", "label2id") if auto_class == "AutoModelForQuestionAnswering" else ()
-    values = {name: value for name, value in values.items() if hasattr(known, name) and name not in dropped}
-    if not dropped and "classifier.weight" in weights and not {"num_labels", "id2label"} & {*values, *options}:
+    values = {name: value for name, value in values.items() if hasattr(known, name) and name not in dropped} | options
+    if not dropped and "classifier.weight" in weights and not {"num_labels", "id2label"} & values.keys():
         values["num_labels"] = len(weights["classifier.weight"])
-    return BertConfig(**{**values, **options})
+    return BertConfig(**values)
 
 
 def untrained_head(model: PreTrainedModel, folder: str | Path) -> str | None:
@@ -94,10 +91,7 @@ def untrained_head(model: PreTrainedModel, folder: str | Path) -> str | None:
 
 
 def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenizer:
-    """Returns BERT's tokenizer over the folder's vocab.txt. `options` are its own, such as `do_lower_case` (True).
-
-    Raises FileNotFoundError without vocab.txt.
-    """
+    """Returns BERT's tokenizer over the folder's vocab.txt. `options` are its own, such as `do_lower_case` (True)."""
     path = Path(folder) / VOCABULARY
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is a published TinyBERT's tokenizer")
@@ -124,21 +118,18 @@ def _untrained_head(model: PreTrainedModel, weights: dict[str, Tensor]) -> str |
 
 def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | None, path: Path) -> None:
     """Copies the weights into the model's parameters. Raises ValueError naming every one that does not fit."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    if model.base_model is model:
-        parameters = {f"bert.{name}": parameter for name, parameter in parameters.items()}
+    prefix = "bert" if model.base_model is model else ""
+    parameters = dict(model.named_parameters(prefix, remove_duplicate=False))
     found = {name: x for name, x in weights.items() if name in parameters}
     filled = {id(parameters[name]) for name in found}  # includes tied parameters
-    wrong = {
+    problems = {
         "missing": [
             name
             for name, parameter in parameters.items()
             if id(parameter) not in filled and not (untrained and name.startswith(f"{untrained}."))
         ],
         "unexpected": [
-            name
-            for name in weights
-            if name not in parameters and not name.startswith(SPARE) and not FIT.fullmatch(name)
+            name for name in weights.keys() - found.keys() if not name.startswith(SPARE) and not FIT.fullmatch(name)
         ],
         "of another shape": [
             f"{name} {tuple(x.shape)} instead of {tuple(parameters[name].shape)}"
@@ -146,9 +137,8 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | N
             if x.shape != parameters[name].shape
         ],
     }
-    if any(wrong.values()):
-        parts = (f"{what}: {', '.join(sorted(names))}" for what, names in wrong.items() if names)
-        raise ValueError(f"{path} does not fit a {type(model).__name__} of the sizes in {CONFIG}; {'; '.join(parts)}")
+    if listed := "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names):
+        raise ValueError(f"{path} does not fit a {type(model).__name__} of the sizes in {CONFIG}; {listed}")
     with torch.no_grad():
         for name, x in found.items():
             parameters[name].copy_(x)
