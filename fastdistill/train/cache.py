@@ -22,13 +22,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import transformers
+from datasets import Array2D, Dataset, Features, Value
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
@@ -40,13 +43,11 @@ from fastdistill.train.outputs import check, whole_output, write_arrow, write_wh
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.students import positions
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 __all__ = ["check_cache", "read_cache", "read_manifest", "write_cache"]
 
 FORMAT = 1  # of the files; a reader refuses any other
 MANIFEST = "manifest.json"
+LOGITS = "teacher_logits"  # the only column with one entry a row; the others have one for each token
 SHARD_BYTES = 1 << 28  # 256 MB: the work an interruption can cost, and the memory a writer needs
 
 
@@ -85,11 +86,9 @@ def write_cache(
         resume: continue an interrupted run at its first missing shard; do nothing if `output` is whole.
         overwrite: replace `output`, and drop an interrupted run.
 
-    Raises:
-        FileExistsError: `output` is not empty, or an interrupted run lies beside it, and neither flag is set.
-        ValueError: nothing is to be kept, a number is out of range, a row has no tokens or more than the teacher takes,
-            the tokenizer has another vocabulary, or the interrupted run had other arguments. While writing: logits are
-            NaN, or hidden states do not fit float16.
+    Raises FileExistsError if `output` is not empty, or an interrupted run lies beside it, and neither flag is set;
+    ValueError for an argument or a row that does not fit, an interrupted run that had other arguments, and, while
+    writing, logits that are NaN or hidden states that do not fit float16.
     """
     output = Path(output)
     if resume and not overwrite and (output / MANIFEST).is_file():
@@ -100,36 +99,17 @@ def write_cache(
     if not 1 <= shard_bytes <= 1 << 31:  # Arrow counts a file's numbers in int32
         raise ValueError(f"shard_bytes is {shard_bytes}; it should be 1 to {1 << 31}")
     lengths, digest = measure(dataset, positions(teacher))
-    columns = TeacherColumns(dataset, teacher, tokenizer, top_k, hidden, batch_size, bf16)
-    data = {"files": [file_identity(Path(path)) for path in files], "input_ids_sha256": digest}
-    manifest = describe(columns, data, lengths, shard_bytes)
-    shards = cut(columns.row_bytes(lengths), shard_bytes)
+    columns = TeacherColumns(dataset, lengths, teacher, tokenizer, top_k, sorted(set(hidden)), batch_size, bf16)
+    manifest = columns.manifest([file_identity(Path(path)) for path in files], digest, shard_bytes)
+    shards = cut(columns.row_bytes(), shard_bytes)
     with whole_output(output, resume=resume, overwrite=overwrite) as work:
         on_main(lambda: begin(work, manifest))
-        write_shards(work, dataset, lengths, columns, shards)
+        write_shards(work, columns, shards)
         processes().wait_for_everyone()
         on_main(lambda: finish(work, manifest, columns, len(shards)))
     if processes().is_main_process:
         for number in range(len(shards)):
             entry(output, number).unlink()
-
-
-def describe(columns: TeacherColumns, data: Mapping[str, Any], lengths: np.ndarray, shard_bytes: int) -> dict[str, Any]:
-    """Returns what the manifest says before the first shard is written. Only the main process hashes the teacher."""
-    return {
-        "format": FORMAT,
-        "teacher": identity(columns.teacher) if processes().is_main_process else {},
-        "tokenizer": vocabulary(columns.tokenizer),
-        "data": data,
-        "top_k": columns.top_k,
-        "classes": columns.classes,
-        "hidden": columns.hidden,
-        "columns": {name: {"size": size, "dtype": dtype} for name, (size, dtype) in columns.sizes.items()},
-        "bf16": columns.bf16,
-        "shard_bytes": shard_bytes,
-        "rows": len(lengths),
-        "tokens": int(lengths.sum()),
-    }
 
 
 def begin(work: Path, manifest: Mapping[str, Any]) -> None:
@@ -138,31 +118,23 @@ def begin(work: Path, manifest: Mapping[str, Any]) -> None:
     if not path.exists():
         write_whole(path, json.dumps(manifest, indent=2) + "\n")
     found = json.loads(path.read_text(encoding="utf-8"))
-    different = [name for name, value in manifest.items() if found.get(name) != value]
-    if different:
+    if different := [name for name, value in manifest.items() if found.get(name) != value]:
         raise ValueError(
             f"{work} holds an interrupted run with another {', '.join(different)}; pass overwrite=True to drop it"
         )
 
 
-def write_shards(
-    work: Path, dataset: Dataset, lengths: np.ndarray, columns: TeacherColumns, shards: Sequence[range]
-) -> None:
+def write_shards(work: Path, columns: TeacherColumns, shards: Sequence[range]) -> None:
     """Writes this process's shards that are not there yet, each with a JSON file that describes it."""
-    from datasets import Features, Value
-
-    state = processes()
-    schema = Features({**dataset.features, "length": Value("int64"), **columns.features()}).arrow_schema
+    state, schema = processes(), columns.schema()
     mine = range(state.process_index, len(shards), state.num_processes)
     todo = [number for number in mine if not entry(work, number).exists()]
     options = {"desc": "Teacher", "unit": " rows", "disable": not state.is_main_process}
     with logging.tqdm(total=sum(len(shards[number]) for number in todo), **options) as bar:
         for number in todo:
-            rows, path = shards[number], work / f"{number:05}.arrow"
-            some, tokens = dataset.select(rows), lengths[rows.start : rows.stop]
-            found = columns.values(some, tokens, rows.start, bar)
-            write_arrow(path, schema, [record_batch(some, tokens, found, schema)])
-            write_whole(entry(work, number), json.dumps({**file_identity(path), "rows": len(rows)}))
+            path = work / f"{number:05}.arrow"
+            write_arrow(path, schema, [columns.record_batch(shards[number], schema, bar)])
+            write_whole(entry(work, number), json.dumps({**file_identity(path), "rows": len(shards[number])}))
 
 
 def finish(work: Path, manifest: Mapping[str, Any], columns: TeacherColumns, shards: int) -> None:
@@ -178,35 +150,27 @@ def entry(work: Path, number: int) -> Path:
     return work / f"{number:05}.json"
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------
-
-
+@dataclass
 class TeacherColumns:
     """The columns that are kept of a teacher, and their values for any rows. Its arguments are those of `write_cache`.
 
     The constructor runs one row to see what the teacher returns.
-
-    Attributes:
-        sizes: for each column, how many numbers it has for a token (`teacher_logits`: for a row), and their dtype.
-        classes: V, the number of classes that the k are chosen from; None without `top_k`.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        teacher: PreTrainedModel,
-        tokenizer: Any,
-        top_k: int | None,
-        hidden: Sequence[int],
-        batch_size: int,
-        bf16: bool,
-    ) -> None:
-        self.teacher = self.model = teacher
-        self.tokenizer, self.batch_size, self.bf16 = tokenizer, batch_size, bf16
-        self.top_k, self.hidden = top_k, sorted(set(hidden))
-        self.classes: int | None = None
-        self.sizes: dict[str, tuple[int, str]] = {}
-        tokens = max(tokenizer.get_vocab().values()) + 1
+    dataset: Dataset
+    lengths: np.ndarray  # the tokens of each row
+    teacher: PreTrainedModel
+    tokenizer: Any
+    top_k: int | None
+    hidden: list[int]
+    batch_size: int
+    bf16: bool
+    classes: int | None = None  # V, the number of classes that the k are chosen from; None without `top_k`
+    sizes: dict[str, tuple[int, str]] = field(default_factory=dict)  # of a column: the numbers in an entry, and dtype
+
+    def __post_init__(self) -> None:
+        teacher, top_k, name = self.teacher, self.top_k, type(self.teacher).__name__
+        tokens = max(self.tokenizer.get_vocab().values()) + 1
         if tokens > teacher.config.vocab_size:
             raise ValueError(
                 f"tokenizer has token ids up to {tokens - 1}, the teacher {teacher.config.vocab_size} of them; they "
@@ -214,64 +178,102 @@ class TeacherColumns:
             )
         # Padding on the right, whatever the tokenizer's side: positions count from the first token, and a causal model
         # never sees the padding.
-        self.options: dict[str, Any] = {"hidden": self.hidden, "bf16": bf16, "padding_side": "right"}
-        _, states, _ = next(predict(teacher, dataset, tokenizer, [[0]], **self.options))
+        self.options: dict[str, Any] = {"hidden": self.hidden, "bf16": self.bf16, "padding_side": "right"}
+        _, states, _ = next(predict(teacher, self.dataset, self.tokenizer, [[0]], **self.options))
         shape = () if states.logits is None else tuple(states.logits.shape)
+        self.model = teacher
         if top_k is not None:
             if len(shape) != 3:
                 raise ValueError(
-                    f"top_k is {top_k}, but {type(teacher).__name__} returns "
-                    f"{f'logits {shape}' if shape else 'no logits'}; it should be a language model, whose are (B, L, V)"
+                    f"top_k is {top_k}, but {name} returns {f'logits {shape}' if shape else 'no logits'}; it should be "
+                    "a language model, whose are (B, L, V)"
                 )
             self.classes = min(shape[2], tokens)
             if not 1 <= top_k <= self.classes:
                 raise ValueError(f"top_k is {top_k}; it should be 1 to {self.classes}, the teacher's classes")
-            self.sizes["topk_logprobs"] = top_k, "float16"
-            self.sizes["topk_indices"] = top_k, index_dtype(self.classes)
+            self.sizes |= {"topk_logprobs": (top_k, "float16"), "topk_indices": (top_k, index_dtype(self.classes))}
         elif len(shape) == 2:
-            self.sizes["teacher_logits"] = shape[1], "float32"
+            self.sizes[LOGITS] = shape[1], "float32"
         else:
             self.model = teacher.base_model  # nobody needs the logits
-        for i in self.hidden:
-            self.sizes[f"hidden_{i}"] = states.hidden[i].shape[2], "float16"
+        self.sizes |= {f"hidden_{i}": (states.hidden[i].shape[2], "float16") for i in self.hidden}
         if not self.sizes:
             raise ValueError(
-                f"top_k is None and hidden is empty, and {type(teacher).__name__} is no sequence classifier; give "
-                "top_k for a language model, hidden, or both"
+                f"top_k is None and hidden is empty, and {name} is no sequence classifier; give top_k for a language "
+                "model, hidden, or both"
             )
 
-    def features(self) -> dict[str, Any]:
-        """Returns the `datasets` feature of each column."""
-        from datasets import Array2D, Sequence, Value
-
+    def manifest(self, files: Sequence[Mapping[str, Any]], digest: str, shard_bytes: int) -> dict[str, Any]:
+        """Returns what the manifest says before the first shard. Only the main process hashes the teacher."""
         return {
-            name: Sequence(Value(dtype)) if name == "teacher_logits" else Array2D((None, size), dtype)
-            for name, (size, dtype) in self.sizes.items()
+            "format": FORMAT,
+            "teacher": identity(self.teacher) if processes().is_main_process else {},
+            "tokenizer": vocabulary(self.tokenizer),
+            "data": {"files": files, "input_ids_sha256": digest},
+            "top_k": self.top_k,
+            "classes": self.classes,
+            "hidden": self.hidden,
+            "columns": {name: {"size": size, "dtype": dtype} for name, (size, dtype) in self.sizes.items()},
+            "bf16": self.bf16,
+            "shard_bytes": shard_bytes,
+            "rows": len(self.lengths),
+            "tokens": int(self.lengths.sum()),
         }
 
-    def row_bytes(self, lengths: np.ndarray) -> np.ndarray:
+    def schema(self) -> Any:
+        """Returns the Arrow schema of a shard."""
+        added = {
+            name: datasets.Sequence(Value(dtype)) if name == LOGITS else Array2D((None, size), dtype)
+            for name, (size, dtype) in self.sizes.items()
+        }
+        return Features({**self.dataset.features, "length": Value("int64"), **added}).arrow_schema
+
+    def row_bytes(self) -> np.ndarray:
         """Returns about how many bytes each row takes: for a token, 4 more in each column and 8 for the data's own."""
-        of_tokens = [kept for name, kept in self.sizes.items() if name != "teacher_logits"]
-        return lengths * (8 + sum(4 + size * np.dtype(dtype).itemsize for size, dtype in of_tokens))
+        of_tokens = [kept for name, kept in self.sizes.items() if name != LOGITS]
+        return self.lengths * (8 + sum(4 + size * np.dtype(dtype).itemsize for size, dtype in of_tokens))
+
+    def record_batch(self, shard: range, schema: Any, bar: Any) -> Any:
+        """Returns the rows' own columns and the teacher's as one Arrow batch. `bar` counts the rows."""
+        rows, lengths = self.dataset.select(shard), self.lengths[shard.start : shard.stop]
+        table, found = rows.with_format("arrow")[:], self.values(rows, lengths, shard.start, bar)
+
+        def array(field: Any) -> Any:
+            if field.name == "length":
+                return pa.array(lengths)
+            if field.name not in found:
+                return table[field.name].combine_chunks()
+            values = found[field.name]  # (entries, n)
+            ends = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
+            nested = pa.ListArray.from_arrays(pa.array(ends), pa.array(values.reshape(-1)))
+            if field.name == LOGITS:
+                return nested
+            nested = pa.ListArray.from_arrays(pa.array(offsets(lengths), pa.int32()), nested)
+            return pa.ExtensionArray.from_storage(field.type, nested)
+
+        return pa.RecordBatch.from_arrays([array(field) for field in schema], schema=schema)
 
     def values(self, rows: Dataset, lengths: np.ndarray, first: int, bar: Any) -> dict[str, np.ndarray]:
-        """Returns the values of each column for `rows`: (tokens, n), row after row, and `teacher_logits` as (rows, C).
+        """Returns the values (entries, n) of each column for `rows`, of which `first` is the number of the first.
 
-        `lengths` are the tokens of each row, `first` is the number of the first row, for messages; `bar` counts rows.
+        Raises ValueError naming row and column of the first value that is NaN or does not fit its dtype.
         """
-        starts = offsets(lengths)
-        found = {
-            name: np.empty((len(lengths) if name == "teacher_logits" else starts[-1], size), dtype)
-            for name, (size, dtype) in self.sizes.items()
-        }
+        starts = {name: offsets(np.ones_like(lengths) if name == LOGITS else lengths) for name in self.sizes}
+        found = {name: np.empty((starts[name][-1], size), dtype) for name, (size, dtype) in self.sizes.items()}
         batches = batches_by_length(lengths, self.batch_size)
         for chosen, states, _ in predict(self.model, rows, self.tokenizer, batches, **self.options):
             for place, row in enumerate(chosen):
                 for name, x in self.kept(states, place, lengths[row]).items():
-                    where = row if name == "teacher_logits" else slice(starts[row], starts[row + 1])
-                    found[name][where] = x.cpu().numpy()
+                    found[name][starts[name][row] : starts[name][row + 1]] = x.cpu().numpy()
             bar.update(len(chosen))
-        check_numbers(found, starts, first)
+        for name, values in found.items():
+            # A log-probability may be -inf: the class is impossible.
+            wrong = np.isnan(values) if name == "topk_logprobs" else ~np.isfinite(values)
+            if wrong.any():
+                place = int(np.flatnonzero(wrong.any(1))[0])
+                row = first + int(np.searchsorted(starts[name], place, "right")) - 1
+                hint = "; float16 holds numbers up to 65504" if name.startswith("hidden") else ""
+                raise ValueError(f"row {row}: {name} of the teacher is {values[place][wrong[place]][0]}{hint}")
         return found
 
     def kept(self, states: States, place: int, length: int) -> dict[str, Tensor]:
@@ -282,22 +284,8 @@ class TeacherColumns:
             highest, columns["topk_indices"] = logits.topk(self.top_k)
             columns["topk_logprobs"] = (highest - logits.logsumexp(-1, keepdim=True)).half()
         elif states.logits is not None:
-            columns["teacher_logits"] = states.logits[place].float()  # (C)
+            columns[LOGITS] = states.logits[place : place + 1].float()  # (1, C)
         return columns
-
-
-def check_numbers(found: Mapping[str, np.ndarray], starts: np.ndarray, first: int) -> None:
-    """Raises ValueError naming row and column of the first value that is NaN or does not fit its dtype."""
-    for name, values in found.items():
-        if name == "topk_indices":
-            continue
-        # A log-probability may be -inf: the class is impossible.
-        wrong = np.isnan(values) if name == "topk_logprobs" else ~np.isfinite(values)
-        if wrong.any():
-            place = int(np.flatnonzero(wrong.any(1))[0])
-            row = place if name == "teacher_logits" else int(np.searchsorted(starts, place, "right")) - 1
-            hint = "; float16 holds numbers up to 65504" if name.startswith("hidden") else ""
-            raise ValueError(f"row {first + row}: {name} of the teacher is {values[place][wrong[place]][0]}{hint}")
 
 
 def index_dtype(classes: int) -> str:
@@ -305,10 +293,7 @@ def index_dtype(classes: int) -> str:
 
 
 def measure(dataset: Dataset, most: int) -> tuple[np.ndarray, str]:
-    """Returns the number of tokens of each row, int64, and the SHA-256 of all token ids.
-
-    Raises ValueError for a row without tokens or with more than `most`.
-    """
+    """Returns the number of tokens of each row, int64, and the SHA-256 of all token ids. A row has at most `most`."""
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"dataset has the columns {dataset.column_names}; it should have input_ids: tokenise it")
     if not len(dataset):
@@ -317,18 +302,15 @@ def measure(dataset: Dataset, most: int) -> tuple[np.ndarray, str]:
     for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000):
         ids = table["input_ids"].combine_chunks()
         found.append(ids.value_lengths().to_numpy().astype(np.int64))
-        for numbers in (found[-1], ids.flatten().to_numpy().astype(np.int64)):
-            digest.update(numbers)
+        digest.update(found[-1])
+        digest.update(ids.flatten().to_numpy().astype(np.int64))
     lengths = np.concatenate(found)
-    if lengths.min() < 1:
-        raise ValueError(f"row {int(lengths.argmin())} has no tokens; leave it out")
-    if lengths.max() > most:
-        row = int(lengths.argmax())
-        raise ValueError(f"row {row} has {lengths[row]} tokens; the teacher takes {most}: cut the rows")
+    shortest, longest = int(lengths.argmin()), int(lengths.argmax())
+    if lengths[shortest] < 1:
+        raise ValueError(f"row {shortest} has no tokens; leave it out")
+    if lengths[longest] > most:
+        raise ValueError(f"row {longest} has {lengths[longest]} tokens; the teacher takes {most}: cut the rows")
     return lengths, digest.hexdigest()
-
-
-# -- files -------------------------------------------------------------------------------------------------------
 
 
 def offsets(lengths: np.ndarray) -> np.ndarray:
@@ -341,26 +323,6 @@ def cut(row_bytes: np.ndarray, shard_bytes: int) -> list[range]:
     shard = (np.cumsum(row_bytes) - row_bytes) // shard_bytes
     starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
     return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(row_bytes)], strict=True)]
-
-
-def record_batch(rows: Dataset, lengths: np.ndarray, found: Mapping[str, np.ndarray], schema: Any) -> Any:
-    """Returns the rows' own columns and the teacher's as one Arrow batch, without copying the numbers."""
-    table, starts = rows.with_format("arrow")[:], offsets(lengths)
-
-    def array(field: Any) -> Any:
-        if field.name == "length":
-            return pa.array(lengths)
-        if field.name not in found:
-            return table[field.name].combine_chunks()
-        values = found[field.name]  # (tokens, n), or (rows, C)
-        ends = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
-        nested = pa.ListArray.from_arrays(pa.array(ends), pa.array(values.reshape(-1)))
-        if field.name == "teacher_logits":
-            return nested
-        nested = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), nested)
-        return pa.ExtensionArray.from_storage(field.type, nested)
-
-    return pa.RecordBatch.from_arrays([array(field) for field in schema], schema=schema)
 
 
 def file_identity(path: Path) -> dict[str, Any]:
@@ -395,9 +357,6 @@ def vocabulary(tokenizer: Any) -> dict[str, Any]:
     return {"tokens": len(tokens), "sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()}
 
 
-# -- reading -----------------------------------------------------------------------------------------------------
-
-
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Returns the content of `manifest.json`: teacher, tokenizer, data, columns, rows, tokens, shards.
 
@@ -425,34 +384,29 @@ def read_cache(folder: str | Path, *, verify: bool = False) -> Dataset:
     Args:
         verify: read every file and compare its SHA-256. Sizes are always compared.
 
-    Raises:
-        FileNotFoundError: `folder` is no cache, or a file is missing.
-        ValueError: the format is another, the run did not end, or a file is not the one that was written.
+    Raises what `read_manifest` does, and the same errors for a file that is missing or is not what was written.
     """
-    from datasets import Dataset, concatenate_datasets
-
-    shards = read_manifest(folder)["shards"]
+    shards, parts = read_manifest(folder)["shards"], []
+    mend = "copy it again, or write the cache again"
     for shard in logging.tqdm(shards, desc="Verifying", disable=not verify):
         path = Path(folder) / shard["name"]
-        mend = "copy it again, or write the cache again"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; {mend}")
         if path.stat().st_size != shard["bytes"]:
             raise ValueError(f"{path}: {path.stat().st_size} bytes; {shard['bytes']} were written: {mend}")
         if verify and file_identity(path)["sha256"] != shard["sha256"]:
             raise ValueError(f"{path}: its SHA-256 is not that of what was written: {mend}")
-    parts = [Dataset.from_file(str(Path(folder) / shard["name"])) for shard in shards]
-    return concatenate_datasets(parts).with_format("numpy")
+        parts.append(Dataset.from_file(str(path)))
+    return datasets.concatenate_datasets(parts).with_format("numpy")
 
 
 def terms_served(folder: str | Path) -> list[str]:
     """Returns the terms of the objective that a cache can serve without the teacher."""
     columns = read_manifest(folder)["columns"]
-    states = {name for name in columns if name.startswith("hidden_")}
     served = {
-        "embedding": "hidden_0" in states,
-        "hidden": bool(states - {"hidden_0"}),
-        "prediction": "topk_logprobs" in columns or "teacher_logits" in columns,
+        "embedding": "hidden_0" in columns,
+        "hidden": any(name.startswith("hidden_") and name != "hidden_0" for name in columns),
+        "prediction": "topk_logprobs" in columns or LOGITS in columns,
     }
     return [term for term, is_served in served.items() if is_served]
 
@@ -481,7 +435,7 @@ def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, t
     if student is not None:
         teacher, config = manifest["teacher"], teacher_config(folder)
         check_vocabularies(student.config, config, whose=f"that of {folder} ({teacher['class']} {teacher['name']})")
-        if "teacher_logits" in manifest["columns"]:
+        if LOGITS in manifest["columns"]:
             check_classes(student.config, config)
     if tokenizer is not None:
         ours, theirs = vocabulary(tokenizer), manifest["tokenizer"]
