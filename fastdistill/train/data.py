@@ -7,11 +7,13 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -22,9 +24,6 @@ from transformers.utils import logging
 from fastdistill.train.capture import States, capture
 from fastdistill.train.processes import processes
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
 __all__ = ["PaddingCollator", "add_length", "add_teacher_logits", "pack_corpus", "read_corpus"]
 
 
@@ -34,11 +33,7 @@ def read_corpus(
     """Returns text files (UTF-8, one sentence or paragraph a line) as a data set with the column `text`.
 
     A data set is returned as it is. With `streaming` the result is an IterableDataset, which reads nothing yet.
-    Raises FileNotFoundError for a missing file, and ValueError for anything that is not text.
     """
-    from datasets import Dataset, IterableDataset, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
     if isinstance(corpus, Dataset):
         return corpus.to_iterable_dataset() if streaming else corpus
     if isinstance(corpus, IterableDataset):
@@ -54,9 +49,8 @@ def read_corpus(
     try:
         return load_dataset("text", data_files=files, split="train", streaming=streaming)
     except DatasetGenerationError as error:
-        raise ValueError(
-            f"corpus is {', '.join(files)}; it should be UTF-8 text ({error.__cause__ or error})"
-        ) from error
+        cause = error.__cause__ or error
+        raise ValueError(f"corpus is {', '.join(files)}; it should be UTF-8 text ({cause})") from error
 
 
 def pack_corpus(
@@ -74,10 +68,7 @@ def pack_corpus(
             set that has `input_ids` is not tokenised again. An IterableDataset is packed while it is read.
 
     Returns a data set of the kind given, with `input_ids` (lists of at most `max_length` ints) and `length`.
-    Raises FileNotFoundError for a missing file, and ValueError if there is no text or no room for it in a block.
     """
-    from datasets import IterableDataset
-
     dataset = read_corpus(corpus)
     is_stream = isinstance(dataset, IterableDataset)
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns
@@ -95,19 +86,16 @@ def pack_corpus(
         blocks = [[*prefix, *stream[i : i + room], *suffix] for i in range(0, len(stream), room)]
         return {"input_ids": blocks, "length": [len(block) for block in blocks]}
 
-    options = {"batched": True, "batch_size": 10_000, "remove_columns": columns}
-    if is_stream:
-        return dataset.map(pack, **options)
-    dataset = dataset.map(pack, **options, desc="Packing the corpus")
-    if not len(dataset):
+    options = {} if is_stream else {"desc": "Packing the corpus"}
+    dataset = dataset.map(pack, batched=True, batch_size=10_000, remove_columns=columns, **options)
+    if not is_stream and not len(dataset):
         raise ValueError("corpus holds no text")
     return dataset
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Returns the ids that a tokenizer puts before and after a single text."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
+    bare, full = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
@@ -141,15 +129,10 @@ def predict(
 ) -> Iterator[tuple[list[int], States, Tensor]]:
     """Runs a model in eval mode, without gradients, over batches of tokenised rows.
 
-    Yields, for each batch, its row numbers in `dataset`, what `capture` returned for it, and its mask (B, L), True at
-    tokens: entry b of every tensor belongs to row `rows[b]`. Batches keep their order, rows need not, so that callers
-    store each result under its row number.
-
-    Args:
-        batches: the row numbers of each batch, as `batches_by_length` returns them.
-        hidden: the hidden states to return beside the logits.
-        bf16: run the model under bfloat16 autocast.
-        padding_side: "right" or "left"; None for the tokenizer's own.
+    Yields, for each batch, its row numbers in `dataset` as given in `batches`, what `capture` returned for it (`hidden`
+    are the hidden states to return beside the logits), and its mask (B, L), True at tokens: entry b of every tensor
+    belongs to row `rows[b]`. `bf16` runs the model under bfloat16 autocast. `padding_side` is "right", "left", or None
+    for the tokenizer's own.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -168,21 +151,18 @@ def pad_inputs(rows: dict[str, Any], tokenizer: Any, side: str) -> tuple[dict[st
 
     A tokenizer without a padding token will do: padding is masked, so that any id may stand there.
     """
-    if "attention_mask" not in rows:
-        rows = {**rows, "attention_mask": [torch.ones_like(ids) for ids in rows["input_ids"]]}
-    batch = {}
-    for name, x in rows.items():
-        value = (tokenizer.pad_token_id or 0) if name == "input_ids" else 0
-        batch[name] = pad_sequence(list(x), batch_first=True, padding_value=value, padding_side=side)  # (B, L)
+    rows = {"attention_mask": [torch.ones_like(ids) for ids in rows["input_ids"]], **rows}
+    fill = {"input_ids": tokenizer.pad_token_id or 0}
+    batch = {
+        name: pad_sequence(list(x), batch_first=True, padding_value=fill.get(name, 0), padding_side=side)  # (B, L)
+        for name, x in rows.items()
+    }
     mask = batch["attention_mask"].bool()
     return without_full_mask(batch), mask
 
 
 def without_full_mask(batch: Any) -> Any:
-    """Drops an `attention_mask` that masks nothing.
-
-    Attention then takes its fastest path, and nobody needs to read the mask back from the device.
-    """
+    """Drops an `attention_mask` that masks nothing, so that attention takes its fastest path without a host sync."""
     if "attention_mask" in batch and bool(batch["attention_mask"].all()):
         del batch["attention_mask"]
     return batch
@@ -199,24 +179,18 @@ def add_teacher_logits(
 
     Args:
         bf16: run the teacher under bfloat16 autocast, as a stage that trains in bfloat16 does.
-
-    Raises ValueError if the logits are not (B, C).
     """
     state = processes()
     found: list[tuple[int, np.ndarray]] = []
-    batches = batches_by_length(add_length(dataset)["length"][:], batch_size)[
-        state.process_index :: state.num_processes
-    ]
-    for rows, states, _ in predict(
-        teacher, dataset, tokenizer, logging.tqdm(batches, desc="Teacher logits"), bf16=bf16
-    ):
-        logits = states.logits
-        if logits is None or logits.dim() != 2:
-            shape = None if logits is None else tuple(logits.shape)
+    batches = batches_by_length(add_length(dataset)["length"][:], batch_size)
+    mine = logging.tqdm(batches[state.process_index :: state.num_processes], desc="Teacher logits")
+    for rows, states, _ in predict(teacher, dataset, tokenizer, mine, bf16=bf16):
+        shape = None if states.logits is None else tuple(states.logits.shape)
+        if states.logits is None or states.logits.dim() != 2:
             raise ValueError(
                 f"the teacher's logits are {shape}; add_teacher_logits needs a sequence classifier, (B, C)"
             )
-        found.extend(zip(rows, logits.float().cpu().numpy(), strict=True))
+        found.extend(zip(rows, states.logits.float().cpu().numpy(), strict=True))
     logits_by_row = dict(gather_object(found))
     if "teacher_logits" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_logits")
@@ -237,14 +211,11 @@ class PaddingCollator(DataCollatorWithPadding):
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         cached = [name for name in features[0] if TOKEN_COLUMN.fullmatch(name)]
         plain = [{name: x for name, x in row.items() if name not in cached} for row in features]
-        are_tags = all(
-            np.ndim(row.get("labels", 0)) == 1 and len(row["labels"]) == len(row["input_ids"]) for row in features
-        )
-        tokenizer = self.tokenizer
-        if cached:
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.padding_side = "right"
+        are_tags = all(np.shape(row.get("labels", 0)) == np.shape(row["input_ids"]) for row in features)
         kind = DataCollatorForTokenClassification if are_tags else DataCollatorWithPadding
+        tokenizer = copy.copy(self.tokenizer)
+        if cached:
+            tokenizer.padding_side = "right"
         batch = kind(tokenizer, self.padding, self.max_length, self.pad_to_multiple_of)(plain)
         for name in cached:
             dtype = torch.int64 if name == "topk_indices" else torch.float32
