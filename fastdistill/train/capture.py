@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,36 +61,22 @@ class States:
     head: str = ""  # "spans" for question answering, "tags" for a token classifier, else ""
 
 
+@dataclass
 class _Sink:
     """Collects the layers asked for. It numbers them from 1 in the order of calls: not every layer knows its index.
 
     Under activation checkpointing, backward calls the attention again, which counts on past the last layer.
     """
 
-    def __init__(self, wanted: Collection[int], values: bool) -> None:
-        self.wanted, self.values = wanted, values
-        self.calls = 0
-        self.layers: dict[int, LayerAttention] = {}
+    wanted: Collection[int]
+    values: bool
+    calls: int = 0
+    layers: dict[int, LayerAttention] = field(default_factory=dict)
 
-    def add(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, is_causal: bool
-    ) -> None:
+    def add(self, layer: LayerAttention) -> None:
         self.calls += 1
         if self.calls in self.wanted:
-            padding = mask if _is_padding(mask) else None
-            self.layers[self.calls] = LayerAttention(
-                query=query,
-                key=key,
-                scale=scale,
-                key_mask=None if padding is None else padding[:, 0, 0],
-                attn_mask=mask if padding is None else None,
-                is_causal=is_causal,
-                value=value if self.values else None,
-            )
-
-
-def _is_padding(mask: Tensor | None) -> bool:
-    return mask is not None and mask.shape[1:3] == (1, 1)  # (B, 1, 1, S), the form `_padding_mask` returns
+            self.layers[self.calls] = layer if self.values else replace(layer, value=None)
 
 
 def _capturing_attention(
@@ -111,11 +97,14 @@ def _capturing_attention(
             "model a (B, L) mask of 0 and 1, or a bool mask (B, 1, L, S)"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_padding = attention_mask is not None and attention_mask.shape[1:3] == (1, 1)  # see `_padding_mask`
+    padding, dense = (attention_mask, None) if is_padding else (None, attention_mask)
     # A dense mask already contains the causal part, as in the SDPA path.
-    causal = bool(causal and query.shape[2] > 1 and (attention_mask is None or _is_padding(attention_mask)))
+    causal = bool(causal and query.shape[2] > 1 and dense is None)
     if fastdistill_sink is not None:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        fastdistill_sink.add(query, key, value, scale, attention_mask, causal)
+        key_mask = None if padding is None else padding[:, 0, 0]
+        fastdistill_sink.add(LayerAttention(query, key, scale, key_mask, dense, causal, value))
     if causal and attention_mask is not None:  # SDPA takes is_causal or a mask, not both
         shape = (query.shape[2], key.shape[2])
         attention_mask = attention_mask & torch.ones(shape, dtype=torch.bool, device=query.device).tril()
@@ -132,9 +121,7 @@ def _padding_mask(attention_mask: Tensor | None = None, **arguments: Any) -> Ten
     it would be a host sync in every forward. Leave a full mask out of the batch there.
     """
     # transformers up to 5.1 passes `cache_position` instead of the number of queries.
-    queries = arguments.get("q_length")
-    if queries is None:
-        queries = arguments["cache_position"].shape[0]
+    queries = arguments.get("q_length") or arguments["cache_position"].shape[0]
     keys, window = arguments["kv_length"], arguments.get("local_size")
     # The skip flags are off if the mask holds more than padding and causality (packed sequences, overlays).
     is_plain = arguments.get("allow_is_causal_skip", True) or arguments.get("allow_is_bidirectional_skip", False)
@@ -167,26 +154,17 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(_switched(model))
+            name = type(model).__name__
+            if not model._can_set_attn_implementation():
+                raise ValueError(
+                    f"{name} does not compute its attention through transformers' attention interface, so its queries "
+                    f"and keys cannot be captured; {WAY_OUT}"
+                )
+            if not model._supports_sdpa:
+                raise ValueError(f"{name} cannot use SDPA attention, which capturing needs; {WAY_OUT}")
+            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
+            model.set_attn_implementation(NAME)
         yield
-
-
-@contextmanager
-def _switched(model: PreTrainedModel) -> Iterator[None]:
-    name = type(model).__name__
-    if not model._can_set_attn_implementation():
-        raise ValueError(
-            f"{name} does not compute its attention through transformers' attention interface, so its queries and "
-            f"keys cannot be captured; {WAY_OUT}"
-        )
-    if not model._supports_sdpa:
-        raise ValueError(f"{name} cannot use SDPA attention, which capturing needs; {WAY_OUT}")
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(previous)
 
 
 def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,13 +198,8 @@ def capture(
     Raises ValueError for an index out of range, `attention` outside `capturable`, reentrant activation checkpointing,
     or a model that does not call its attention once per layer.
     """
-    layers = model.config.num_hidden_layers
-    _check_indices(model, "hidden", hidden, 0)
-    _check_indices(model, "attention", attention, 1)
-    if attention:
-        _check_attention(model)
-
-    sink = _Sink(frozenset(attention), values)
+    _check(model, hidden, attention)
+    sink, layers = _Sink(attention, values), model.config.num_hidden_layers
     arguments = forward_arguments(model, batch)
     if attention:
         arguments["fastdistill_sink"] = sink
@@ -235,7 +208,6 @@ def capture(
     if getattr(model.config, "use_cache", False):
         arguments["use_cache"] = False
     outputs = model(**arguments, return_dict=True)
-
     if attention and sink.calls != layers:
         raise ValueError(
             f"{type(model).__name__} called the attention function {sink.calls} times for its {layers} layers, so "
@@ -245,17 +217,14 @@ def capture(
     return States({i: outputs.hidden_states[i] for i in hidden}, sink.layers, logits, head)
 
 
-def _check_indices(model: PreTrainedModel, name: str, indices: Collection[int], first: int) -> None:
-    layers = model.config.num_hidden_layers
-    wrong = [index for index in indices if not first <= index <= layers]
-    if wrong:
-        raise ValueError(f"{name} holds {wrong}; {type(model).__name__} has {first}..{layers}")
-
-
-def _check_attention(model: PreTrainedModel) -> None:
-    if model.config._attn_implementation != NAME:
-        raise ValueError(f"capture of attention needs `with capturable(model):` around it ({type(model).__name__})")
-    if model.training and torch.is_grad_enabled():
+def _check(model: PreTrainedModel, hidden: Collection[int], attention: Collection[int]) -> None:
+    name, layers = type(model).__name__, model.config.num_hidden_layers
+    for what, indices, first in (("hidden", hidden, 0), ("attention", attention, 1)):
+        if wrong := [index for index in indices if not first <= index <= layers]:
+            raise ValueError(f"{what} holds {wrong}; {name} has {first}..{layers}")
+    if attention and model.config._attn_implementation != NAME:
+        raise ValueError(f"capture of attention needs `with capturable(model):` around it ({name})")
+    if attention and model.training and torch.is_grad_enabled():
         refuse_reentrant_checkpointing(model)
 
 
