@@ -8,7 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
+
 from fastdistill.train.processes import on_main, processes
+
+WHOLE = "whole"  # the empty file that is written last to a checkpoint
 
 
 def working_folder(output: str | Path) -> Path:
@@ -17,12 +21,7 @@ def working_folder(output: str | Path) -> Path:
 
 
 def check(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Checks that `output` may be written.
-
-    Raises:
-        FileExistsError: `output` is not empty, or an interrupted run lies beside it, and neither flag is set.
-        ValueError: both flags are set.
-    """
+    """Raises FileExistsError if `output` or the folder of an interrupted run is not empty and neither flag is set."""
     output, work = Path(output), working_folder(output)
     if resume and overwrite:
         raise ValueError("resume and overwrite are both set; choose one")
@@ -76,18 +75,11 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_arrow(path: Path, schema: Any, batches: Iterable[Any]) -> None:
     """Writes `batches` (pyarrow.RecordBatch) of one `schema` to an Arrow stream that appears whole or not at all."""
-    import pyarrow as pa  # type: ignore[import-untyped]
-
     partial = working_folder(path)
     with pa.ipc.new_stream(partial, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
     partial.replace(path)
-
-
-# -- checkpoints of a run ----------------------------------------------------------------------------------
-
-WHOLE = "whole"  # the empty file that is written last to a checkpoint
 
 
 def last_checkpoint(work: Path) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -40,8 +40,7 @@ def check_gpus() -> None:
 
 def on_main(function: Callable[[], Result]) -> Result:
     """Runs `function` on the main process, and returns its result or raises its error on every process."""
-    result, error = _attempt(function) if processes().is_main_process else (None, None)
-    _raise_together(error)
+    result = _run_together(function, processes().is_main_process)
     return broadcast_object_list([result])[0]
 
 
@@ -50,32 +49,21 @@ def main_first(function: Callable[[], Result]) -> Result:
 
     An error on any process is raised on all.
     """
-    result: Result | None = None
-    for first in (True, False):
-        error = None
-        if processes().is_local_main_process is first:
-            result, error = _attempt(function)
-        _raise_together(error)
-    return result  # type: ignore[return-value]
+    is_first = processes().is_local_main_process
+    early, late = _run_together(function, is_first), _run_together(function, not is_first)
+    return early if is_first else late
 
 
-def _attempt(function: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+def _run_together(function: Callable[[], Any], is_mine: bool) -> Any:
+    """Runs `function` where `is_mine` is set. An error is raised on every process: its own, or else the first other."""
+    result, error, message = None, None, None
     try:
-        return function(), None
-    except Exception as error:
-        return None, error
-
-
-def _raise_together(error: Exception | None) -> None:
-    """Raises an error on every process if any has one: its own, or else the first of the others' with its message."""
-    message = None
-    if error is not None:  # a known kind, so that it can be pickled and bad input stays bad input
+        result = function() if is_mine else None
+    except Exception as caught:  # a known kind is sent, so that it can be pickled and bad input stays bad input
         known = (FileExistsError, FileNotFoundError, OSError, ValueError)
-        kind = next((kind for kind in known if isinstance(error, kind)), RuntimeError)
-        message = kind(str(error))
-    messages = gather_object([message])
-    if error is not None:
-        raise error
-    for other in messages:
-        if other is not None:
-            raise other
+        kind = next((kind for kind in known if isinstance(caught, kind)), RuntimeError)
+        error, message = caught, kind(str(caught))
+    raised = [other for other in gather_object([message]) if other is not None]
+    if raised:
+        raise error or raised[0]
+    return result
