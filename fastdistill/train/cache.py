@@ -4,17 +4,9 @@
     rows = read_cache("cache")  # a datasets.Dataset, mapped into memory
     CachedStage(cache="cache").run(student, None, tokenizer, "student")  # of fastdistill.train.stages
 
-Rows keep their order and their columns. These columns are added to a row of L tokens:
-
-| column | shape | stored as | content |
-| --- | --- | --- | --- |
-| `topk_logprobs` | (L, k) | float16 | a language model's k largest log-probabilities at temperature 1, highest first |
-| `topk_indices` | (L, k) | uint16; int32 above 65536 classes | the classes of these |
-| `teacher_logits` | (C) | float32 | the logits of a sequence classifier |
-| `hidden_i` | (L, d) | float16 | hidden state i; 0 is the embedding output |
-
-float16 is eight times as exact as bfloat16, and Arrow has no bfloat16. Hidden states above its largest number, 65504,
-are refused, never clipped. docs/cache.md describes the files and the error that rounding brings.
+Rows keep their order and their columns. Those of the teacher are added, for a row of L tokens: `topk_logprobs` and
+`topk_indices` (L, k), `hidden_i` (L, d), and `teacher_logits` (C) of a sequence classifier. docs/cache.md describes the
+columns, how they are stored, the files, and the error that rounding brings.
 """
 
 from __future__ import annotations
@@ -86,9 +78,8 @@ def write_cache(
         resume: continue an interrupted run at its first missing shard; do nothing if `output` is whole.
         overwrite: replace `output`, and drop an interrupted run.
 
-    Raises FileExistsError if `output` is not empty, or an interrupted run lies beside it, and neither flag is set;
-    ValueError for an argument or a row that does not fit, an interrupted run that had other arguments, and, while
-    writing, logits that are NaN or hidden states that do not fit float16.
+    Raises FileExistsError if neither flag is set and `output` or `<output>.partial` is not empty, and ValueError for
+    an argument, a row or a value of the teacher that does not fit.
     """
     output = Path(output)
     if resume and not overwrite and (output / MANIFEST).is_file():
@@ -101,7 +92,7 @@ def write_cache(
     lengths, digest = measure(dataset, positions(teacher))
     columns = TeacherColumns(dataset, lengths, teacher, tokenizer, top_k, sorted(set(hidden)), batch_size, bf16)
     manifest = columns.manifest([file_identity(Path(path)) for path in files], digest, shard_bytes)
-    shards = cut(columns.row_bytes(), shard_bytes)
+    shards = columns.shards(shard_bytes)
     with whole_output(output, resume=resume, overwrite=overwrite) as work:
         on_main(lambda: begin(work, manifest))
         write_shards(work, columns, shards)
@@ -228,10 +219,14 @@ class TeacherColumns:
         }
         return Features({**self.dataset.features, "length": Value("int64"), **added}).arrow_schema
 
-    def row_bytes(self) -> np.ndarray:
-        """Returns about how many bytes each row takes: for a token, 4 more in each column and 8 for the data's own."""
+    def shards(self, shard_bytes: int) -> list[range]:
+        """Returns the rows of each shard. A row is in the shard that its first byte falls into."""
         of_tokens = [kept for name, kept in self.sizes.items() if name != LOGITS]
-        return self.lengths * (8 + sum(4 + size * np.dtype(dtype).itemsize for size, dtype in of_tokens))
+        # A token takes about 4 bytes more in each column, and 8 for the data's own.
+        row_bytes = self.lengths * (8 + sum(4 + size * np.dtype(dtype).itemsize for size, dtype in of_tokens))
+        shard = (np.cumsum(row_bytes) - row_bytes) // shard_bytes
+        starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
+        return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(shard)], strict=True)]
 
     def record_batch(self, shard: range, schema: Any, bar: Any) -> Any:
         """Returns the rows' own columns and the teacher's as one Arrow batch. `bar` counts the rows."""
@@ -254,10 +249,7 @@ class TeacherColumns:
         return pa.RecordBatch.from_arrays([array(field) for field in schema], schema=schema)
 
     def values(self, rows: Dataset, lengths: np.ndarray, first: int, bar: Any) -> dict[str, np.ndarray]:
-        """Returns the values (entries, n) of each column for `rows`, of which `first` is the number of the first.
-
-        Raises ValueError naming row and column of the first value that is NaN or does not fit its dtype.
-        """
+        """Returns the values (entries, n) of each column for `rows`, of which `first` is the number of the first."""
         starts = {name: offsets(np.ones_like(lengths) if name == LOGITS else lengths) for name in self.sizes}
         found = {name: np.empty((starts[name][-1], size), dtype) for name, (size, dtype) in self.sizes.items()}
         batches = batches_by_length(lengths, self.batch_size)
@@ -318,13 +310,6 @@ def offsets(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def cut(row_bytes: np.ndarray, shard_bytes: int) -> list[range]:
-    """Returns the rows of each shard. A row is in the shard that its first byte falls into."""
-    shard = (np.cumsum(row_bytes) - row_bytes) // shard_bytes
-    starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(row_bytes)], strict=True)]
-
-
 def file_identity(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -358,10 +343,7 @@ def vocabulary(tokenizer: Any) -> dict[str, Any]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Returns the content of `manifest.json`: teacher, tokenizer, data, columns, rows, tokens, shards.
-
-    Raises FileNotFoundError without one, and ValueError for another format or an unfinished run.
-    """
+    """Returns the content of `manifest.json`: teacher, tokenizer, data, columns, rows, tokens, shards."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {folder} should be what `fastdistill cache` wrote")
@@ -378,13 +360,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def read_cache(folder: str | Path, *, verify: bool = False) -> Dataset:
     """Returns the rows of a cache in numpy format, mapped into memory: nothing is read before it is used.
 
-    The columns are the data's own, `length`, and the teacher's (see the table above). Floating-point numbers arrive as
-    float32, integers as int64, (L, n) a row.
-
-    Args:
-        verify: read every file and compare its SHA-256. Sizes are always compared.
-
-    Raises what `read_manifest` does, and the same errors for a file that is missing or is not what was written.
+    The columns are the data's own, `length`, and the teacher's. Floating-point numbers arrive as
+    float32, integers as int64, (L, n) a row. `verify` reads every file and compares its SHA-256; sizes are always
+    compared. Raises FileNotFoundError or ValueError for a file that is missing or is not what was written.
     """
     shards, parts = read_manifest(folder)["shards"], []
     mend = "copy it again, or write the cache again"
@@ -415,7 +393,6 @@ def weightless_teacher(folder: str | Path) -> PreTrainedModel:
     """Returns a model of the teacher's class and config on the device "meta", without weights.
 
     `fastdistill.train.students.build_student` needs no more of a teacher for a student that does not start from it.
-    Raises ValueError if the class is not one of transformers' own.
     """
     name = read_manifest(folder)["teacher"]["class"]
     if not hasattr(transformers, name):
@@ -437,10 +414,9 @@ def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, t
         check_vocabularies(student.config, config, whose=f"that of {folder} ({teacher['class']} {teacher['name']})")
         if LOGITS in manifest["columns"]:
             check_classes(student.config, config)
-    if tokenizer is not None:
-        ours, theirs = vocabulary(tokenizer), manifest["tokenizer"]
-        if ours != theirs:
-            raise ValueError(
-                f"the tokenizer's vocabulary ({ours['tokens']} tokens, SHA-256 {ours['sha256'][:12]}) is not that of "
-                f"{folder} ({theirs['tokens']} tokens, SHA-256 {theirs['sha256'][:12]}); use the tokenizer saved there"
-            )
+    theirs = manifest["tokenizer"]
+    if tokenizer is not None and (ours := vocabulary(tokenizer)) != theirs:
+        raise ValueError(
+            f"the tokenizer's vocabulary ({ours['tokens']} tokens, SHA-256 {ours['sha256'][:12]}) is not that of "
+            f"{folder} ({theirs['tokens']} tokens, SHA-256 {theirs['sha256'][:12]}); use the tokenizer saved there"
+        )

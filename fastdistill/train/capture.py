@@ -194,9 +194,6 @@ def capture(
             norm of models that have one.
         attention: layers, from 1. Needs `with capturable(model):` around the call.
         values: keep the values of those layers as well.
-
-    Raises ValueError for an index out of range, `attention` outside `capturable`, reentrant activation checkpointing,
-    or a model that does not call its attention once per layer.
     """
     _check(model, hidden, attention)
     sink, layers = _Sink(attention, values), model.config.num_hidden_layers
@@ -213,7 +210,9 @@ def capture(
             f"{type(model).__name__} called the attention function {sink.calls} times for its {layers} layers, so "
             f"layers cannot be told apart; {WAY_OUT}"
         )
-    logits, head = _read_head(outputs)
+    logits, head = outputs.get("logits"), "tags" if isinstance(outputs, TokenClassifierOutput) else ""
+    if "start_logits" in outputs:
+        logits, head = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1), "spans"
     return States({i: outputs.hidden_states[i] for i in hidden}, sink.layers, logits, head)
 
 
@@ -226,13 +225,6 @@ def _check(model: PreTrainedModel, hidden: Collection[int], attention: Collectio
         raise ValueError(f"capture of attention needs `with capturable(model):` around it ({name})")
     if attention and model.training and torch.is_grad_enabled():
         refuse_reentrant_checkpointing(model)
-
-
-def _read_head(outputs: Any) -> tuple[Tensor | None, str]:
-    """Returns the logits and the kind of head, as `States` describes them."""
-    if "start_logits" in outputs:
-        return torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1), "spans"
-    return outputs.get("logits"), "tags" if isinstance(outputs, TokenClassifierOutput) else ""
 
 
 def refuse_reentrant_checkpointing(model: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,27 +24,24 @@ from transformers.utils import logging
 from fastdistill.train.capture import States, capture
 from fastdistill.train.processes import processes
 
+Corpus: TypeAlias = Sequence[str | Path] | Dataset | IterableDataset
+
 __all__ = ["PaddingCollator", "add_length", "add_teacher_logits", "pack_corpus", "read_corpus"]
 
 
-def read_corpus(
-    corpus: Sequence[str | Path] | Dataset | IterableDataset, streaming: bool = False
-) -> Dataset | IterableDataset:
+def read_corpus(corpus: Corpus, streaming: bool = False) -> Dataset | IterableDataset:
     """Returns text files (UTF-8, one sentence or paragraph a line) as a data set with the column `text`.
 
     A data set is returned as it is. With `streaming` the result is an IterableDataset, which reads nothing yet.
     """
-    if isinstance(corpus, Dataset):
-        return corpus.to_iterable_dataset() if streaming else corpus
-    if isinstance(corpus, IterableDataset):
-        return corpus
+    if isinstance(corpus, (Dataset, IterableDataset)):
+        return corpus.to_iterable_dataset() if streaming and isinstance(corpus, Dataset) else corpus
     if isinstance(corpus, (str, Path)) or not corpus:
         raise ValueError(f"corpus is {corpus!r}; it should be a non-empty list of text files, or a data set")
     for path in corpus:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file; the corpus is made of text files")
-    files = [str(path) for path in corpus if Path(path).stat().st_size]
-    if not files:
+    if not (files := [str(path) for path in corpus if Path(path).stat().st_size]):
         raise ValueError("corpus holds no text")
     try:
         return load_dataset("text", data_files=files, split="train", streaming=streaming)
@@ -54,10 +51,7 @@ def read_corpus(
 
 
 def pack_corpus(
-    corpus: Sequence[str | Path] | Dataset | IterableDataset,
-    tokenizer: Any,
-    max_length: int = 128,
-    column: str = "text",
+    corpus: Corpus, tokenizer: Any, max_length: int = 128, column: str = "text"
 ) -> Dataset | IterableDataset:
     """Tokenises text and packs it into blocks of `max_length` tokens, each with the tokenizer's special tokens.
 
@@ -175,10 +169,8 @@ def add_teacher_logits(
 
     A teacher in eval mode returns the same logits in every epoch and for every seed, so the prediction stage need not
     run it again. Under several processes all must call this function with the same rows; each runs its share of the
-    batches, and all return the same data set.
-
-    Args:
-        bf16: run the teacher under bfloat16 autocast, as a stage that trains in bfloat16 does.
+    batches, and all return the same data set. `bf16` runs the teacher under bfloat16 autocast, as a stage that trains
+    in bfloat16 does.
     """
     state = processes()
     found: list[tuple[int, np.ndarray]] = []

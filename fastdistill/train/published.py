@@ -50,9 +50,6 @@ def load_published(
             will be trained, whose new head then needs no warning.
         options: settings that win over config.json, such as `num_labels` and `id2label`. Without any there are as many
             labels as the checkpoint's classifier has rows.
-
-    Raises ValueError if config.json is not a BERT's, or if weights are missing, unexpected or of another shape, which
-    the message names; FileNotFoundError for a missing file.
     """
     weights, path = _read_weights(folder), Path(folder) / WEIGHTS
     config = _bert_config(folder, weights, auto_class, options)
@@ -124,9 +121,7 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | N
     filled = {id(parameters[name]) for name in found}  # includes tied parameters
     problems = {
         "missing": [
-            name
-            for name, parameter in parameters.items()
-            if id(parameter) not in filled and not (untrained and name.startswith(f"{untrained}."))
+            name for name, x in parameters.items() if id(x) not in filled and not name.startswith(f"{untrained}.")
         ],
         "unexpected": [
             name for name in weights.keys() - found.keys() if not name.startswith(SPARE) and not FIT.fullmatch(name)

@@ -64,9 +64,7 @@ def build_student(
             the teacher has another number of labels.
         trust_remote_code: run the model code that a checkpoint brings along.
 
-    Returns a float32 model in eval mode, on the CPU.
-    Raises OSError for a folder without a model or an unknown name; ValueError for a vocabulary other than the
-    teacher's, a config key that the teacher's family does not have, and whatever `init_from_teacher` refuses.
+    Returns a float32 model in eval mode, on the CPU. Raises OSError for a folder without a model or an unknown name.
     """
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
@@ -119,8 +117,7 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     finally:
         report.removeFilter(is_no_load_report)
     prefix, kind_name, missing = f"{model.base_model_prefix}.", type(model).__name__, set(loaded["missing_keys"])
-    is_headless = model.base_model is model
-    if names := first_names(key for key in missing if is_headless or key.startswith(prefix)):
+    if names := first_names(key for key in missing if model.base_model is model or key.startswith(prefix)):
         raise ValueError(f"{name}: its weights are no {kind_name}'s; there is no {names}")
     parts = {part for part, _ in model.base_model.named_children()}
     unused = (key for key in loaded["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in parts)
@@ -238,13 +235,11 @@ def init_from_teacher(
             thousand tokens or more of the text to distil on. None: random tokens, which serve half as well.
 
     Returns the projection (d_teacher, d_student) from the student's hidden states to the teacher's, float32. It can
-    initialise the projections of an `Objective` (weight; bias 0).
-    Raises ValueError for another architecture, another number of heads, or a student wider than its teacher.
+    initialise the projections of an `Objective` (`save_projections`).
     """
     source, target = teacher.base_model, student.base_model
     check_foldable(target, source)
-    mapped = resolve_layer_map(layer_map, len(target.encoder.layer), len(source.encoder.layer))
-    first, *places = fill_gaps(mapped)
+    first, *places = fill_gaps(resolve_layer_map(layer_map, len(target.encoder.layer), len(source.encoder.layer)))
     places = [max(place, 1) for place in places]  # teacher layers, from 1
     d_t, d_s = source.config.hidden_size, target.config.hidden_size
     if d_s == d_t and target.config.intermediate_size == source.config.intermediate_size:
@@ -302,9 +297,7 @@ def save_projections(
     """
     objective = Objective(student.config, teacher.config, **options)
     for linear in objective.projections.values():
-        assert isinstance(linear, nn.Linear)
-        nn.init.zeros_(linear.bias)
-        linear.weight.data.copy_(weight)
+        linear.load_state_dict({"weight": weight, "bias": torch.zeros(len(weight))})
     objective.save(folder)
 
 
@@ -340,11 +333,10 @@ def check_foldable(student: Any, teacher: Any) -> None:
 
 def fill_gaps(places: Sequence[int | None]) -> list[int]:
     """Returns a layer map in which layers evenly spaced between the mapped neighbours replace None."""
-    known = [i for i, place in enumerate(places) if place is not None]
+    known = {i: place for i, place in enumerate(places) if place is not None}
     if not known:
         raise ValueError("layer_map maps no layer; init='teacher' needs one")
-    values = [place for place in places if place is not None]
-    return np.interp(range(len(places)), known, values).round().astype(int).tolist()
+    return np.interp(range(len(places)), [*known], [*known.values()]).round().astype(int).tolist()
 
 
 def copy_layers(student: PreTrainedModel, teacher: PreTrainedModel, places: Sequence[int]) -> None:
@@ -388,7 +380,7 @@ def fold_embeddings(
             mine = ours.get_parameter(name)
             mine.copy_(table[: len(mine)])
         x = ours(**inputs)[mask]
-        fit_linear(student.embeddings_project, x, goal)
+        set_linear(student.embeddings_project, solve(x, goal))
         return student.embeddings_project(x)
     narrow = projection
     if hasattr(teacher, "embeddings_project"):
@@ -399,13 +391,11 @@ def fold_embeddings(
             centred = table - table.mean(1, keepdim=True)  # the teacher's LayerNorm removes the mean
             mine = ours.get_parameter(name)
             mine.copy_((centred * scale @ narrow)[: len(mine)])  # the first positions and types
-    sums: list[Tensor] = []
-    hook = ours.LayerNorm.register_forward_pre_hook(lambda _module, inputs: sums.append(inputs[0]))
-    ours(**inputs)
-    hook.remove()
-    x = sums[0][mask]
-    fit_norm(ours.LayerNorm, x, goal)
-    return ours.LayerNorm(x)
+    norm, ours.LayerNorm = ours.LayerNorm, nn.Identity()
+    x = ours(**inputs)[mask]
+    ours.LayerNorm = norm
+    fit_norm(norm, x, goal)
+    return norm(x)
 
 
 def fold_layer(
@@ -449,13 +439,13 @@ def fold_layer(
     strength = teacher.intermediate.intermediate_act_fn(before).square().mean(0).sqrt()
     strength = strength * (projection.T @ teacher.output.dense.weight).norm(dim=0)
     kept = strength.topk(student.intermediate.dense.out_features).indices
-    fit_linear(student.intermediate.dense, x, before[:, kept])
+    set_linear(student.intermediate.dense, solve(x, before[:, kept]))
     return fit_residual(student.output, student.intermediate(x), x, output @ projection)
 
 
 def fit_residual(block: Any, inputs: Tensor, residual: Tensor, goal: Tensor) -> Tensor:
     """Fits `LayerNorm(dense(inputs) + residual)` to `goal`, and returns its value."""
-    fit_linear(block.dense, inputs, goal - residual)
+    set_linear(block.dense, solve(inputs, goal - residual))
     x = block.dense(inputs) + residual
     fit_norm(block.LayerNorm, x, goal)
     return block.LayerNorm(x)
@@ -470,11 +460,7 @@ def fit_norm(norm: nn.LayerNorm, inputs: Tensor, goal: Tensor) -> None:
     norm.bias.copy_(goal_mean - norm.weight * x_mean)
 
 
-def fit_linear(linear: nn.Linear, inputs: Tensor, goal: Tensor) -> None:
-    set_linear(linear, solve(inputs, goal), slice(None))
-
-
-def set_linear(linear: nn.Linear, solution: Tensor, rows: slice) -> None:
+def set_linear(linear: nn.Linear, solution: Tensor, rows: slice = slice(None)) -> None:
     linear.weight[rows] = solution[:-1].T.to(linear.weight)
     linear.bias[rows] = solution[-1].to(linear.bias)
 
