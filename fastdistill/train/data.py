@@ -24,6 +24,8 @@ from transformers.utils import logging
 from fastdistill.train.capture import States, capture
 from fastdistill.train.processes import processes
 
+# The columns that fastdistill.train.cache adds for each token, (L, n) a row.
+TOKEN_COLUMN = re.compile(r"topk_logprobs|topk_indices|hidden_\d+")
 Corpus: TypeAlias = Sequence[str | Path] | Dataset | IterableDataset
 
 __all__ = ["PaddingCollator", "add_length", "add_teacher_logits", "pack_corpus", "read_corpus"]
@@ -187,10 +189,6 @@ def add_teacher_logits(
     if "teacher_logits" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_logits")
     return dataset.add_column("teacher_logits", [logits_by_row[row] for row in range(len(dataset))])
-
-
-# The columns that fastdistill.train.cache adds for each token, (L, n) a row.
-TOKEN_COLUMN = re.compile(r"topk_logprobs|topk_indices|hidden_\d+")
 
 
 class PaddingCollator(DataCollatorWithPadding):

@@ -39,8 +39,17 @@ PRESETS: dict[str, dict[str, int]] = {
     "tinybert-4l-312": dict(zip(SIZES, (4, 312, 1200, 12), strict=True)),
     "tinybert-6l-768": dict(zip(SIZES, (6, 768, 3072, 12), strict=True)),
 }
+AUTO_CLASSES = {
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+}
 LABEL_OPTIONS = ("num_labels", "id2label", "label2id", "problem_type")
 LABELLED = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+RIDGE = 0.01
 
 
 def build_student(
@@ -186,16 +195,6 @@ def derived_settings(config: Any, changed: Collection[str]) -> set[str]:
     return derived - set(changed)
 
 
-AUTO_CLASSES = {
-    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "AutoModelForMaskedLM": modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
-}
-
-
 def auto_name(model: PreTrainedModel) -> str:
     """Returns the name of the transformers Auto class that makes this kind of model (`AutoModel` without a head)."""
     for name, classes in AUTO_CLASSES.items():
@@ -203,9 +202,6 @@ def auto_name(model: PreTrainedModel) -> str:
             return name
     known = ", ".join(AUTO_CLASSES)
     raise ValueError(f"teacher is a {type(model).__name__}; build_student knows what {known} make")
-
-
-RIDGE = 0.01
 
 
 @torch.no_grad()
@@ -312,10 +308,10 @@ def check_foldable(student: Any, teacher: Any) -> None:
                 f"the {side} is a {type(model).__name__}, whose layers are not BERT's; init='teacher' folds BERT, "
                 "RoBERTa and ELECTRA. Use init='random'"
             )
-    kinds = student.config.model_type, teacher.config.model_type
-    if kinds[0] != kinds[1]:
+    family, other = student.config.model_type, teacher.config.model_type
+    if family != other:
         raise ValueError(
-            f"the student's model_type is {kinds[0]!r}, the teacher's {kinds[1]!r}; init='teacher' folds models of one "
+            f"the student's model_type is {family!r}, the teacher's {other!r}; init='teacher' folds models of one "
             "family. Use init='random'"
         )
     equal = ["num_attention_heads"]
@@ -394,8 +390,7 @@ def fold_embeddings(
     norm, ours.LayerNorm = ours.LayerNorm, nn.Identity()
     x = ours(**inputs)[mask]
     ours.LayerNorm = norm
-    fit_norm(norm, x, goal)
-    return norm(x)
+    return fit_norm(norm, x, goal)
 
 
 def fold_layer(
@@ -446,18 +441,17 @@ def fold_layer(
 def fit_residual(block: Any, inputs: Tensor, residual: Tensor, goal: Tensor) -> Tensor:
     """Fits `LayerNorm(dense(inputs) + residual)` to `goal`, and returns its value."""
     set_linear(block.dense, solve(inputs, goal - residual))
-    x = block.dense(inputs) + residual
-    fit_norm(block.LayerNorm, x, goal)
-    return block.LayerNorm(x)
+    return fit_norm(block.LayerNorm, block.dense(inputs) + residual, goal)
 
 
-def fit_norm(norm: nn.LayerNorm, inputs: Tensor, goal: Tensor) -> None:
-    """Fits scale and bias of each dimension by least squares."""
+def fit_norm(norm: nn.LayerNorm, inputs: Tensor, goal: Tensor) -> Tensor:
+    """Fits scale and bias of each dimension by least squares, and returns the norm of `inputs`."""
     x = F.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
     x_mean, goal_mean = x.mean(0), goal.mean(0)
     covariance = ((x - x_mean) * (goal - goal_mean)).mean(0)
     norm.weight.copy_(covariance / x.var(0, correction=0).clamp_min(1e-12))
     norm.bias.copy_(goal_mean - norm.weight * x_mean)
+    return norm(inputs)
 
 
 def set_linear(linear: nn.Linear, solution: Tensor, rows: slice = slice(None)) -> None:
