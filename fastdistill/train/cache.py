@@ -231,22 +231,15 @@ class TeacherColumns:
     def record_batch(self, shard: range, schema: Any, bar: Any) -> Any:
         """Returns the rows' own columns and the teacher's as one Arrow batch. `bar` counts the rows."""
         rows, lengths = self.dataset.select(shard), self.lengths[shard.start : shard.stop]
-        table, found = rows.with_format("arrow")[:], self.values(rows, lengths, shard.start, bar)
-
-        def array(field: Any) -> Any:
-            if field.name == "length":
-                return pa.array(lengths)
-            if field.name not in found:
-                return table[field.name].combine_chunks()
-            values = found[field.name]  # (entries, n)
-            ends = np.arange(0, values.size + 1, values.shape[1], dtype=np.int32)
-            nested = pa.ListArray.from_arrays(pa.array(ends), pa.array(values.reshape(-1)))
-            if field.name == LOGITS:
-                return nested
-            nested = pa.ListArray.from_arrays(pa.array(offsets(lengths), pa.int32()), nested)
-            return pa.ExtensionArray.from_storage(field.type, nested)
-
-        return pa.RecordBatch.from_arrays([array(field) for field in schema], schema=schema)
+        table = rows.with_format("arrow")[:]
+        arrays = {name: table[name].combine_chunks() for name in table.column_names} | {"length": pa.array(lengths)}
+        for name, x in self.values(rows, lengths, shard.start, bar).items():  # (entries, n)
+            ends = np.arange(0, x.size + 1, x.shape[1], dtype=np.int32)
+            arrays[name] = pa.ListArray.from_arrays(pa.array(ends), pa.array(x.reshape(-1)))
+            if name != LOGITS:
+                nested = pa.ListArray.from_arrays(pa.array(offsets(lengths), pa.int32()), arrays[name])
+                arrays[name] = pa.ExtensionArray.from_storage(schema.field(name).type, nested)
+        return pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
     def values(self, rows: Dataset, lengths: np.ndarray, first: int, bar: Any) -> dict[str, np.ndarray]:
         """Returns the values (entries, n) of each column for `rows`, of which `first` is the number of the first."""

@@ -24,11 +24,11 @@ from transformers.utils import logging
 from fastdistill.train.capture import States, capture
 from fastdistill.train.processes import processes
 
+__all__ = ["PaddingCollator", "add_length", "add_teacher_logits", "pack_corpus", "read_corpus"]
+
 # The columns that fastdistill.train.cache adds for each token, (L, n) a row.
 TOKEN_COLUMN = re.compile(r"topk_logprobs|topk_indices|hidden_\d+")
 Corpus: TypeAlias = Sequence[str | Path] | Dataset | IterableDataset
-
-__all__ = ["PaddingCollator", "add_length", "add_teacher_logits", "pack_corpus", "read_corpus"]
 
 
 def read_corpus(corpus: Corpus, streaming: bool = False) -> Dataset | IterableDataset:

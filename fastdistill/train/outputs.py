@@ -84,8 +84,7 @@ def write_arrow(path: Path, schema: Any, batches: Iterable[Any]) -> None:
 
 def last_checkpoint(work: Path) -> str | None:
     """Returns the newest checkpoint that is whole. A run may have been killed while it wrote a newer one."""
-    whole = whole_checkpoints(work)
-    return str(whole[-1]) if whole else None
+    return str(whole[-1]) if (whole := whole_checkpoints(work)) else None
 
 
 def whole_checkpoints(work: Path) -> list[Path]:

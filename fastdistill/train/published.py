@@ -52,7 +52,7 @@ def load_published(
             labels as the checkpoint's classifier has rows.
     """
     weights, path = _read_weights(folder), Path(folder) / WEIGHTS
-    config = _bert_config(folder, weights, auto_class, options)
+    config = _config(folder, weights, auto_class, options)
     model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
     untrained = _untrained_head(model, weights)
     _fill(model, weights, untrained, path)
@@ -63,9 +63,7 @@ def load_published(
     return model.eval()
 
 
-def _bert_config(
-    folder: str | Path, weights: dict[str, Tensor], auto_class: str, options: dict[str, Any]
-) -> BertConfig:
+def _config(folder: str | Path, weights: dict[str, Tensor], auto_class: str, options: dict[str, Any]) -> BertConfig:
     path = Path(folder) / CONFIG
     values = read_json(path)
     if missing := [name for name in SIZES if not isinstance(values.get(name), int)]:

@@ -519,14 +519,10 @@ def measure_seconds(
         for _ in range(runs + 2):
             for name, model in models.items():
                 inputs = {key: x.to(model.device) for key, x in forward_arguments(model, batch).items()}
+                synchronize = torch.cpu.synchronize if model.device.type == "cpu" else torch.accelerator.synchronize
                 synchronize(model.device)
                 start = time.perf_counter()
                 model(**inputs)
                 synchronize(model.device)
                 seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[2:]) for name, values in seconds.items()}
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
