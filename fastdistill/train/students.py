@@ -308,8 +308,7 @@ def check_foldable(student: Any, teacher: Any) -> None:
                 f"the {side} is a {type(model).__name__}, whose layers are not BERT's; init='teacher' folds BERT, "
                 "RoBERTa and ELECTRA. Use init='random'"
             )
-    family, other = student.config.model_type, teacher.config.model_type
-    if family != other:
+    if (family := student.config.model_type) != (other := teacher.config.model_type):
         raise ValueError(
             f"the student's model_type is {family!r}, the teacher's {other!r}; init='teacher' folds models of one "
             "family. Use init='random'"
@@ -320,10 +319,9 @@ def check_foldable(student: Any, teacher: Any) -> None:
     for name in (*equal, "hidden_size", "intermediate_size", "max_position_embeddings", "type_vocab_size"):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours > theirs or (ours != theirs and name in equal):
-            relation = "" if name in equal else "at most "
             raise ValueError(
-                f"the student's {name} is {ours}; for init='teacher' it should be {relation}the teacher's {theirs}. "
-                "Change it, or use init='random'"
+                f"the student's {name} is {ours}; for init='teacher' it should be {'' if name in equal else 'at most '}"
+                f"the teacher's {theirs}. Change it, or use init='random'"
             )
 
 
