@@ -1,4 +1,4 @@
-"""What the tasks of `fastdistill.recipes.glue` and `fastdistill.recipes.token_tasks` share.
+"""Holds what the tasks of `fastdistill.recipes.glue` and `fastdistill.recipes.token_tasks` share.
 
 The stages and the command line use every task alike:
 
@@ -48,11 +48,8 @@ def read_lines(path: str | Path, expected: str) -> list[str]:
 
 def label_options(labels: Sequence[str]) -> dict[str, Any]:
     """Returns the keyword arguments with which a transformers config has these classes in this order."""
-    return {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: index for index, label in enumerate(labels)},
-    }
+    indices = {label: index for index, label in enumerate(labels)}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": indices}
 
 
 def label_names(config: Any) -> tuple[str, ...]:
@@ -61,5 +58,5 @@ def label_names(config: Any) -> tuple[str, ...]:
 
 
 def are_placeholders(labels: Sequence[str]) -> bool:
-    """Tells whether class names are those that transformers gives to classes without a name: `LABEL_0`, `LABEL_1`."""
+    """Tells whether these are the names that transformers gives to classes without a name: `LABEL_0`, `LABEL_1`."""
     return all(label == f"LABEL_{index}" for index, label in enumerate(labels))
