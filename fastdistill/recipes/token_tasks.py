@@ -283,21 +283,21 @@ def squad_metrics(
     """
     exact, f1 = [], []
     for prediction, golds in zip(predictions, answers, strict=True):
+        ours, texts = answer_words(prediction), [answer_words(gold) for gold in golds]
         if has_unanswerable:
-            golds = [gold for gold in golds if normalize_answer(gold)] or [""]
-        exact.append(max(float(normalize_answer(prediction) == normalize_answer(gold)) for gold in golds))
-        f1.append(max(word_f1(prediction, gold, has_unanswerable) for gold in golds))
+            texts = [words for words in texts if words] or [[]]
+        exact.append(max(ours == words for words in texts))
+        f1.append(max(word_f1(ours, words, has_unanswerable) for words in texts))
     values = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
     return {**values, "score": values["f1"]}
 
 
-def normalize_answer(text: str) -> str:
+def answer_words(text: str) -> list[str]:
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def word_f1(prediction: str, gold: str, has_unanswerable: bool) -> float:
-    ours, golds = normalize_answer(prediction).split(), normalize_answer(gold).split()
+def word_f1(ours: list[str], golds: list[str], has_unanswerable: bool) -> float:
     if not ours or not golds:
         return float(has_unanswerable and ours == golds)
     return 2 * (Counter(ours) & Counter(golds)).total() / (len(ours) + len(golds))
