@@ -21,6 +21,7 @@ from fastdistill.train.processes import processes
 
 __all__ = ["check_grid", "print_results", "search"]
 
+RUN = "runs/rate{learning_rate}-batch{batch_size}-seed{seed}"
 Metrics = dict[str, dict[str, float]]  # by evaluation set, as `fastdistill.recipes.glue.compute_metrics` returns them
 
 
@@ -58,49 +59,32 @@ def search(
             the main process writes.
         name: the task's name.
 
-    Returns the content of `results.json`:
-
-        {"task": name,
-         "combinations": [{"learning_rate": ..., "batch_size": ...,
-                           "seeds": {"42": {"metrics": {"dev": {"accuracy": ..., "score": ...}}, "score": ...}, ...},
-                           "mean": ..., "spread": ...}, ...],   # of the score; spread: standard deviation over seeds
-         "best": {"learning_rate": ..., "batch_size": ..., "seed": ..., "score": ...}}
-
-    Raises ValueError as `check_grid` does.
+    Returns the content of `results.json`, which docs/search.md shows: {"task", "combinations", "best"}. Raises
+    ValueError as `check_grid` does.
     """
     check_grid(learning_rates=learning_rates, batch_sizes=batch_sizes, seeds=seeds)
     folder, is_main = Path(folder), processes().is_main_process
     combinations: list[dict[str, Any]] = []
     for learning_rate, batch_size in itertools.product(learning_rates, batch_sizes):
+        combination = {"learning_rate": learning_rate, "batch_size": batch_size}
         runs: dict[str, Any] = {}
         for seed in seeds:
-            metrics = evaluate(train(learning_rate, batch_size, seed, _run(folder, learning_rate, batch_size, seed)))
+            metrics = evaluate(train(learning_rate, batch_size, seed, folder / RUN.format(**combination, seed=seed)))
             score = mean_score(metrics)
             runs[str(seed)] = {"metrics": metrics, "score": score}
             if is_main:
                 print(f"{name}, learning rate {learning_rate}, batch size {batch_size}, seed {seed}: {100 * score:.2f}")
         scores = [run["score"] for run in runs.values()]
-        combination = {"learning_rate": learning_rate, "batch_size": batch_size, "seeds": runs}
-        combinations.append({**combination, "mean": statistics.mean(scores), "spread": spread(scores)})
-    best = _best(combinations)
-    results = {"task": name, "combinations": combinations, "best": best}
+        combinations.append({**combination, "seeds": runs, "mean": statistics.mean(scores), "spread": spread(scores)})
+    chosen = max(combinations, key=lambda combination: combination["mean"])
+    seed, run = max(chosen["seeds"].items(), key=lambda item: item[1]["score"])
+    best = {"learning_rate": chosen["learning_rate"], "batch_size": chosen["batch_size"], "seed": int(seed)}
+    results = {"task": name, "combinations": combinations, "best": {**best, "score": run["score"]}}
     processes().wait_for_everyone()  # from here on no process reads a run
     if is_main:
-        run = _run(folder, best["learning_rate"], best["batch_size"], best["seed"])
-        shutil.copytree(run, folder, dirs_exist_ok=True)
+        shutil.copytree(folder / RUN.format(**best), folder, dirs_exist_ok=True)
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
-
-
-def _run(folder: Path, learning_rate: float, batch_size: int, seed: int) -> Path:
-    return folder / "runs" / f"rate{learning_rate}-batch{batch_size}-seed{seed}"
-
-
-def _best(combinations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    best = max(combinations, key=lambda combination: combination["mean"])
-    seed, run = max(best["seeds"].items(), key=lambda item: item[1]["score"])
-    pair = {name: best[name] for name in ("learning_rate", "batch_size")}
-    return {**pair, "seed": int(seed), "score": run["score"]}
 
 
 def spread(values: Sequence[float]) -> float:
