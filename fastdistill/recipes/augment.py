@@ -1,11 +1,7 @@
 """TinyBERT's data augmentation (arXiv 1909.10351, Algorithm 1): copies of a sentence with some of its words replaced.
 
 A word that is a single piece of the masked language model's vocabulary is replaced by one of the words which that model
-finds most likely in its place; any other word by one of its nearest neighbours in GloVe:
-
-    glove = read_glove("glove.6B.300d.txt")
-    augmenter = Augmenter(masked_lm, tokenizer, glove, copies=COPIES["SST-2"])
-    augment(task, load_split(task, "train", "SST-2"), augmenter, "augmented.tsv")
+finds most likely in its place; any other word by one of its nearest neighbours in GloVe. docs/augmentation.md has more.
 
 Defaults are the published ones. As in the published code, the model sees `[CLS] masked [SEP] original [SEP]`, and only
 words of the letters a to z that are not stop words are replaced. Everything else stays: case, spaces, punctuation.
@@ -41,8 +37,6 @@ from fastdistill.train.data import pad_inputs
 from fastdistill.train.outputs import check, claim, replace, working_folder, write_arrow, write_whole
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.students import positions
-
-__all__ = ["COPIES", "Augmenter", "Glove", "augment", "read_augmented", "read_glove"]
 
 # N_a in the published code; the paper uses 20 for all tasks.
 COPIES: dict[str, int] = {
@@ -153,6 +147,9 @@ def read_glove(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     return Glove(list(words), vectors.to(device, dtype))
 
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(nan|inf)", re.I)
+
+
 def _parse_vector(line: bytes, size: int, where: str) -> tuple[str | None, list[float]]:
     """Returns a line's word (None if it contains spaces) and the numbers of its vector; size 0: all after the first."""
     try:
@@ -167,7 +164,7 @@ def _parse_vector(line: bytes, size: int, where: str) -> tuple[str | None, list[
             "two counts, as word2vec writes it, has to go)"
         )
     word, vector = fields[:-size], fields[-size:]
-    if not word or any(map(is_number, word[1:])):
+    if not word or any(map(NUMBER.fullmatch, word[1:])):
         raise ValueError(f"{where}: {len(fields)} columns; line 1 has {size + 1}, a word and {size} numbers")
     try:
         values = [float(field) for field in vector]
@@ -177,14 +174,6 @@ def _parse_vector(line: bytes, size: int, where: str) -> tuple[str | None, list[
     if not math.isfinite(sum(values)):
         raise ValueError(f"{where}: the vector is not finite")
     return word[0] if len(word) == 1 else None, values
-
-
-def is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
 
 
 class Augmenter:
@@ -243,11 +232,11 @@ class Augmenter:
             return []
         # After a space, vocabularies that mark the start of a word write the first word like any other.
         texts = [" " + sentence for sentence in sentences]
-        encodings = self.tokenizer(texts, texts, truncation="longest_first", max_length=self.max_length).encodings
+        inputs = self.tokenizer(texts, texts, truncation="longest_first", max_length=self.max_length)
         found: list[dict[Span, list[str]]] = [{} for _ in sentences]
         masked: list[tuple[int, Span, int]] = []  # sentence, characters, token
         looked_up: list[tuple[int, Span, str]] = []
-        for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+        for row, (text, encoding) in enumerate(zip(texts, inputs.encodings, strict=True)):
             pieces = single_pieces(text, encoding)
             for span, plain in replaceable_words(text):
                 found[row][span] = []  # keeps the order of the sentence
@@ -256,8 +245,8 @@ class Augmenter:
                     masked.append((row, span, token))
                 elif known:
                     looked_up.append((row, span, known[0]))
-        masked.sort(key=lambda place: len(encodings[place[0]]))  # rows of similar length need little padding
-        likely = self.likely_words([(encodings[row], token) for row, _, token in masked])
+        masked.sort(key=lambda place: len(inputs["input_ids"][place[0]]))  # rows of similar length need little padding
+        likely = self.likely_words(inputs, [(row, token) for row, _, token in masked])
         near = self.near_words([word for _, _, word in looked_up])
         for (row, span, _), words in zip([*masked, *looked_up], [*likely, *near], strict=True):
             found[row][span] = words
@@ -269,26 +258,21 @@ class Augmenter:
         self.neighbours.update(zip(new, self.glove.neighbours(new, self.k), strict=True))
         return [self.neighbours[word] for word in words]
 
-    def likely_words(self, masked: Sequence[tuple[Any, int]]) -> list[list[str]]:
-        """Returns the K likeliest words at one masked token of each encoded text."""
+    def likely_words(self, inputs: Any, masked: Sequence[tuple[int, int]]) -> list[list[str]]:
+        """Returns the K likeliest words at each masked place: a row of the tokenizer's output and a token of it."""
         found: list[list[str]] = []
         # Leaving the outermost autocast drops its cache of cast weights; this one keeps the cache over the batches.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=False):
             for start in range(0, len(masked), self.batch_size):
-                encodings, tokens = zip(*masked[start : start + self.batch_size], strict=True)
-                logits = self.masked_logits(encodings, torch.tensor(tokens))
+                rows, tokens = zip(*masked[start : start + self.batch_size], strict=True)
+                columns = {name: [torch.tensor(values[row]) for row in rows] for name, values in inputs.items()}
+                logits = self.masked_logits(columns, torch.tensor(tokens))
                 likely = best(logits.float().index_select(1, self.word_ids), self.k)
                 found += [[self.words[i] for i in row] for row in likely.tolist()]
         return found
 
-    def masked_logits(self, encodings: Sequence[Any], tokens: Tensor) -> Tensor:
+    def masked_logits(self, columns: dict[str, list[Tensor]], tokens: Tensor) -> Tensor:
         """Returns the model's logits (B, V) at one masked token of each encoded text."""
-        names = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
-        columns = {
-            name: [torch.tensor(getattr(encoding, attribute)) for encoding in encodings]
-            for name, attribute in names.items()
-            if name in self.tokenizer.model_input_names
-        }
         batch, _ = pad_inputs(columns, self.tokenizer, "right")  # (B, L)
         batch["input_ids"][torch.arange(len(tokens)), tokens] = self.tokenizer.mask_token_id
         with only_at(self.model, tokens.to(self.device), self.bf16):
@@ -398,8 +382,6 @@ def last_after_attention(model: PreTrainedModel) -> nn.Module | None:
         return None
     return model.base_model.encoder.layer[-1].attention.output
 
-
-# -- files ---------------------------------------------------------------------------------------------------------
 
 CHUNK = 512  # rows; an interruption loses at most so many
 

@@ -103,19 +103,10 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
     return results
 
 
-# -- the pipeline ------------------------------------------------------------------------------------------------
-
 # Students by their key in the results.
 STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}
 # For transformers.TrainingArguments.
-OPTIONS: dict[str, Any] = {
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 10,
-    "logging_first_step": True,
-}
+OPTIONS: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "logging_steps": 10, "logging_first_step": True}
 POINTS = 8  # on a curve of dev accuracies
 
 
@@ -302,9 +293,6 @@ def word_vectors(blocks: Sequence[Sequence[int]], vocabulary: int, width: int, w
     return vectors * (0.05 / vectors.std())
 
 
-# -- text --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Text:
     train: Dataset  # sentence1, label
@@ -393,9 +381,6 @@ def word_runs(passage: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
 
 
-# -- report ------------------------------------------------------------------------------------------------------
-
-
 def table(results: dict[str, Any], box: Box) -> Table:
     """Returns a table with a row for each model, for a terminal of 80 columns."""
     heads = ("model", "parameters", "encoder", "speed-up", "accuracy", "kept")
@@ -434,15 +419,12 @@ and learns from the labels alone; "from scratch" never saw the teacher.
 passage from? There are {rows["train"]} passages to train on, {rows["dev"]} from other docstrings to test on, without
 module names. The corpus of the general stage has {rows["corpus"]} passages without labels.
 
-**Teacher.** {size["teacher"][0]} layers, {size["teacher"][1]} wide, {size["heads"]} heads, trained on the labels,
-from vectors of the corpus' words (factorised mutual information).
+**Models.** The teacher has {size["teacher"][0]} layers, {size["teacher"][1]} wide, and was trained on the labels, from
+vectors of the corpus' words (factorised mutual information). The student has {size["student"][0]} layers,
+{size["student"][1]} wide, and started from the teacher's weights; then TinyBERT's general, intermediate and prediction
+stages. Both have {size["heads"]} heads.
 
-**Student.** {size["student"][0]} layers, {size["student"][1]} wide, {size["heads"]} heads, started from the teacher's
-weights; then TinyBERT's general, intermediate and prediction stages.
-
-![losses](losses.png)
-
-![accuracy](accuracy.png)
+![losses](losses.png) ![accuracy](accuracy.png)
 
 The student is in `student/`: `AutoModelForSequenceClassification.from_pretrained("student")`.
 

@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from fastdistill.recipes.glue import mean_score
 from fastdistill.train.outputs import write_whole
 from fastdistill.train.processes import processes
-
-__all__ = ["check_grid", "print_results", "search"]
 
 RUN = "runs/rate{learning_rate}-batch{batch_size}-seed{seed}"
 Metrics = dict[str, dict[str, float]]  # by evaluation set, as `fastdistill.recipes.glue.compute_metrics` returns them
@@ -94,9 +95,6 @@ def spread(values: Sequence[float]) -> float:
 
 def print_results(results: Mapping[str, Any]) -> None:
     """Prints every metric of every evaluation set, in per cent, as mean ± standard deviation, a row a combination."""
-    from rich.console import Console
-    from rich.table import Table
-
     best, combinations = results["best"], results["combinations"]
     metrics = next(iter(combinations[0]["seeds"].values()))["metrics"]
     columns = [(split, metric) for split in metrics for metric in metrics[split] if metric != "score"]

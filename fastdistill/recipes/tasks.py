@@ -1,12 +1,4 @@
-"""Holds what the tasks of `fastdistill.recipes.glue` and `fastdistill.recipes.token_tasks` share.
-
-The stages and the command line use every task alike:
-
-    task = get_task("SQuAD").for_model(teacher.config)
-    train = task.tokenize(task.load_split("train", "squad"), tokenizer)
-    student = PredictionStage(dataset=train).run(student, teacher, tokenizer, "out/student")
-    task.evaluate(task.load_split("dev", "squad"), student, tokenizer)
-"""
+"""Holds what the tasks of `fastdistill.recipes.glue` and `fastdistill.recipes.token_tasks` share."""
 
 from __future__ import annotations
 

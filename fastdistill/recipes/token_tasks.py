@@ -1,7 +1,7 @@
 """Tasks on tokens: spans of a text that answer a question (SQuAD), and tags of words (named entities, parts of speech).
 
-`fastdistill.recipes.tasks` shows how they are used. A text that is longer than the model's input becomes several
-windows. The offsets of fast tokenizers tell where a token is in its text; slow tokenizers are refused.
+docs/token_tasks.md shows how they are used. A text that is longer than the model's input becomes several windows. The
+offsets of fast tokenizers tell where a token is in its text; slow tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from transformers.utils import logging as hf_logging
 
 from fastdistill.recipes.tasks import Recipe, are_placeholders, label_names, label_options, read_lines
 from fastdistill.train.data import batches_by_length, predict
-
-__all__ = ["TOKEN_TASKS", "SpanTask", "TaggingTask", "read_conll", "read_squad", "squad_metrics", "tag_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -410,11 +408,10 @@ def read_conll(path: str | Path) -> Dataset:
     sentences: list[list[list[str]]] = [[]]
     columns = 0
     for number, line in enumerate(read_lines(path, "it should hold a word and its tag a line"), 1):
-        line = line.strip(" \t\r")
-        if not line or line.startswith("-DOCSTART-"):
+        fields = re.split("[ \t]+", line.strip(" \t\r"))
+        if fields == [""] or fields[0].startswith("-DOCSTART-"):
             sentences.append([])
             continue
-        fields = re.split("[ \t]+", line)
         columns = columns or max(len(fields), 2)
         if len(fields) != columns:
             raise ValueError(
