@@ -17,7 +17,7 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from datasets import Dataset
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -57,6 +57,7 @@ STOP_WORDS = frozenset(
 )
 
 Span = tuple[int, int]  # characters [start, end) of a sentence
+Row = tuple[str, ...]  # the texts of a row
 BASIC_TOKENIZER, BASIC_NORMALIZER = BertPreTokenizer(), BertNormalizer(lowercase=True)
 
 
@@ -99,8 +100,7 @@ class Glove:
     words: list[str]
     vectors: Tensor
 
-    BLOCK = 1 << 16  # words compared at a time, with so many words that are looked up:
-    QUERIES = 32
+    BLOCK, QUERIES = 1 << 16, 32  # words that are compared at a time, and that are looked up at a time
 
     def __post_init__(self) -> None:
         self.index = {word: i for i, word in enumerate(self.words)}
@@ -180,16 +180,14 @@ class Augmenter:
     """Makes copies of sentences (arXiv 1909.10351, Algorithm 1).
 
     Args:
-        model: a masked language model of transformers, on the device to run on.
-        tokenizer: the model's own.
+        model, tokenizer: a masked language model of transformers, on the device to run on, and its tokenizer.
         glove: word vectors for words that are several pieces of the vocabulary.
         copies: N_a, how often a sentence is copied; equal copies are dropped. `COPIES` has each task's number.
         candidates: K, how many words may replace a word.
         probability: p_t, with which a word of a copy is replaced.
         seed: each sentence has its own generator, seeded by this and the sentence's number, so that the order of the
             work does not matter.
-        batch_size: how many masked sentences the model sees at a time. It does not change the results, unless rounding
-            in the model swaps the K-th and the next candidate.
+        batch_size: how many masked sentences the model sees at a time; it changes the results by rounding at most.
         bf16: run the model's encoder under bfloat16 autocast: faster, with a few other candidates.
 
     Raises ValueError for numbers out of range, a slow tokenizer, one without a mask token, one of another vocabulary.
@@ -297,9 +295,7 @@ class Augmenter:
             texts["".join([*parts, sentence[done:]])] = None
         return list(texts)
 
-    def rows(
-        self, columns: Sequence[Sequence[str]], first: int = 0, legacy: bool = False
-    ) -> list[list[tuple[str, ...]]]:
+    def rows(self, columns: Sequence[Sequence[str]], first: int = 0, legacy: bool = False) -> list[list[Row]]:
         """Returns the augmented rows of each row: its texts, then its texts with one of them replaced by a copy.
 
         `columns` are the first texts and, for pairs, the second texts of the rows from number `first` on. For `legacy`
@@ -307,7 +303,7 @@ class Augmenter:
         """
         texts = list(dict.fromkeys(text for column in columns for text in column))
         candidates = dict(zip(texts, self.candidates(texts), strict=True))
-        found: list[list[tuple[str, ...]]] = []
+        found: list[list[Row]] = []
         for row, sides in enumerate(zip(*columns, strict=True), first):
             ones, *others = (self.copy(text, candidates[text], row, side) for side, text in enumerate(sides))
             found.append([(text, *sides[1:]) for text in ones])
@@ -361,11 +357,13 @@ def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None
         output[name] = (output[name] if hook else at_places(output[name])).to(model.dtype)
         return output
 
-    # The module's arguments are attention's output and its input, both (B, L, d).
-    after_attention = last_after_attention(model)
-    hook = after_attention and after_attention.register_forward_pre_hook(
-        lambda _, arguments: tuple(at_places(x) for x in arguments)
-    )
+    # After attention, the last layer of these models reads attention's output and its input, both (B, L, d).
+    # chunk_size_feed_forward would split the length, and a length of 1 cannot be split.
+    config, hook = model.config, None
+    families = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+    if config.model_type in families and not config.chunk_size_feed_forward:
+        after_attention = encoder.encoder.layer[-1].attention.output
+        hook = after_attention.register_forward_pre_hook(lambda _, arguments: tuple(map(at_places, arguments)))
     encoder.forward = one_place
     try:
         yield
@@ -373,14 +371,6 @@ def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None
         del encoder.forward
         if hook:
             hook.remove()
-
-
-def last_after_attention(model: PreTrainedModel) -> nn.Module | None:
-    """Returns the module after attention in the last layer of BERT and models with its layout; None for others."""
-    has_layout = model.config.model_type in ("bert", "camembert", "electra", "roberta", "xlm-roberta")
-    if not has_layout or model.config.chunk_size_feed_forward:  # which splits the length L; 1 cannot be split
-        return None
-    return model.base_model.encoder.layer[-1].attention.output
 
 
 CHUNK = 512  # rows; an interruption loses at most so many
@@ -405,8 +395,7 @@ def augment(
         dataset: `sentence1`, (`sentence2`), `label`, as `task.load_split` returns them.
         output: `NAME.tsv`, laid out like the task's own train.tsv, or `NAME.arrow`, an Arrow stream with the columns of
             `dataset`, which `datasets.Dataset.from_file` maps into memory.
-        legacy: pair the copies of a second sentence with the last copy of the first, as the published code does,
-            instead of the first sentence itself.
+        legacy: pair the copies of a second sentence with the last copy of the first, as published, not with the first.
         resume: continue an interrupted run; do nothing if `output` exists.
         overwrite: replace `output`, and drop an interrupted run.
 
@@ -419,7 +408,6 @@ def augment(
         raise ValueError(f"dataset has the columns {dataset.column_names}; {task.name} has {task.row_columns}")
     if resume and output.exists():
         return
-
     work = working_folder(output)
 
     def begin() -> None:
@@ -453,9 +441,8 @@ def check_output(output: Path, *, resume: bool = False, overwrite: bool = False)
 def fingerprint(task: Task, dataset: Dataset, augmenter: Augmenter, legacy: bool) -> str:
     """Returns a digest of everything that the augmented rows depend on."""
     options = (augmenter.copies, augmenter.k, augmenter.probability, augmenter.seed, augmenter.bf16, legacy, CHUNK)
-    digest = hashlib.sha256(
-        repr((task.name, dataset.to_dict(), augmenter.words, augmenter.glove.words, options)).encode()
-    )
+    data = (task.name, dataset.to_dict(), augmenter.words, augmenter.glove.words, options)
+    digest = hashlib.sha256(repr(data).encode())
     for x in (augmenter.glove.vectors, *augmenter.model.parameters()):
         digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -536,9 +523,8 @@ def in_cache(path: str | Path) -> Path:
     link = Path(datasets.config.HF_DATASETS_CACHE, "fastdistill", mark, path.name)
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
-    except FileExistsError:  # from an earlier run, or another process
-        pass
+        with suppress(FileExistsError):  # from an earlier run, or another process
+            link.symlink_to(path)
     except OSError:  # Windows lets only some users make links
         return path
     return link

@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset
@@ -133,10 +132,14 @@ class Demo:
             start = self.start(teacher)
             students, logs = self.distil(start, teacher)
         steps = self.curves["distilled"][0][-1][0]  # of all stages
-        for name in ("folded", "labels"):
+        epochs = steps / math.ceil(len(self.train) / 32)
+        for name, rate in {"folded": 1e-3, "labels": 2e-3}.items():  # from the distilled one's start, and from scratch
             with self.timed(name):
-                self.train_on_labels(name, start, steps)
-
+                for seed in self.size.seeds:
+                    torch.manual_seed(seed)
+                    model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
+                    schedule = {"epochs": epochs, "learning_rate": rate, "seed": seed}
+                    self.curves[name].append(self.finetune(model, f"{STUDENTS[name]}, seed {seed}", **schedule))
         students[0].save_pretrained(folder / "student")
         self.tokenizer.save_pretrained(folder / "student")
         results = self.results(teacher, students[0], steps)
@@ -206,16 +209,6 @@ class Demo:
             self.curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
         return students, {name: watch.state.log_history for name, watch in watches.items()}
 
-    def train_on_labels(self, name: str, start: Any, steps: int) -> None:
-        """Trains a student on the labels alone with each seed, from the distilled one's start or from scratch."""
-        epochs = steps / math.ceil(len(self.train) / 32)
-        for seed in self.size.seeds:
-            torch.manual_seed(seed)
-            model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
-            rate = 1e-3 if name == "folded" else 2e-3
-            curve = self.finetune(model, f"{STUDENTS[name]}, seed {seed}", epochs=epochs, learning_rate=rate, seed=seed)
-            self.curves[name].append(curve)
-
     def finetune(self, model: Any, name: str, **schedule: Any) -> list[tuple[int, float]]:
         """Trains a model on the labels, and returns its accuracies on the dev set by step."""
         watch, folder = Watch(self, name, measures=True), self.work / re.sub(r"\W+", "-", name)
@@ -229,8 +222,8 @@ class Demo:
         return BertForSequenceClassification(config)
 
     def accuracy(self, model: Any) -> float:
-        logits = add_teacher_logits(self.dev, model, self.tokenizer, batch_size=64)["teacher_logits"]
-        return compute_metrics(self.task, np.array(logits), np.array(self.dev["labels"]))["accuracy"]
+        rows = add_teacher_logits(self.dev, model, self.tokenizer, batch_size=64)
+        return compute_metrics(self.task, rows["teacher_logits"][:], rows["labels"][:])["accuracy"]
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -349,13 +342,11 @@ def docstrings(path: Path) -> list[str]:
     except (SyntaxError, ValueError):  # the library has files that show syntax errors
         return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
-    return [text for text in found if text]
+    return [text for node in nodes if isinstance(node, documented) and (text := ast.get_docstring(node))]
 
 
-MODULE_NAME = re.compile(
-    rf"\b_?({'|'.join(module.lstrip('_') for modules in PARTS.values() for module in modules.split())})\b", re.I
-)
+MODULES = "|".join(module.lstrip("_") for module in " ".join(PARTS.values()).split())
+MODULE_NAME = re.compile(rf"\b_?({MODULES})\b", re.I)
 
 
 def passages(text: str, words: int, seen: set[str]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
-from fastdistill.recipes.tasks import Recipe, are_placeholders, label_names, label_options, read_lines
+from fastdistill.recipes.tasks import Recipe, label_names, label_options, read_lines
 from fastdistill.recipes.token_tasks import TOKEN_TASKS, SpanTask, TaggingTask
 
 logger = logging.getLogger(__name__)
@@ -74,10 +75,9 @@ class Task(Recipe):
         return {**label_options(self.labels), "problem_type": "single_label_classification"}
 
     def for_model(self, config: Any, argument: str = "teacher") -> Task:
-        """Returns this task, unless a classifier's outputs are not the task's classes in the task's order.
+        """Returns this task. Raises ValueError unless a classifier's outputs are its classes in its order.
 
-        The order cannot be checked if the classes have transformers' placeholder names (`LABEL_0`); a warning says so.
-        Raises ValueError naming both orders.
+        A warning says so if the order cannot be checked, because the classes have transformers' placeholder names.
         """
         count = max(len(self.labels), 1)
         if config.num_labels != count:
@@ -85,7 +85,7 @@ class Task(Recipe):
         if self.is_regression:
             return self
         found = label_names(config)
-        if are_placeholders(found):
+        if found is None:
             logger.warning("%s does not name its classes: cannot check their order", argument)
         elif [normalize(label) for label in found] != [normalize(label) for label in self.labels]:
             raise ValueError(
@@ -220,13 +220,10 @@ def parse_label(task: Task, text: str, where: str) -> int | float:
         if text in task.tsv_labels:
             return task.tsv_labels.index(text)
         raise ValueError(f"{where}: label {text!r}; {task.name} has {', '.join(task.tsv_labels)}")
-    try:
-        score = float(text)
-    except ValueError:
-        score = float("nan")
-    if not 0 <= score <= 5:  # NaN fails this too
-        raise ValueError(f"{where}: score {text!r}; {task.name} has numbers from 0 to 5")
-    return score
+    with suppress(ValueError):
+        if 0 <= float(text) <= 5:  # NaN fails this too
+            return float(text)
+    raise ValueError(f"{where}: score {text!r}; {task.name} has numbers from 0 to 5")
 
 
 def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -58,10 +58,8 @@ def search(
         evaluate: returns the metrics of a model on each evaluation set.
         folder: receives each run's folder under `runs`, and in the end the best run's files and `results.json`. Only
             the main process writes.
-        name: the task's name.
 
-    Returns the content of `results.json`, which docs/search.md shows: {"task", "combinations", "best"}. Raises
-    ValueError as `check_grid` does.
+    Returns the content of `results.json`, which docs/search.md shows. Raises ValueError as `check_grid` does.
     """
     check_grid(learning_rates=learning_rates, batch_sizes=batch_sizes, seeds=seeds)
     folder, is_main = Path(folder), processes().is_main_process

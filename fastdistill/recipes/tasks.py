@@ -44,11 +44,7 @@ def label_options(labels: Sequence[str]) -> dict[str, Any]:
     return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": indices}
 
 
-def label_names(config: Any) -> tuple[str, ...]:
-    """Returns the names of a model's classes by index."""
-    return tuple(str(config.id2label[index]) for index in range(config.num_labels))
-
-
-def are_placeholders(labels: Sequence[str]) -> bool:
-    """Tells whether these are the names that transformers gives to classes without a name: `LABEL_0`, `LABEL_1`."""
-    return all(label == f"LABEL_{index}" for index, label in enumerate(labels))
+def label_names(config: Any) -> tuple[str, ...] | None:
+    """Returns the names of a model's classes by index; None if they are transformers' placeholders, `LABEL_0` etc."""
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names

@@ -21,7 +21,7 @@ import numpy as np
 from datasets import Dataset
 from transformers.utils import logging as hf_logging
 
-from fastdistill.recipes.tasks import Recipe, are_placeholders, label_names, label_options, read_lines
+from fastdistill.recipes.tasks import Recipe, label_names, label_options, read_lines
 from fastdistill.train.data import batches_by_length, predict
 
 logger = logging.getLogger(__name__)
@@ -187,9 +187,8 @@ class SpanTask(_TokenTask):
                 answers[row] = contexts[row][starts[i] : ends[j]].strip()  # SentencePiece's tokens begin with a space
             position = null_position(window["input_ids"], tokenizer)
             null[row] = min(null[row], start[position] + end[position])
-        if not self.has_unanswerable:
-            return answers
-        return ["" if null[row] > best[row] else answer for row, answer in enumerate(answers)]
+        has_null = self.has_unanswerable
+        return ["" if has_null and null[row] > best[row] else answer for row, answer in enumerate(answers)]
 
 
 def read_squad(path: str | Path, *, has_unanswerable: bool = False) -> Dataset:
@@ -223,20 +222,16 @@ def _squad_rows(content: Any, path: Path, has_unanswerable: bool) -> Iterator[di
             answers = [] if question.get("is_impossible") else question["answers"]
             if not answers and not has_unanswerable:
                 raise ValueError(f"{where} has no answer; unanswerable questions are of the task SQuAD2")
-            for text, start in ((answer["text"], answer["answer_start"]) for answer in answers):
+            texts, starts = ([answer[key] for answer in answers] for key in ("text", "answer_start"))
+            for text, start in zip(texts, starts, strict=True):
                 found = paragraph["context"][start : start + len(text)] if start >= 0 else ""
                 if not text.strip() or found != text:
                     raise ValueError(
                         f"{where}: the answer {text!r} should start at character {start} (answer_start, from 0) of its "
                         f"context, where {found!r} stands"
                     )
-            yield {
-                "id": question["id"],
-                "question": question["question"],
-                "context": paragraph["context"],
-                "answers": [answer["text"] for answer in answers],
-                "starts": [answer["answer_start"] for answer in answers],
-            }
+            row = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
+            yield {**row, "answers": texts, "starts": starts}
 
 
 def null_position(ids: Sequence[int], tokenizer: Any) -> int:
@@ -328,10 +323,10 @@ class TaggingTask(_TokenTask):
     def for_model(self, config: Any, argument: str = "teacher") -> TaggingTask:
         """Returns this task with the model's labels. Raises ValueError if its config does not name them."""
         labels = label_names(config)
-        if are_placeholders(labels):
+        if labels is None:
             raise ValueError(
-                f"{argument} does not name its tags (id2label holds {', '.join(labels)}); train one that does with "
-                "`fastdistill finetune --task tagging`, or write their names into its config.json"
+                f"{argument} does not name its tags (id2label holds {', '.join(config.id2label.values())}); train one "
+                "that does with `fastdistill finetune --task tagging`, or write their names into its config.json"
             )
         self.check_length(config, argument)
         return replace(self, labels=labels)
