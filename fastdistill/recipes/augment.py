@@ -1,4 +1,4 @@
-"""TinyBERT's data augmentation (arXiv 1909.10351, Algorithm 1): copies of a sentence with some of its words replaced.
+"""Augments data as TinyBERT does (arXiv 1909.10351, Algorithm 1): copies sentences with some of their words replaced.
 
 A word that is a single piece of the masked language model's vocabulary is replaced by one of the words which that model
 finds most likely in its place; any other word by one of its nearest neighbours in GloVe. docs/augmentation.md has more.
@@ -39,9 +39,7 @@ from fastdistill.train.processes import on_main, processes
 from fastdistill.train.students import positions
 
 # N_a in the published code; the paper uses 20 for all tasks.
-COPIES: dict[str, int] = {
-    task.name: {"MNLI": 10, "QQP": 10, "SST-2": 20, "QNLI": 20}.get(task.name, 30) for task in TASKS
-}
+COPIES = {task.name: 30 for task in TASKS} | {"MNLI": 10, "QQP": 10, "SST-2": 20, "QNLI": 20}
 
 # The Snowball project's English stop words, and what an apostrophe leaves of words like "don't".
 STOP_WORDS = frozenset(
@@ -298,8 +296,7 @@ class Augmenter:
     def rows(self, columns: Sequence[Sequence[str]], first: int = 0, legacy: bool = False) -> list[list[Row]]:
         """Returns the augmented rows of each row: its texts, then its texts with one of them replaced by a copy.
 
-        `columns` are the first texts and, for pairs, the second texts of the rows from number `first` on. For `legacy`
-        see `augment`.
+        `columns` are the first texts and, for pairs, the second texts of the rows from number `first` on.
         """
         texts = list(dict.fromkeys(text for column in columns for text in column))
         candidates = dict(zip(texts, self.candidates(texts), strict=True))
@@ -395,7 +392,7 @@ def augment(
         dataset: `sentence1`, (`sentence2`), `label`, as `task.load_split` returns them.
         output: `NAME.tsv`, laid out like the task's own train.tsv, or `NAME.arrow`, an Arrow stream with the columns of
             `dataset`, which `datasets.Dataset.from_file` maps into memory.
-        legacy: pair the copies of a second sentence with the last copy of the first, as published, not with the first.
+        legacy: pair the copies of a second sentence with the last copy of the first, as published.
         resume: continue an interrupted run; do nothing if `output` exists.
         overwrite: replace `output`, and drop an interrupted run.
 
@@ -454,8 +451,7 @@ def check_run(work: Path, mark: str) -> None:
         write_whole(work / "run", mark)
     elif (work / "run").read_text(encoding="utf-8") != mark:
         raise ValueError(
-            f"{work} holds an interrupted run of other data, of another model or of other options; pass overwrite=True "
-            "to drop it"
+            f"{work} holds an interrupted run of other data, another model or options; pass overwrite=True to drop it"
         )
 
 

@@ -1,4 +1,4 @@
-"""The whole method on text that comes with every Python: `fastdistill demo`. No network, no GPU, minutes on 2 cores.
+"""Runs the whole method on text that comes with every Python (`fastdistill demo`), without network or GPU, in minutes.
 
 The text is the docstrings of the standard library and `pydoc_data.topics`; the label of a passage is the part of the
 library that it documents. A small BERT is trained on it as the teacher. Its student is distilled in TinyBERT's stages,
@@ -102,8 +102,7 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
     return results
 
 
-# Students by their key in the results.
-STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}
+STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}  # by key
 # For transformers.TrainingArguments.
 OPTIONS: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "logging_steps": 10, "logging_first_step": True}
 POINTS = 8  # on a curve of dev accuracies
@@ -275,8 +274,7 @@ def word_vectors(blocks: Sequence[Sequence[int]], vocabulary: int, width: int, w
     for block in blocks:
         tokens = torch.tensor(block)
         for distance in range(1, min(window, len(tokens) - 1) + 1):
-            pair = (tokens[:-distance], tokens[distance:])
-            counts.index_put_(pair, torch.ones(len(tokens) - distance), accumulate=True)
+            counts.index_put_((tokens[:-distance], tokens[distance:]), torch.tensor(1.0), accumulate=True)
     counts += counts.T.clone()
     total = counts.sum(1)
     context = total**0.75

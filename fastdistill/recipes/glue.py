@@ -1,4 +1,4 @@
-"""The nine GLUE tasks (Wang et al., arXiv 1804.07461): columns, labels, metrics, readers, TinyBERT's recipe.
+"""Defines the nine GLUE tasks (Wang et al., arXiv 1804.07461): columns, labels, metrics, readers, TinyBERT's recipe.
 
 Every reader returns the same columns, whatever the source: `sentence1`, `sentence2` if the task compares two texts, and
 `label` (the index of a class, or a float score for STS-B).
@@ -17,8 +17,8 @@ import datasets
 import numpy as np
 from datasets import Dataset
 
-from fastdistill.recipes.tasks import Recipe, label_names, label_options, read_lines
-from fastdistill.recipes.token_tasks import TOKEN_TASKS, SpanTask, TaggingTask
+from fastdistill.recipes.token_tasks import TOKEN_TASKS, Recipe, TokenTask, label_names, label_options, read_lines
+from fastdistill.train.data import add_teacher_logits
 
 logger = logging.getLogger(__name__)
 
@@ -128,8 +128,6 @@ class Task(Recipe):
 
     def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
         """Returns `compute_metrics` of a model on rows from `load_split`."""
-        from fastdistill.train.data import add_teacher_logits
-
         rows = self.tokenize(rows, tokenizer)
         logits = add_teacher_logits(rows, model, tokenizer)["teacher_logits"]
         return compute_metrics(self, np.array(logits), np.array(rows["labels"]))
@@ -168,7 +166,7 @@ TASKS: tuple[Task, ...] = (
 check_labels, load_split, tokenize = Task.for_model, Task.load_split, Task.tokenize
 
 
-def get_task(name: str) -> Task | SpanTask | TaggingTask:
+def get_task(name: str) -> Task | TokenTask:
     """Returns the task of that name, which is one of GLUE's or of `fastdistill.recipes.token_tasks`.
 
     Case and hyphens do not matter (`SST-2`, `sst2`). Raises ValueError for an unknown name.

@@ -102,9 +102,8 @@ def print_results(results: Mapping[str, Any]) -> None:
         values = [[run["metrics"][split][metric] for run in runs] for split, metric in columns]
         values.append([run["score"] for run in runs])
         cells = [f"{100 * statistics.mean(x):.2f} ± {100 * spread(x):.2f}" for x in values]
-        pair = combination["learning_rate"], combination["batch_size"]
-        is_best = pair == (best["learning_rate"], best["batch_size"])
-        table.add_row(*map(str, pair), *cells, style="bold" if is_best else None)
+        pair, chosen = ([str(x[name]) for name in ("learning_rate", "batch_size")] for x in (combination, best))
+        table.add_row(*pair, *cells, style="bold" if pair == chosen else None)
     Console().print(table)
     print(
         f"best: learning rate {best['learning_rate']}, batch size {best['batch_size']}; "

@@ -1,4 +1,4 @@
-"""Tasks on tokens: spans of a text that answer a question (SQuAD), and tags of words (named entities, parts of speech).
+"""Defines tasks on tokens: answers that are spans of a text (SQuAD), and tags of words (named entities, for example).
 
 docs/token_tasks.md shows how they are used. A text that is longer than the model's input becomes several windows. The
 offsets of fast tokenizers tell where a token is in its text; slow tokenizers are refused.
@@ -12,7 +12,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,12 +21,53 @@ import numpy as np
 from datasets import Dataset
 from transformers.utils import logging as hf_logging
 
-from fastdistill.recipes.tasks import Recipe, label_names, label_options, read_lines
 from fastdistill.train.data import batches_by_length, predict
 
 logger = logging.getLogger(__name__)
 
 Columns = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The name of a task, and how TinyBERT trains on it (arXiv 1909.10351, section 4.2, and its code)."""
+
+    name: str
+    _: KW_ONLY
+    intermediate_epochs: int = 20
+    prediction_epochs: int = 3
+    batch_size: int = 32
+    intermediate_learning_rate: float = 5e-5
+    prediction_learning_rate: float = 3e-5
+
+
+def read_lines(path: str | Path, expected: str) -> list[str]:
+    """Reads the lines of a UTF-8 file, with or without a byte-order mark, without their line ends.
+
+    Only a line feed ends a line: sentences contain other characters at which str.splitlines would break.
+
+    Raises FileNotFoundError, which says what was `expected`, and ValueError for a file that is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {expected}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def label_options(labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the keyword arguments with which a transformers config has these classes in this order."""
+    indices = {label: index for index, label in enumerate(labels)}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": indices}
+
+
+def label_names(config: Any) -> tuple[str, ...] | None:
+    """Returns the names of a model's classes by index; None if they are transformers' placeholders, `LABEL_0` etc."""
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +94,7 @@ class _TokenTask(Recipe):
         return self._cut(rows, tokenizer, has_labels=True)
 
     def encode(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        """Cuts rows into windows to predict on.
-
-        Their columns are the tokenizer's, the index of the window's `row`, and what places its tokens in the text.
-        """
+        """Cuts rows into windows to predict on: the tokenizer's columns, the index of the `row`, the tokens' places."""
         return self._cut(rows, tokenizer, has_labels=False)
 
     def _cut(self, rows: Dataset, tokenizer: Any, has_labels: bool) -> Dataset:
@@ -82,8 +120,6 @@ class _TokenTask(Recipe):
         options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
         return rows.map(cut, desc=f"Tokenizing for {self.name}", **options)
 
-
-# -- spans ---------------------------------------------------------------------------------------------------------
 
 PAIR_TOKENS = 4  # most special tokens around a question and a text: RoBERTa's
 
@@ -296,19 +332,14 @@ def word_f1(ours: list[str], golds: list[str], has_unanswerable: bool) -> float:
     return 2 * (Counter(ours) & Counter(golds)).total() / (len(ours) + len(golds))
 
 
-# -- tags ----------------------------------------------------------------------------------------------------------
-
 ENTITY_PREFIXES = ("B-", "I-", "E-", "S-")  # IOB1, IOB2, IOBES
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaggingTask(_TokenTask):
-    """A tag for each word: named entities, parts of speech. A word's tag is read at its first token.
+    """A tag for each word: named entities, parts of speech. A word's tag is read at its first token."""
 
-    A sentence that is longer than a window continues in the next one, without overlap: no word is lost.
-    """
-
-    max_length: int = 128
+    max_length: int = 128  # tokens of a window; a longer sentence continues in the next one without overlap
     labels: tuple[str, ...] = ()  # tags by index: the model's, see `for_model`
     text: ClassVar[int] = 0
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
@@ -469,7 +500,8 @@ def window_logits(model: Any, windows: Dataset, tokenizer: Any, head: str, batch
     return found
 
 
-TOKEN_TASKS: tuple[SpanTask | TaggingTask, ...] = (
+TokenTask = SpanTask | TaggingTask
+TOKEN_TASKS: tuple[TokenTask, ...] = (
     SpanTask(name="SQuAD", hub_name="rajpurkar/squad", version="v1.1"),
     SpanTask(name="SQuAD2", hub_name="rajpurkar/squad_v2", version="v2.0", has_unanswerable=True),
     TaggingTask(name="tagging"),
