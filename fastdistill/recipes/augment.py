@@ -1,11 +1,7 @@
-"""TinyBERT's data augmentation (arXiv 1909.10351, Algorithm 1): copies of a sentence with some of its words replaced.
+"""Augments data as TinyBERT does (arXiv 1909.10351, Algorithm 1): copies sentences with some of their words replaced.
 
 A word that is a single piece of the masked language model's vocabulary is replaced by one of the words which that model
-finds most likely in its place; any other word by one of its nearest neighbours in GloVe:
-
-    glove = read_glove("glove.6B.300d.txt")
-    augmenter = Augmenter(masked_lm, tokenizer, glove, copies=COPIES["SST-2"])
-    augment(task, load_split(task, "train", "SST-2"), augmenter, "augmented.tsv")
+finds most likely in its place; any other word by one of its nearest neighbours in GloVe. docs/augmentation.md has more.
 
 Defaults are the published ones. As in the published code, the model sees `[CLS] masked [SEP] original [SEP]`, and only
 words of the letters a to z that are not stop words are replaced. Everything else stays: case, spaces, punctuation.
@@ -13,6 +9,7 @@ words of the letters a to z that are not stop words are replaced. Everything els
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import math
 import random
@@ -20,34 +17,29 @@ import re
 import shutil
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets.config
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
+from datasets import Dataset
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from fastdistill.recipes.glue import TASKS, Task, read_tsv
+from fastdistill.train.data import pad_inputs
 from fastdistill.train.outputs import check, claim, replace, working_folder, write_arrow, write_whole
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.students import positions
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-__all__ = ["COPIES", "Augmenter", "Glove", "augment", "read_augmented", "read_glove"]
-
 # N_a in the published code; the paper uses 20 for all tasks.
-COPIES: dict[str, int] = {
-    task.name: {"MNLI": 10, "QQP": 10, "SST-2": 20, "QNLI": 20}.get(task.name, 30) for task in TASKS
-}
+COPIES = {task.name: 30 for task in TASKS} | {"MNLI": 10, "QQP": 10, "SST-2": 20, "QNLI": 20}
 
 # The Snowball project's English stop words, and what an apostrophe leaves of words like "don't".
 STOP_WORDS = frozenset(
@@ -63,10 +55,7 @@ STOP_WORDS = frozenset(
 )
 
 Span = tuple[int, int]  # characters [start, end) of a sentence
-
-
-# -- words -----------------------------------------------------------------------------------------------------
-
+Row = tuple[str, ...]  # the texts of a row
 BASIC_TOKENIZER, BASIC_NORMALIZER = BertPreTokenizer(), BertNormalizer(lowercase=True)
 
 
@@ -102,9 +91,6 @@ def best(scores: Tensor, k: int) -> Tensor:
     return columns
 
 
-# -- GloVe -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Glove:
     """Words and their vectors (V, d) of unit length, float32 or float16, on any device."""
@@ -112,41 +98,28 @@ class Glove:
     words: list[str]
     vectors: Tensor
 
-    BLOCK = 1 << 16  # words compared at a time
+    BLOCK, QUERIES = 1 << 16, 32  # words that are compared at a time, and that are looked up at a time
 
     def __post_init__(self) -> None:
         self.index = {word: i for i, word in enumerate(self.words)}
 
     def neighbours(self, words: Sequence[str], k: int) -> list[list[str]]:
         """Returns the k other words nearest to each of `words` by cosine, nearest first. All must be in `index`."""
-        if not words:
-            return []
-        rows = torch.tensor([self.index[word] for word in words], device=self.vectors.device)
-        query = self.vectors[rows].float()  # (N, d)
-        scores, columns = query.new_empty(len(rows), 0), rows.new_empty(len(rows), 0)
-        for start in range(0, len(self.words), self.BLOCK):
-            block = self.vectors[start : start + self.BLOCK].float()
-            numbers = torch.arange(start, start + len(block), device=rows.device)
-            found = (query @ block.T).masked_fill(numbers == rows[:, None], -math.inf)
-            scores = torch.cat([scores, found], 1)
-            columns = torch.cat([columns, numbers.expand(len(rows), -1)], 1)
-            chosen = best(scores, k)
-            scores, columns = scores.gather(1, chosen), columns.gather(1, chosen)
-        return [
-            [self.words[i] for i, score in zip(*pair, strict=True) if score > -math.inf]
-            for pair in zip(columns.tolist(), scores.tolist(), strict=True)
-        ]
+        found: list[list[str]] = []
+        for rows in torch.tensor([self.index[word] for word in words], dtype=torch.int64).split(self.QUERIES):
+            query = self.vectors[rows].float()  # (N, d)
+            scores = torch.cat([query @ block.float().T for block in self.vectors.split(self.BLOCK)], 1)  # (N, V)
+            scores[torch.arange(len(rows)), rows] = -math.inf
+            nearest = best(scores, min(k, len(self.words) - 1)).tolist()
+            found += [[self.words[i] for i in row] for row in nearest]
+        return found
 
 
 def read_glove(path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Glove:
     """Reads GloVe's text format: UTF-8, on each line a word and the d numbers of its vector between single spaces.
 
     Line 1 determines d. Words that contain spaces (glove.840B has a few) are skipped; a repeated word counts once, with
-    its first vector.
-
-    Args:
-        dtype: of the vectors kept: torch.float32, or torch.float16 for half the memory.
-        device: where they are kept and compared.
+    its first vector. The vectors are kept on `device` as torch.float32, or torch.float16 for half the memory.
 
     Raises FileNotFoundError, and ValueError naming file and line for a line with another number of columns, something
     that is not a finite number, or bytes that are not UTF-8.
@@ -172,6 +145,9 @@ def read_glove(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     return Glove(list(words), vectors.to(device, dtype))
 
 
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(nan|inf)", re.I)
+
+
 def _parse_vector(line: bytes, size: int, where: str) -> tuple[str | None, list[float]]:
     """Returns a line's word (None if it contains spaces) and the numbers of its vector; size 0: all after the first."""
     try:
@@ -186,43 +162,30 @@ def _parse_vector(line: bytes, size: int, where: str) -> tuple[str | None, list[
             "two counts, as word2vec writes it, has to go)"
         )
     word, vector = fields[:-size], fields[-size:]
-    if not word or any(map(is_number, word[1:])):
+    if not word or any(map(NUMBER.fullmatch, word[1:])):
         raise ValueError(f"{where}: {len(fields)} columns; line 1 has {size + 1}, a word and {size} numbers")
     try:
         values = [float(field) for field in vector]
-    except ValueError:
-        wrong = next(field for field in vector if not is_number(field))
-        raise ValueError(f"{where}: {wrong!r} is not a number; after the word come {size} numbers") from None
+    except ValueError as error:
+        wrong = str(error).partition(": ")[2]
+        raise ValueError(f"{where}: {wrong} is not a number; after the word come {size} numbers") from None
     if not math.isfinite(sum(values)):
         raise ValueError(f"{where}: the vector is not finite")
     return word[0] if len(word) == 1 else None, values
-
-
-def is_number(field: str) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return True
-
-
-# -- candidates and copies -----------------------------------------------------------------------------------------
 
 
 class Augmenter:
     """Makes copies of sentences (arXiv 1909.10351, Algorithm 1).
 
     Args:
-        model: a masked language model of transformers, on the device to run on.
-        tokenizer: the model's own.
+        model, tokenizer: a masked language model of transformers, on the device to run on, and its tokenizer.
         glove: word vectors for words that are several pieces of the vocabulary.
         copies: N_a, how often a sentence is copied; equal copies are dropped. `COPIES` has each task's number.
         candidates: K, how many words may replace a word.
         probability: p_t, with which a word of a copy is replaced.
         seed: each sentence has its own generator, seeded by this and the sentence's number, so that the order of the
             work does not matter.
-        batch_size: how many masked sentences the model sees at a time. It does not change the results, unless rounding
-            in the model swaps the K-th and the next candidate.
+        batch_size: how many masked sentences the model sees at a time; it changes the results by rounding at most.
         bf16: run the model's encoder under bfloat16 autocast: faster, with a few other candidates.
 
     Raises ValueError for numbers out of range, a slow tokenizer, one without a mask token, one of another vocabulary.
@@ -265,11 +228,11 @@ class Augmenter:
             return []
         # After a space, vocabularies that mark the start of a word write the first word like any other.
         texts = [" " + sentence for sentence in sentences]
-        encodings = self.tokenizer(texts, texts, truncation="longest_first", max_length=self.max_length).encodings
+        inputs = self.tokenizer(texts, texts, truncation="longest_first", max_length=self.max_length)
         found: list[dict[Span, list[str]]] = [{} for _ in sentences]
         masked: list[tuple[int, Span, int]] = []  # sentence, characters, token
         looked_up: list[tuple[int, Span, str]] = []
-        for row, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+        for row, (text, encoding) in enumerate(zip(texts, inputs.encodings, strict=True)):
             pieces = single_pieces(text, encoding)
             for span, plain in replaceable_words(text):
                 found[row][span] = []  # keeps the order of the sentence
@@ -278,8 +241,8 @@ class Augmenter:
                     masked.append((row, span, token))
                 elif known:
                     looked_up.append((row, span, known[0]))
-        masked.sort(key=lambda place: len(encodings[place[0]]))  # rows of similar length need little padding
-        likely = self.likely_words([(encodings[row], token) for row, _, token in masked])
+        masked.sort(key=lambda place: len(inputs["input_ids"][place[0]]))  # rows of similar length need little padding
+        likely = self.likely_words(inputs, [(row, token) for row, _, token in masked])
         near = self.near_words([word for _, _, word in looked_up])
         for (row, span, _), words in zip([*masked, *looked_up], [*likely, *near], strict=True):
             found[row][span] = words
@@ -291,29 +254,23 @@ class Augmenter:
         self.neighbours.update(zip(new, self.glove.neighbours(new, self.k), strict=True))
         return [self.neighbours[word] for word in words]
 
-    def likely_words(self, masked: Sequence[tuple[Any, int]]) -> list[list[str]]:
-        """Returns the K likeliest words at one masked token of each encoded text."""
+    def likely_words(self, inputs: Any, masked: Sequence[tuple[int, int]]) -> list[list[str]]:
+        """Returns the K likeliest words at each masked place: a row of the tokenizer's output and a token of it."""
         found: list[list[str]] = []
         # Leaving the outermost autocast drops its cache of cast weights; this one keeps the cache over the batches.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=False):
             for start in range(0, len(masked), self.batch_size):
-                encodings, tokens = zip(*masked[start : start + self.batch_size], strict=True)
-                logits = self.masked_logits(encodings, torch.tensor(tokens))
+                rows, tokens = zip(*masked[start : start + self.batch_size], strict=True)
+                columns = {name: [torch.tensor(values[row]) for row in rows] for name, values in inputs.items()}
+                logits = self.masked_logits(columns, torch.tensor(tokens))
                 likely = best(logits.float().index_select(1, self.word_ids), self.k)
                 found += [[self.words[i] for i in row] for row in likely.tolist()]
         return found
 
-    def masked_logits(self, encodings: Sequence[Any], tokens: Tensor) -> Tensor:
+    def masked_logits(self, columns: dict[str, list[Tensor]], tokens: Tensor) -> Tensor:
         """Returns the model's logits (B, V) at one masked token of each encoded text."""
-        ids, types, ones = (
-            [torch.tensor(getattr(encoding, name)) for encoding in encodings]
-            for name in ("ids", "type_ids", "attention_mask")
-        )
-        input_ids = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)  # (B, L)
-        input_ids[torch.arange(len(tokens)), tokens] = self.tokenizer.mask_token_id
-        batch = {"input_ids": input_ids, "attention_mask": pad_sequence(ones, batch_first=True)}
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            batch["token_type_ids"] = pad_sequence(types, batch_first=True)
+        batch, _ = pad_inputs(columns, self.tokenizer, "right")  # (B, L)
+        batch["input_ids"][torch.arange(len(tokens)), tokens] = self.tokenizer.mask_token_id
         with only_at(self.model, tokens.to(self.device), self.bf16):
             logits = self.model(**{name: x.to(self.device) for name, x in batch.items()}).logits
         if logits.shape[1] != 1:
@@ -336,19 +293,14 @@ class Augmenter:
             texts["".join([*parts, sentence[done:]])] = None
         return list(texts)
 
-    def rows(
-        self, columns: Sequence[Sequence[str]], first: int = 0, legacy: bool = False
-    ) -> list[list[tuple[str, ...]]]:
+    def rows(self, columns: Sequence[Sequence[str]], first: int = 0, legacy: bool = False) -> list[list[Row]]:
         """Returns the augmented rows of each row: its texts, then its texts with one of them replaced by a copy.
 
-        Args:
-            columns: the texts of the rows; for pairs, the first texts and the second texts.
-            first: the number of the first row.
-            legacy: pair the copies of a second sentence with the last copy of the first, as the published code does.
+        `columns` are the first texts and, for pairs, the second texts of the rows from number `first` on.
         """
         texts = list(dict.fromkeys(text for column in columns for text in column))
         candidates = dict(zip(texts, self.candidates(texts), strict=True))
-        found: list[list[tuple[str, ...]]] = []
+        found: list[list[Row]] = []
         for row, sides in enumerate(zip(*columns, strict=True), first):
             ones, *others = (self.copy(text, candidates[text], row, side) for side, text in enumerate(sides))
             found.append([(text, *sides[1:]) for text in ones])
@@ -402,11 +354,13 @@ def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None
         output[name] = (output[name] if hook else at_places(output[name])).to(model.dtype)
         return output
 
-    # The module's arguments are attention's output and its input, both (B, L, d).
-    after_attention = last_after_attention(model)
-    hook = after_attention and after_attention.register_forward_pre_hook(
-        lambda _, arguments: tuple(at_places(x) for x in arguments)
-    )
+    # After attention, the last layer of these models reads attention's output and its input, both (B, L, d).
+    # chunk_size_feed_forward would split the length, and a length of 1 cannot be split.
+    config, hook = model.config, None
+    families = ("bert", "camembert", "electra", "roberta", "xlm-roberta")
+    if config.model_type in families and not config.chunk_size_feed_forward:
+        after_attention = encoder.encoder.layer[-1].attention.output
+        hook = after_attention.register_forward_pre_hook(lambda _, arguments: tuple(map(at_places, arguments)))
     encoder.forward = one_place
     try:
         yield
@@ -415,17 +369,6 @@ def only_at(model: PreTrainedModel, places: Tensor, bf16: bool) -> Iterator[None
         if hook:
             hook.remove()
 
-
-def last_after_attention(model: PreTrainedModel) -> nn.Module | None:
-    """Returns the module after attention in the last layer of BERT and models with its layout; None for others."""
-    if model.config.model_type not in ("bert", "camembert", "electra", "roberta", "xlm-roberta"):
-        return None
-    if model.config.chunk_size_feed_forward:  # splits the length L, and a length of 1 cannot be split
-        return None
-    return model.base_model.encoder.layer[-1].attention.output
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
 
 CHUNK = 512  # rows; an interruption loses at most so many
 
@@ -446,19 +389,15 @@ def augment(
     `torchrun` or `accelerate launch` share the work. A copy has the label of its original.
 
     Args:
-        task: the GLUE task of the rows.
-        dataset: `sentence1`, (`sentence2`), `label`, as `fastdistill.recipes.glue.load_split` returns them.
+        dataset: `sentence1`, (`sentence2`), `label`, as `task.load_split` returns them.
         output: `NAME.tsv`, laid out like the task's own train.tsv, or `NAME.arrow`, an Arrow stream with the columns of
             `dataset`, which `datasets.Dataset.from_file` maps into memory.
-        legacy: pair the copies of a second sentence with the last copy of the first, as the published code does,
-            instead of the first sentence itself.
+        legacy: pair the copies of a second sentence with the last copy of the first, as published.
         resume: continue an interrupted run; do nothing if `output` exists.
         overwrite: replace `output`, and drop an interrupted run.
 
-    Raises:
-        FileExistsError: `output` or an interrupted run exists, and neither flag is set.
-        ValueError: another ending of `output`, columns that are not the task's, an interrupted run of other data, of
-            another model or of other options.
+    Raises FileExistsError if `output` or an interrupted run exists and neither flag is set; ValueError for another
+    ending of `output`, columns that are not the task's, an interrupted run of other data, another model, other options.
     """
     output, state = Path(output), processes()
     on_main(lambda: check_output(output, resume=resume, overwrite=overwrite))
@@ -466,22 +405,23 @@ def augment(
         raise ValueError(f"dataset has the columns {dataset.column_names}; {task.name} has {task.row_columns}")
     if resume and output.exists():
         return
+    work = working_folder(output)
 
     def begin() -> None:
-        work = claim(output, resume=resume, overwrite=overwrite)
+        claim(output, resume=resume, overwrite=overwrite)
         check_run(work, fingerprint(task, dataset, augmenter, legacy))
 
     on_main(begin)
-    chunks = write_chunks(working_folder(output), task, dataset, augmenter, legacy)
+    chunks = write_chunks(work, task, dataset, augmenter, legacy)
     state.wait_for_everyone()
     if state.is_main_process:
-        whole = working_folder(output) / "whole"
+        whole = work / "whole"
         if output.suffix == ".tsv":
             write_tsv(whole, task, read_chunks(chunks))
         else:
             write_arrow(whole, dataset.features.arrow_schema, read_chunks(chunks))
         replace(whole, output)
-        shutil.rmtree(working_folder(output))
+        shutil.rmtree(work)
     state.wait_for_everyone()
 
 
@@ -498,9 +438,8 @@ def check_output(output: Path, *, resume: bool = False, overwrite: bool = False)
 def fingerprint(task: Task, dataset: Dataset, augmenter: Augmenter, legacy: bool) -> str:
     """Returns a digest of everything that the augmented rows depend on."""
     options = (augmenter.copies, augmenter.k, augmenter.probability, augmenter.seed, augmenter.bf16, legacy, CHUNK)
-    digest = hashlib.sha256(
-        repr((task.name, dataset.to_dict(), augmenter.words, augmenter.glove.words, options)).encode()
-    )
+    data = (task.name, dataset.to_dict(), augmenter.words, augmenter.glove.words, options)
+    digest = hashlib.sha256(repr(data).encode())
     for x in (augmenter.glove.vectors, *augmenter.model.parameters()):
         digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -512,24 +451,24 @@ def check_run(work: Path, mark: str) -> None:
         write_whole(work / "run", mark)
     elif (work / "run").read_text(encoding="utf-8") != mark:
         raise ValueError(
-            f"{work} holds an interrupted run of other data, of another model or of other options; pass overwrite=True "
-            "to drop it"
+            f"{work} holds an interrupted run of other data, another model or options; pass overwrite=True to drop it"
         )
 
 
 def write_chunks(work: Path, task: Task, dataset: Dataset, augmenter: Augmenter, legacy: bool) -> list[Path]:
     """Writes the augmented rows in Arrow files of `CHUNK` original rows. Each process writes its share of them."""
     schema, state = dataset.features.arrow_schema, processes()
-    chunks = [work / f"{start:09}.arrow" for start in range(0, len(dataset), CHUNK)]
-    mine = range(state.process_index, len(chunks), state.num_processes)
+    starts = range(0, len(dataset), CHUNK)
+    chunks = [work / f"{start:09}.arrow" for start in starts]
+    mine = [*zip(starts, chunks, strict=True)][state.process_index :: state.num_processes]
     options = {"desc": f"Augmenting {task.name}", "unit": f" x {CHUNK} rows", "disable": not state.is_main_process}
-    for chunk in logging.tqdm(mine, **options):
-        if not chunks[chunk].exists():
-            *texts, labels = dataset[chunk * CHUNK : (chunk + 1) * CHUNK].values()
-            copies = augmenter.rows(texts, chunk * CHUNK, legacy)
-            table = [(*row, label) for rows, label in zip(copies, labels, strict=True) for row in rows]
-            columns = dict(zip(schema.names, map(list, zip(*table, strict=True)), strict=True))
-            write_arrow(chunks[chunk], schema, [pa.RecordBatch.from_pydict(columns, schema)])
+    for start, chunk in logging.tqdm(mine, **options):
+        if not chunk.exists():
+            *texts, labels = dataset[start : start + CHUNK].values()
+            groups = augmenter.rows(texts, start, legacy)
+            rows = [(*row, label) for group, label in zip(groups, labels, strict=True) for row in group]
+            columns = dict(zip(schema.names, map(list, zip(*rows, strict=True)), strict=True))
+            write_arrow(chunk, schema, [pa.RecordBatch.from_pydict(columns, schema)])
     return chunks
 
 
@@ -541,19 +480,18 @@ def read_chunks(chunks: Sequence[Path]) -> Iterator[Any]:
 
 def write_tsv(path: Path, task: Task, batches: Iterator[Any]) -> None:
     """Writes rows in the layout of the task's own files; the columns that its reader ignores are empty."""
-    places = [task.columns.index(name) for name in (*task.texts, task.label_column)]
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    names = (*task.texts, task.label_column)
+    layout: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None, "lineterminator": "\n"}
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, task.columns, **layout)
         if task.has_header:
-            file.write("\t".join(task.columns) + "\n")
+            writer.writeheader()
         for batch in batches:
             for *texts, label in zip(*batch.to_pydict().values(), strict=True):
-                fields = [""] * len(task.columns)
                 # A field of these files cannot contain the characters that end it.
                 values = [re.sub(r"[\t\r\n]", " ", text) for text in texts]
                 values.append(repr(label) if task.is_regression else task.tsv_labels[label])
-                for place, value in zip(places, values, strict=True):
-                    fields[place] = value
-                file.write("\t".join(fields) + "\n")
+                writer.writerow(dict(zip(names, values, strict=True)))
 
 
 def read_augmented(task: Task, path: str | Path) -> Dataset:
@@ -561,8 +499,6 @@ def read_augmented(task: Task, path: str | Path) -> Dataset:
 
     Raises FileNotFoundError, and ValueError for a file of another task or with other content.
     """
-    from datasets import Dataset
-
     if Path(path).suffix != ".arrow":
         return read_tsv(task, path)
     if not Path(path).is_file():
@@ -577,19 +513,14 @@ def read_augmented(task: Task, path: str | Path) -> Dataset:
 
 
 def in_cache(path: str | Path) -> Path:
-    """Links a file into the cache of `datasets`, so that what `datasets` derives from it is written there.
-
-    Otherwise tokenized rows, for example, would be written beside the file.
-    """
-    from datasets import config
-
+    """Links a file into the cache of `datasets`, which writes derived files, such as tokenized rows, beside a file."""
     path = Path(path).resolve()
-    link = Path(config.HF_DATASETS_CACHE, "fastdistill", hashlib.sha256(bytes(path)).hexdigest()[:16], path.name)
+    mark = hashlib.sha256(bytes(path)).hexdigest()[:16]
+    link = Path(datasets.config.HF_DATASETS_CACHE, "fastdistill", mark, path.name)
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
-    except FileExistsError:  # from an earlier run, or another process
-        pass
+        with suppress(FileExistsError):  # from an earlier run, or another process
+            link.symlink_to(path)
     except OSError:  # Windows lets only some users make links
         return path
     return link

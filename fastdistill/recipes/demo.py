@@ -1,4 +1,4 @@
-"""The whole method on text that comes with every Python: `fastdistill demo`. No network, no GPU, minutes on 2 cores.
+"""Runs the whole method on text that comes with every Python (`fastdistill demo`), without network or GPU, in minutes.
 
 The text is the docstrings of the standard library and `pydoc_data.topics`; the label of a passage is the part of the
 library that it documents. A small BERT is trained on it as the teacher. Its student is distilled in TinyBERT's stages,
@@ -22,15 +22,14 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from datasets import Dataset
-from rich.box import SIMPLE
+from rich.box import MARKDOWN, SIMPLE, Box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
@@ -98,30 +97,19 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
         results["seconds"]["all"] = time.perf_counter() - start
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         (folder / "report.md").write_text(report(results), encoding="utf-8")
-        plot_accuracy(results, folder)
-    console.print(table(results))
+    console.print(table(results, SIMPLE))
     console.print(f"{results['seconds']['all'] / 60:.1f} minutes; wrote {Path(output) / 'report.md'}")
     return results
 
 
-# -- the pipeline ------------------------------------------------------------------------------------------------
-
-# Students by their key in the results.
-STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}
+STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}  # by key
 # For transformers.TrainingArguments.
-OPTIONS: dict[str, Any] = {
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 10,
-    "logging_first_step": True,
-}
+OPTIONS: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "logging_steps": 10, "logging_first_step": True}
 POINTS = 8  # on a curve of dev accuracies
 
 
 class Demo:
-    """The steps of the pipeline, which share a text, its tokenizer and a folder for intermediate results."""
+    """Runs the steps of the pipeline, which share a text, its tokenizer and a folder for intermediate results."""
 
     def __init__(self, size: Size, progress: Progress, work: Path) -> None:
         self.size, self.progress, self.work = size, progress, work
@@ -129,7 +117,8 @@ class Demo:
         self.curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in STUDENTS}
         with self.timed("text and tokenizer"):
             text = self.text = read_text(size)
-            self.tokenizer = train_tokenizer(text.corpus, size)
+            self.tokenizer = BertTokenizer().train_new_from_iterator(text.corpus, size.vocabulary, show_progress=False)
+            self.tokenizer.model_max_length = size.max_length
             self.task = Task("demo", columns=("sentence1", "label"), texts=("sentence1",), labels=tuple(text.labels))
             self.train, self.dev = (self.task.tokenize(rows, self.tokenizer) for rows in (text.train, text.dev))
             self.blocks = pack_corpus(Dataset.from_dict({"text": text.corpus}), self.tokenizer, size.max_length)
@@ -140,17 +129,21 @@ class Demo:
             teacher = self.train_teacher()
         with self.timed("distillation"):
             start = self.start(teacher)
-            student = copy.deepcopy(start)
-            steps = self.distil_inner(student, teacher, folder)
-            students = self.distil_predictions(student, teacher, steps)
+            students, logs = self.distil(start, teacher)
         steps = self.curves["distilled"][0][-1][0]  # of all stages
-        for name in ("folded", "labels"):
+        epochs = steps / math.ceil(len(self.train) / 32)
+        for name, rate in {"folded": 1e-3, "labels": 2e-3}.items():  # from the distilled one's start, and from scratch
             with self.timed(name):
-                self.train_on_labels(name, start, steps)
-
+                for seed in self.size.seeds:
+                    torch.manual_seed(seed)
+                    model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
+                    schedule = {"epochs": epochs, "learning_rate": rate, "seed": seed}
+                    self.curves[name].append(self.finetune(model, f"{STUDENTS[name]}, seed {seed}", **schedule))
         students[0].save_pretrained(folder / "student")
         self.tokenizer.save_pretrained(folder / "student")
-        return self.results(teacher, students[0], steps)
+        results = self.results(teacher, students[0], steps)
+        plot(results, logs, folder)
+        return results
 
     def results(self, teacher: Any, student: Any, steps: int) -> dict[str, Any]:
         """Returns the content of results.json. All students have one size and speed."""
@@ -188,48 +181,32 @@ class Demo:
         save_projections(student, teacher, projection, self.work)
         return student
 
-    def distil_inner(self, student: Any, teacher: Any, folder: Path) -> int:
-        """Runs the general and the intermediate stage, plots their losses, and returns their number of steps.
+    def distil(self, start: Any, teacher: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Runs TinyBERT's stages. Returns the students, one for each seed, and the logs of the two inner stages.
 
         One student serves all seeds of the last stage, as in published results.
         """
-        size, work = self.size, self.work
-        general: dict[str, Any] = {"epochs": size.general_epochs, "batch_size": 32, "learning_rate": 2e-3}
-        intermediate: dict[str, Any] = {"epochs": size.intermediate_epochs, "learning_rate": 1e-3}
-        stages = {
-            "general": GeneralStage(corpus=self.blocks, **general, projections=work, arguments=OPTIONS),
-            "intermediate": IntermediateStage(
-                dataset=self.train, **intermediate, projections=work / "general", arguments=OPTIONS
-            ),
+        size, student, projections = self.size, copy.deepcopy(start), self.work
+        inner = {
+            "general": GeneralStage(corpus=self.blocks, epochs=size.general_epochs, batch_size=32, learning_rate=2e-3),
+            "intermediate": IntermediateStage(dataset=self.train, epochs=size.intermediate_epochs, learning_rate=1e-3),
         }
-        for name, stage in stages.items():
-            watch = Watch(self, f"student: {name} stage")
-            stage.run(student, teacher, self.tokenizer, work / name, callbacks=[watch])
-        states = {name: json.loads((work / name / "trainer_state.json").read_text()) for name in stages}
-        plot_losses({name: state["log_history"] for name, state in states.items()}, folder)
-        return sum(state["global_step"] for state in states.values())
+        watches = {name: Watch(self, f"student: {name} stage") for name in inner}
+        for name, stage in inner.items():
+            stage = replace(stage, projections=projections, arguments=OPTIONS)
+            projections = self.work / name
+            stage.run(student, teacher, self.tokenizer, projections, callbacks=[watches[name]])
+        steps = sum(watch.state.global_step for watch in watches.values())
 
-    def distil_predictions(self, start: Any, teacher: Any, steps: int) -> list[Any]:
-        """Runs the prediction stage with each seed, and returns the students; they took `steps` before it."""
         rows, students = add_teacher_logits(self.train, teacher, self.tokenizer), []
-        schedule: dict[str, Any] = {"epochs": self.size.prediction_epochs, "learning_rate": 1e-3}
-        for seed in self.size.seeds:
-            watch = Watch(self, f"student: prediction stage, seed {seed}", measures=True)
-            stage = PredictionStage(dataset=rows, **schedule, seed=seed, arguments=OPTIONS)
-            output = self.work / f"prediction-{seed}"
-            students += [stage.run(copy.deepcopy(start), teacher, self.tokenizer, output, callbacks=[watch])]
+        for seed in size.seeds:
+            watch, output = Watch(self, f"student: prediction stage, seed {seed}", True), self.work / f"seed-{seed}"
+            last = PredictionStage(
+                dataset=rows, epochs=size.prediction_epochs, learning_rate=1e-3, seed=seed, arguments=OPTIONS
+            )
+            students += [last.run(copy.deepcopy(student), teacher, self.tokenizer, output, callbacks=[watch])]
             self.curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
-        return students
-
-    def train_on_labels(self, name: str, start: Any, steps: int) -> None:
-        """Trains a student on the labels alone with each seed, from the distilled one's start or from scratch."""
-        epochs = steps / math.ceil(len(self.train) / 32)
-        for seed in self.size.seeds:
-            torch.manual_seed(seed)
-            model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
-            rate = 1e-3 if name == "folded" else 2e-3
-            curve = self.finetune(model, f"{STUDENTS[name]}, seed {seed}", epochs=epochs, learning_rate=rate, seed=seed)
-            self.curves[name].append(curve)
+        return students, {name: watch.state.log_history for name, watch in watches.items()}
 
     def finetune(self, model: Any, name: str, **schedule: Any) -> list[tuple[int, float]]:
         """Trains a model on the labels, and returns its accuracies on the dev set by step."""
@@ -238,20 +215,14 @@ class Demo:
         return watch.accuracies
 
     def new_model(self, layers: int, width: int) -> BertForSequenceClassification:
-        config = BertConfig(
-            vocab_size=len(self.tokenizer),
-            num_hidden_layers=layers,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_attention_heads=self.size.heads,
-            max_position_embeddings=self.size.max_length,
-            **self.task.model_options(),
-        )
+        options = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+        options |= {"num_attention_heads": self.size.heads, "max_position_embeddings": self.size.max_length}
+        config = BertConfig(vocab_size=len(self.tokenizer), **options, **self.task.model_options())
         return BertForSequenceClassification(config)
 
     def accuracy(self, model: Any) -> float:
-        logits = add_teacher_logits(self.dev, model, self.tokenizer, batch_size=64)["teacher_logits"]
-        return compute_metrics(self.task, np.array(logits), np.array(self.dev["labels"]))["accuracy"]
+        rows = add_teacher_logits(self.dev, model, self.tokenizer, batch_size=64)
+        return compute_metrics(self.task, rows["teacher_logits"][:], rows["labels"][:])["accuracy"]
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -268,6 +239,7 @@ class Watch(TrainerCallback):
         self.accuracies: list[tuple[int, float]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.state = state
         self.bar = self.demo.progress.add_task(self.name, total=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -302,8 +274,7 @@ def word_vectors(blocks: Sequence[Sequence[int]], vocabulary: int, width: int, w
     for block in blocks:
         tokens = torch.tensor(block)
         for distance in range(1, min(window, len(tokens) - 1) + 1):
-            pair = (tokens[:-distance], tokens[distance:])
-            counts.index_put_(pair, torch.ones(len(tokens) - distance), accumulate=True)
+            counts.index_put_((tokens[:-distance], tokens[distance:]), torch.tensor(1.0), accumulate=True)
     counts += counts.T.clone()
     total = counts.sum(1)
     context = total**0.75
@@ -311,9 +282,6 @@ def word_vectors(blocks: Sequence[Sequence[int]], vocabulary: int, width: int, w
     u, s, _ = torch.svd_lowrank(information, q=width + 16, niter=4)
     vectors = u[:, :width] * s[:width].sqrt()
     return vectors * (0.05 / vectors.std())
-
-
-# -- text --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -333,7 +301,7 @@ def read_text(size: Size, seed: int = 0) -> Text:
     rng, seen = random.Random(seed), set[str]()
     texts = read_docstrings(Path(sysconfig.get_paths()["stdlib"]))
     corpus = [passage for text in texts.pop("") for passage in passages(text, size.words, seen)]
-    rows: dict[str, list[tuple[str, int]]] = {"train": [], "dev": []}
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
     for label, (_, part) in enumerate(sorted(texts.items())):
         rng.shuffle(part)
         cut = len(part) * 4 // 5
@@ -342,13 +310,12 @@ def read_text(size: Size, seed: int = 0) -> Text:
             if split == "train":
                 corpus += found
             rng.shuffle(found)
-            rows[split] += [(passage, label) for passage in found[:count]]
+            rows[split] += [{"sentence1": passage, "label": label} for passage in found[:count]]
     known = set().union(*map(word_runs, corpus))
-    rows["dev"] = [row for row in rows["dev"] if len(word_runs(row[0]) & known) * 2 <= len(word_runs(row[0]))]
+    runs = (word_runs(row["sentence1"]) for row in rows["dev"])
+    dev = [row for row, found in zip(rows["dev"], runs, strict=True) if len(found & known) * 2 <= len(found)]
     rng.shuffle(corpus)
-    columns = ("sentence1", "label")
-    train, dev = (Dataset.from_list([dict(zip(columns, row, strict=True)) for row in rows[split]]) for split in rows)
-    return Text(train, dev, corpus, sorted(texts))
+    return Text(Dataset.from_list(rows["train"]), Dataset.from_list(dev), corpus, sorted(texts))
 
 
 def read_docstrings(library: Path) -> dict[str, list[str]]:
@@ -373,13 +340,11 @@ def docstrings(path: Path) -> list[str]:
     except (SyntaxError, ValueError):  # the library has files that show syntax errors
         return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in nodes if isinstance(node, documented))
-    return [text for text in found if text]
+    return [text for node in nodes if isinstance(node, documented) and (text := ast.get_docstring(node))]
 
 
-MODULE_NAME = re.compile(
-    rf"\b_?({'|'.join(module.lstrip('_') for modules in PARTS.values() for module in modules.split())})\b", re.I
-)
+MODULES = "|".join(module.lstrip("_") for module in " ".join(PARTS.values()).split())
+MODULE_NAME = re.compile(rf"\b_?({MODULES})\b", re.I)
 
 
 def passages(text: str, words: int, seen: set[str]) -> Iterator[str]:
@@ -405,24 +370,16 @@ def word_runs(passage: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
 
 
-def train_tokenizer(corpus: Sequence[str], size: Size) -> Any:
-    tokenizer = BertTokenizer().train_new_from_iterator(corpus, size.vocabulary, show_progress=False)
-    tokenizer.model_max_length = size.max_length
-    return tokenizer
-
-
-# -- report ------------------------------------------------------------------------------------------------------
-
-TABLE_HEAD = ("model", "parameters", "encoder", "speed-up", "accuracy", "kept")
-
-
-def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def table(results: dict[str, Any], box: Box) -> Table:
+    """Returns a table with a row for each model, for a terminal of 80 columns."""
+    heads = ("model", "parameters", "encoder", "speed-up", "accuracy", "kept")
+    found = Table(*(Column(head, no_wrap=True) for head in heads), box=box)
     teacher = statistics.mean(results["accuracy"]["teacher"])
     for name, label in {"teacher": "teacher", **STUDENTS}.items():
         values, kind = results["accuracy"][name], "teacher" if name == "teacher" else "student"
         mean, parameters = statistics.mean(values), results["parameters"][kind]
         spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        yield (
+        found.add_row(
             label,
             f"{parameters['total'] / 1e6:.2f}M",
             f"{parameters['encoder'] / 1e6:.2f}M",
@@ -430,23 +387,17 @@ def table_rows(results: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{100 * mean:.1f}{spread}",
             f"{100 * mean / teacher:.1f}%",
         )
-
-
-def table(results: dict[str, Any]) -> Table:
-    """Returns the table for a terminal of 80 columns."""
-    found = Table(*(Column(head, no_wrap=True) for head in TABLE_HEAD), box=SIMPLE)
-    for row in table_rows(results):
-        found.add_row(*row)
     return found
 
 
 def report(results: dict[str, Any]) -> str:
     rows, size, seconds = results["rows"], results["size"], results["seconds"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (TABLE_HEAD, ["---"] * len(TABLE_HEAD), *table_rows(results))]
+    rows_of_models = io.StringIO()
+    Console(file=rows_of_models, width=120).print(table(results, MARKDOWN))
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "all")
     return f"""# fastdistill demo
 
-{chr(10).join(lines)}
+{rows_of_models.getvalue().strip()}
 
 Accuracy on the dev set in per cent, mean and standard deviation over {len(size["seeds"])} seeds of the last training;
 kept: the share of the teacher's. Speed-up: one batch, {torch.get_num_threads()} threads. All students have one
@@ -457,15 +408,12 @@ and learns from the labels alone; "from scratch" never saw the teacher.
 passage from? There are {rows["train"]} passages to train on, {rows["dev"]} from other docstrings to test on, without
 module names. The corpus of the general stage has {rows["corpus"]} passages without labels.
 
-**Teacher.** {size["teacher"][0]} layers, {size["teacher"][1]} wide, {size["heads"]} heads, trained on the labels,
-from vectors of the corpus' words (factorised mutual information).
+**Models.** The teacher has {size["teacher"][0]} layers, {size["teacher"][1]} wide, and was trained on the labels, from
+vectors of the corpus' words (factorised mutual information). The student has {size["student"][0]} layers,
+{size["student"][1]} wide, and started from the teacher's weights; then TinyBERT's general, intermediate and prediction
+stages. Both have {size["heads"]} heads.
 
-**Student.** {size["student"][0]} layers, {size["student"][1]} wide, {size["heads"]} heads, started from the teacher's
-weights; then TinyBERT's general, intermediate and prediction stages.
-
-![losses](losses.png)
-
-![accuracy](accuracy.png)
+![losses](losses.png) ![accuracy](accuracy.png)
 
 The student is in `student/`: `AutoModelForSequenceClassification.from_pretrained("student")`.
 
@@ -474,32 +422,23 @@ transformers {transformers.__version__}, fastdistill {fastdistill.__version__}, 
 """
 
 
-def new_figure(width: float, height: float) -> Any:
+def plot(results: dict[str, Any], logs: dict[str, list[dict[str, float]]], folder: Path) -> None:
+    """Plots the inner losses of each stage to `losses.png`, the dev accuracies over steps to `accuracy.png`."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", dpi=120)
-
-
-def plot_losses(logs: dict[str, list[dict[str, float]]], folder: Path) -> None:
-    """Plots the inner losses of each stage to `losses.png`."""
-    figure = new_figure(9, 3.5)
-    for axes, (name, history) in zip(figure.subplots(1, 2), logs.items(), strict=True):
+    losses, accuracy = (Figure(figsize=size, layout="constrained", dpi=120) for size in ((9, 3.5), (6, 4)))
+    for axes, (name, history) in zip(losses.subplots(1, 2), logs.items(), strict=True):
         for term in ("embedding", "hidden", "attention"):
             points = [(log["step"], log[term]) for log in history if term in log]
             axes.plot(*zip(*points, strict=True), label=term)
         axes.set(title=f"{name} stage", xlabel="step", ylabel="loss", yscale="log")
         axes.legend()
-    figure.savefig(folder / "losses.png")
-
-
-def plot_accuracy(results: dict[str, Any], folder: Path) -> None:
-    """Plots the dev accuracy over steps to `accuracy.png`."""
-    figure = new_figure(6, 4)
-    axes = figure.subplots()
+    losses.savefig(folder / "losses.png")
+    axes = accuracy.subplots()
     for (name, runs), color in zip(results["curves"].items(), ("tab:blue", "tab:green", "tab:orange"), strict=True):
         for i, points in enumerate(runs):
             axes.plot(*zip(*points, strict=True), color=color, label=STUDENTS[name] if i == 0 else None)
     axes.axhline(results["accuracy"]["teacher"][0], color="gray", linestyle="--", label="teacher")
     axes.set(xlabel="step, all stages counted", ylabel="dev accuracy")
     axes.legend()
-    figure.savefig(folder / "accuracy.png")
+    accuracy.savefig(folder / "accuracy.png")

@@ -1,4 +1,4 @@
-"""The nine GLUE tasks (Wang et al., arXiv 1804.07461): columns, labels, metrics, readers, TinyBERT's recipe.
+"""Defines the nine GLUE tasks (Wang et al., arXiv 1804.07461): columns, labels, metrics, readers, TinyBERT's recipe.
 
 Every reader returns the same columns, whatever the source: `sentence1`, `sentence2` if the task compares two texts, and
 `label` (the index of a class, or a float score for STS-B).
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import datasets
 import numpy as np
+from datasets import Dataset
 
-from fastdistill.recipes.tasks import Recipe, are_placeholders, label_names, label_options, read_lines
-from fastdistill.recipes.token_tasks import TOKEN_TASKS, SpanTask, TaggingTask
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from fastdistill.recipes.token_tasks import TOKEN_TASKS, Recipe, TokenTask, label_names, label_options, read_lines
+from fastdistill.train.data import add_teacher_logits
 
 logger = logging.getLogger(__name__)
 
@@ -27,31 +27,18 @@ SENTENCES = ("sentence1", "sentence2")
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Recipe):
-    """One GLUE task.
+    """One GLUE task."""
 
-    Attributes:
-        columns: columns of train.tsv, in order.
-        has_header: whether the tsv files start with a line of column names.
-        texts: the text columns of the tsv files, one or two.
-        hub_texts: the text columns of nyu-mll/glue if they have other names there.
-        label_column: the column of the label in the tsv files.
-        labels: class names by index; none for a regression.
-        tsv_labels: how the tsv files write each class.
-        metrics: keys of `compute_metrics`.
-        evaluations: names of the tsv files to evaluate on, each on its own.
-        skip_short_lines: whether lines that are cut short are dropped.
-    """
-
-    columns: tuple[str, ...]
-    has_header: bool = True
-    texts: tuple[str, ...] = SENTENCES
-    hub_texts: tuple[str, ...] = ()
-    label_column: str = "label"
-    labels: tuple[str, ...]
-    tsv_labels: tuple[str, ...] = ("0", "1")
-    metrics: tuple[str, ...] = ("accuracy",)
-    evaluations: tuple[str, ...] = ("dev",)
-    skip_short_lines: bool = False
+    columns: tuple[str, ...]  # of train.tsv, in order
+    has_header: bool = True  # whether the tsv files start with a line of column names
+    texts: tuple[str, ...] = SENTENCES  # the text columns of the tsv files, one or two
+    hub_texts: tuple[str, ...] = ()  # the text columns of nyu-mll/glue if they have other names there
+    label_column: str = "label"  # of the tsv files
+    labels: tuple[str, ...]  # class names by index; none for a regression
+    tsv_labels: tuple[str, ...] = ("0", "1")  # how the tsv files write each class
+    metrics: tuple[str, ...] = ("accuracy",)  # keys of `compute_metrics`
+    evaluations: tuple[str, ...] = ("dev",)  # names of the tsv files to evaluate on, each on its own
+    skip_short_lines: bool = False  # whether lines that are cut short are dropped
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
     @property
@@ -88,24 +75,60 @@ class Task(Recipe):
         return {**label_options(self.labels), "problem_type": "single_label_classification"}
 
     def for_model(self, config: Any, argument: str = "teacher") -> Task:
-        """Returns this task after `check_labels`."""
-        check_labels(self, config, argument)
+        """Returns this task. Raises ValueError unless a classifier's outputs are its classes in its order.
+
+        A warning says so if the order cannot be checked, because the classes have transformers' placeholder names.
+        """
+        count = max(len(self.labels), 1)
+        if config.num_labels != count:
+            raise ValueError(f"{argument} has {config.num_labels} outputs; {self.name} needs {count}")
+        if self.is_regression:
+            return self
+        found = label_names(config)
+        if found is None:
+            logger.warning("%s does not name its classes: cannot check their order", argument)
+        elif [normalize(label) for label in found] != [normalize(label) for label in self.labels]:
+            raise ValueError(
+                f"{argument} orders its classes {list(found)}; {self.name} here has {list(self.labels)}. "
+                "Fine-tune it with this order, or permute its classifier rows and id2label"
+            )
         return self
 
     def load_split(self, split: str, data_dir: str | Path | None = None) -> Dataset:
-        return load_split(self, split, data_dir)
+        """Loads one split: `train`, or one of `evaluations`.
 
-    def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        return tokenize(self, rows, tokenizer)
+        Reads `data_dir/<split>.tsv`, or without `data_dir` nyu-mll/glue through the datasets library.
+        """
+        if split != "train" and split not in self.evaluations:
+            raise ValueError(f"split is {split!r}; {self.name} has train, {', '.join(self.evaluations)}")
+        if data_dir is not None:
+            if not Path(data_dir).is_dir():
+                raise FileNotFoundError(f"{data_dir}: no such folder; it should hold {self.name}'s tsv files")
+            return read_tsv(self, Path(data_dir) / self.file(split))
+        rows = datasets.load_dataset("nyu-mll/glue", self.hub_name, split=split.replace("dev", "validation"))
+        columns = [*(self.hub_texts or self.texts), "label"]
+        return rows.select_columns(columns).rename_columns(dict(zip(columns, self.row_columns, strict=True)))
 
-    def encode(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        return tokenize(self, rows, tokenizer)
+    def tokenize(self, rows: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
+        """Turns texts into token ids, cut to `max_length` (default: the task's, or the tokenizer's if less).
+
+        Returns the tokenizer's columns, not padded, and `labels` (int64, or float32 for a regression).
+        """
+        names = self.row_columns[:-1]
+        most = max_length or min(self.max_length, tokenizer.model_max_length)
+
+        def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+            return tokenizer(*(batch[name] for name in names), truncation=True, max_length=most)
+
+        rows = rows.map(encode, batched=True, remove_columns=names, desc=f"Tokenizing {self.name}")
+        dtype = datasets.Value("float32" if self.is_regression else "int64")
+        return rows.rename_column("label", "labels").cast_column("labels", dtype)
+
+    encode = tokenize  # rows to predict on are the same
 
     def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
         """Returns `compute_metrics` of a model on rows from `load_split`."""
-        from fastdistill.train.data import add_teacher_logits
-
-        rows = tokenize(self, rows, tokenizer)
+        rows = self.tokenize(rows, tokenizer)
         logits = add_teacher_logits(rows, model, tokenizer)["teacher_logits"]
         return compute_metrics(self, np.array(logits), np.array(rows["labels"]))
 
@@ -139,16 +162,20 @@ TASKS: tuple[Task, ...] = (
 # fmt: on
 
 
-def get_task(name: str) -> Task | SpanTask | TaggingTask:
+# These methods as functions, which take the task first.
+check_labels, load_split, tokenize = Task.for_model, Task.load_split, Task.tokenize
+
+
+def get_task(name: str) -> Task | TokenTask:
     """Returns the task of that name, which is one of GLUE's or of `fastdistill.recipes.token_tasks`.
 
     Case and hyphens do not matter (`SST-2`, `sst2`). Raises ValueError for an unknown name.
     """
-    for task in (*TASKS, *TOKEN_TASKS):
-        if short_name(name) == short_name(task.name):
-            return task
-    known = ", ".join(task.name for task in (*TASKS, *TOKEN_TASKS))
-    raise ValueError(f"task is {name!r}; it should be one of {known}")
+    tasks = {short_name(task.name): task for task in (*TASKS, *TOKEN_TASKS)}
+    if short_name(name) not in tasks:
+        known = ", ".join(task.name for task in tasks.values())
+        raise ValueError(f"task is {name!r}; it should be one of {known}")
+    return tasks[short_name(name)]
 
 
 def short_name(name: str) -> str:
@@ -161,8 +188,6 @@ def read_tsv(task: Task, path: str | Path) -> Dataset:
     Returns a datasets.Dataset with the columns `sentence1`, (`sentence2`), `label`.
     Raises FileNotFoundError, and ValueError naming file and line for a line that does not fit the task.
     """
-    from datasets import Dataset
-
     lines = read_lines(path, f"{task.name} needs it as one of GLUE's own tsv files")
     if not lines and task.has_header:
         raise ValueError(f"{path}: empty; {task.name} files start with a header line")
@@ -171,26 +196,20 @@ def read_tsv(task: Task, path: str | Path) -> Dataset:
     if missing := [column for column in wanted if column not in header]:
         columns = ", ".join(map(repr, missing))
         raise ValueError(f"{path}:1: no column {columns} in the header {header}; is it {task.name}?")
-    rows = [line.split("\t") for line in lines]
-    numbered = [*enumerate(rows, 1)][1 if task.has_header else 0 :]
-    if task.skip_short_lines:
-        whole = [(number, row) for number, row in numbered if len(row) >= len(header)]
-        if len(whole) < len(numbered):
-            logger.warning("%s: skipped %d lines that are cut short", path, len(numbered) - len(whole))
-        numbered = whole
-    if not numbered:
+    numbered = [(number, line.split("\t")) for number, line in enumerate(lines, 1)][task.has_header :]
+    rows = [x for x in numbered if len(x[1]) >= len(header)] if task.skip_short_lines else numbered
+    if len(rows) < len(numbered):
+        logger.warning("%s: skipped %d lines that are cut short", path, len(numbered) - len(rows))
+    if not rows:
         raise ValueError(f"{path}: no rows")
-    places = [header.index(column) for column in wanted]
-    found = [_parse_row(task, row, len(header), places, f"{path}:{number}") for number, row in numbered]
+    found = []
+    for number, row in rows:
+        where = f"{path}:{number}"
+        if len(row) != len(header):
+            raise ValueError(f"{where}: {len(row)} columns; a line of {task.name} has {len(header)} separated by tabs")
+        *texts, label = (row[header.index(column)] for column in wanted)
+        found.append((*texts, parse_label(task, label, where)))
     return Dataset.from_dict(dict(zip(task.row_columns, map(list, zip(*found, strict=True)), strict=True)))
-
-
-def _parse_row(task: Task, row: list[str], width: int, places: list[int], where: str) -> tuple[Any, ...]:
-    """Returns the texts and the label of one line, which are in the columns `places`."""
-    if len(row) != width:
-        raise ValueError(f"{where}: {len(row)} columns; a line of {task.name} has {width} separated by tabs")
-    *texts, label = (row[place] for place in places)
-    return *texts, parse_label(task, label, where)
 
 
 def parse_label(task: Task, text: str, where: str) -> int | float:
@@ -199,50 +218,10 @@ def parse_label(task: Task, text: str, where: str) -> int | float:
         if text in task.tsv_labels:
             return task.tsv_labels.index(text)
         raise ValueError(f"{where}: label {text!r}; {task.name} has {', '.join(task.tsv_labels)}")
-    try:
-        score = float(text)
-    except ValueError:
-        score = float("nan")
-    if not 0 <= score <= 5:  # NaN fails this too
-        raise ValueError(f"{where}: score {text!r}; {task.name} has numbers from 0 to 5")
-    return score
-
-
-def load_split(task: Task, split: str, data_dir: str | Path | None = None) -> Dataset:
-    """Loads one split of a task: `train`, or one of `task.evaluations`.
-
-    Reads `data_dir/<split>.tsv`, or without `data_dir` nyu-mll/glue through the datasets library.
-    """
-    if split != "train" and split not in task.evaluations:
-        raise ValueError(f"split is {split!r}; {task.name} has train, {', '.join(task.evaluations)}")
-    if data_dir is not None:
-        if not Path(data_dir).is_dir():
-            raise FileNotFoundError(f"{data_dir}: no such folder; it should hold {task.name}'s tsv files")
-        return read_tsv(task, Path(data_dir) / task.file(split))
-    from datasets import load_dataset
-
-    dataset = load_dataset("nyu-mll/glue", task.hub_name, split=split.replace("dev", "validation"))
-    columns = [*(task.hub_texts or task.texts), "label"]
-    names = dict(zip(columns, task.row_columns, strict=True))
-    return dataset.select_columns(columns).rename_columns(names)
-
-
-def tokenize(task: Task, dataset: Dataset, tokenizer: Any, max_length: int | None = None) -> Dataset:
-    """Turns texts into token ids, cut to `max_length` (default: the task's, or the tokenizer's if less), not padded.
-
-    Returns the tokenizer's columns and `labels` (int64, or float32 for a regression).
-    """
-    from datasets import Value
-
-    names = task.row_columns[:-1]
-    most = max_length or min(task.max_length, tokenizer.model_max_length)
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        return tokenizer(*(batch[name] for name in names), truncation=True, max_length=most)
-
-    dataset = dataset.map(encode, batched=True, remove_columns=names, desc=f"Tokenizing {task.name}")
-    dataset = dataset.rename_column("label", "labels")
-    return dataset.cast_column("labels", Value("float32" if task.is_regression else "int64"))
+    with suppress(ValueError):
+        if 0 <= float(text) <= 5:  # NaN fails this too
+            return float(text)
+    raise ValueError(f"{where}: score {text!r}; {task.name} has numbers from 0 to 5")
 
 
 def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -255,7 +234,10 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    predictions, labels = _predictions(task, np.asarray(logits, dtype=np.float64)), np.asarray(labels)
+    logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    if not task.is_regression and (logits.ndim != 2 or logits.shape[1] != len(task.labels)):
+        raise ValueError(f"logits have shape {logits.shape}; {task.name} needs (rows, {len(task.labels)})")
+    predictions = logits.reshape(-1) if task.is_regression else logits.argmax(axis=1)
     if labels.shape != predictions.shape:
         raise ValueError(f"labels have shape {labels.shape}; predictions have {predictions.shape}")
     varies = 0 < np.ptp(predictions) < np.inf and np.ptp(labels) > 0
@@ -270,38 +252,9 @@ def compute_metrics(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[
     return {**values, "score": float(np.mean(list(values.values())))}
 
 
-def _predictions(task: Task, logits: np.ndarray) -> np.ndarray:
-    if task.is_regression:
-        return logits.reshape(-1)
-    if logits.ndim != 2 or logits.shape[1] != len(task.labels):
-        raise ValueError(f"logits have shape {logits.shape}; {task.name} needs (rows, {len(task.labels)})")
-    return logits.argmax(axis=1)
-
-
 def mean_score(metrics: Mapping[str, Mapping[str, float]]) -> float:
     """Returns the mean of `score` over a task's evaluation sets (MNLI has two)."""
     return float(np.mean([values["score"] for values in metrics.values()]))
-
-
-def check_labels(task: Task, config: Any, argument: str = "teacher") -> None:
-    """Refuses a classifier whose outputs are not this task's classes in this task's order.
-
-    The order cannot be checked if the classes have transformers' placeholder names (`LABEL_0`); a warning says so.
-    Raises ValueError naming both orders.
-    """
-    count = max(len(task.labels), 1)
-    if config.num_labels != count:
-        raise ValueError(f"{argument} has {config.num_labels} outputs; {task.name} needs {count}")
-    if task.is_regression:
-        return
-    found = label_names(config)
-    if are_placeholders(found):
-        logger.warning("%s does not name its classes: cannot check their order", argument)
-    elif [normalize(label) for label in found] != [normalize(label) for label in task.labels]:
-        raise ValueError(
-            f"{argument} orders its classes {list(found)}; {task.name} here has {list(task.labels)}. "
-            "Fine-tune it with this order, or permute its classifier rows and id2label"
-        )
 
 
 def normalize(label: str) -> str:

@@ -15,12 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from fastdistill.recipes.glue import mean_score
 from fastdistill.train.outputs import write_whole
 from fastdistill.train.processes import processes
 
-__all__ = ["check_grid", "print_results", "search"]
-
+RUN = "runs/rate{learning_rate}-batch{batch_size}-seed{seed}"
 Metrics = dict[str, dict[str, float]]  # by evaluation set, as `fastdistill.recipes.glue.compute_metrics` returns them
 
 
@@ -56,51 +58,32 @@ def search(
         evaluate: returns the metrics of a model on each evaluation set.
         folder: receives each run's folder under `runs`, and in the end the best run's files and `results.json`. Only
             the main process writes.
-        name: the task's name.
 
-    Returns the content of `results.json`:
-
-        {"task": name,
-         "combinations": [{"learning_rate": ..., "batch_size": ...,
-                           "seeds": {"42": {"metrics": {"dev": {"accuracy": ..., "score": ...}}, "score": ...}, ...},
-                           "mean": ..., "spread": ...}, ...],   # of the score; spread: standard deviation over seeds
-         "best": {"learning_rate": ..., "batch_size": ..., "seed": ..., "score": ...}}
-
-    Raises ValueError as `check_grid` does.
+    Returns the content of `results.json`, which docs/search.md shows. Raises ValueError as `check_grid` does.
     """
     check_grid(learning_rates=learning_rates, batch_sizes=batch_sizes, seeds=seeds)
     folder, is_main = Path(folder), processes().is_main_process
     combinations: list[dict[str, Any]] = []
     for learning_rate, batch_size in itertools.product(learning_rates, batch_sizes):
+        combination = {"learning_rate": learning_rate, "batch_size": batch_size}
         runs: dict[str, Any] = {}
         for seed in seeds:
-            metrics = evaluate(train(learning_rate, batch_size, seed, _run(folder, learning_rate, batch_size, seed)))
+            metrics = evaluate(train(learning_rate, batch_size, seed, folder / RUN.format(**combination, seed=seed)))
             score = mean_score(metrics)
             runs[str(seed)] = {"metrics": metrics, "score": score}
             if is_main:
                 print(f"{name}, learning rate {learning_rate}, batch size {batch_size}, seed {seed}: {100 * score:.2f}")
         scores = [run["score"] for run in runs.values()]
-        combination = {"learning_rate": learning_rate, "batch_size": batch_size, "seeds": runs}
-        combinations.append({**combination, "mean": statistics.mean(scores), "spread": spread(scores)})
-    best = _best(combinations)
-    results = {"task": name, "combinations": combinations, "best": best}
+        combinations.append({**combination, "seeds": runs, "mean": statistics.mean(scores), "spread": spread(scores)})
+    chosen = max(combinations, key=lambda combination: combination["mean"])
+    seed, run = max(chosen["seeds"].items(), key=lambda item: item[1]["score"])
+    best = {"learning_rate": chosen["learning_rate"], "batch_size": chosen["batch_size"], "seed": int(seed)}
+    results = {"task": name, "combinations": combinations, "best": {**best, "score": run["score"]}}
     processes().wait_for_everyone()  # from here on no process reads a run
     if is_main:
-        run = _run(folder, best["learning_rate"], best["batch_size"], best["seed"])
-        shutil.copytree(run, folder, dirs_exist_ok=True)
+        shutil.copytree(folder / RUN.format(**best), folder, dirs_exist_ok=True)
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
     return results
-
-
-def _run(folder: Path, learning_rate: float, batch_size: int, seed: int) -> Path:
-    return folder / "runs" / f"rate{learning_rate}-batch{batch_size}-seed{seed}"
-
-
-def _best(combinations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    best = max(combinations, key=lambda combination: combination["mean"])
-    seed, run = max(best["seeds"].items(), key=lambda item: item[1]["score"])
-    pair = {name: best[name] for name in ("learning_rate", "batch_size")}
-    return {**pair, "seed": int(seed), "score": run["score"]}
 
 
 def spread(values: Sequence[float]) -> float:
@@ -110,9 +93,6 @@ def spread(values: Sequence[float]) -> float:
 
 def print_results(results: Mapping[str, Any]) -> None:
     """Prints every metric of every evaluation set, in per cent, as mean ± standard deviation, a row a combination."""
-    from rich.console import Console
-    from rich.table import Table
-
     best, combinations = results["best"], results["combinations"]
     metrics = next(iter(combinations[0]["seeds"].values()))["metrics"]
     columns = [(split, metric) for split in metrics for metric in metrics[split] if metric != "score"]
@@ -122,9 +102,8 @@ def print_results(results: Mapping[str, Any]) -> None:
         values = [[run["metrics"][split][metric] for run in runs] for split, metric in columns]
         values.append([run["score"] for run in runs])
         cells = [f"{100 * statistics.mean(x):.2f} ± {100 * spread(x):.2f}" for x in values]
-        pair = combination["learning_rate"], combination["batch_size"]
-        is_best = pair == (best["learning_rate"], best["batch_size"])
-        table.add_row(*map(str, pair), *cells, style="bold" if is_best else None)
+        pair, chosen = ([str(x[name]) for name in ("learning_rate", "batch_size")] for x in (combination, best))
+        table.add_row(*pair, *cells, style="bold" if pair == chosen else None)
     Console().print(table)
     print(
         f"best: learning rate {best['learning_rate']}, batch size {best['batch_size']}; "

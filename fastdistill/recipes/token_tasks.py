@@ -1,7 +1,7 @@
-"""Tasks on tokens: spans of a text that answer a question (SQuAD), and tags of words (named entities, parts of speech).
+"""Defines tasks on tokens: answers that are spans of a text (SQuAD), and tags of words (named entities, for example).
 
-`fastdistill.recipes.tasks` shows how they are used. A text that is longer than the model's input becomes several
-windows. The offsets of fast tokenizers tell where a token is in its text; slow tokenizers are refused.
+docs/token_tasks.md shows how they are used. A text that is longer than the model's input becomes several windows. The
+offsets of fast tokenizers tell where a token is in its text; slow tokenizers are refused.
 """
 
 from __future__ import annotations
@@ -10,109 +10,133 @@ import json
 import logging
 import re
 import string
-from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import datasets
 import numpy as np
+from datasets import Dataset
+from transformers.utils import logging as hf_logging
 
-from fastdistill.recipes.tasks import Recipe, are_placeholders, label_names, label_options, read_lines
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-__all__ = ["TOKEN_TASKS", "SpanTask", "TaggingTask", "read_conll", "read_squad", "squad_metrics", "tag_metrics"]
+from fastdistill.train.data import batches_by_length, predict
 
 logger = logging.getLogger(__name__)
 
 Columns = dict[str, list[Any]]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The name of a task, and how TinyBERT trains on it (arXiv 1909.10351, section 4.2, and its code)."""
+
+    name: str
+    _: KW_ONLY
+    intermediate_epochs: int = 20
+    prediction_epochs: int = 3
+    batch_size: int = 32
+    intermediate_learning_rate: float = 5e-5
+    prediction_learning_rate: float = 3e-5
+
+
+def read_lines(path: str | Path, expected: str) -> list[str]:
+    """Reads the lines of a UTF-8 file, with or without a byte-order mark, without their line ends.
+
+    Only a line feed ends a line: sentences contain other characters at which str.splitlines would break.
+
+    Raises FileNotFoundError, which says what was `expected`, and ValueError for a file that is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {expected}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def label_options(labels: Sequence[str]) -> dict[str, Any]:
+    """Returns the keyword arguments with which a transformers config has these classes in this order."""
+    indices = {label: index for index, label in enumerate(labels)}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": indices}
+
+
+def label_names(config: Any) -> tuple[str, ...] | None:
+    """Returns the names of a model's classes by index; None if they are transformers' placeholders, `LABEL_0` etc."""
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+    return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
+
+
 @dataclass(frozen=True, kw_only=True)
-class _TokenTask(Recipe, ABC):
+class _TokenTask(Recipe):
     """A task whose rows are cut into windows of at most `max_length` tokens."""
 
     max_length: int
     evaluations: ClassVar[tuple[str, ...]] = ("dev",)
     is_regression: ClassVar[bool] = False
     caches_logits: ClassVar[bool] = False  # there is a row of logits for each token: the teacher runs along instead
+    text: ClassVar[int]  # which of the tokenizer's sequences is the text to predict on
+    # For a batch of rows: the tokenizer's arguments; where the tokens of each window stand in the text; its labels.
+    _inputs: ClassVar[Callable[..., dict[str, Any]]]
+    _places: ClassVar[Callable[..., Columns]]
+    _labels: ClassVar[Callable[..., Columns]]
 
     def check_length(self, config: Any, argument: str) -> None:
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None and positions < self.max_length:
             raise ValueError(f"{argument} reads {positions} tokens at most; {self.name} needs {self.max_length}")
 
-    @abstractmethod
-    def _windows(self, tokenizer: Any, batch: Columns) -> tuple[Columns, list[int], Columns]:
-        """Returns the tokenizer's columns, each window's row in the batch, and columns that place its tokens."""
-
-    @abstractmethod
-    def _labels(self, tokenizer: Any, batch: Columns, ids: list[Any], sources: list[int], places: Columns) -> Columns:
-        """Returns the label columns of windows."""
-
     def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
         """Cuts rows into windows to train on: the tokenizer's columns and the labels."""
-        check_fast(tokenizer)
-
-        def cut(batch: Columns) -> Columns:
-            columns, sources, places = self._windows(tokenizer, batch)
-            return {**columns, **self._labels(tokenizer, batch, columns["input_ids"], sources, places)}
-
-        return rows.map(cut, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing for {self.name}")
+        return self._cut(rows, tokenizer, has_labels=True)
 
     def encode(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        """Cuts rows into windows to predict on.
+        """Cuts rows into windows to predict on: the tokenizer's columns, the index of the `row`, the tokens' places."""
+        return self._cut(rows, tokenizer, has_labels=False)
 
-        Their columns are the tokenizer's, the index of the window's `row`, and what places its tokens in the text.
-        """
-        check_fast(tokenizer)
+    def _cut(self, rows: Dataset, tokenizer: Any, has_labels: bool) -> Dataset:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"the tokenizer is a {type(tokenizer).__name__}, a slow one, which does not tell where its tokens "
+                "stand in the text; use a checkpoint with a tokenizer.json"
+            )
 
         def cut(batch: Columns, indices: list[int]) -> Columns:
-            columns, sources, places = self._windows(tokenizer, batch)
+            options = {"return_overflowing_tokens": True, "return_offsets_mapping": True}
+            columns = tokenizer(**self._inputs(tokenizer, batch), max_length=self.max_length, **options)
+            sources = columns.pop("overflow_to_sample_mapping")  # each window's row in the batch
+            offsets = []  # (L, 2) of each window: the characters [start, end) of each token, -1 outside the text
+            for window, spans in enumerate(columns.pop("offset_mapping")):
+                is_text = np.array(columns.sequence_ids(window)) == self.text
+                offsets.append(np.where(is_text[:, None], np.reshape(spans, (-1, 2)), -1))
+            places = self._places(batch, sources, offsets)
+            if has_labels:
+                return {**columns, **self._labels(tokenizer, batch, columns["input_ids"], sources, places)}
             return {**columns, "row": [indices[source] for source in sources], **places}
 
         options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
         return rows.map(cut, desc=f"Tokenizing for {self.name}", **options)
 
 
-def check_fast(tokenizer: Any) -> None:
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer is a {type(tokenizer).__name__}, a slow one, which does not tell where its tokens stand in "
-            "the text; use a checkpoint with a tokenizer.json"
-        )
-
-
-# -- spans ---------------------------------------------------------------------------------------------------------
-
 PAIR_TOKENS = 4  # most special tokens around a question and a text: RoBERTa's
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanTask(_TokenTask):
-    """Questions that a span of a text answers: SQuAD 1.1 (arXiv 1606.05250) and 2.0 (arXiv 1806.03822).
-
-    Attributes:
-        version: part of the names of SQuAD's own files: `train-v1.1.json`.
-        has_unanswerable: whether a text may leave its question open, as in 2.0.
-        max_length, stride: tokens of a window, question included, and tokens that neighbouring windows share.
-        max_question: tokens that a question is cut to.
-        max_answer: tokens of the longest answer that is considered.
-    """
+    """Questions that a span of a text answers: SQuAD 1.1 (arXiv 1606.05250) and 2.0 (arXiv 1806.03822)."""
 
     hub_name: str
-    version: str
-    has_unanswerable: bool = False
-    max_length: int = 384
-    stride: int = 128
-    max_question: int = 64
-    max_answer: int = 30
+    version: str  # part of the names of SQuAD's own files: `train-v1.1.json`
+    has_unanswerable: bool = False  # whether a text may leave its question open, as in 2.0
+    max_length: int = 384  # tokens of a window, question included
+    stride: int = 128  # tokens that neighbouring windows share
+    max_question: int = 64  # tokens that a question is cut to
+    max_answer: int = 30  # tokens of the longest answer that is considered
     intermediate_epochs: int = 10  # as for the larger GLUE tasks
+    text: ClassVar[int] = 1
     auto_class: ClassVar[str] = "AutoModelForQuestionAnswering"
 
     def __post_init__(self) -> None:
@@ -141,9 +165,7 @@ class SpanTask(_TokenTask):
         """Loads `train` or `dev` from SQuAD's own file in `data_dir`, or else from the hub, like `read_squad`."""
         if data_dir is not None:
             return read_squad(Path(data_dir) / self.file(split), has_unanswerable=self.has_unanswerable)
-        from datasets import load_dataset
-
-        rows = load_dataset(self.hub_name, split=split.replace("dev", "validation")).flatten()
+        rows = datasets.load_dataset(self.hub_name, split=split.replace("dev", "validation")).flatten()
         rows = rows.rename_columns({"answers.text": "answers", "answers.answer_start": "starts"})
         return rows.select_columns(["id", "question", "context", "answers", "starts"])
 
@@ -162,28 +184,19 @@ class SpanTask(_TokenTask):
             found.append(answer or (null_position(tokens, tokenizer),) * 2)
         return {"start_positions": [first for first, _ in found], "end_positions": [last for _, last in found]}
 
-    def _windows(self, tokenizer: Any, batch: Columns) -> tuple[Columns, list[int], Columns]:
-        """Places each token by its characters in the context: `token_starts` to `token_ends` (exclusive), else -1."""
+    def _inputs(self, tokenizer: Any, batch: Columns) -> dict[str, Any]:
         questions = [question.strip() for question in batch["question"]]
         tokens = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         questions = [
             question if len(offsets) <= self.max_question else question[: offsets[self.max_question - 1][1]]
             for question, offsets in zip(questions, tokens, strict=True)
         ]
-        columns = tokenizer(
-            questions,
-            batch["context"],
-            truncation="only_second",
-            max_length=self.max_length,
-            stride=self.stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        sources, places = columns.pop("overflow_to_sample_mapping"), []
-        for window, offsets in enumerate(columns.pop("offset_mapping")):
-            is_context = np.array([sequence == 1 for sequence in columns.sequence_ids(window)])
-            places.append(np.where(is_context, np.array(offsets).T, -1))  # (2, L)
-        return dict(columns), sources, {"token_starts": [x[0] for x in places], "token_ends": [x[1] for x in places]}
+        texts = {"text": questions, "text_pair": batch["context"]}
+        return {**texts, "truncation": "only_second", "stride": self.stride}
+
+    def _places(self, batch: Columns, sources: list[int], offsets: list[np.ndarray]) -> Columns:
+        """Returns the characters of each token in the context: `token_starts` to `token_ends` (exclusive), else -1."""
+        return {"token_starts": [x[:, 0] for x in offsets], "token_ends": [x[:, 1] for x in offsets]}
 
     def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
         """Returns `squad_metrics` of a model's answers to rows from `load_split`."""
@@ -210,9 +223,8 @@ class SpanTask(_TokenTask):
                 answers[row] = contexts[row][starts[i] : ends[j]].strip()  # SentencePiece's tokens begin with a space
             position = null_position(window["input_ids"], tokenizer)
             null[row] = min(null[row], start[position] + end[position])
-        if not self.has_unanswerable:
-            return answers
-        return ["" if null[row] > best[row] else answer for row, answer in enumerate(answers)]
+        has_null = self.has_unanswerable
+        return ["" if has_null and null[row] > best[row] else answer for row, answer in enumerate(answers)]
 
 
 def read_squad(path: str | Path, *, has_unanswerable: bool = False) -> Dataset:
@@ -223,8 +235,6 @@ def read_squad(path: str | Path, *, has_unanswerable: bool = False) -> Dataset:
     Raises FileNotFoundError, and ValueError for a file with another layout, or naming the question if an answer is not
     where it should be, or if there is none without `has_unanswerable`.
     """
-    from datasets import Dataset
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it should be one of SQuAD's own")
@@ -248,24 +258,16 @@ def _squad_rows(content: Any, path: Path, has_unanswerable: bool) -> Iterator[di
             answers = [] if question.get("is_impossible") else question["answers"]
             if not answers and not has_unanswerable:
                 raise ValueError(f"{where} has no answer; unanswerable questions are of the task SQuAD2")
-            for answer in answers:
-                check_answer(paragraph["context"], answer["text"], answer["answer_start"], where)
-            yield {
-                "id": question["id"],
-                "question": question["question"],
-                "context": paragraph["context"],
-                "answers": [answer["text"] for answer in answers],
-                "starts": [answer["answer_start"] for answer in answers],
-            }
-
-
-def check_answer(context: str, text: str, start: int, where: str) -> None:
-    found = context[start : start + len(text)] if start >= 0 else ""
-    if not text.strip() or found != text:
-        raise ValueError(
-            f"{where}: the answer {text!r} should start at character {start} (answer_start, from 0) of its context, "
-            f"where {found!r} stands"
-        )
+            texts, starts = ([answer[key] for answer in answers] for key in ("text", "answer_start"))
+            for text, start in zip(texts, starts, strict=True):
+                found = paragraph["context"][start : start + len(text)] if start >= 0 else ""
+                if not text.strip() or found != text:
+                    raise ValueError(
+                        f"{where}: the answer {text!r} should start at character {start} (answer_start, from 0) of its "
+                        f"context, where {found!r} stands"
+                    )
+            row = {"id": question["id"], "question": question["question"], "context": paragraph["context"]}
+            yield {**row, "answers": texts, "starts": starts}
 
 
 def null_position(ids: Sequence[int], tokenizer: Any) -> int:
@@ -276,8 +278,7 @@ def null_position(ids: Sequence[int], tokenizer: Any) -> int:
 def answer_tokens(offsets: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
     """Returns the first and last token of the characters `start` to `end` (exclusive), or None if some are outside.
 
-    Args:
-        offsets: (L, 2) int, the characters of each token, -1 if it is not in the context.
+    `offsets` (L, 2) are the characters of each token, -1 if it is not in the context.
     """
     tokens = np.flatnonzero(offsets[:, 0] >= 0)
     starts, ends = offsets[tokens].T
@@ -311,42 +312,36 @@ def squad_metrics(
     """
     exact, f1 = [], []
     for prediction, golds in zip(predictions, answers, strict=True):
+        ours, texts = answer_words(prediction), [answer_words(gold) for gold in golds]
         if has_unanswerable:
-            golds = [gold for gold in golds if normalize_answer(gold)] or [""]
-        exact.append(max(float(normalize_answer(prediction) == normalize_answer(gold)) for gold in golds))
-        f1.append(max(word_f1(prediction, gold, has_unanswerable) for gold in golds))
+            texts = [words for words in texts if words] or [[]]
+        exact.append(max(ours == words for words in texts))
+        f1.append(max(word_f1(ours, words, has_unanswerable) for words in texts))
     values = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
     return {**values, "score": values["f1"]}
 
 
-def normalize_answer(text: str) -> str:
-    text = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+def answer_words(text: str) -> list[str]:
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def word_f1(prediction: str, gold: str, has_unanswerable: bool) -> float:
-    ours, golds = normalize_answer(prediction).split(), normalize_answer(gold).split()
+def word_f1(ours: list[str], golds: list[str], has_unanswerable: bool) -> float:
     if not ours or not golds:
         return float(has_unanswerable and ours == golds)
     return 2 * (Counter(ours) & Counter(golds)).total() / (len(ours) + len(golds))
 
-
-# -- tags ----------------------------------------------------------------------------------------------------------
 
 ENTITY_PREFIXES = ("B-", "I-", "E-", "S-")  # IOB1, IOB2, IOBES
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaggingTask(_TokenTask):
-    """A tag for each word: named entities, parts of speech. A word's tag is read at its first token.
+    """A tag for each word: named entities, parts of speech. A word's tag is read at its first token."""
 
-    Attributes:
-        labels: tags by index. They are the model's, see `for_model`.
-        max_length: tokens of a window. A longer sentence continues in the next one, without overlap: no word is lost.
-    """
-
-    max_length: int = 128
-    labels: tuple[str, ...] = ()
+    max_length: int = 128  # tokens of a window; a longer sentence continues in the next one without overlap
+    labels: tuple[str, ...] = ()  # tags by index: the model's, see `for_model`
+    text: ClassVar[int] = 0
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
 
     def model_options(self, train: Dataset) -> dict[str, Any]:
@@ -359,10 +354,10 @@ class TaggingTask(_TokenTask):
     def for_model(self, config: Any, argument: str = "teacher") -> TaggingTask:
         """Returns this task with the model's labels. Raises ValueError if its config does not name them."""
         labels = label_names(config)
-        if are_placeholders(labels):
+        if labels is None:
             raise ValueError(
-                f"{argument} does not name its tags (id2label holds {', '.join(labels)}); train one that does with "
-                "`fastdistill finetune --task tagging`, or write their names into its config.json"
+                f"{argument} does not name its tags (id2label holds {', '.join(config.id2label.values())}); train one "
+                "that does with `fastdistill finetune --task tagging`, or write their names into its config.json"
             )
         self.check_length(config, argument)
         return replace(self, labels=labels)
@@ -377,7 +372,7 @@ class TaggingTask(_TokenTask):
         return read_conll(Path(data_dir) / self.file(split))
 
     def tokenize(self, rows: Dataset, tokenizer: Any) -> Dataset:
-        """Cuts rows into windows to train on; see `_TokenTask.tokenize`. Raises ValueError for tags not in `labels`."""
+        """Cuts rows into windows to train on. Raises ValueError for tags not in `labels`."""
         if unknown := sorted(distinct(rows["tags"]) - set(self.labels)):
             raise ValueError(f"the training rows have the tags {unknown}; the model's are {list(self.labels)}")
         return super().tokenize(rows, tokenizer)
@@ -389,28 +384,21 @@ class TaggingTask(_TokenTask):
         pairs = zip(tags, places["word"], strict=True)
         return {"labels": [[-100 if word < 0 else index[tag[word]] for word in window] for tag, window in pairs]}
 
-    def _windows(self, tokenizer: Any, batch: Columns) -> tuple[Columns, list[int], Columns]:
-        """Places each token by the `word` of which it is the first token, else -1."""
+    def _inputs(self, tokenizer: Any, batch: Columns) -> dict[str, Any]:
         # Sentences are joined with spaces, so that byte-level vocabularies too see them as running text.
-        columns = tokenizer(
-            [" ".join(words) for words in batch["words"]],
-            truncation=True,
-            max_length=self.max_length,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        starts = [list(accumulate((len(word) + 1 for word in words[:-1]), initial=0)) for words in batch["words"]]
-        sources = columns.pop("overflow_to_sample_mapping")
+        return {"text": [" ".join(words) for words in batch["words"]], "truncation": True}
+
+    def _places(self, batch: Columns, sources: list[int], offsets: list[np.ndarray]) -> Columns:
+        """Returns the `word` of which each token is the first one, else -1."""
+        starts = [np.cumsum([0, *(len(word) + 1 for word in words[:-1])]) for words in batch["words"]]
         last = [-1] * len(starts)  # the last word of each row whose first token is in a window so far
         windows = []
-        for window, (source, offsets) in enumerate(zip(sources, columns.pop("offset_mapping"), strict=True)):
-            places = []
-            for sequence, (_, end) in zip(columns.sequence_ids(window), offsets, strict=True):
-                word = -1 if sequence is None else bisect_right(starts[source], end - 1) - 1
-                places.append(word if word > last[source] else -1)
-                last[source] = max(last[source], word)
-            windows.append(places)
-        return dict(columns), sources, {"word": windows}
+        for source, tokens in zip(sources, offsets, strict=True):
+            words = np.searchsorted(starts[source], tokens[:, 1] - 1, side="right") - 1  # (L), -1 outside the text
+            known = np.maximum.accumulate([last[source], *words])
+            windows.append(np.where(words > known[:-1], words, -1))
+            last[source] = known[-1]
+        return {"word": windows}
 
     def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
         """Returns `tag_metrics` of a model on rows from `load_split`. Tags that the model does not have are misses."""
@@ -443,16 +431,13 @@ def read_conll(path: str | Path) -> Dataset:
     Raises FileNotFoundError, and ValueError naming file and line for a line with another number of columns than the
     first.
     """
-    from datasets import Dataset
-
     sentences: list[list[list[str]]] = [[]]
     columns = 0
     for number, line in enumerate(read_lines(path, "it should hold a word and its tag a line"), 1):
-        line = line.strip(" \t\r")
-        if not line or line.startswith("-DOCSTART-"):
+        fields = re.split("[ \t]+", line.strip(" \t\r"))
+        if fields == [""] or fields[0].startswith("-DOCSTART-"):
             sentences.append([])
             continue
-        fields = re.split("[ \t]+", line)
         columns = columns or max(len(fields), 2)
         if len(fields) != columns:
             raise ValueError(
@@ -502,15 +487,8 @@ def continues(before: str, tag: str) -> bool:
     return before[:2] in ("B-", "I-") and tag[:2] in ("I-", "E-") and before[2:] == tag[2:]
 
 
-# -- predictions ---------------------------------------------------------------------------------------------------
-
-
 def window_logits(model: Any, windows: Dataset, tokenizer: Any, head: str, batch_size: int = 64) -> list[np.ndarray]:
     """Returns the logits of each window's tokens, (L, 2) of "spans" or (L, C) of "tags", float32, without padding."""
-    from transformers.utils import logging as hf_logging
-
-    from fastdistill.train.data import batches_by_length, predict
-
     batches = batches_by_length([len(ids) for ids in windows["input_ids"]], batch_size)
     found: list[Any] = [None] * len(windows)
     for rows, states, mask in predict(model, windows, tokenizer, hf_logging.tqdm(batches, desc="Predicting")):
@@ -522,7 +500,8 @@ def window_logits(model: Any, windows: Dataset, tokenizer: Any, head: str, batch
     return found
 
 
-TOKEN_TASKS: tuple[SpanTask | TaggingTask, ...] = (
+TokenTask = SpanTask | TaggingTask
+TOKEN_TASKS: tuple[TokenTask, ...] = (
     SpanTask(name="SQuAD", hub_name="rajpurkar/squad", version="v1.1"),
     SpanTask(name="SQuAD2", hub_name="rajpurkar/squad_v2", version="v2.0", has_unanswerable=True),
     TaggingTask(name="tagging"),
