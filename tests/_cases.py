@@ -1,7 +1,7 @@
-"""Every op once: inputs to call it with, which of them learn, and its formula as a textbook writes it.
+"""Lists every op with inputs to call it with, the inputs that learn, and a textbook formula.
 
-The formulas here are the yardstick for accuracy and share no code with the library. They are written the way a careful
-user writes them: inputs cast to float32 first, so that what remains is the cost of the dtype of the inputs.
+The formulas set the standard of accuracy and share no code with the library. They are written as a careful user writes
+them: inputs are cast to float32 first, so that the only error left comes from the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def topk_items(
 
 
 def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, narrow: bool = False) -> Tensor:
-    """narrow: the gradient of the logits is rounded to the operands' digits, as GPUs multiply it."""
+    """Computes logits. `narrow` rounds their gradient to the operands' precision, as matrix products on GPUs do."""
     logits = F.linear(wide(hidden), wide(weight), wide(bias))
     if narrow and logits.requires_grad and hidden.itemsize == 2:
         logits.register_hook(partial(_round, digits=1 - int(math.log2(torch.finfo(hidden.dtype).eps))))
@@ -194,7 +194,7 @@ def with_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, narrow: bool 
 
 
 def _round(x: Tensor, digits: int) -> Tensor:
-    """To so many binary digits, whatever its exponent."""
+    """Rounds the mantissa to `digits` binary digits."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp(torch.round(mantissa * 2**digits) / 2**digits, exponent)
 
@@ -218,7 +218,7 @@ def linear_items(soft: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Ten
 
 
 def logits_items(soft: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`soft` may be a function of an option of its own: beta, reverse."""
+    """Returns the items of a loss on logits. The options beta and reverse choose or parametrise the row formula."""
 
     def items(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
         own = {name: keywords.pop(name) for name in ("beta", "reverse") if name in keywords}
@@ -272,7 +272,7 @@ def attention(
 
 
 def long_attention(batch: int = 2, heads: int = 4, length: int = 70, keys: int = 72, **kv: int) -> dict[str, Any]:
-    """Narrow heads and enough rows for attention_mse to take its Gram matrices, and its causal scan."""
+    """Returns narrow heads with enough rows that attention_mse chooses its Gram form or its causal scan."""
     return attention(batch, heads, length, keys, 2, 3, **{"student_kv": 1, "teacher_kv": 2, **kv})
 
 
@@ -281,7 +281,7 @@ def logits(rows: tuple[int, ...] = (3, 5), classes: int = 37) -> dict[str, Any]:
 
 
 def with_labels(inputs: dict[str, Any], classes: int) -> dict[str, Any]:
-    """Labels for every row; the second is ignored."""
+    """Adds labels for every row; the second is -100, which is ignored."""
     rows = next(iter(inputs.values())).shape[:-1]
     labels = torch.randint(classes, rows)
     labels.view(-1)[1:2] = -100
@@ -312,9 +312,9 @@ def linear_topk(rows: tuple[int, ...] = (3, 5), classes: int = 37, k: int = 5, d
 
 
 def without_ties(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A teacher none of whose probabilities nearly equals the student's: the gradient of TVD jumps where they do.
+    """Replaces the teacher by one whose probabilities all differ from the student's: TVD's gradient jumps at ties.
 
-    Its logits are the student's, each 0.7 less or 1.3 more; a common offset lies between the two for any row.
+    The teacher's logits are the student's plus -0.7 or 1.3. The offset that all logits of a row share lies in between.
     """
     out = dict(inputs)
     if "student_logits" in inputs:
@@ -332,7 +332,7 @@ def without_ties(inputs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Op:
-    """One op with one set of options. Called, it is the public function with them."""
+    """Holds one op with one set of options. Calling it calls the public function with these options."""
 
     name: str  # of the public function
     make: Callable[..., dict[str, Any]]
@@ -350,7 +350,7 @@ class Op:
 
     @property
     def per_item(self) -> bool:
-        """Whether reduction="none" exists."""
+        """Returns whether the op has reduction="none"."""
         return not self.name.startswith("attention")
 
     @property
@@ -359,7 +359,7 @@ class Op:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """One reduction for each way through the op: reduced in it, and per item."""
+        """Returns one reduction for each code path of the op: reduced inside it, and per item."""
         return ("mean", "none") if self.per_item else ("mean",)
 
     def textbook(
@@ -388,7 +388,7 @@ class Op:
         loosest: float = LOOSEST_BOUND,
         **keywords: Any,
     ) -> Outcome:
-        """Value and gradients against the oracle, within twice the textbook formula's error; returns them."""
+        """Checks value and gradients against the oracle, within twice the textbook's error, and returns them."""
         learned = self.learned if learned is None else learned
         outcome = evaluate(self, inputs, learned, backend=backend, **keywords)
         truth = self.truth(inputs, learned, **keywords)
@@ -400,7 +400,7 @@ class Op:
     def assert_accurate_together(
         self, batches: list[dict[str, Any]], *, backend: str, value_off: float = 0.0, **keywords: Any
     ) -> None:
-        """The same over several batches as one: the error of a single number may be small by luck."""
+        """Checks several batches as one, because the error of a single number may be small by luck."""
         assert_accurate(
             stacked([evaluate(self, x, self.learned, backend=backend, **keywords) for x in batches]),
             stacked([self.truth(x, **keywords) for x in batches]),
@@ -409,7 +409,7 @@ class Op:
         )
 
     def some_masked(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """A mask for each mask argument: about a third False, the first False and the last True."""
+        """Returns a mask for each mask argument: about a third is False, the first False and the last True."""
         masks = {}
         for name, (masked, *_) in self.masks.items():
             x = inputs[masked]
@@ -424,7 +424,7 @@ class Op:
         return {name: torch.zeros_like(mask) for name, mask in self.some_masked(inputs).items()}
 
     def overwrite_masked(self, inputs: dict[str, Any], masks: dict[str, Tensor], value: float) -> dict[str, Any]:
-        """The inputs with every masked row filled with `value`."""
+        """Returns the inputs with every masked row filled with `value`."""
         out = dict(inputs)
         for name, masked in self.masks.items():
             for x in masked:
@@ -441,7 +441,7 @@ PAIRS = {"query_mask": ("student_query", "teacher_query"), "key_mask": ("student
 QUERY_KEY = ("student_query", "student_key")
 HEAD = ("student", "student_weight", "student_bias")
 
-# Every option at once, none at its default.
+# Every option at once, each at a value that is not its default.
 ALL_OPTIONS = {
     "temperature": 2.0,
     "t_squared": True,
