@@ -1,8 +1,11 @@
-"""Triton's interpreter (3.6 to 3.9) keeps bfloat16 as the bits of an integer: its products take them for one, and what
-it rounds to bfloat16 is cut off. On a GPU products are exact and rounding is to nearest: so they are made here.
+"""Corrects Triton's interpreter (3.6 to 3.9) for bfloat16, and makes it faster.
 
-It also prepares the language anew at each call of a device function, which takes most of its time: once a launch is
-enough."""
+The interpreter stores bfloat16 as integer bits. Its matrix products multiply these integers, and its conversions
+truncate. On a GPU products are exact and conversions round to nearest; `mend_bfloat16` does the same here.
+
+The interpreter also patches the language at each call of a device function, which takes most of its time.
+`prepare_once` patches it once per launch.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +53,10 @@ def prepare_once() -> None:
     from triton.runtime import interpreter
 
     prepare = interpreter._patch_lang
-    scopes: dict[tuple[bool, ...], Any] = {}  # of this launch, by what of the language a module sees
+    scopes: dict[tuple[bool, ...], Any] = {}  # of this launch, by the parts of the language that a module imports
 
     class Scope:
-        """The launch's own, made first, ends all; those of device functions nobody ends."""
+        """Undoes all patches of a launch. Only the launch calls `restore`; device functions never do."""
 
         def restore(self) -> None:
             for scope in reversed(scopes.values()):
