@@ -1,7 +1,7 @@
-"""csrc's kernels on the host: every thread of a cluster a coroutine (csrc/simulate.cpp), called as the card's are.
+"""Runs csrc's kernels on the host, where each thread of a cluster is a coroutine (csrc/simulate.cpp).
 
-`install` puts the simulation in the place of the binary, so that `backend="cuda"` runs on CPU tensors, and the
-contract's tests with it: `pytest --backend cuda`.
+`install` replaces the binary by the simulation, so that `backend="cuda"` runs on CPU tensors. `pytest --backend cuda`
+then runs the contract's tests on it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Rows(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("inner", "outer_stride", "inner_stride")]
 
 
-class Call(ctypes.Structure):  # launch.h
+class Call(ctypes.Structure):  # as in launch.h
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "student", "teacher", "labels", "counted", "weight", "expected", "loss", "gradient",
@@ -45,7 +45,7 @@ class Call(ctypes.Structure):  # launch.h
 
 
 def once(path: Path, make: Callable[[Path], Any]) -> Path:
-    """What the workers of a test run share is made by the first that needs it."""
+    """Makes a file that the workers of a test run share, in the first worker that needs it."""
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
@@ -98,7 +98,7 @@ def _rows(
     classes: int,
     *numbers: float,  # temperature, beta, weights, softcaps
 ) -> None:
-    """`torch.ops.fastdistill_cuda.rows`, with what binding.cpp demands of its arguments."""
+    """Stands in for `torch.ops.fastdistill_cuda.rows` and repeats binding.cpp's checks of the arguments."""
     count = loss.numel()
     if count == 0:
         return
@@ -121,6 +121,6 @@ def _rows(
 
 
 def install() -> None:
-    """`backend="cuda"` takes CPU tensors from now on; "auto" still does not take it for them."""
+    """Makes `backend="cuda"` accept CPU tensors from now on. "auto" still does not choose it for them."""
     cuda.unavailable = lambda device: None
     cuda.library = lambda device: SimpleNamespace(rows=_rows)
