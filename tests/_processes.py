@@ -1,7 +1,7 @@
-"""Two real processes: how the tests start them, and what each of them does.
+"""Starts two real processes for the tests, and holds the functions that they run.
 
 `two_processes("ddp", folder)` has torchrun start this file twice, on the CPU with gloo. Each process runs the function
-`ddp(folder)` below and leaves what it found in `folder`.
+`ddp(folder)` below and saves its results in `folder`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def two_processes(function: str, folder: Path, timeout: float = 200) -> str:
-    """What they printed."""
+    """Runs a function of this file in two processes and returns what they printed."""
     done = run([*TORCHRUN, __file__, function, folder], folder, timeout)
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
@@ -73,7 +73,7 @@ def start(command: list[Any], folder: Path, **environment: str) -> subprocess.Po
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    """Wait for the end; whatever it started ends with it, as late as it may be."""
+    """Waits until a process ends. After `timeout` seconds, kills it with all its descendants and fails."""
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -81,12 +81,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 200) -> subprocess.C
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise AssertionError(f"did not end within {timeout} s:\n{output[-6000:]}") from None
+        raise AssertionError(f"the process did not end within {timeout} s:\n{output[-6000:]}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
 def descendants(pid: int) -> list[int]:
-    """torchrun gives each process a session of its own, so that no process group has them all."""
+    """Returns all descendants. torchrun gives each process its own session, so no process group has them all."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -104,7 +104,7 @@ RATE = 0.1
 
 
 def models(terms: tuple[str, ...]) -> tuple[PreTrainedModel, PreTrainedModel, Objective]:
-    """The same student, teacher and projections whenever they are asked for."""
+    """Returns the same student, teacher and projections at every call."""
     student, teacher = _tiny.classifier(**NO_DROPOUT), _tiny.classifier(layers=4, width=24, seed=1)
     objective = Objective(student.config, teacher.config, terms=terms)
     torch.manual_seed(5)
@@ -127,7 +127,7 @@ class Recording(DistillationTrainer):
 
 
 def learn(folder: Path, terms: tuple[str, ...], rows: Any, resume: str | None = None, **arguments: Any) -> Recording:
-    """Train on so many rows of uneven lengths, or on these, with plain SGD, which shows a gradient of another scale."""
+    """Trains on `rows` (a dataset or a number of rows) with plain SGD, whose steps show the scale of gradients."""
     student, teacher, objective = models(terms)
     if resume:  # the checkpoint must replace these
         for p in (*student.parameters(), *objective.parameters()):
@@ -143,7 +143,7 @@ def learn(folder: Path, terms: tuple[str, ...], rows: Any, resume: str | None = 
         "optim": "sgd",
         "learning_rate": RATE,
         "lr_scheduler_type": "constant",
-        "max_grad_norm": 1e9,  # known, never reached
+        "max_grad_norm": 1e9,  # the norm is logged and never clipped
         "report_to": "none",
         "use_cpu": True,
     }
@@ -161,7 +161,7 @@ def learn(folder: Path, terms: tuple[str, ...], rows: Any, resume: str | None = 
 
 
 def leave(trainer: Recording, path: Path) -> None:
-    """Rows, logs and weights, for the test to read."""
+    """Saves rows, logs and weights for the test to read."""
     weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,11 +176,11 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
-# -- what each process does ----------------------------------------------------------------------------------
+# -- functions that the processes run ----------------------------------------------------------------------------------
 
 
 def commands(folder: Path) -> None:
-    """Errors, before anything else has told accelerate of the processes; command lines; the functions below."""
+    """Runs `errors` before accelerate knows of the processes, then the command lines, then the functions below."""
     errors(folder)
     codes = []
     for argv in json.loads((folder / "commands.json").read_text()):
@@ -197,7 +197,7 @@ def commands(folder: Path) -> None:
 
 
 def errors(folder: Path) -> None:
-    """What this process hears of errors in another one."""
+    """Saves the errors that this process raises when another one fails."""
 
     def fail() -> None:
         raise FileNotFoundError(f"no file for process {rank()}")
@@ -212,7 +212,10 @@ def errors(folder: Path) -> None:
 
 
 def teacher_logits(folder: Path) -> None:
-    """Of 11 rows in batches of 2, and of 2 rows in one, of which the second process has none; how many it ran."""
+    """Saves teacher logits of 11 rows and of 2 rows, in batches of 2, and the sizes of the batches that ran.
+
+    The second process has none of the 2 rows.
+    """
     teacher = _tiny.classifier(4, 24, seed=1)
     ran: list[int] = []
     columns: list[Any] = []
@@ -224,7 +227,7 @@ def teacher_logits(folder: Path) -> None:
 
 
 def finetuned(folder: Path) -> None:
-    """One step of 8 rows on each process."""
+    """Fine-tunes for one step of 8 rows on each process."""
     arguments = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 1e9}
     model, tokenizer = _tiny.classifier(**NO_DROPOUT), _tiny.tokenizer()
     rows = _tiny.dataset(16)
@@ -240,11 +243,11 @@ def ddp(folder: Path) -> None:
 
 
 LINES = 20
-LINE = 22  # words, which with the special tokens make a block of 24
+LINE = 22  # words; with the special tokens they make a block of 24
 
 
 def streams(folder: Path) -> None:
-    """Two passes over a stream of lines that fill a block each, and a few steps on it."""
+    """Reads a stream of lines twice, each line filling a block, and trains a few steps on it."""
     stage = GeneralStage(
         corpus=[folder / "lines.txt"], max_length=LINE + 2, streaming=True, arguments={"max_steps": 1, "use_cpu": True}
     )
@@ -264,7 +267,7 @@ class SigtermAt(TrainerCallback):
 
 
 def terminated(folder: Path) -> None:
-    """A stage that runs through; the same one, of which one process gets SIGTERM, and is resumed."""
+    """Runs a stage to its end. Then runs it again, with a SIGTERM in one process, and resumes it."""
     folder.mkdir(exist_ok=True)
     stage = IntermediateStage(
         dataset=_tiny.dataset(48),
@@ -285,7 +288,7 @@ def terminated(folder: Path) -> None:
 
 
 def shard_on_cpu() -> None:
-    """accelerate shards on accelerators only. Its code for it, and PyTorch's, run on CPUs as well."""
+    """Makes accelerate shard on CPUs. It refuses to, although its code and PyTorch's work there."""
     init = AcceleratorState.__init__
 
     def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -303,7 +306,7 @@ def fsdp(folder: Path) -> None:
     config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
     trainer = learn(folder, INNER_TERMS, 11, fsdp=True, fsdp_config=config, **UNEVEN)
     assert any(isinstance(p, DTensor) for p in trainer.student.parameters())
-    assert all(p.requires_grad for p in trainer.model.parameters())  # what was frozen is no longer
+    assert all(p.requires_grad for p in trainer.model.parameters())  # frozen parameters are unfrozen again
     leave(trainer, folder / f"inner{rank()}.pt")
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": kind}
@@ -328,7 +331,7 @@ def endangered() -> IntermediateStage:
 
 
 def killed(folder: Path) -> None:
-    """Process 1 is killed when it should add its file to the second checkpoint."""
+    """Kills process 1 when it should add its file to the second checkpoint."""
     save = DistillationTrainer._save_rng_state
 
     def fatal(self: DistillationTrainer, output_dir: str) -> None:
