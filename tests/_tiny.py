@@ -1,4 +1,4 @@
-"""Random models of a few thousand weights, one of each family, a word-level tokenizer, and rows of random words."""
+"""Makes random models of a few thousand weights, one per family, a word-level tokenizer, and rows of random words."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _COMMON = {
     "pad_token_id": 0,
     "bos_token_id": 2,
     "eos_token_id": 3,
-    "initializer_range": 0.3,  # large enough that layers differ, and scores are not all alike
+    "initializer_range": 0.3,  # large enough that layers and scores differ
 }
-# local_attention 4 is a window of 2 to either side; of three layers the second and third are local
+# In ModernBERT, local_attention 4 is a window of 2 on either side; the second and third of three layers are local.
 _FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "bert": (BertConfig, {}),
     "roberta": (RobertaConfig, {}),
@@ -60,7 +60,7 @@ _FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "camembert": (CamembertConfig, {}),
     "xlm-roberta": (XLMRobertaConfig, {}),
 }
-FAMILIES = tuple(_FAMILIES)[:-4]  # those of the last four are for masked language models
+FAMILIES = tuple(_FAMILIES)[:-4]  # the last four are for tests of masked language models
 
 
 def config(family: str = "bert", layers: int = 3, width: int = 24, **options: Any) -> PreTrainedConfig:
@@ -84,7 +84,7 @@ def classifier(layers: int = 2, width: int = 16, seed: int = 0, **options: Any) 
 
 
 def batch(rows: int = 3, length: int = 11, padded: str | None = "right") -> dict[str, Tensor]:
-    """Random ids; rows of different lengths, padded on one side, or all full."""
+    """Returns random ids in rows of different lengths, padded on one side. With padded=None all rows are full."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(len(SPECIAL), VOCABULARY, (rows, length), generator=generator)
     if padded is None:
@@ -113,7 +113,7 @@ def texts(rows: int, seed: int = 0) -> list[str]:
 
 
 def dataset(rows: int = 32, classes: int = 2) -> Dataset:
-    """Tokenised rows of 5 to 15 tokens with labels: the class index, or a score where there is one class."""
+    """Returns tokenised rows of 5 to 15 tokens. Labels are class indices, or scores if there is one class."""
     found = texts(rows)
     labels: list[Any] = [len(text) % classes if classes > 1 else len(text) / 10 for text in found]
     return Dataset.from_dict({**tokenizer()(found), "labels": labels})
