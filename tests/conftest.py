@@ -1,4 +1,4 @@
-"""One thread a worker, fixed seeds, and the backends that every contract test runs on."""
+"""Sets one thread per worker and fixed seeds, and chooses the backends that every contract test runs on."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ hypothesis.settings.register_profile("quick", max_examples=4, deadline=None, der
 hypothesis.settings.register_profile("all", parent=hypothesis.settings.get_profile("quick"), max_examples=30)
 
 
-# Parts of the names of cases that take more than a few seconds in the interpreter, which runs a program at a time.
+# Parts of the names of cases that take more than a few seconds in the interpreter, which runs programs one by one.
 SLOW_INTERPRETED = (
     "30522", "50257", "128256", "31_elements", "1030-33", "257-1000", "any_number_of_tokens", "accumulate_in_float32",
     "the_same_curve", "opcheck[triton-whole", "compiled_once_for_every_length", "several_threads",
     "triton-400-", "triton-160-",
 )  # fmt: skip
 
-# Ops that another op of the table stands for in the interpreter: both run the same kernels with the same branches.
+# Ops that the interpreter need not run, because another op runs the same kernels with the same branches.
 SAME_KERNEL = {
     "soft_cross_entropy", "kl_div", "kl_div-reverse", "jsd", "linear_soft_cross_entropy", "linear_kl_div", "linear_jsd",
     "linear_tvd", "linear_kl_div-reverse", "linear_kl_div-all-options", "linear_topk_soft_cross_entropy-renormalize",
     "attention_mse-long", "attention_mse-long-causal",
 }  # fmt: skip
 
-# Tests of what stands between PyTorch and the kernels. In the interpreter they need one op for each registered op.
+# Tests of the code between PyTorch and the kernels. In the interpreter they need one op for each registered op.
 AROUND_KERNELS = (
-    "test_opcheck", "test_compiled_whole_equals_eager", "test_autocast", "test_activation_checkpointing",
+    "test_opcheck", "test_compiled_fullgraph_equals_eager", "test_autocast", "test_activation_checkpointing",
     "test_functional_call", "test_earlier_operations_keep_their_saved_tensors", "test_differentiating_twice_raises",
-    "test_inputs_are_never_written", "test_num_items_is_the_divisor", "test_a_module_is_its_function",
+    "test_inputs_are_never_written", "test_num_items_is_the_divisor", "test_a_module_equals_its_function",
 )  # fmt: skip
 SAME_REGISTERED_OP = {"kl_div-all-options", "tvd", "topk_soft_cross_entropy-renormalize", "attention_kl-causal"}
 
@@ -55,13 +55,13 @@ ON_LOGITS = {"soft_cross_entropy", "kl_div", "jsd", "tvd"}  # the ops for which 
 
 
 def on_the_card(item: pytest.Item) -> bool:
-    """Returns whether a test runs on the GPU: those of every backend do, where there is one."""
+    """Returns whether a test runs on the GPU: tests with the `backend` fixture do if there is one."""
     return torch.cuda.is_available() and "backend" in item.fixturenames
 
 
 @pytest.fixture(autouse=True)
 def _device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tensors that tests make are born on the card, and leave it to the other processes of pytest-xdist."""
+    """Makes tests create their tensors on the GPU, and frees cached memory for other workers of pytest-xdist."""
     with torch.device("cuda") if on_the_card(request.node) else nullcontext():
         yield
     if torch.cuda.is_available():
@@ -70,7 +70,7 @@ def _device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
-    """Tensors among the parameters of tests are as old as their module."""
+    """Moves tensor parameters to the GPU: they were created on the CPU when their module was imported."""
     if on_the_card(pyfuncitem):
         for name in pyfuncitem.callspec.params if hasattr(pyfuncitem, "callspec") else ():
             pyfuncitem.funcargs[name] = tree_map_only(
@@ -80,7 +80,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """csrc has kernels for some ops and dtypes, and says so of the others."""
+    """Skips the ops and dtypes for which csrc has no kernel."""
     try:
         return (yield)
     except ValueError as refused:
@@ -130,7 +130,7 @@ def stands_for_another(item: pytest.Item) -> bool:
 
 
 def pairwise(cases: list[pytest.Item]) -> list[pytest.Item]:
-    """Chooses few cases of a test in which every pair of values of two of its parameters occurs (greedily)."""
+    """Chooses few cases of a test, greedily, such that every pair of values of two parameters occurs."""
     pairs = {
         case: set(combinations(((name, repr(value)) for name, value in sorted(case.callspec.params.items())), 2))
         for case in cases
@@ -145,11 +145,11 @@ def pairwise(cases: list[pytest.Item]) -> list[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks as slow what the interpreter need not repeat, and leaves out what a backend cannot run."""
+    """Marks as slow the cases that the interpreter need not repeat, and drops those that a backend cannot run."""
     if torch.cuda.is_available():
-        unseen = pytest.mark.skip(reason="classes are looked at on the CPU only: it would wait for the card")
+        unseen = pytest.mark.skip(reason="classes are checked on the CPU only: on a GPU it would need a host sync")
         for item in items:
-            # Where plain PyTorch indexes with them it asserts on the device, and all that follows in the process fails.
+            # PyTorch's own indexing asserts on the device, after which every later test of the process fails.
             if item.originalname in ("test_labels_outside_the_classes", "test_topk_indices_outside_the_classes"):
                 item.add_marker(unseen)
         return

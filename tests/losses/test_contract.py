@@ -1,4 +1,4 @@
-"""What every op promises, on every op and every backend."""
+"""Tests the promises that every op makes, on every backend."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_reduction_none_weighs_each_item_by_its_own_gradient(op: Op, dtype: torc
 
 
 @every_op
-def test_the_gradient_that_arrives_scales_every_gradient(op: Op, backend: str) -> None:
+def test_the_upstream_gradient_scales_every_gradient(op: Op, backend: str) -> None:
     op.assert_accurate(op.make(), backend=backend, upstream=torch.tensor(-2.5))
     silent = evaluate(op, op.make(), op.learned, backend=backend, upstream=torch.tensor(0.0))
     assert all((silent[name] == 0).all() for name in op.learned)
@@ -89,7 +89,7 @@ def test_any_number_of_leading_dimensions(op: Op, rows: tuple[int, ...], backend
         for chosen in range(1, 2 ** len(op.learned) - 1)
     ],
 )
-def test_gradients_of_only_the_inputs_that_learn(op: Op, learned: tuple[str, ...], backend: str) -> None:
+def test_gradients_of_a_subset_of_the_inputs(op: Op, learned: tuple[str, ...], backend: str) -> None:
     inputs = op.make()
     op.assert_accurate(inputs, learned, backend=backend)
     if op.per_item:
@@ -97,7 +97,7 @@ def test_gradients_of_only_the_inputs_that_learn(op: Op, learned: tuple[str, ...
 
 
 @every_op
-def test_no_gradient_wanted(op: Op, backend: str) -> None:
+def test_no_grad_and_inference_mode(op: Op, backend: str) -> None:
     inputs = op.make()
     learning = {name: x.requires_grad_() if name in op.learned else x for name, x in op.make().items()}
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_student_and_teacher_of_different_dtypes(
 
 @every_op
 def test_several_threads(op: Op, backend: str, request: pytest.FixtureRequest) -> None:
-    """Blocks are sized by the number of threads."""
+    """The number of threads determines the size of blocks."""
     request.addfinalizer(lambda: torch.set_num_threads(1))
     torch.set_num_threads(3)
     inputs = op.make((7, 40)) if op.per_item else op.make()
@@ -134,7 +134,7 @@ def test_several_threads(op: Op, backend: str, request: pytest.FixtureRequest) -
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_reference_is_a_backend(op: Op, dtype: torch.dtype) -> None:
-    """It can be forced, for a second opinion; and "auto" is the backend made for the device."""
+    """The reference can be chosen for a second opinion, and "auto" chooses the backend made for the device."""
     inputs = cast(op.make(), dtype)
     inputs |= op.some_masked(inputs)
     for reduction in op.reductions:
@@ -146,7 +146,7 @@ def test_the_reference_is_a_backend(op: Op, dtype: torch.dtype) -> None:
         assert outcome["value"].dtype == auto["value"].dtype
 
 
-# -- what the comparison is worth ------------------------------------------------------------------------------
+# -- the comparison fails on planted errors --------------------------------------------------------------------
 
 
 def one_row_dropped(gradient: Tensor) -> Tensor:
@@ -175,10 +175,10 @@ def test_a_planted_wrong_gradient_fails_the_comparison(op: Op, dtype: torch.dtyp
         for plant in PLANTS.values():
             with pytest.raises(AssertionError, match=f"{name}: error"):
                 assert_accurate({**outcome, name: plant(outcome[name])}, truth, textbook)
-    with pytest.raises(AssertionError, match="value: error"):  # 0.04%: logits once rounded to bfloat16
+    with pytest.raises(AssertionError, match="value: error"):  # 0.04%: the error of logits rounded to bfloat16
         assert_accurate({**outcome, "value": outcome["value"] * 1.0004}, truth, textbook)
 
-    # One masked row too many, with the divisor of the right mask.
+    # One row too many is counted, with the divisor of the right mask.
     one_more = dict(inputs)
     for name in op.masks:
         one_more[name] = inputs[name].clone()
@@ -189,7 +189,7 @@ def test_a_planted_wrong_gradient_fails_the_comparison(op: Op, dtype: torch.dtyp
         assert_accurate({**included, "value": outcome["value"]}, truth, textbook)
 
 
-# -- reductions and items that do not count --------------------------------------------------------------------
+# -- reductions and masked items -------------------------------------------------------------------------------
 
 
 @every_op
@@ -206,7 +206,7 @@ def test_num_items_is_the_divisor(op: Op, backend: str) -> None:
 
 @every_op
 def test_micro_batches_add_up_to_the_batch(op: Op, backend: str) -> None:
-    """Normalised once over all of them, whatever number of counted items each holds."""
+    """All micro-batches divide by the count of the whole batch, so their own counts may differ."""
     inputs = op.make()
     inputs |= op.some_masked(inputs)
     counted = op.items(**{**op.options, **inputs})[1].sum()
@@ -231,7 +231,7 @@ def test_micro_batches_add_up_to_the_batch(op: Op, backend: str) -> None:
 
 
 @every_op
-def test_nothing_counted_is_zero(op: Op, backend: str) -> None:
+def test_all_masked_gives_zero(op: Op, backend: str) -> None:
     inputs = op.make()
     inputs |= op.none_counted(inputs)
     inputs = op.overwrite_masked(inputs, inputs, float("nan"))
@@ -268,7 +268,7 @@ def test_one_item(op: Op, backend: str) -> None:
 
 
 @every_op
-def test_what_masked_rows_hold_changes_nothing(op: Op, backend: str) -> None:
+def test_masked_rows_are_ignored(op: Op, backend: str) -> None:
     inputs = op.make()
     masks = op.some_masked(inputs)
     for reduction in op.forms:
@@ -279,7 +279,7 @@ def test_what_masked_rows_hold_changes_nothing(op: Op, backend: str) -> None:
         )
         for outcome in poisoned:
             assert_same(outcome, clean)
-    for name, masked in op.masks.items():  # rows that do not count get gradient 0, to the bit
+    for name, masked in op.masks.items():  # masked rows get a gradient of exactly 0
         rows = ~masks[name] if op.per_item else ~masks[name][:, None].expand(-1, clean[masked[0]].shape[1], -1)
         assert (clean[masked[0]][rows] == 0).all()
 
@@ -292,7 +292,7 @@ def test_nan_in_gives_nan_out(op: Op, backend: str) -> None:
         outcome = evaluate(op, inputs, op.learned, backend=backend)
         assert outcome["value"].isnan(), name
         assert name not in op.learned or any(outcome[learned].isnan().any() for learned in op.learned), name
-        if op.per_item and name in op.masks["mask"]:  # and stays in its row
+        if op.per_item and name in op.masks["mask"]:  # NaN stays in its row
             per_item = evaluate(op, inputs, op.learned[:1], backend=backend, reduction="none")
             for x in per_item.values():
                 assert not x.view(15, -1)[1:].isnan().any(), name
@@ -373,7 +373,7 @@ def test_gradients_never_hold_uninitialised_memory(
     inputs = op.make()
     masked = {**inputs, **op.some_masked(inputs)}
     nothing = {**inputs, **op.none_counted(inputs)}
-    torch.use_deterministic_algorithms(True, warn_only=True)  # of cuBLAS, which wants a setting of the environment
+    torch.use_deterministic_algorithms(True, warn_only=True)  # cuBLAS would need an environment variable
     assert torch.empty(1).isnan()
     for x in (inputs, masked, nothing):
         for reduction in op.forms:
@@ -385,12 +385,12 @@ def test_gradients_never_hold_uninitialised_memory(
 
 
 def transposed(x: Tensor) -> Tensor:
-    """The same values, last stride not 1."""
+    """Returns the same values with a last stride that is not 1."""
     return x.mT.contiguous().mT if x.dim() > 1 else x.repeat_interleave(2)[::2]
 
 
 def sliced(x: Tensor) -> Tensor:
-    """The same values as a slice of something larger: [:, :-1] of rows, [..., 1:-1] of features."""
+    """Returns the same values as a slice of a larger tensor: 1:-1 in every dimension."""
     larger = torch.full([n + 2 for n in x.shape], float("nan"), dtype=x.dtype)
     inner = larger[tuple(slice(1, -1) for _ in x.shape)]
     inner.copy_(x)
@@ -417,20 +417,20 @@ def test_expanded_inputs(op: Op, backend: str) -> None:
     inputs = op.make()
     for name in (name for names in op.masks.values() for name in names):
         inputs[name] = inputs[name][:1].expand(inputs[name].shape)
-    if not op.per_item:  # heads that share one teacher
+    if not op.per_item:  # heads share one teacher
         inputs["teacher_query"] = inputs["teacher_query"][:, :1].expand(inputs["teacher_query"].shape)
     op.assert_accurate(inputs, backend=backend)
 
 
 @every_per_item_op
 def test_a_gradient_expanded_from_one_number(op: Op, backend: str) -> None:
-    """What `loss.sum().backward()` sends: all strides 0."""
+    """`loss.sum().backward()` sends a gradient whose strides are all 0."""
     weights = torch.tensor(0.7).expand(3, 5)
     op.assert_accurate(op.make(), backend=backend, reduction="none", upstream=weights)
 
 
 @every_op
-def test_one_tensor_in_two_places(op: Op, backend: str) -> None:
+def test_arguments_may_share_storage(op: Op, backend: str) -> None:
     """Student and teacher may be the same storage, and query and key too."""
     inputs = op.make()
     if not op.per_item:
@@ -453,12 +453,12 @@ STRIDE = 2**30 + 5  # elements from one row to the next: the third row lies beyo
 
 @every_op
 def test_offsets_beyond_two_to_the_31(op: Op, backend: str) -> None:
-    """Rows so far apart that a 32-bit offset overflows, those of all inputs in one tensor of 4.3 GB.
+    """Rows lie so far apart that a 32-bit offset overflows. All inputs share one tensor of 4.3 GB.
 
     On a CPU only the pages that hold values become resident.
     """
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 6 * 2**30:
-        pytest.skip("needs 6 GiB of free memory on the card")
+        pytest.skip("needs 6 GiB of free GPU memory")
     inputs = cast(op.make((3, 5)) if op.per_item else op.make(batch=3), torch.bfloat16)
     in_rows = {name: x for name, x in inputs.items() if x.dim() > 2 and x.is_floating_point()}
     storage = torch.empty(2 * STRIDE + sum(x[0].numel() + 16 for x in in_rows.values()), dtype=torch.bfloat16)
@@ -487,13 +487,13 @@ class _Calls(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def registered_calls(op: Op, inputs: dict[str, Tensor], backend: str, reduction: str) -> list[Any]:
-    """(op, args, kwargs) of this library's registered ops that forward and backward call."""
+    """Returns (op, args, kwargs) for each of this library's registered ops that forward and backward call."""
     leaves = {name: x.clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
     with _Calls() as forward:
         value = op(**leaves, backend=backend, reduction=reduction).sum()
     with _Calls() as backward:
         value.backward()
-    # What backward calls is not differentiated again.
+    # Ops called by backward are not differentiated again.
     detached = tree_map_only(Tensor, Tensor.detach, backward.found)
     return [*forward.found, *detached]
 
@@ -501,7 +501,7 @@ def registered_calls(op: Op, inputs: dict[str, Tensor], backend: str, reduction:
 @every_op
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_opcheck(op: Op, masked: bool, backend: str) -> None:
-    """Schema, fake implementation, autograd registration and AOT tracing of every op that a call reaches."""
+    """Checks schema, fake implementation, autograd registration and AOT tracing of every op that a call reaches."""
     inputs = op.make()
     masks = op.some_masked(inputs) if masked else {}
     for reduction in op.forms:
@@ -512,7 +512,7 @@ def test_opcheck(op: Op, masked: bool, backend: str) -> None:
 
 
 def test_the_table_reaches_every_registered_op() -> None:
-    """Ops choose their way by size: the inputs of the table are to take each way, forward and backward."""
+    """Ops choose a formulation by size, so the table's inputs must reach each one, forward and backward."""
     reached = {
         call[0]._schema.name
         for op in OPS
@@ -530,8 +530,8 @@ def _fresh_compiler() -> None:
 
 @every_op
 @pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_whole_equals_eager(op: Op, backend: str) -> None:
-    """One graph, forward and backward traced; how a graph's own operations are fused is the compiler's business."""
+def test_compiled_fullgraph_equals_eager(op: Op, backend: str) -> None:
+    """Forward and backward are traced into one graph; "aot_eager" leaves out the fusions of the compiler."""
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     inputs = op.make()
     masks = op.some_masked(inputs)
@@ -547,7 +547,7 @@ def test_compiled_whole_equals_eager(op: Op, backend: str) -> None:
 @every_op
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled_once_for_every_length(op: Op, backend: str) -> None:
-    """Dynamic shapes: a batch of another length, and another number of items, compile nothing new."""
+    """With dynamic shapes, another length or another number of items does not recompile."""
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
     first = 5 if op.per_item else op.make()["student_query"].shape[2]
     for i, length in enumerate((first, first + 1, first + 4)):
@@ -583,9 +583,9 @@ HAS_PROJECTION = [LINEAR_MSE, *LINEAR_LOGITS_OPS, *LINEAR_TOPK_OPS]
 @every_op
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(op: Op, activations: torch.dtype, backend: str) -> None:
-    """float32 weights meet bfloat16 activations. Only the operands of a projection are rounded, never a loss."""
+    """Float32 weights meet bfloat16 activations. Autocast rounds only the operands of a projection, never a loss."""
     rows = (3, 25)
-    inputs = op.make(rows) if op in HAS_PROJECTION else op.make()  # rounded: enough numbers to be no luck
+    inputs = op.make(rows) if op in HAS_PROJECTION else op.make()  # rounding: enough numbers to rule out luck
     in_rows = {name for names in op.masks.values() for name in names}
     inputs |= cast({name: inputs[name] for name in in_rows}, activations)
     # The truth takes the operands of projections as autocast rounds them.
@@ -628,7 +628,7 @@ def test_activation_checkpointing(op: Op, reentrant: bool, backend: str) -> None
         return checkpoint(call, *tensors.values(), use_reentrant=reentrant)
 
     for reduction in op.forms:
-        # A reentrant checkpoint runs backward in itself, which torch.autograd.grad refuses.
+        # A reentrant checkpoint runs backward inside itself and does not support torch.autograd.grad.
         leaves = {name: x.detach().clone().requires_grad_(name in op.learned) for name, x in inputs.items()}
         value = checkpointed(reduction, **leaves)
         upstream = torch.rand_like(value)
@@ -639,7 +639,7 @@ def test_activation_checkpointing(op: Op, reentrant: bool, backend: str) -> None
 
 
 class _Student(nn.Module):
-    """A module whose parameters are the op's learned inputs."""
+    """Holds the op's learned inputs as parameters."""
 
     def __init__(self, op: Op, inputs: dict[str, Tensor], backend: str) -> None:
         super().__init__()
@@ -664,7 +664,7 @@ def test_functional_call(op: Op, backend: str) -> None:
 
 # -- signatures and bad arguments ------------------------------------------------------------------------------
 
-# As the contract writes them: tensors first, student before teacher, then keywords.
+# The order of arguments: tensors first, student before teacher, then keywords.
 _ATTENTION = (
     "student_query student_key teacher_query teacher_key * student_scale teacher_scale key_mask query_mask is_causal "
     "attn_mask reduction num_items backend"
@@ -703,7 +703,7 @@ DEFAULTS = {
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signature(name: str) -> None:
-    """No default mixes in a hard loss, a temperature or a weight that nobody asked for."""
+    """No default adds a hard loss, a temperature or a weight that the caller did not ask for."""
     parameters = inspect.signature(getattr(fastdistill, name)).parameters.values()
     keyword_only = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -719,7 +719,7 @@ def test_every_op_is_in_the_table() -> None:
 
 
 @every_op
-def test_a_teacher_that_wants_a_gradient_is_refused(op: Op, backend: str) -> None:
+def test_a_teacher_that_requires_grad_is_refused(op: Op, backend: str) -> None:
     for name in set(floating_names(op)) - set(op.learned):
         inputs = op.make()
         inputs[name].requires_grad_()
@@ -728,7 +728,7 @@ def test_a_teacher_that_wants_a_gradient_is_refused(op: Op, backend: str) -> Non
 
 
 @every_op
-def test_what_is_not_a_floating_tensor_is_refused(op: Op, backend: str) -> None:
+def test_inputs_that_are_not_floating_tensors_are_refused(op: Op, backend: str) -> None:
     inputs = op.make()
     for name in floating_names(op):
         with pytest.raises(TypeError, match=rf"^{name} has dtype torch\.int64; it should be floating point"):
@@ -762,10 +762,10 @@ def _one_process_group() -> Any:
 @pytest.mark.usefixtures("_one_process_group")
 @pytest.mark.filterwarnings("ignore")
 def test_a_sharded_tensor_is_refused(backend: str) -> None:
-    """A raw DTensor would be taken for its local shard: wrong values, or an illegal access on a GPU."""
+    """A raw DTensor would be read as its local shard, which gives wrong values or an illegal access on a GPU."""
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    with torch.device("cpu"):  # where gloo is, on a machine with a GPU too
+    with torch.device("cpu"):  # gloo runs on the CPU, even on a machine with a GPU
         mesh = init_device_mesh("cpu", (1,))
         for op in OPS:
             inputs = op.make()

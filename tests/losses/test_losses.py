@@ -1,4 +1,4 @@
-"""The modules: the functions with options fixed, their parameters, and data-parallel training of the projection."""
+"""Tests the modules: their options, their parameters, and data-parallel training of the projection."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MODULES = {
     "linear_tvd": "LinearTVDLoss",
     "linear_topk_soft_cross_entropy": "LinearTopKSoftCrossEntropyLoss",
 }
-CHANGED = {  # every option, none at its default
+CHANGED = {  # every option at a value that is not its default
     "student_scale": 0.3,
     "teacher_scale": 0.7,
     "is_causal": True,
@@ -62,8 +62,8 @@ def test_every_function_has_a_module() -> None:
 
 @pytest.mark.parametrize("op", WITHOUT_PARAMETERS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_module_is_its_function(op: Op, reduction: str, backend: str) -> None:
-    """The same bits: options to the constructor, tensors to forward."""
+def test_a_module_equals_its_function(op: Op, reduction: str, backend: str) -> None:
+    """Options passed to the constructor and tensors passed to forward give the function's bits."""
     module = getattr(fastdistill, MODULES[op.name])(**op.options, reduction=reduction, backend=backend)
     assert list(module.parameters()) == list(module.buffers()) == []
     inputs = op.make()
@@ -75,8 +75,8 @@ def test_a_module_is_its_function(op: Op, reduction: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("name,module", MODULES.items())
-def test_options_and_tensors_are_those_of_the_function(name: str, module: str) -> None:
-    """No option is lost on the way, none has another default, and forward takes tensors in the function's order."""
+def test_options_and_arguments_equal_those_of_the_function(name: str, module: str) -> None:
+    """A module has the function's options and defaults, and forward takes tensors in the function's order."""
     function = inspect.signature(getattr(fastdistill, name)).parameters
     forward = list(inspect.signature(getattr(fastdistill, module).forward).parameters)[1:]
     options = set(function) - set(forward) - {"weight", "bias"}
@@ -136,7 +136,7 @@ def test_functional_call_and_compile(backend: str) -> None:
     assert compiled(student, teacher).item() == pytest.approx(module(student, teacher).item(), rel=1e-6)
 
 
-def test_training_the_projection_finds_the_teacher(backend: str) -> None:
+def test_training_the_projection_reaches_least_squares(backend: str) -> None:
     """Full-batch descent on the loss reaches the least-squares solution of torch.linalg.lstsq."""
     student, teacher = torch.randn(200, 5), torch.randn(200, 7)
     module = LinearMSELoss(5, 7, bias=False, backend=backend)
@@ -170,7 +170,7 @@ def test_micro_batches_accumulate_to_the_batch(backend: str) -> None:
 
 
 class _Student(nn.Module):
-    """A small student whose loss is computed inside forward, as wrapped trainers do."""
+    """Computes its loss inside forward, as models wrapped by trainers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _Student(nn.Module):
 
 
 def _setting() -> tuple[_Student, Tensor, Tensor, Tensor]:
-    """The same on every process. The first half of the batch counts far fewer tokens than the second."""
+    """Returns the same values on every process. The first half of the batch counts far fewer tokens than the second."""
     torch.manual_seed(1)
     mask = torch.ones(8, 5, dtype=torch.bool)
     mask[:4, 1:] = False
@@ -211,7 +211,7 @@ def _in_process(rank: int, meeting: str, results: str) -> None:
                     fully_shard(model.loss, mesh=mesh)
                 wrapped = fully_shard(model, mesh=mesh)
             mine = slice(4 * rank, 4 * rank + 4)
-            # Wrappers average over processes; the loss divides by the tokens of all of them.
+            # Wrappers average over processes; the loss divides by the tokens of all processes.
             (2 * wrapped(x[mine], teacher[mine], mask[mine], mask.sum())).backward()
             found[wrap] = _gradients(wrapped)
         # FSDP gathers weights for the forward of the module it wraps; that module must be the loss, not its projection.
@@ -230,7 +230,7 @@ def _in_process(rank: int, meeting: str, results: str) -> None:
 
 @pytest.mark.parametrize("name", fastdistill.losses.__all__)
 def test_a_subclass_inherits_forward(name: str) -> None:
-    """FSDP makes a subclass of the class of each module that it wraps."""
+    """FSDP subclasses the class of each module that it wraps."""
     parent = getattr(fastdistill, name)
     child = type("Child", (parent,), {})
     assert child.forward is parent.forward
@@ -238,7 +238,7 @@ def test_a_subclass_inherits_forward(name: str) -> None:
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
-    """DDP, and FSDP2 with the loss as a part of a unit or as its own, over halves that count unequally many tokens."""
+    """Tests DDP, and FSDP2 with the loss inside a unit or as its own unit, on halves with unequal token counts."""
     results = tmp_path / "gradients.pt"
     processes = mp.spawn(_in_process, (str(tmp_path / "meeting"), str(results)), nprocs=2, join=False)
     deadline = time.monotonic() + 240
@@ -246,7 +246,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
         if time.monotonic() > deadline:
             for process in processes.processes:
                 process.kill()
-            pytest.fail("the two processes wait for each other")
+            pytest.fail("the two processes did not end: each waits for the other")
     model, x, teacher, mask = _setting()
     model(x, teacher, mask, mask.sum()).backward()
     expected = _gradients(model)
