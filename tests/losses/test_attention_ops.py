@@ -1,4 +1,4 @@
-"""attention_mse and attention_kl beyond the common contract: shapes, masks, small differences, saturation, errors."""
+"""Tests attention_mse and attention_kl beyond the contract: shapes, masks, small differences, saturation, errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LENGTHS = [(1, 1), (1, 50), (50, 1), (63, 64), (64, 65), (127, 129), (128, 128),
 @pytest.mark.parametrize("size", LENGTHS, ids=str)
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_lengths_around_tile_borders(op: Op, size: tuple[int, int], padded: bool, backend: str) -> None:
-    """Fewer keys than queries leave causal rows without any; more let the first row see several."""
+    """With fewer keys than queries some causal rows have no key; with more, the first row has several."""
     length, keys = size
     inputs = attention(batch=2, heads=2, length=length, keys=keys, student_kv=1, teacher_kv=2)
     if str(op).startswith("attention_kl") and keys == 1:  # one key has probability 1
@@ -57,7 +57,7 @@ def test_lengths_around_tile_borders(op: Op, size: tuple[int, int], padded: bool
 @every_op
 @pytest.mark.parametrize("length,keys", [(64, 65), (129, 127), (100, 300)])
 def test_rows_of_several_tiles(op: Op, length: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of sequences of many thousand tokens are, whose rows no tile holds."""
+    """Small tiles stand for very long sequences, whose rows do not fit into one tile."""
     monkeypatch.setattr(_attention, "tile_side", lambda device: 32)
     monkeypatch.setattr(_attention, "tile_area", lambda device: 2**10)
     inputs = attention(batch=2, heads=2, length=length, keys=keys, student_kv=1, teacher_kv=2)
@@ -104,20 +104,20 @@ def test_a_dense_mask_across_tiles(op: Op, length: int, keys: int, backend: str)
 
 
 @both_ops
-def test_one_rule_written_in_every_way(op: Op, backend: str) -> None:
-    """Padding and causality as masks of their own or as one dense mask: the same loss and gradients."""
+def test_separate_masks_equal_one_dense_mask(op: Op, backend: str) -> None:
+    """Padding masks and is_causal give the same loss and gradients as one equivalent dense mask."""
     inputs = attention(length=9)
     masks = op.some_masked(inputs)
     dense = (masks["key_mask"][:, None, None] & masks["query_mask"][:, None, :, None]) & torch.ones(9, 9).tril().bool()
     separate = evaluate(op, {**inputs, **masks}, op.learned, is_causal=True, backend=backend)
     together = evaluate(op, {**inputs, "attn_mask": dense}, op.learned, backend=backend)
     assert_same(separate, together, within=2e-6)
-    window = torch.ones(9, 9).bool().tril(1).triu(-2)  # a sliding window has no other form
+    window = torch.ones(9, 9).bool().tril(1).triu(-2)  # a sliding window as a dense mask
     op.assert_accurate({**inputs, "attn_mask": window}, backend=backend)
 
 
 @both_ops
-def test_masks_that_allow_all_change_nothing(op: Op, backend: str) -> None:
+def test_all_true_masks_equal_no_mask(op: Op, backend: str) -> None:
     inputs = attention()
     allow = {name: ~mask for name, mask in op.none_counted(inputs).items()}
     plain = evaluate(op, inputs, op.learned, backend=backend)
@@ -146,7 +146,7 @@ def test_scales(op: Op, student_scale: float | None, teacher_scale: float | None
 
 @every_op
 def test_a_scale_of_zero(op: Op, backend: str) -> None:
-    """Scores of 0, not the default scale: the student's gradient is exactly 0."""
+    """A scale of 0 means scores of 0, not the default scale, so the student's gradient is exactly 0."""
     inputs = attention()
     outcome = evaluate(op, inputs, op.learned, backend=backend, student_scale=0.0)
     silent = {**inputs, "student_query": torch.zeros_like(inputs["student_query"])}
@@ -159,7 +159,7 @@ def test_a_scale_of_zero(op: Op, backend: str) -> None:
 
 
 def close(mismatch: float, dtype: torch.dtype, length: int = 48) -> dict[str, Any]:
-    """A student whose scores differ from the teacher's by about `mismatch` of their size."""
+    """Returns inputs whose student scores differ from the teacher's by about `mismatch` of their size."""
     inputs = attention(length=length, keys=length, d_s=26, d_t=26, student_kv=4)
     for part in ("query", "key"):
         teacher = inputs[f"teacher_{part}"]
@@ -170,7 +170,7 @@ def close(mismatch: float, dtype: torch.dtype, length: int = 48) -> dict[str, An
 @every_op
 @pytest.mark.parametrize("mismatch", [1e-1, 1e-2, 1e-3])
 def test_student_close_to_teacher(op: Op, mismatch: float, backend: str) -> None:
-    """The loss is what two nearly equal sums leave over. Five batches: a single number may be right by luck."""
+    """The loss is a small difference of large sums. Five batches are used, as one number may be right by luck."""
     op.assert_accurate_together([close(mismatch, torch.float32) for _ in range(5)], backend=backend)
 
 
@@ -182,15 +182,18 @@ def test_student_close_to_teacher_in_bfloat16(op: Op, mismatch: float, backend: 
 
 
 def gram_rounding(op: Op, mismatch: float, backend: str) -> float:
-    """Tensor cores sum Gram matrices of 16-bit inputs in float32, whose rounding u is u / mismatch^2 in the loss:
-    1% at 0.01, where scores in bfloat16 would put it off by 16%. Gradients are held to the same bound as ever."""
+    """Returns the extra error of a loss whose Gram matrices tensor cores sum in float32.
+
+    A rounding error u of the sums becomes u / mismatch^2 in the loss: 1% at a mismatch of 0.01, where scores in
+    bfloat16 would cause 16%. Gradients are held to the usual bound.
+    """
     return 16 * 2**-24 / mismatch**2 if backend == "triton" and str(op) == "attention_mse" else 0.0
 
 
 @every_op
 @pytest.mark.parametrize("length", [48, 160])
 def test_scaled_losses_keep_small_float16_gradients(op: Op, length: int, backend: str) -> None:
-    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    """Loss scaling must act before rounding: a gradient of 1e-6 rounded to float16 first has few digits left."""
     size = 0.1 if op.name == "attention_mse" else 1.0
     batches = []
     for _ in range(5):
@@ -205,7 +208,7 @@ def test_scaled_losses_keep_small_float16_gradients(op: Op, length: int, backend
 @every_op
 @pytest.mark.parametrize("length", [48, 400])
 def test_equal_student_and_teacher(op: Op, length: int, backend: str) -> None:
-    """Where the loss is what cancellation leaves over, it is still not negative, and next to nothing."""
+    """The loss is what cancellation leaves over: it must not be negative, and must be almost zero."""
     inputs = close(0.0, torch.float32, length)
     outcome = evaluate(op, inputs, op.learned, backend=backend)
     scores = (inputs["student_query"] @ inputs["student_key"].mT * 26**-0.5).square().mean()
@@ -217,7 +220,7 @@ def test_equal_student_and_teacher(op: Op, length: int, backend: str) -> None:
 @every_op
 @pytest.mark.parametrize("length", [20, 200])
 def test_equal_scores_of_unequal_widths_never_give_a_negative_loss(op: Op, length: int, backend: str) -> None:
-    """The same scores, summed in another order: what remains is rounding, of either sign."""
+    """Equal scores are summed in another order, so that they differ by rounding errors of either sign."""
     for _ in range(10):
         query, key = torch.randn(2, 1, length, 9), torch.randn(2, 1, length, 9)
         order = torch.randperm(9)
@@ -237,7 +240,7 @@ def test_equal_scores_of_unequal_widths_never_give_a_negative_loss(op: Op, lengt
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saturated_attention(size: float, is_causal: bool, dtype: torch.dtype, backend: str) -> None:
-    """Scores of +-size on the teacher's side, ordinary ones on the student's: certain rows, no overflow."""
+    """The teacher's scores are +-size and the student's ordinary: rows saturate, and nothing overflows."""
     inputs = attention()
     inputs["teacher_query"] = inputs["teacher_query"].sign()
     inputs["teacher_key"] = inputs["teacher_key"].sign() * size
@@ -254,7 +257,7 @@ def test_extreme_sizes(op: Op, size: float, backend: str) -> None:
 @both_ops
 @causal_or_not
 def test_an_offset_shared_by_all_keys_costs_no_precision(op: Op, is_causal: bool, backend: str) -> None:
-    """Keys with a large common part, as trained models have: scores large, their differences between sides small."""
+    """Keys have a large common part, as in trained models: scores are large, their differences between sides small."""
     batches = []
     for _ in range(3):
         inputs = attention(length=64, keys=64, d_s=26, d_t=26, student_kv=4)
@@ -270,7 +273,7 @@ def test_an_offset_shared_by_all_keys_costs_no_precision(op: Op, is_causal: bool
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_token_similarity_between_hidden_states(dtype: torch.dtype, backend: str) -> None:
-    """|| H_s H_s^T - H_t H_t^T ||^2 with hidden states as both query and key."""
+    """Hidden states as both query and key give || H_s H_s^T - H_t H_t^T ||^2."""
     student, teacher = torch.randn(3, 1, 11, 12, dtype=dtype), torch.randn(3, 1, 11, 20, dtype=dtype)
 
     def loss(student: Tensor) -> Tensor:
@@ -289,7 +292,7 @@ def test_token_similarity_between_hidden_states(dtype: torch.dtype, backend: str
 
 @pytest.mark.parametrize("length", [64, 400])
 def test_a_divergence_near_zero_is_not_biased(length: int) -> None:
-    """Sums over tiles in float32 would leave a floor of 3e-8, under which no student seems to get."""
+    """Float32 sums over tiles would give the loss a floor of 3e-8, below which it could not fall."""
     torch.manual_seed(0)
     teacher = [torch.randn(2, 4, length, 32) for _ in range(2)]
     student = [teacher[0] + 1e-4 * torch.randn_like(teacher[0]), teacher[1]]
@@ -299,7 +302,7 @@ def test_a_divergence_near_zero_is_not_biased(length: int) -> None:
 
 
 def test_value_relations(backend: str) -> None:
-    """MiniLM: KL between softmax(V V^T / sqrt(d)) of both sides, heads re-split by reshaping."""
+    """Values as query and key, re-split into heads, give MiniLM's KL between softmax(V V^T / sqrt(d)) of both sides."""
     student, teacher = torch.randn(2, 9, 24), torch.randn(2, 9, 40)
 
     def loss(student: Tensor) -> Tensor:
@@ -385,14 +388,14 @@ def test_bad_arguments(op: Op, wrong: dict[str, Any], kind: type[Exception], mes
 
 @pytest.mark.parametrize("length,keys", [(600, 600), (600, 510), (520, 700)])
 def test_a_scan_over_several_chunks(length: int, keys: int, backend: str) -> None:
-    """Of queries and keys, where one begins before the other."""
+    """The causal scan covers several chunks of queries and of keys, one of which may begin before the other."""
     inputs = attention(batch=1, heads=2, length=length, keys=keys, d_s=5, d_t=9, student_kv=1, teacher_kv=2)
     inputs |= ATTENTION_MSE.some_masked(inputs)
     ATTENTION_MSE.assert_accurate(inputs, backend=backend, is_causal=True)
 
 
 def test_heads_too_wide_for_tiles_of_scores(backend: str) -> None:
-    """Hidden states as queries and keys: the Gram form takes any width, the kernels that compute scores do not."""
+    """The Gram form takes heads of any width, such as hidden states; the kernels that compute scores do not."""
     inputs = attention(batch=1, heads=1, length=12, keys=12, d_s=260, d_t=300, student_kv=1, teacher_kv=1)
     ATTENTION_MSE.assert_accurate(inputs, backend=backend)
     if backend != "triton":
@@ -408,13 +411,13 @@ def test_heads_too_wide_for_tiles_of_scores(backend: str) -> None:
 def test_gram_matrices_of_heads_in_several_blocks(
     d_s: int, d_t: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of sequences so short as these, tiles of scores are what is taken."""
+    """Sequences this short would use tiles of scores, so the test forces the Gram form."""
     monkeypatch.setattr(mse, "takes_gram", lambda *tensors: True)
     inputs = cast(attention(length=24, keys=24, d_s=d_s, d_t=d_t), dtype)
     ATTENTION_MSE.assert_accurate(inputs, backend=backend)
 
 
-# -- which way is taken, and what for --------------------------------------------------------------------------
+# -- which formulation and backend are chosen -------------------------------------------------------------------
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -422,13 +425,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def pair(
     heads: int, length: int, keys: int, d_s: int, d_t: int, dtype: torch.dtype, kv: int | None = None
 ) -> list[Tensor]:
-    """Queries and keys of both sides, without memory."""
+    """Returns queries and keys of both sides on "meta", where they take no memory."""
     shapes = [(n, rows, d) for d in (d_s, d_t) for n, rows in ((heads, length), (kv or heads, keys))]
     return [torch.empty(2, *shape, dtype=dtype, device="meta") for shape in shapes]
 
 
 @pytest.mark.parametrize("length,d_s,d_t,dtype,gram", [
-    (32, 26, 64, BF16, True),  # matrices of a program each
+    (32, 26, 64, BF16, True),  # one program per matrix
     (32, 64, 64, FP32, True),
     (128, 128, 128, BF16, False),  # 1.5 MiB of matrices, 64 KiB of rows
     (4096, 128, 128, BF16, True),
@@ -437,14 +440,14 @@ def pair(
     (2048, 312, 768, BF16, True),
     (1024, 312, 768, FP32, False),  # multiplied in float64
     (4096, 312, 768, FP32, True),
-    (512, 4096, 4096, BF16, False),  # 28 times the products of the scores
+    (512, 4096, 4096, BF16, False),  # 28 times the multiplications of the scores
     (4096, 4096, 4096, BF16, False),  # 0.8 GB of matrices for 134 MB of rows
     (16384, 4096, 4096, BF16, True),
 ])  # fmt: skip
-def test_gram_matrices_where_they_cost_no_more(length: int, d_s: int, d_t: int, dtype: torch.dtype, gram: bool) -> None:
+def test_the_gram_form_is_taken_if_cheaper(length: int, d_s: int, d_t: int, dtype: torch.dtype, gram: bool) -> None:
     assert mse.takes_gram(*pair(1, length, length, d_s, d_t, dtype)) == gram
     assert mse.takes_gram(*pair(1, 2**17, 2**17, d_s, d_t, dtype))  # time stays linear
-    # Queries that share keys count as rows of these.
+    # Query heads that share a key head count as more rows of it.
     assert mse.takes_gram(*pair(8, length // 8, length, d_s, d_t, dtype, kv=1)) == gram
 
 
@@ -457,7 +460,9 @@ def test_gram_matrices_where_they_cost_no_more(length: int, d_s: int, d_t: int, 
     ((1, 64, 64, 312, 768, BF16), False, "torch", False),
     ((4, 16, 16, 26, 64, BF16), False, "torch", False),
 ])  # fmt: skip
-def test_the_way_taken(shape: Any, is_causal: bool, chosen: str, linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_or_tiled_form_is_chosen_by_shape(
+    shape: Any, is_causal: bool, chosen: str, linear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = []
     for way in ("_linear", "_tiled"):
         monkeypatch.setattr(mse, way, lambda *arguments, way=way: taken.append(way) or (None, None))
@@ -466,7 +471,7 @@ def test_the_way_taken(shape: Any, is_causal: bool, chosen: str, linear: bool, m
 
 
 @pytest.mark.parametrize("length,chosen", [(64, "torch"), (2048, "triton")])
-def test_hidden_states_of_short_sequences_leave_the_kernels_unless_they_are_forced(
+def test_short_hidden_states_use_torch_unless_triton_is_forced(
     length: int, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
@@ -485,7 +490,7 @@ def test_hidden_states_of_short_sequences_leave_the_kernels_unless_they_are_forc
 @pytest.mark.parametrize(
     "length,keys,is_causal", [(5, 5, True), (5, 9, True), (5, 9, False), (9, 5, False), (1, 1, True)]
 )
-def test_rows_are_counted_without_looking_where_nothing_is_masked(length: int, keys: int, is_causal: bool) -> None:
+def test_unmasked_rows_are_counted_from_shapes_alone(length: int, keys: int, is_causal: bool) -> None:
     class Calls(torch.utils._python_dispatch.TorchDispatchMode):
         made = 0
 
@@ -496,7 +501,7 @@ def test_rows_are_counted_without_looking_where_nothing_is_masked(length: int, k
     call = Attention(*attention(length=length, keys=keys).values(), 1.0, 1.0, None, None, is_causal, None)
     with Calls() as calls:
         found = _attention.count_rows(call)
-    assert calls.made <= 2  # one that launches, and a view
+    assert calls.made <= 2  # one kernel launch and one view
     assert found.queries is None
     assert found.keys is None
     general = _attention.count_rows(call._replace(key_mask=torch.ones(1, keys).bool()))
@@ -504,7 +509,7 @@ def test_rows_are_counted_without_looking_where_nothing_is_masked(length: int, k
     assert found.keys_per_query.dtype == general.keys_per_query.dtype
 
 
-def test_the_kernels_backward_prepares_nothing_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_backward_skips_what_only_torch_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = pytest.importorskip("fastdistill.kernels.attention_mse", reason="needs triton")
     taken = []
     monkeypatch.setattr(mse, "_scales", lambda *arguments: taken.append("_scales"))
@@ -515,14 +520,14 @@ def test_the_kernels_backward_prepares_nothing_for_torch(monkeypatch: pytest.Mon
     assert taken == ["gradients"]
 
 
-# -- what the launchers launch, without a card -----------------------------------------------------------------
+# -- kernel launches, recorded without a GPU -------------------------------------------------------------------
 
 Launches = list[tuple[str, tuple[int, ...], tuple[Any, ...]]]  # kernel, grid, arguments
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Kernels are written down, not run; launchers choose as on an H100. Tensors may be on "meta"."""
+    """Records kernel launches, configured as on an H100, instead of running them. Tensors may be on "meta"."""
     triton = pytest.importorskip("triton", reason="the launchers need it")
     from fastdistill.kernels import _common, attention_mse, attention_tiles
 
@@ -555,10 +560,10 @@ MANY = {
 
 @causal_or_not
 @pytest.mark.parametrize("shape,d_s,d_t,dtype", MANY.values(), ids=list(MANY))
-def test_no_grid_outgrows_a_card(
+def test_grids_stay_within_the_limits_of_cuda(
     shape: tuple[int, int, int], d_s: int, d_t: int, dtype: torch.dtype, is_causal: bool, launches: Launches
 ) -> None:
-    """CUDA takes 65535 blocks in y and z, 2^31 - 1 in x."""
+    """CUDA allows 2^31 - 1 blocks in x, and 65535 in y and z."""
     from fastdistill.kernels import attention_mse, attention_tiles
 
     student, teacher = (torch.empty(*shape, width, dtype=dtype, device="meta") for width in (d_s, d_t))
@@ -577,12 +582,12 @@ def test_no_grid_outgrows_a_card(
         assert all(0 < n <= 65535 for n in others), f"{name}: {others}"
 
 
-def test_rows_are_split_no_further_than_fills_a_card(launches: Launches) -> None:
-    """Of wide heads each block is a program already, and a split costs D' x D' partial sums."""
+def test_rows_are_split_only_until_the_gpu_is_full(launches: Launches) -> None:
+    """Each block of a wide head is a program already, and each further split costs D' x D' partial sums."""
     from fastdistill.kernels import attention_mse
 
     inputs = (x[:1] for x in pair(1, 4096, 4096, 384, 768, BF16))
     call = Attention(*inputs, 1.0, 1.0, None, None, False, None)
     attention_mse.loss(call, Counted(torch.empty(0), None, None))
     partial = [arguments[6] for name, _, arguments in launches if name == "_gram"]
-    assert [x.shape[0] for x in partial] == [1, 1, 1]  # where there is no card, 8 programs fill it; here are 18
+    assert [x.shape[0] for x in partial] == [1, 1, 1]  # without a GPU, 8 programs count as full; here are 18
