@@ -1,4 +1,4 @@
-"""csrc/ without a GPU: its algorithm run on a simulated cluster, its planner, and what the compiler makes of it."""
+"""Tests csrc/ without a GPU: its algorithm on a simulated cluster, its planner, and the compiled code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fastdistill import cuda, reference
 from fastdistill.functional import explain_backends, pick_backend
 from fastdistill.ops._rows import RowOptions
 
-pytestmark = pytest.mark.skipif(not _simulated.POSSIBLE, reason="csrc is built with nvcc and g++, and one is missing")
+pytestmark = pytest.mark.skipif(not _simulated.POSSIBLE, reason="csrc needs nvcc and g++ to build, and one is missing")
 
 STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "--warn-on-spills,-v")
 KINDS = {
@@ -73,7 +73,7 @@ def simulate(
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
 ) -> Outcome:
-    """As `cuda.rows`; outputs are allocated over NaN."""
+    """Simulates `cuda.rows`, with outputs allocated over NaN."""
     count, size = student[..., 0].numel(), student.element_size()
     classes = vocab_size or student.shape[-1]
     loss = torch.full((count,), float("nan"))
@@ -100,7 +100,7 @@ def simulate(
 def compare(
     simulator: ctypes.CDLL, kind: str, inputs: dict[str, Tensor], options: dict[str, Any] | None = None, **how: Any
 ) -> tuple[Outcome, Outcome, Outcome]:
-    """What the simulation, the float64 definition and the float32 definition give for rows weighed differently."""
+    """Returns the results of the simulation, the float64 and the float32 definition for rows of unequal weight."""
     function, own = KINDS[kind]
     options = {"reduction": "none", **own, **(options or {})}
     student, teacher = inputs["student_logits"], inputs["teacher_logits"]
@@ -129,7 +129,7 @@ def logits(rows: int, classes: int, dtype: torch.dtype, scale: float = 2.0) -> d
     return {"student_logits": student.to(dtype), "teacher_logits": teacher.to(dtype)}
 
 
-# Sizes of rows, and the blocks of a cluster that hold them; 0: streamed.
+# Sizes of rows, and how many blocks of a cluster hold one; 0: the row is streamed.
 SIZES = [(2, 1), (3, 2), (127, 1), (127, 2), (1000, 1), (1000, 0), (1000, 4), (1000, 16), (8193, None), (8193, 0)]
 
 
@@ -160,7 +160,7 @@ def test_one_vocabulary_of_a_model(simulator: ctypes.CDLL) -> None:
 def test_every_option_at_once(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
     for dtype in DTYPES:
         inputs = logits(5, 517, dtype)
-        inputs["student_logits"][3] = float("nan")  # a row that does not count
+        inputs["student_logits"][3] = float("nan")  # a masked row
         options = {
             "temperature": 2.5, "t_squared": True, "alpha": 0.6, "vocab_size": 501, "student_softcap": 5.0,
             "teacher_softcap": 4.0, "labels": torch.tensor([0, 500, -100, 7, 300]),
@@ -192,14 +192,14 @@ def test_impossible_classes_and_saturated_rows(simulator: ctypes.CDLL, kind: str
             inputs = {name: size * x.sign() for name, x in logits(3, 700, dtype).items()}
             inputs["student_logits"][:, 3] *= 1.01
             outcome, *others = compare(simulator, kind, inputs, cluster=cluster)
-            if kind == "tvd":  # whose gradient turns with the sign of differences, here of equal numbers
+            if kind == "tvd":  # its gradient has the sign of differences, here of equal numbers
                 outcome, *others = ({"value": x["value"]} for x in (outcome, *others))
             assert_accurate(outcome, *others)
 
 
 @pytest.mark.parametrize("cluster", [0, 2])
-def test_what_is_not_finite(simulator: ctypes.CDLL, cluster: int) -> None:
-    """NaN in gives NaN out; a class the teacher asks for and the student excludes costs inf and has no gradient."""
+def test_nan_and_infinite_logits(simulator: ctypes.CDLL, cluster: int) -> None:
+    """NaN gives NaN. A class with teacher mass that is -inf for the student costs inf and gets no gradient."""
     inputs = logits(3, 300, torch.float32)
     inputs["student_logits"][0, 7] = float("nan")
     inputs["student_logits"][1, 7] = float("-inf")
@@ -220,7 +220,7 @@ def test_a_student_near_its_teacher_keeps_its_digits(simulator: ctypes.CDLL, kin
     outcome, truth, textbook = compare(simulator, kind, inputs, cluster=cluster)
     found, usual = errors(outcome, truth), errors(textbook, truth)
     assert found["value"] < min(0.1, 2 * usual["value"])
-    if kind != "tvd":  # whose gradient turns with the sign of each difference
+    if kind != "tvd":  # its gradient has the sign of each difference
         assert found["student_logits"] < usual["student_logits"]
     same = simulate(simulator, kind, inputs["teacher_logits"], inputs["teacher_logits"], cluster=cluster)
     assert (same["student_logits"].abs() <= 1e-7).all()
@@ -230,7 +230,7 @@ def test_a_student_near_its_teacher_keeps_its_digits(simulator: ctypes.CDLL, kin
 
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 def test_rows_of_any_layout(simulator: ctypes.CDLL, cluster: int) -> None:
-    """Rows that start anywhere, each side elsewhere, reached with two strides."""
+    """Rows may start anywhere, at other places on each side, if two strides reach them."""
     for dtype in DTYPES:
         wide = logits(12, 1103, dtype)
         student = wide["student_logits"].view(3, 4, 1103)[:, 1:, 3:1000]
@@ -257,7 +257,7 @@ def test_rows_of_any_layout(simulator: ctypes.CDLL, cluster: int) -> None:
 
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gradient_that_was_written_with_other_weights(
+def test_a_gradient_written_with_other_weights_is_corrected(
     simulator: ctypes.CDLL, dtype: torch.dtype, cluster: int
 ) -> None:
     inputs = logits(4, 303, dtype).values()
@@ -275,17 +275,17 @@ def test_a_gradient_that_was_written_with_other_weights(
 
 @pytest.mark.parametrize("cluster", [0, 1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_order_in_which_threads_run_changes_nothing(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
+def test_the_result_does_not_depend_on_thread_order(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
     inputs = logits(2, 5000, torch.bfloat16).values()
     first = simulate(simulator, kind, *inputs, cluster=cluster)
     second = simulate(simulator, kind, *inputs, cluster=cluster, backwards=True)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_only_the_loss(simulator: ctypes.CDLL) -> None:
-    """No gradient, no soft weight: the cross-entropy with the labels alone."""
+def test_the_loss_without_a_gradient(simulator: ctypes.CDLL) -> None:
+    """Without a gradient and a soft weight, only the cross-entropy with the labels is computed."""
     inputs = logits(3, 100, torch.float32)
-    labels = torch.tensor([1, 99, 100])  # the last is no class
+    labels = torch.tensor([1, 99, 100])  # the last is out of range
     student = inputs["student_logits"]
     outcome = simulate(
         simulator, "kl_div", student, student, labels=labels, soft_weight=0.0, hard_weight=1.0, gradient=student[:0, :0]
@@ -310,7 +310,7 @@ MISTAKES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_found(tmp_path: Path, mistake: str) -> None:
+def test_planted_mistakes_are_found(tmp_path: Path, mistake: str) -> None:
     sources = tmp_path / "csrc"
     shutil.copytree(cuda.SOURCES, sources)
     text, (before, after) = (sources / "rows.h").read_text(), MISTAKES[mistake]
@@ -322,14 +322,14 @@ def test_mistakes_are_found(tmp_path: Path, mistake: str) -> None:
         for cluster in (0, 4):
             assert_accurate(*compare(wrong, "kl_div", logits(3, 3001, torch.float32), cluster=cluster))
             test_impossible_classes_and_saturated_rows(wrong, "kl_div", cluster)
-            test_what_is_not_finite(wrong, cluster)
-            test_the_order_in_which_threads_run_changes_nothing(wrong, "kl_div", cluster)
+            test_nan_and_infinite_logits(wrong, cluster)
+            test_the_result_does_not_depend_on_thread_order(wrong, "kl_div", cluster)
 
 
 # -- The planner -----------------------------------------------------------------------------------------------
 
 
-def test_clusters_are_as_small_as_hold_a_row(simulator: ctypes.CDLL) -> None:
+def test_clusters_are_the_smallest_that_hold_a_row(simulator: ctypes.CDLL) -> None:
     def clusters(size: int) -> list[tuple[bool, int, int]]:
         sizes = (1024, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
         return [plan(simulator, classes, size)[:3] for classes in sizes]
@@ -342,8 +342,8 @@ def test_clusters_are_as_small_as_hold_a_row(simulator: ctypes.CDLL) -> None:
         (True, 1, 64), (True, 1, 512), (True, 2, 512), (True, 4, 512), (True, 8, 512), (True, 16, 512),
         (False, 1, 512), (False, 1, 512),
     ]  # fmt: skip
-    # A row that may start within a vector touches one more; a card without clusters streams; one with less shared
-    # memory has smaller blocks.
+    # A row that may start within a vector touches one more vector. A GPU without clusters streams; one with less
+    # shared memory has smaller blocks.
     assert plan(simulator, 131072, 2, aligned=False)[:2] == (True, 16)
     assert plan(simulator, 131072, 2, cluster=0)[:2] == (False, 1)
     assert plan(simulator, 131072, 2, shared=99 << 10)[:2] == (True, 16)
@@ -357,18 +357,18 @@ def test_every_plan_fits(simulator: ctypes.CDLL, size: int) -> None:
             held, cluster, threads, shared = plan(simulator, classes, size, aligned)
             assert threads % 32 == 0
             assert 32 <= threads <= 512
-            assert 2 * (shared + 1024) <= 228 << 10  # two blocks a multiprocessor
+            assert 2 * (shared + 1024) <= 228 << 10  # two blocks per multiprocessor
             if held:
                 vectors = -(-classes * size // 16) if aligned else (classes * size + 30 - size) // 16
                 assert -(-vectors // cluster) <= 4 * threads
                 assert cluster == 1 or plan(simulator, classes, size, aligned, cluster // 2)[0] is False
 
 
-# -- What the compiler makes of it -----------------------------------------------------------------------------
+# -- The compiled code -----------------------------------------------------------------------------------------
 
 
 def tool(name: str) -> str:
-    """Triton carries what a compiler's package may have left out."""
+    """Returns the path of a CUDA tool; Triton brings its own copy if the compiler's package lacks it."""
     spec = importlib.util.find_spec("triton")
     carried = Path(str(spec.origin)).parent / "backends" / "nvidia" / "bin" / name if spec else Path()
     found = shutil.which(name) or (str(carried) if carried.is_file() else None)
@@ -379,7 +379,7 @@ def tool(name: str) -> str:
 
 @pytest.fixture(scope="session", params=["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
 def kernels(request: pytest.FixtureRequest, shared: Path) -> tuple[str, dict[str, str], dict[str, str]]:
-    """The architecture; of each kernel its resources, and its machine code."""
+    """Returns the architecture, and the resources and machine code of each kernel."""
     architecture = request.param
     binary = once(shared / f"fastdistill_cuda_{architecture}.so", lambda path: cuda.build(path, [architecture], STRICT))
 
@@ -411,14 +411,14 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(kernels: tuple[str, dict[
         assert len(re.findall(r"\bLDG\.E\.128\b", text)) >= 4  # two passes, two sides
         assert "STG.E.128" in text
     for text in named(code, "held_rows") if architecture == "sm_90a" else []:
-        # Four vectors of each side, and one of a gradient that is only scaled.
+        # Four vectors per side, and one of a gradient that is only scaled.
         assert len(re.findall(r"\bLDG\.E\.128\b", text)) in (8, 9)
         assert "STG.E.128" in text
         assert "LDS.128" in text
         assert "STS.128" in text
 
 
-def test_blocks_of_a_cluster_talk_to_each_other(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
+def test_blocks_of_a_cluster_communicate(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
     architecture, _, code = kernels
     if architecture == "sm_80":
         assert not any("UCGABAR" in text for text in code.values())
@@ -443,7 +443,7 @@ def test_importing_compiles_nothing() -> None:
 
 @pytest.fixture
 def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A compiler that takes a second, and writes down that it ran."""
+    """Installs a fake compiler that takes half a second and records each run."""
     compiler = tmp_path / "bin" / "nvcc"
     compiler.parent.mkdir()
     compiler.write_text(
@@ -456,7 +456,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_two_processes_that_start_at_once_build_once(pretended: Path) -> None:
+def test_concurrent_processes_build_once(pretended: Path) -> None:
     command = [sys.executable, "-c", "from fastdistill import cuda; print(cuda.cached(('sm_90a',)))"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {process.communicate()[0].strip() for process in both}
@@ -468,7 +468,7 @@ def test_two_processes_that_start_at_once_build_once(pretended: Path) -> None:
     assert not list(folder.glob(".building*"))
 
 
-def test_another_architecture_or_compiler_is_another_binary(pretended: Path) -> None:
+def test_each_architecture_and_compiler_has_its_own_binary(pretended: Path) -> None:
     first = cuda.cached(("sm_90a",))
     assert cuda.cached(("sm_90a",)) == first
     assert cuda.cached(("sm_80",)) != first
@@ -478,7 +478,7 @@ def test_another_architecture_or_compiler_is_another_binary(pretended: Path) -> 
     assert (pretended / "runs").read_text() == "run\n" * 3
 
 
-def test_what_cannot_be_built_says_why(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_says_why(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (pretended / "bin" / "nvcc").write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit\necho no host compiler >&2\nexit 1\n'
     )
@@ -492,7 +492,7 @@ def test_what_cannot_be_built_says_why(pretended: Path, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def as_it_is(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module anew: nothing found out, nothing simulated, as it is throughout `make test-all`."""
+    """Imports fastdistill.cuda afresh: without cached results, and without the simulation of `make test-all`."""
     spec = importlib.util.find_spec("fastdistill.cuda")
     assert spec is not None
     assert spec.loader is not None
@@ -504,16 +504,16 @@ def as_it_is(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def card(as_it_is: ModuleType, pretended: Path, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """A card for which nothing is built yet."""
+    """Returns a GPU for which nothing is built yet."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(as_it_is, "prebuilt", lambda: pretended / "nothing.so")
     return torch.device("cuda", 0)
 
 
-# What nvcc says of a toolkit older than the card, and where it finds no host compiler.
+# nvcc's messages if the toolkit is older than the GPU, and if there is no host compiler.
 @pytest.mark.parametrize("says", ["Unsupported gpu architecture 'compute_90a'", "Failed to preprocess host compiler"])
-def test_where_it_cannot_be_built_auto_takes_triton(says: str, card: torch.device, pretended: Path) -> None:
-    """Whatever stops the build; it is tried once, and who asks for it is told why."""
+def test_auto_takes_triton_if_the_build_fails(says: str, card: torch.device, pretended: Path) -> None:
+    """The build is tried once, whatever makes it fail, and backend="cuda" raises with the reason."""
     (pretended / "bin" / "nvcc").write_text(
         f'#!/bin/sh\n[ "$1" = --version ] && echo 11.5 && exit\necho run >> {pretended}/runs\n'
         f'echo "nvcc fatal   : {says}" >&2\nexit 1\n'
@@ -527,14 +527,14 @@ def test_where_it_cannot_be_built_auto_takes_triton(says: str, card: torch.devic
     assert (pretended / "runs").read_text() == "run\n"
 
 
-def test_what_was_built_but_cannot_be_loaded(card: torch.device, pretended: Path, as_it_is: ModuleType) -> None:
-    """The pretended compiler's binary is none."""
+def test_auto_takes_triton_if_loading_fails(card: torch.device, pretended: Path, as_it_is: ModuleType) -> None:
+    """The fake compiler's output is not a binary."""
     assert pick_backend("auto", card, (torch.bfloat16, torch.bfloat16)) == "triton"
     assert re.search(r"not be loaded: .*fastdistill_cuda-\w+\.so", as_it_is.unavailable(card))
     assert (pretended / "runs").read_text() == "run\n"
 
 
-def test_where_it_can_be_built_auto_takes_it(
+def test_auto_takes_csrc_if_it_can_be_built(
     card: torch.device, as_it_is: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Path] = []
@@ -556,9 +556,9 @@ except NotImplementedError as error:
 """
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA loads it as it is")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch with CUDA loads the binary without a stub")
 def test_the_binary_registers_its_op(shared: Path, kernels: Any, tmp_path: Path) -> None:
-    """Here without CUDA: the one function that a CPU build of torch lacks is put in its place."""
+    """A stub provides the one function that a CPU build of torch lacks."""
     stub = tmp_path / "stub.so"
     source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", stub], input=source, text=True, check=True)
@@ -576,7 +576,7 @@ def test_the_binary_registers_its_op(shared: Path, kernels: Any, tmp_path: Path)
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "unavailable", cuda.unavailable)  # as they are, again at the end
+    monkeypatch.setattr(cuda, "unavailable", cuda.unavailable)  # monkeypatch restores both at the end
     monkeypatch.setattr(cuda, "library", cuda.library)
     _simulated.install()
 
@@ -584,7 +584,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("simulated")
 @pytest.mark.parametrize("op", LOGITS_OPS, ids=str)
 def test_public_functions(op: Op) -> None:
-    """The contract's own tests run with it in `make test-all`."""
+    """This is a quick check; `make test-all` runs the contract's own tests on the simulation."""
     for dtype in DTYPES:
         inputs = cast(op.make(), dtype)
         op.assert_accurate({**inputs, **op.some_masked(inputs)}, backend="cuda")
@@ -595,7 +595,7 @@ def test_public_functions(op: Op) -> None:
 
 @pytest.mark.usefixtures("simulated")
 def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which backend is there is found out, files looked for, while the compiler looks on."""
+    """Dynamo cannot trace the file lookup that finds the backend; it must not break the graph."""
     monkeypatch.setattr(cuda, "unavailable", lambda device: str(tmp_path) if (tmp_path / "x").exists() else None)
     inputs = logits(5, 100, torch.float32)
 
@@ -607,7 +607,7 @@ def test_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("simulated")
-def test_what_it_cannot_run_is_refused() -> None:
+def test_unsupported_dtypes_and_ops_are_refused() -> None:
     narrow, wide = logits(2, 5, torch.bfloat16), logits(2, 5, torch.float64)
     with pytest.raises(ValueError, match=r"^backend is 'cuda', but its logits are float32, .* not torch.float64 and"):
         fastdistill.kl_div(**wide, backend="cuda")
@@ -623,7 +623,7 @@ def test_a_cpu_is_refused() -> None:
         fastdistill.kl_div(**logits(2, 5, torch.bfloat16), backend="cuda")
 
 
-def test_where_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_csrc_for_logits_of_one_dtype_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     card, alike, mixed = torch.device("cuda:0"), (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
@@ -649,7 +649,7 @@ def plain(kind: str, classes: int) -> RowOptions:
     return RowOptions(kind, "", classes, 1.0, KINDS[kind][1].get("beta", 0.5), 1.0, 0.0, None, None, "cuda")
 
 
-# -- On a card -------------------------------------------------------------------------------------------------
+# -- On a GPU --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -671,8 +671,8 @@ def test_the_card_agrees_with_the_simulation(simulator: ctypes.CDLL, kind: str, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_that_launch_for_rows_of_several_lengths(dtype: torch.dtype) -> None:
-    """A kernel's limit of shared memory is one for all threads, and a block of the longer rows needs 70 KB and more."""
+def test_concurrent_launches_for_rows_of_several_lengths(dtype: torch.dtype) -> None:
+    """All threads share a kernel's limit of shared memory, and a block of the longer rows needs at least 70 KB."""
 
     def gradients(classes: int) -> list[Tensor]:
         generator = torch.Generator("cuda").manual_seed(classes)
