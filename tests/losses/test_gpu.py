@@ -1,4 +1,4 @@
-"""What only a card can show: sizes, streams, graphs. The contract's own tests run on it as well (conftest.py)."""
+"""Tests that need a GPU: sizes, streams, graphs. The contract's own tests run on a GPU as well (conftest.py)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _on_the_card() -> Any:
 
 
 def real(op: Op, dtype: torch.dtype) -> dict[str, Any]:
-    """Sizes of real models, at which eager float64 still fits the card."""
+    """Returns inputs with the sizes of real models, at which eager float64 still fits the GPU."""
     if op.name.startswith("attention"):
         inputs = attention(4, 12, 1024, 1024, 26, 64, 12, 12)
     elif op.name == "linear_mse":
@@ -65,8 +65,8 @@ SIZED = [
     ATTENTION_MSE, ATTENTION_MSE_CAUSAL, ATTENTION_KL, ATTENTION_KL_CAUSAL, LINEAR_MSE, *LOGITS_OPS[:5], *TOPK_OPS,
     *LINEAR_LOGITS_OPS[:5],
 ]  # fmt: skip
-KERNELS = ("triton", "cuda")  # the latter of csrc/, for the losses on logits; skipped where it cannot be built
-# "backend" is the fixture of the contract's tests.
+KERNELS = ("triton", "cuda")  # the latter is csrc/: losses on logits only, skipped if it cannot be built
+# The name "backend" is taken by the fixture of the contract's tests.
 every_op = pytest.mark.parametrize(
     "op,kernels",
     [
@@ -80,7 +80,7 @@ every_op = pytest.mark.parametrize(
 @every_op
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_real_sizes(op: Op, kernels: str, dtype: torch.dtype) -> None:
-    """Against the reference in float64, on the card too: the CPU would take minutes."""
+    """The float64 reference runs on the GPU too, because the CPU would take minutes."""
     inputs = real(op, dtype)
     truth = evaluate(
         lambda **x: getattr(fastdistill, op.name)(**x, **op.options, backend="reference"),
@@ -94,13 +94,13 @@ def test_real_sizes(op: Op, kernels: str, dtype: torch.dtype) -> None:
 
 def needs(gib: int) -> None:
     if torch.cuda.mem_get_info()[0] < gib * 2**30:
-        pytest.skip(f"needs {gib} GiB of free memory on the card")
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
 
 
 @pytest.mark.parametrize("name", ["soft_cross_entropy", "kl_div", "jsd", "tvd"])
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_more_than_two_to_the_31_logits(name: str, kernels: str) -> None:
-    """The last rows are what a wrong offset would miss."""
+    """A wrong offset would miss the last rows."""
     needs(16)
     rows, classes = 17000, 131072
     student = torch.randn(rows, classes, dtype=torch.bfloat16).requires_grad_()
@@ -137,13 +137,13 @@ def test_more_than_two_to_the_31_numbers_of_queries_and_hidden_states() -> None:
 
 @every_op
 def test_cuda_graphs(op: Op, kernels: str) -> None:
-    """A captured step, replayed on other numbers: nothing in it may wait for the device or depend on its values."""
+    """A captured step is replayed on other values: it may have no host sync, and may not depend on values."""
     first, second = op.make(), op.make()
     static = {name: x.clone() if isinstance(x, Tensor) else x for name, x in first.items()}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        evaluate(op, static, op.learned, backend=kernels)  # compiles
+        evaluate(op, static, op.learned, backend=kernels)  # compiles the kernels
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -173,8 +173,8 @@ def test_two_streams(op: Op, kernels: str) -> None:
 
 
 @every_op
-def test_no_synchronisation(op: Op, kernels: str) -> None:
-    """Neither forward nor backward waits for the device."""
+def test_no_host_syncs(op: Op, kernels: str) -> None:
+    """Neither forward nor backward has a host sync."""
     inputs = op.make()
     evaluate(op, inputs, op.learned, backend=kernels)
     leaves = {name: inputs[name].clone().requires_grad_() for name in op.learned}
@@ -186,7 +186,7 @@ def test_no_synchronisation(op: Op, kernels: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_what_a_batch_holds_is_counted_without_synchronisation() -> None:
+def test_batches_are_counted_without_host_syncs() -> None:
     from fastdistill.train.terms import count_items
 
     batch = {"input_ids": torch.zeros(3, 5, dtype=torch.long)}
@@ -202,7 +202,7 @@ def test_what_a_batch_holds_is_counted_without_synchronisation() -> None:
 
 
 def test_training_steps_under_autocast() -> None:
-    """Ten steps of a student with a projection and a head, in bfloat16, on either backend: the same curve."""
+    """Ten bfloat16 steps of a student with a projection and a head give the same curve on both backends."""
 
     def curve(backend: str) -> list[float]:
         torch.manual_seed(0)
@@ -261,7 +261,7 @@ def test_compute_sanitizer(op: Op, kernels: str, tool: str) -> None:
 
 
 def peak(call: Callable[[], Any]) -> int:
-    call()  # libraries allocate what they keep, cuBLAS 32 MiB
+    call()  # warm-up: libraries keep workspaces, cuBLAS 32 MiB
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -271,7 +271,7 @@ def peak(call: Callable[[], Any]) -> int:
 
 
 def test_memory_of_a_large_vocabulary() -> None:
-    """The goal: at most 2 GiB beyond inputs and gradients at 8192 tokens, 2048 / 4096 to 128256."""
+    """The goal is at most 2 GiB beyond inputs and gradients for 8192 tokens and heads of 2048 and 4096 to 128256."""
     needs(12)
     narrow: dict[str, Any] = {"dtype": torch.bfloat16}
     student = torch.randn(8192, 2048, **narrow).requires_grad_()
