@@ -1,4 +1,4 @@
-"""linear_mse beyond the common contract: widths, chunk borders, weight gradients of many tokens, its errors."""
+"""Tests linear_mse beyond the contract: widths, chunk borders, weight gradients of many tokens, errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_any_number_of_tokens(tokens: int, backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_chunks_and_tiles_of_tokens(reduction: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of the kernel hold thousands of tokens; here as few as it takes at least, and rows past the last tile."""
+    """The kernel's chunks hold thousands of tokens; here they are as small as possible, with a partial last tile."""
     if backend == "triton":
         monkeypatch.setattr("fastdistill.kernels.linear_mse.CHUNK_BYTES", 1)
     inputs = hidden((CHUNK + 300,), 6, 10)
@@ -64,7 +64,7 @@ def test_without_a_projection_autocast_rounds_nothing(bias: bool, backend: str) 
     expected = evaluate(fastdistill.linear_mse, inputs, learned, backend=backend)
     with torch.autocast(inputs["student"].device.type, torch.bfloat16):
         assert_same(evaluate(fastdistill.linear_mse, inputs, learned, backend=backend), expected)
-        if bias:  # as a Linear's output meets a parameter
+        if bias:  # as the output of a Linear meets a float32 parameter
             inputs["student"] = inputs["student"].bfloat16()
             assert fastdistill.linear_mse(**inputs, backend=backend).isfinite()
 
@@ -74,7 +74,7 @@ def test_without_a_projection_autocast_rounds_nothing(bias: bool, backend: str) 
 def test_weight_gradients_of_many_tokens_accumulate_in_float32(
     dtype: torch.dtype, reduction: str, backend: str
 ) -> None:
-    """Sums of 100 chunks of terms of one sign: in bfloat16 each chunk would add another rounding."""
+    """All terms of the 100 chunks have one sign: in bfloat16 each chunk would add a rounding error."""
     inputs = cast({name: x.abs() * 0.02 for name, x in hidden((100 * CHUNK,), 4, 4).items()}, dtype)
     inputs["bias"] += 0.1
     OP.assert_accurate(inputs, backend=backend, reduction=reduction)
@@ -82,7 +82,7 @@ def test_weight_gradients_of_many_tokens_accumulate_in_float32(
 
 @pytest.mark.parametrize("mismatch", [1e-1, 1e-2, 1e-3])
 def test_student_close_to_teacher(mismatch: float, backend: str) -> None:
-    """The residual is a small difference of large numbers; what remains of it must be as good as eager's."""
+    """The residual is a small difference of large numbers; it must be as accurate as eager's."""
     cases = []
     for _ in range(5):
         inputs = hidden((4, 16), 24, 32)
@@ -93,7 +93,7 @@ def test_student_close_to_teacher(mismatch: float, backend: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scaled_losses_keep_small_float16_gradients(reduction: str, backend: str) -> None:
-    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    """Loss scaling must act before rounding: a gradient of 1e-6 rounded to float16 first has few digits left."""
     inputs = hidden((4, 16), 312, 768)
     projected = torch.nn.functional.linear(inputs["student"], inputs["weight"], inputs["bias"])
     inputs = cast({**inputs, "teacher": projected}, torch.float16)
@@ -110,7 +110,7 @@ def test_equal_student_and_teacher(backend: str) -> None:
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_extreme_sizes(scale: float, backend: str) -> None:
-    """Squares that float16 or bfloat16 sums would lose, and float32 ones just hold."""
+    """Float32 just holds the squares; float16 and bfloat16 sums would lose them."""
     inputs = {name: x * scale if name in ("student", "teacher", "bias") else x for name, x in hidden().items()}
     OP.assert_accurate(inputs, backend=backend)
 
@@ -137,8 +137,10 @@ print("the same")
 
 @pytest.mark.parametrize("rows,step", [(70, 2**25), (2, 2**31)], ids=["within-a-tile", "stride-beyond-32-bits"])
 def test_rows_far_apart(rows: int, step: int) -> None:
-    """The first tokens of long sequences, `hidden[:, 0]`, some of which a 32-bit offset within a tile misses. In a
-    process of its own, which an address that is none ends. Only the pages that hold values become resident."""
+    """The first tokens of long sequences, `hidden[:, 0]`, lie so far apart that 32-bit offsets in a tile overflow.
+
+    The test runs in its own process, which an invalid address would end. Only pages that hold values become resident.
+    """
     pytest.importorskip("triton", reason="the kernel needs it")
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
