@@ -1,4 +1,4 @@
-"""The linear_ losses beyond the common contract: chunks of tokens, logits that stay float32, weights, errors."""
+"""Tests the linear_ losses beyond the contract: chunks of tokens, logits that stay float32, weights, errors."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_vocabularies(op: Op, classes: int, backend: str) -> None:
 @pytest.mark.parametrize("classes", [127, 30522])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_logits_are_never_rounded(op: Op, classes: int, dtype: torch.dtype, backend: str) -> None:
-    """Logits rounded to a narrow dtype put the loss off by 4e-4 and the gradients by 4% and more."""
-    rows = 6 if classes > 1000 else 40  # enough numbers that none's rounding stands for the whole
+    """Logits rounded to 16 bits would change the loss by 4e-4 and the gradients by 4% and more."""
+    rows = 6 if classes > 1000 else 40  # enough numbers that no single rounding dominates
     inputs = make(op, (rows,), classes, d_s=24)
     if op.name == "linear_tvd" and classes > 1000:
         inputs = without_ties(inputs)
@@ -65,7 +65,7 @@ def test_logits_are_never_rounded(op: Op, classes: int, dtype: torch.dtype, back
 @every_op
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scaled_losses_keep_small_float16_gradients(op: Op, reduction: str, backend: str) -> None:
-    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    """Loss scaling must act before rounding: a gradient of 1e-6 rounded to float16 first has few digits left."""
     inputs = make(op, (4,), 30522, d_s=24)
     if op.name == "linear_tvd":
         inputs = without_ties(inputs)
@@ -110,9 +110,9 @@ def test_biases_are_optional(op: Op, student_bias: bool, teacher_bias: bool, red
 def test_weight_gradients_of_many_tokens_accumulate_in_float32(
     op: Op, dtype: torch.dtype, reduction: str, backend: str
 ) -> None:
-    """Sums of 40 chunks of terms of much the same size and sign: in bfloat16 each would add another rounding."""
+    """The terms of the 40 chunks have similar size and sign: in bfloat16 each chunk would add a rounding error."""
     inputs = make(op, (40 * CHUNK,), 12, d_s=6)
-    inputs["student"] = inputs["student"].abs() * 0.02  # within float16 when summed
+    inputs["student"] = inputs["student"].abs() * 0.02  # small enough that float16 holds the sum
     if "teacher" in inputs:
         inputs["teacher"] = inputs["teacher"].abs()
     op.assert_accurate(cast(inputs, dtype), backend=backend, reduction=reduction)
@@ -123,7 +123,7 @@ def test_weight_gradients_of_many_tokens_accumulate_in_float32(
 
 @every_op
 def test_options(op: Op, backend: str) -> None:
-    """Each option alone, so that none is silently ignored."""
+    """Each option is tested alone, so that none is silently ignored."""
     inputs = with_labels(make(op, (30,), 40), 40)
     inputs["student"] *= 3
     two_sided = op in OPS
@@ -143,7 +143,7 @@ def test_options(op: Op, backend: str) -> None:
 @every_divergence
 @pytest.mark.parametrize("student,teacher,vocab_size", [(40, 40, 33), (48, 40, 40), (40, 48, 40)])
 def test_padded_vocabularies(op: Op, student: int, teacher: int, vocab_size: int, backend: str) -> None:
-    """Rows of the weights beyond the shared classes take no part, whatever they hold; their gradient is exactly 0."""
+    """Weight rows beyond the shared classes are ignored, even if they are NaN, and get a gradient of exactly 0."""
     sides = {"student": linear(classes=student), "teacher": linear(classes=teacher)}
     inputs = {name: x for side, own in sides.items() for name, x in own.items() if name.startswith(side)}
     clean = op.assert_accurate(inputs, backend=backend, vocab_size=vocab_size)
@@ -157,7 +157,7 @@ def test_padded_vocabularies(op: Op, student: int, teacher: int, vocab_size: int
 
 @every_op
 def test_equals_the_loss_on_logits(op: Op, backend: str) -> None:
-    """float32: the loss on materialised logits, through autograd of F.linear."""
+    """In float32 the op equals the loss on materialised logits, with autograd through F.linear."""
     inputs = op.make()
     logits_op = ON_LOGITS[str(op).removeprefix("linear_")]
 
@@ -185,7 +185,7 @@ def test_biases_of_minus_infinity_forbid_classes(op: Op, backend: str) -> None:
 @every_divergence
 @pytest.mark.parametrize("size", [30.0, 1e4])
 def test_saturated_logits(op: Op, size: float, backend: str) -> None:
-    """A teacher certain of its class, a student of ordinary logits."""
+    """The teacher is certain of its class; the student's logits are ordinary."""
     inputs = make(op, (20,), 37)
     inputs["teacher_weight"] = inputs["teacher_weight"].sign() * size
     op.assert_accurate(inputs, backend=backend)
