@@ -1,4 +1,4 @@
-"""The losses on logits beyond the common contract: vocabularies, options, saturation, impossible classes, errors."""
+"""Tests the losses on logits beyond the contract: vocabularies, options, saturation, impossible classes, errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_vocabularies(op: Op, classes: int, dtype: torch.dtype, backend: str) ->
 @every_op
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scaled_losses_keep_small_float16_gradients(op: Op, reduction: str, backend: str) -> None:
-    """What a loss scale is for: rounded to float16 before it is scaled, a gradient of 1e-6 has few digits left."""
+    """Loss scaling must act before rounding: a gradient of 1e-6 rounded to float16 first has few digits left."""
     inputs = make(op, (4,), 30522)
     if op.name == "tvd":
         inputs = without_ties(inputs)
@@ -60,14 +60,14 @@ def test_any_number_of_rows(op: Op, rows: int, classes: int, reduction: str, bac
 
 @every_divergence
 def test_one_class(op: Op, backend: str) -> None:
-    """Both sides are certain of it."""
+    """Both sides give the only class probability 1."""
     outcome = evaluate(op, logits((3,), 1), op.learned, backend=backend)
     assert all((x == 0).all() for x in outcome.values())
 
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements(backend: str) -> None:
-    """Every row the same, so that only the gradient takes memory (4.3 GB): the last row's is as good as the first's."""
+    """All rows are one in memory, so only the gradient takes 4.3 GB. Its last row must be as accurate as its first."""
     classes = 128256
     rows = 2**31 // classes + 3
     row = cast(logits((1,), classes), torch.bfloat16)
@@ -87,7 +87,7 @@ def test_more_than_two_to_the_31_elements(backend: str) -> None:
 @pytest.mark.parametrize("t_squared", [False, True])
 def test_temperature(op: Op, temperature: float, t_squared: bool, backend: str) -> None:
     if op.options.get("tail") == "bucket":
-        temperature = 1.0  # the only one the bucket has
+        temperature = 1.0  # the bucket takes no other
     inputs = make(op, (30,), 40)
     op.assert_accurate(inputs, backend=backend, temperature=temperature, t_squared=t_squared, reduction="none")
 
@@ -107,7 +107,7 @@ def test_labels(op: Op, alpha: float, dtype: torch.dtype, reduction: str, backen
 
 
 @every_op
-def test_labels_and_rows_that_do_not_count_may_hold_anything(op: Op, backend: str) -> None:
+def test_masked_rows_and_their_labels_are_ignored(op: Op, backend: str) -> None:
     inputs = with_labels(make(op, (3, 5), 37), 37)
     masks = op.some_masked(inputs)
     clean = evaluate(op, {**inputs, **masks}, op.learned, backend=backend, alpha=0.4)
@@ -131,7 +131,7 @@ def test_any_integer_type(op: Op, dtype: torch.dtype, backend: str) -> None:
     assert_same(evaluate(op, narrow, op.learned, backend="reference", alpha=0.4, ignore_index=255), expected, 1e-6)
     inputs["labels"] = torch.full_like(inputs["labels"], 5)
     narrow["labels"] = inputs["labels"].to(dtype)
-    for name in (backend, "reference"):  # -251 is 5 in eight bits, as the default, -100, is 156
+    for name in (backend, "reference"):  # in eight bits -251 wraps to 5, as the default of -100 wraps to 156
         wide, short = (
             evaluate(op, x, op.learned, backend=name, alpha=0.4, ignore_index=-251) for x in (inputs, narrow)
         )
@@ -154,7 +154,7 @@ def test_softcap(op: Op, cap: float, sides: tuple[str, ...], dtype: torch.dtype,
 @every_divergence
 @pytest.mark.parametrize("student,teacher,vocab_size", [(40, 40, 33), (48, 40, 40), (40, 48, 40), (41, 43, 1)])
 def test_padded_vocabularies(op: Op, student: int, teacher: int, vocab_size: int, backend: str) -> None:
-    """Only the classes both share take part, whatever the padding holds; its gradient is exactly 0."""
+    """Padded classes are ignored, even if they are NaN, and get a gradient of exactly 0."""
     inputs = {"student_logits": torch.randn(3, 5, student), "teacher_logits": torch.randn(3, 5, teacher)}
     clean = evaluate(op, inputs, op.learned, backend=backend, vocab_size=vocab_size)
     if vocab_size > 1:
@@ -173,7 +173,7 @@ def test_jsd_beta(beta: float, dtype: torch.dtype, backend: str) -> None:
     if beta in (0, 1):
         expected = evaluate(fastdistill.kl_div, inputs, op.learned, backend=backend, reverse=beta == 1)
         assert_same(evaluate(op, inputs, op.learned, backend=backend, beta=beta), expected, within=1e-6)
-        beta = int(beta)  # an int is a number too
+        beta = int(beta)  # an int is accepted too
         assert_same(evaluate(op, inputs, op.learned, backend=backend, beta=beta), expected, within=1e-6)
     else:
         op.assert_accurate(inputs, backend=backend, beta=beta, reduction="none")
@@ -192,7 +192,7 @@ def test_topk_sizes(op: Op, k: int, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("op", TOPK_OPS, ids=str)
 def test_topk_long_lists(op: Op, backend: str) -> None:
-    """In runs and scattered, at the first and last class of rows that kernels read in blocks; many blocks hold none."""
+    """Lists hold runs, scattered classes, and the first and last class; many blocks that kernels read hold none."""
     classes, lists = 9001, []
     for start in (0, 2040, 8000):
         few, last = 500 + torch.randperm(1400)[:20], torch.tensor([classes - 1])
@@ -207,7 +207,7 @@ def test_topk_long_lists(op: Op, backend: str) -> None:
 
 @pytest.mark.parametrize("op", TOPK_OPS, ids=str)
 def test_topk_rows_padded_with_impossible_classes(op: Op, backend: str) -> None:
-    """A row with fewer classes: -inf pads it, at any class not listed already."""
+    """A row with fewer classes is padded with -inf at any classes that are not listed already."""
     inputs = topk((3, 5), 37, 5)
     expected = evaluate(op, inputs, op.learned, backend=backend)
     rest = inputs["student_logits"].scatter(-1, inputs["topk_indices"], math.inf).argsort(-1)[..., :2]
@@ -215,7 +215,7 @@ def test_topk_rows_padded_with_impossible_classes(op: Op, backend: str) -> None:
     inputs["topk_logprobs"] = torch.cat([inputs["topk_logprobs"], torch.full((3, 5, 2), -math.inf)], -1)
     if op.options["tail"] == "renormalize":
         assert_same(evaluate(op, inputs, op.learned, backend=backend), expected, within=1e-6)
-    else:  # listed with probability 0, a class is no part of the rest
+    else:  # a class listed with probability 0 is not part of the rest
         outcome = evaluate(op, inputs, op.learned, backend=backend)
         truth = op.truth(inputs)
         assert all(error(outcome[name], truth[name]) < 1e-6 for name in truth)
@@ -224,7 +224,7 @@ def test_topk_rows_padded_with_impossible_classes(op: Op, backend: str) -> None:
 @pytest.mark.parametrize("op", TOPK_OPS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_topk_of_every_class_is_soft_cross_entropy(op: Op, dtype: torch.dtype, backend: str) -> None:
-    """Nothing is left for the bucket: what rounding leaves of the teacher's mass must not meet the student's log 0."""
+    """The bucket is empty: the teacher's rounding error there must not be multiplied by the student's log 0."""
     student, teacher = torch.randn(30, 9, dtype=dtype), torch.randn(30, 9, dtype=dtype)
     logprobs, indices = teacher.log_softmax(-1).topk(9)
     inputs = {"student_logits": student, "topk_logprobs": logprobs, "topk_indices": indices}
@@ -239,7 +239,7 @@ def test_topk_of_every_class_is_soft_cross_entropy(op: Op, dtype: torch.dtype, b
 
 @pytest.mark.parametrize("op", TOPK_OPS, ids=str)
 def test_topk_with_impossible_classes(op: Op, backend: str) -> None:
-    """-inf in the student's logits, listed with -inf or not listed: as if the classes were not there."""
+    """Classes at -inf for the student are ignored if they are not listed or listed with -inf."""
     inputs = topk((30,), 37, 5)
     inputs["topk_indices"][:] = torch.tensor([3, 1, 0, 2, 4])
     without = {**inputs, "student_logits": inputs["student_logits"][:, :32]}
@@ -255,7 +255,7 @@ def test_topk_with_impossible_classes(op: Op, backend: str) -> None:
 
 
 @pytest.mark.parametrize("op", TOPK_OPS, ids=str)
-def test_a_listed_class_that_the_student_forbids_is_infinitely_wrong(op: Op, backend: str) -> None:
+def test_a_listed_class_of_student_probability_0_costs_inf(op: Op, backend: str) -> None:
     inputs = topk((30,), 37, 5)
     inputs["student_logits"][3, inputs["topk_indices"][3, 1]] = -math.inf
     found = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
@@ -274,8 +274,8 @@ def test_student_close_to_teacher(op: Op, mismatch: float, backend: str) -> None
     inputs = logits((64,), 200)
     inputs["student_logits"] = inputs["teacher_logits"] + mismatch * torch.randn(64, 200)
     if op.name == "tvd" and mismatch < 1e-2:
-        pytest.skip("its gradient jumps where probabilities are equal, as some then are within rounding")
-    # A KL of 1e-7 is beyond float32, for anyone: the bound on its value is then wide, on its gradient still tight.
+        pytest.skip("TVD's gradient jumps where probabilities are equal, and some are equal up to rounding")
+    # Float32 cannot resolve a KL of 1e-7, so the bound on its value is wide; the bound on its gradient stays tight.
     op.assert_accurate(inputs, backend=backend, reduction="none", loosest=1.0 if mismatch < 1e-2 else 0.02)
 
 
@@ -312,7 +312,7 @@ def test_mixed_dtypes_never_give_a_negative_divergence(
 
 
 def saturated(size: float) -> dict[str, Any]:
-    """Every pairing of a certain row, a flat row and an ordinary one."""
+    """Returns every pairing of saturated, flat and ordinary rows."""
     peaks = [size * torch.nn.functional.one_hot(torch.tensor(i), 37) for i in (3, 20)]
     rows = [peaks[0], peaks[1] - size, torch.zeros(37), torch.randn(37), size * torch.randn(37).sign()]
     pairs = [(a, b) for a in rows for b in rows]
@@ -342,9 +342,9 @@ def test_saturated_student_against_topk(size: float, sign: int, backend: str) ->
     BY_NAME["topk_soft_cross_entropy-renormalize"].assert_accurate(inputs, backend=backend, reduction="none")
 
 
-@pytest.mark.parametrize("size,tolerance", [(30.0, 1e-5), (1e4, 1e-2)])  # the ulp of a log-probability of -1e4: 1e-3
+@pytest.mark.parametrize("size,tolerance", [(30.0, 1e-5), (1e4, 1e-2)])  # a log-probability of -1e4 has an ulp of 1e-3
 def test_a_student_certain_of_the_listed_classes(size: float, tolerance: float, backend: str) -> None:
-    """Its remaining mass underflows: 1 - p would lose it, the oracle's logsumexp over the rest does not."""
+    """The student's remaining mass underflows: 1 - p would lose it, the oracle's logsumexp over the rest keeps it."""
     op, inputs = BY_NAME["topk_soft_cross_entropy-bucket"], topk((30,), 37, 5)
     inputs["student_logits"].scatter_add_(-1, inputs["topk_indices"][:, :1], torch.full((30, 1), size))
     outcome = evaluate(op, inputs, op.learned, backend=backend, reduction="none")
@@ -358,7 +358,7 @@ def test_a_student_certain_of_the_listed_classes(size: float, tolerance: float, 
 def test_classes_impossible_on_both_sides(
     op: Op, softcap: float | None, dtype: torch.dtype, tolerance: float, backend: str
 ) -> None:
-    """-inf on both sides: as if the class were not there. Other classes in each row."""
+    """Classes at -inf on both sides are ignored. They differ from row to row."""
     inputs = cast(with_labels(logits((6,), 37), 37), dtype)
     options: dict[str, Any] = {"student_softcap": softcap, "teacher_softcap": softcap, "alpha": 0.5}
     possible = torch.rand(6, 37) > 0.4
@@ -368,14 +368,14 @@ def test_classes_impossible_on_both_sides(
     assert (outcome["student_logits"][~possible] == 0).all()
     for i in range(6):
         left = {name: x[i, possible[i]][None] if x.dim() > 1 else x[i : i + 1] for name, x in inputs.items()}
-        if left["labels"] >= 0:  # its number among the classes that are left
+        if left["labels"] >= 0:  # its index among the classes that are left
             left["labels"] = possible[i, : left["labels"]].sum()[None]
         truth = op.truth(left, reduction="none", **options)
         assert error(outcome["value"][i], truth["value"][0]) < 1e-6
         assert error(outcome["student_logits"][i, possible[i]], truth["student_logits"][0]) < tolerance
 
 
-IMPOSSIBLE = {  # value when a class has student mass only, when it has teacher mass only
+IMPOSSIBLE = {  # the value if a class has only student mass, and if it has only teacher mass
     "soft_cross_entropy": (math.isfinite, math.isinf),
     "kl_div": (math.isfinite, math.isinf),
     "kl_div-reverse": (math.isinf, math.isfinite),
@@ -388,7 +388,7 @@ IMPOSSIBLE = {  # value when a class has student mass only, when it has teacher 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_classes_impossible_on_one_side(name: str, side: str, softcap: float | None, backend: str) -> None:
-    """inf where the formula is, in its own row alone; else finite, and the gradient too."""
+    """The value is inf in the rows where the formula is; elsewhere value and gradient are finite."""
     op, inputs = BY_NAME[name], logits((6,), 37)
     inputs[f"{side}_logits"][:3, 5:9] = -math.inf
     caps = {"student_softcap": softcap, "teacher_softcap": softcap}
@@ -403,7 +403,7 @@ def test_classes_impossible_on_one_side(name: str, side: str, softcap: float | N
     assert error(gradient[defined], truth["student_logits"][defined]) < 1e-5
 
 
-def test_a_label_of_probability_0_is_infinitely_wrong_unless_it_has_no_weight(backend: str) -> None:
+def test_a_label_of_probability_0_costs_inf_unless_its_weight_is_0(backend: str) -> None:
     inputs = with_labels(logits((6,), 37), 37)
     inputs["labels"][0] = 4
     inputs["student_logits"][0, 4] = inputs["teacher_logits"][0, 4] = -math.inf
@@ -414,7 +414,7 @@ def test_a_label_of_probability_0_is_infinitely_wrong_unless_it_has_no_weight(ba
     assert all(x.isfinite().all() for x in outcome.values())
 
 
-def test_an_infinite_soft_part_of_weight_0_is_left_out(backend: str) -> None:
+def test_an_infinite_soft_loss_of_weight_0_is_ignored(backend: str) -> None:
     inputs = with_labels(logits((6,), 37), 37)
     inputs["labels"][:] = 3
     inputs["student_logits"][:, 9] = -math.inf  # the teacher has mass there
@@ -556,16 +556,16 @@ def test_bad_reverse_or_beta(
         getattr(fastdistill, name)(**logits(), **wrong, backend=backend)
 
 
-# -- gradients in the forward --------------------------------------------------------------------------------------
+# -- gradients computed in forward ----------------------------------------------------------------------------------
 
 
 @every_op
 @pytest.mark.parametrize("reduction,num_items", [("mean", None), ("mean", 7), ("mean", "tensor"), ("sum", None)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_expected_weights_arrive(
+def test_rows_arrive_with_the_weights_that_forward_expected(
     op: Op, reduction: str, num_items: Any, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    """The kernel that the backward starts has nothing to do: each row has the very weight the forward foresaw."""
+    """The kernel of backward has nothing to do, because each row has exactly the weight that forward expected."""
     if backend != "triton":
         pytest.skip("kernels only")
     from fastdistill.kernels import logits as divergences
@@ -586,10 +586,10 @@ def test_expected_weights_arrive(
 
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_rows_of_the_expected_weight_are_not_computed_again(
+def test_rows_with_the_expected_weight_are_not_recomputed(
     op: Op, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others are scaled where that costs no digits, which bfloat16 loses unless the factor is a power of 2."""
+    """Other rows are scaled if that loses no digits (in bfloat16 only by a power of 2), and recomputed if it does."""
     if backend != "triton":
         pytest.skip("kernels only")
     from fastdistill.kernels import logits as divergences
