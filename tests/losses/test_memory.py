@@ -40,7 +40,7 @@ MIB = 2**20
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Returns the most bytes that `call` had allocated at once."""
     if torch.cuda.is_available():
-        call()  # libraries allocate what they keep, cuBLAS 32 MiB
+        call()  # warm-up: libraries keep workspaces, cuBLAS 32 MiB
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -53,7 +53,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # negative: released
+        held += event.nbytes()  # negative for a release
         peak = max(peak, held)
     assert peak, "the profiler saw no allocation"
     return peak
@@ -99,7 +99,7 @@ def test_attention_memory_is_linear_in_the_length(op: Op, dense_mask: bool, back
 
 @pytest.mark.parametrize("op", [ATTENTION_MSE, ATTENTION_MSE_CAUSAL], ids=str)
 def test_shared_keys_are_not_repeated(op: Op, backend: str) -> None:
-    """16 query heads on one key head: keys and their gradients stay one head wide."""
+    """With 16 query heads on one key head, keys and their gradients stay one head wide."""
     length = 8192
     inputs = attention(1, 16, length, length, 16, 16, student_kv=1, teacher_kv=1)
     gradients = size(inputs["student_query"], inputs["student_key"])
@@ -124,7 +124,7 @@ def test_linear_mse_never_stores_the_projection(reduction: str, backend: str) ->
     inputs = hidden((tokens,), 48, 256)
     projected = 4 * tokens * 256
     gradients = size(*(inputs[name] for name in LINEAR_MSE.learned))
-    # A gradient may exist twice: as computed, and scaled by what arrives.
+    # A gradient may exist twice: as computed, and scaled by the upstream gradient.
     found = peak(LINEAR_MSE, inputs, LINEAR_MSE.learned, backend=backend, reduction=reduction)
     assert found - 2 * gradients < 0.25 * projected
     assert peak(LINEAR_MSE.textbook, inputs, LINEAR_MSE.learned) > 2 * projected
@@ -140,14 +140,14 @@ V = 30522
 def test_logits_losses_hold_nothing_but_the_gradient(op: Op, dtype: torch.dtype, backend: str) -> None:
     inputs = topk((2, 101), V) if op in TOPK_OPS else logits((2, 101), V)
     inputs = cast(with_labels(inputs, 31), dtype)
-    # As a causal model is shifted: the last token's logits cut off, which leaves them not contiguous.
+    # Causal models cut off the last token's logits, which leaves the others non-contiguous.
     inputs = {name: x[:, :-1] for name, x in inputs.items()}
     gradient = size(inputs["student_logits"])
     keywords = {"backend": backend, "alpha": 0.5}
     assert peak(op, inputs, op.learned, **keywords) < 1.1 * gradient + 4 * MIB
     per_row = {"reduction": "none", "upstream": torch.rand(2, 100)}
     assert peak(op, inputs, op.learned, **keywords, **per_row) < 1.1 * gradient + 4 * MIB
-    assert peak_bytes(lambda: op(**inputs, **keywords)) < 0.1 * gradient + 4 * MIB  # nothing learns: no gradient
+    assert peak_bytes(lambda: op(**inputs, **keywords)) < 0.1 * gradient + 4 * MIB  # no gradient is needed
 
 
 LINEAR = [op for op in [*LINEAR_LOGITS_OPS, *LINEAR_TOPK_OPS] if "vocab_size" not in op.options]
@@ -160,7 +160,7 @@ def vocabulary(op: Op, tokens: int, classes: int) -> dict[str, Any]:
 @pytest.mark.parametrize("op", LINEAR, ids=str)
 def test_linear_losses_at_2048_tokens_need_a_fraction_of_eager(op: Op, backend: str) -> None:
     found = peak(op, vocabulary(op, 2048, V), op.learned, backend=backend)
-    # Eager's peak grows by the same for each token; 2048 tokens would take gigabytes.
+    # Eager's peak grows by the same for each token, so it is extrapolated: 2048 tokens would take gigabytes.
     few, more = (peak(op.textbook, vocabulary(op, tokens, V), op.learned) for tokens in (16, 32))
     eager = few + (more - few) / 16 * (2048 - 16)
     assert eager > 2 * 4 * 2048 * V
