@@ -1,4 +1,4 @@
-"""Invariances that need no oracle, over random shapes, masks, dtypes and reductions."""
+"""Tests invariances that need no oracle, over random shapes, masks, dtypes and reductions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ every_divergence = pytest.mark.parametrize("op", DIVERGENCES, ids=str)
 
 
 def close(a: Tensor, b: Tensor, scale: float = 1.0) -> bool:
-    """Equal up to a few roundings of numbers of the size of `scale`."""
+    """Returns whether two tensors are equal up to a few roundings of numbers of the size of `scale`."""
     return bool(((a - b).abs() <= 16 * EPS * max(scale, b.abs().max().item())).all())
 
 
@@ -92,7 +92,7 @@ def test_soft_cross_entropy_minus_entropy_is_kl(backend: str, data: st.DataObjec
 
 
 @given(st.data())
-def test_swapping_the_sides_swaps_the_direction(backend: str, data: st.DataObject) -> None:
+def test_swapping_student_and_teacher_reverses_the_divergence(backend: str, data: st.DataObject) -> None:
     inputs = data.draw(calls(DIVERGENCES[0], backend))
     mask = {"mask": inputs["mask"]} if "mask" in inputs else {}
     student, teacher = inputs["student_logits"], inputs["teacher_logits"]
@@ -107,7 +107,7 @@ def test_swapping_the_sides_swaps_the_direction(backend: str, data: st.DataObjec
 @given(st.data(), st.floats(-50, 50))
 def test_a_constant_added_to_a_row_changes_nothing(op: Op, backend: str, data: st.DataObject, constant: float) -> None:
     inputs = data.draw(calls(op, backend))
-    inputs = cast(inputs, torch.float64)  # where adding it costs nothing
+    inputs = cast(inputs, torch.float64)  # in which adding the constant loses no digits
     before = evaluate(op, inputs, op.learned, backend=backend)
     shifted = {name: x + constant if name.endswith("logits") else x for name, x in inputs.items()}
     after = evaluate(op, shifted, op.learned, backend=backend)
@@ -116,8 +116,8 @@ def test_a_constant_added_to_a_row_changes_nothing(op: Op, backend: str, data: s
 
 @pytest.mark.parametrize("op", [*DIVERGENCES, *TOPK_OPS], ids=str)
 @given(st.data())
-def test_gradients_of_a_row_of_logits_add_up_to_nothing(op: Op, backend: str, data: st.DataObject) -> None:
-    """Softmax does not feel a constant, so no gradient points that way."""
+def test_gradients_of_a_row_of_logits_sum_to_zero(op: Op, backend: str, data: st.DataObject) -> None:
+    """A constant added to a row leaves its softmax unchanged, so the gradient along it is zero."""
     inputs = data.draw(calls(op, backend))
     gradient = evaluate(op, cast(inputs, torch.float64), op.learned, backend=backend)["student_logits"]
     assert gradient.sum(-1).abs().max() < 1e-12
@@ -152,7 +152,7 @@ def test_tokens_may_be_permuted(op: Op, backend: str, data: st.DataObject) -> No
 @given(st.data())
 def test_heads_and_batches_may_be_permuted(op: Op, backend: str, data: st.DataObject) -> None:
     inputs = data.draw(calls(op, backend))
-    for name in ("student_key", "teacher_key"):  # every head its own keys
+    for name in ("student_key", "teacher_key"):  # give every head its own keys
         inputs[name] = inputs[name].repeat_interleave(4 // inputs[name].shape[1], 1)
     heads, batches = torch.randperm(4), torch.randperm(inputs["student_query"].shape[0])
     permuted = {name: x[batches][:, heads] if x.dim() == 4 else x[batches] for name, x in inputs.items()}
@@ -208,8 +208,8 @@ def test_sum_and_mean_follow_from_the_items(op: Op, backend: str, data: st.DataO
 
 @every_op
 @given(st.data())
-def test_masked_items_might_as_well_be_absent(op: Op, backend: str, data: st.DataObject) -> None:
-    """Cutting masked keys, queries and tokens off the end: the same loss, the same gradients elsewhere."""
+def test_masked_items_equal_absent_items(op: Op, backend: str, data: st.DataObject) -> None:
+    """Masked keys, queries and tokens at the end can be cut off without changing the loss."""
     inputs = data.draw(calls(op, backend))
     for name, masked in op.masks.items():
         dim = 2 if not op.per_item else inputs[masked[0]].dim() - 2
@@ -229,7 +229,7 @@ def test_masked_items_might_as_well_be_absent(op: Op, backend: str, data: st.Dat
 
 @every_op
 @given(st.data())
-def test_what_masked_items_hold_changes_no_bit(op: Op, backend: str, data: st.DataObject) -> None:
+def test_masked_items_are_ignored(op: Op, backend: str, data: st.DataObject) -> None:
     inputs = data.draw(calls(op, backend))
     masks = op.some_masked(inputs)
     poison = data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))
