@@ -1,4 +1,4 @@
-"""The oracle itself: finite differences, values worked by hand, and formulas of other libraries."""
+"""Tests the oracle against finite differences, values worked by hand, and formulas of other libraries."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_linear_mse_by_hand() -> None:
     assert torch.allclose(outcome["bias"], tensor(1, 2, 6) / 3)
     assert torch.allclose(outcome["student"], tensor([5, 6], [2, 2]) / 3)
     assert torch.allclose(outcome["weight"], tensor([1, 2], [2, 4], [4, 10]) / 3)
-    # The second token masked: the first alone, whatever the second holds.
+    # If the second token is masked it is ignored, even if it is NaN.
     inputs["student"][1] = math.nan
     masked = evaluate(reference.linear_mse, inputs, learned, mask=torch.tensor([True, False]))
     assert masked["value"].item() == pytest.approx(7)
@@ -144,7 +144,7 @@ def test_attention_kl_by_hand() -> None:
     student_key = zero.expand(1, 1, 2, 1)
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     assert reference.attention_kl(query, student_key, query, key).item() == pytest.approx(expected)
-    # With one key left both sides are certain of it; with none the row does not count.
+    # With one key left both sides give it probability 1; with none the row does not count.
     assert reference.attention_kl(query, student_key, query, key, key_mask=FIRST).item() == 0
     assert reference.attention_kl(query, student_key, query, key, key_mask=FIRST & False).item() == 0
     # d/d score = p_s - p_t = (-1/4, 1/4).
@@ -158,7 +158,7 @@ def test_attention_kl_by_hand() -> None:
 
 
 def test_causal_rows_without_a_key_do_not_count() -> None:
-    """j <= i + S - L: with 3 queries on 2 keys the first query sees none, the last sees both."""
+    """Query i sees keys j <= i + S - L: with 3 queries on 2 keys the first sees none, the last sees both."""
     inputs = {name: torch.randn(1, 1, 3 if "query" in name else 2, 4).double() for name in BY_HAND}
     later = {name: x[:, :, 1:] if "query" in name else x for name, x in inputs.items()}
     for function in (reference.attention_mse, reference.attention_kl):
@@ -167,7 +167,7 @@ def test_causal_rows_without_a_key_do_not_count() -> None:
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_kl_is_kl_div_of_scaled_dot_product_attention(is_causal: bool) -> None:
-    """The probabilities of torch's own attention, read out with the identity as values; grouped queries included."""
+    """Torch's own attention with the identity as values returns its probabilities, for grouped queries too."""
 
     def probabilities(query: Tensor, key: Tensor) -> Tensor:
         values = torch.eye(7, dtype=query.dtype).expand(*key.shape[:2], 7, 7)
@@ -224,7 +224,7 @@ def test_divergences_by_hand(function: Callable[..., Tensor], options: dict[str,
     assert value(UNIFORM + 100, SKEWED - 100) == pytest.approx(expected)
     assert value(2 * UNIFORM, 2 * SKEWED, temperature=2.0) == pytest.approx(expected)
     assert value(2 * UNIFORM, 2 * SKEWED, temperature=2.0, t_squared=True) == pytest.approx(4 * expected)
-    # The student's hard loss is log 2 whatever the label, at temperature 1 and never times the temperature squared.
+    # The student's hard loss is log 2 for every label. It uses temperature 1 and no factor of temperature^2.
     labels = torch.tensor([1])
     assert value(UNIFORM, SKEWED, labels=labels, alpha=0.25) == pytest.approx(0.25 * expected + 0.75 * LOG2)
     hard = F.cross_entropy(SKEWED, labels).item()
@@ -232,7 +232,7 @@ def test_divergences_by_hand(function: Callable[..., Tensor], options: dict[str,
     assert value(UNIFORM, SKEWED, labels=labels) == pytest.approx(expected)
     assert value(UNIFORM, SKEWED, labels=torch.tensor([-100]), alpha=0.25) == 0
     assert value(UNIFORM, SKEWED, labels=torch.tensor([7]), alpha=0.25, ignore_index=7) == 0
-    # Padded classes take no part, and -inf is a class of probability 0.
+    # Padded classes are ignored, and -inf means probability 0.
     padded = torch.cat([UNIFORM, tensor([9, 9, 9])], -1), torch.cat([SKEWED, tensor([3])], -1)
     assert value(*padded, vocab_size=2) == pytest.approx(expected)
     never = tensor([-math.inf])
@@ -244,7 +244,7 @@ def test_softcap_by_hand() -> None:
     capped = 2 * torch.atanh(SKEWED / 2)
     assert reference.kl_div(UNIFORM, capped, teacher_softcap=2.0).item() == pytest.approx(FORWARD_KL)
     assert reference.kl_div(capped, UNIFORM, student_softcap=2.0, reverse=True).item() == pytest.approx(FORWARD_KL)
-    labels = torch.tensor([0])  # the hard loss sees the cap too
+    labels = torch.tensor([0])  # the hard loss is capped too
     found = reference.kl_div(capped, UNIFORM, student_softcap=2.0, labels=labels, alpha=0.0)
     assert found.item() == pytest.approx(-math.log(0.75))
 
@@ -284,7 +284,7 @@ def test_topk_by_hand() -> None:
 
 @pytest.mark.parametrize("tail,k", [("renormalize", 9), ("bucket", 8)])
 def test_topk_of_every_class_is_soft_cross_entropy(tail: str, k: int) -> None:
-    """With 8 of 9 classes listed the bucket is the ninth."""
+    """With 8 of 9 classes listed, the bucket is the ninth."""
     student, teacher = torch.randn(6, 9).double(), torch.randn(6, 9).double()
     logprobs, indices = teacher.log_softmax(-1).topk(k)
     found = reference.topk_soft_cross_entropy(student, logprobs, indices, tail=tail)
@@ -331,7 +331,7 @@ def test_against_scipy(pair: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_closed_form_gradients(pair: tuple[Tensor, Tensor], temperature: float) -> None:
-    """d/dz_s from the published derivations, in terms of probabilities alone."""
+    """Gradients d/dz_s equal the published closed forms, which need only probabilities."""
     student, teacher = pair
     p_s, p_t = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
     mixture = (p_s + p_t) / 2
