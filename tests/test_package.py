@@ -1,4 +1,4 @@
-"""What a user installs and imports."""
+"""Tests that the package installs and imports as a user expects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(code: str, cwd: Path = ROOT) -> str:
-    """The output of a fresh interpreter, started where a user of the repository would start it."""
+    """Runs code in a fresh interpreter, by default from the repository's root, and returns its output."""
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -42,11 +42,11 @@ print(*sorted({"transformers", "datasets", "accelerate", "tokenizers", "triton",
         if seconds[-1] < 0.2:
             break
     assert min(seconds) < 0.2
-    assert heavy <= set(python("import sys, torch; print(*sys.modules)").split())  # not one that torch itself left out
+    assert heavy <= set(python("import sys, torch; print(*sys.modules)").split())  # torch itself imports these
 
 
 def test_torch_is_imported_on_first_use() -> None:
-    """`fastdistill --help` must not wait for torch; names, modules, completion and pickles work all the same."""
+    """`fastdistill --help` must not wait for torch. Names, modules, completion and pickling still work."""
     code = """
 import sys
 import fastdistill, fastdistill.cli
@@ -69,11 +69,11 @@ print(pickle.loads(pickle.dumps(JSDLoss(beta=0.2))).options["beta"])
 
 
 def test_ops_pull_in_nothing_heavy() -> None:
-    """Every public function, forward and backward, with torch and numpy alone importable."""
+    """Every public function runs forward and backward where only torch and numpy can be imported."""
     code = """
 import sys
 for name in ("transformers", "datasets", "accelerate", "tokenizers", "triton", "scipy", "sklearn", "matplotlib"):
-    sys.modules[name] = None  # importing it raises ImportError
+    sys.modules[name] = None  # makes its import raise ImportError
 sys.path.insert(0, "tests")
 from _cases import OPS
 from _oracle import evaluate
@@ -136,7 +136,7 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     assert {"fastdistill/py.typed", "fastdistill/kernels/__init__.py"} <= set(names)
     expected |= {f"fastdistill/csrc/{name}" for name in (*cuda.UNITS, *cuda.HEADERS)}
     assert expected <= set(names)
-    # It imports where the repository is not.
+    # The wheel can be imported outside the repository.
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastdistill.kernels as k; print(k.__file__)"
     assert python(code, cwd=tmp_path) == str(tmp_path / "fastdistill" / "kernels" / "__init__.py")
 
