@@ -1,4 +1,4 @@
-"""The direction of the imports: wings, layers, no circles, and what each wing needs installed."""
+"""Checks that imports go to lower layers, form no circle, and need nothing but the wing's extra installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOSSES = {name for layer in LAYERS[:4] for name in layer}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Returns every module of the package by its dotted name."""
     found = {}
     for folder, package in ((ROOT / "fastdistill", "fastdistill"), (ROOT / "kernels", "fastdistill.kernels")):
         for path in sorted(folder.rglob("*.py")):
@@ -41,7 +41,7 @@ MODULES = modules()
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
-    """Dotted names that a module imports anywhere, in functions too, but not for type checkers alone."""
+    """Yields the dotted names that a module imports, also inside functions, but not under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             continue
@@ -55,7 +55,7 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
 
 
 def own(name: str) -> str | None:
-    """The module of this package that an imported name is, or is taken from."""
+    """Returns the module of this package that an imported name is or comes from."""
     while name.startswith("fastdistill"):
         if name in MODULES:
             return name
@@ -73,7 +73,7 @@ def layer(module: str) -> int:
 
 
 def inner(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Without the package itself, whose `__init__` re-exports the losses and is imported for its version."""
+    """Leaves out the package itself, whose `__init__` re-exports the losses and is imported for its version."""
     return {name: {to for to in found if to != "fastdistill"} for name, found in graph.items() if name != "fastdistill"}
 
 
@@ -85,7 +85,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_circle() -> None:
+def test_imports_form_no_circle() -> None:
     assert circle(inner(GRAPH)) == []
 
 
@@ -94,17 +94,17 @@ def test_a_circle_is_found() -> None:
 
 
 @pytest.mark.parametrize("module", sorted(inner(GRAPH)))
-def test_imports_go_down(module: str) -> None:
+def test_modules_import_only_lower_layers(module: str) -> None:
     upward = sorted(to for to in inner(GRAPH)[module] if layer(to) > layer(module))
     assert not upward, f"{module} imports {upward}"
 
 
-def test_the_package_itself_offers_the_losses_alone() -> None:
+def test_the_package_imports_only_losses() -> None:
     assert {to.split(".")[1] for to in GRAPH["fastdistill"]} <= LOSSES
 
 
 def extras() -> dict[str, set[str]]:
-    """Names of the distributions of each extra, and of the base install."""
+    """Returns the distributions of each extra and, under "", of the base install."""
     project = (ROOT / "pyproject.toml").read_text()
     table = project[project.index("[project.optional-dependencies]") : project.index("[project.scripts]")]
     found = {m[1] or m[3]: set(re.findall(r'"([\w-]+)', m[2] or m[4])) for m in EXTRAS.finditer(table)}
@@ -114,11 +114,11 @@ def extras() -> dict[str, set[str]]:
 
 
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
-BROUGHT = {"pyarrow": "datasets", "pyyaml": "transformers"}  # by another distribution of the extra
+BROUGHT = {"pyarrow": "datasets", "pyyaml": "transformers"}  # installed with another distribution of the extra
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_wing_needs_its_extra_alone(module: str) -> None:
+def test_a_wing_needs_only_its_extra(module: str) -> None:
     wing = (module.split(".") + [""])[1]
     allowed = set(extras()[""])
     if wing == "kernels":
