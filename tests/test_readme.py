@@ -1,6 +1,6 @@
-"""The README's language-model example and the advice of the DTensor error, run by two real processes.
+"""Runs the README's language-model example and the advice of the DTensor error in two real processes.
 
-torchrun starts this file twice, on the CPU with gloo. The right values are those of float64 on full logits.
+torchrun starts this file twice, on the CPU with gloo. The expected values come from full logits in float64.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial  # Partial: the advice names it
+from torch.distributed.tensor import DTensor, Partial  # the advice names Partial
 
 import fastdistill
 
@@ -25,7 +25,7 @@ ALPHA, TEMPERATURE, CLASSES, RATE = 0.5, 2.0, 61, 1.0
 
 
 def example() -> Any:
-    """The trainer that the README shows."""
+    """Returns the trainer class of the README's example."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (code,) = [block for block in blocks if "linear_kl_div" in block]
     names: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def language_model(width: int, layers: int, seed: int) -> Any:
 
 
 def chats(count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Rows of one length whose prompts, of different lengths, have the label -100."""
+    """Returns rows of one length. Their prompts have different lengths and the label -100."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(count):
@@ -56,7 +56,7 @@ def chats(count: int, seed: int) -> list[dict[str, list[int]]]:
 
 
 def expected_sum(student: Any, teacher: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The sum over counted positions of the loss from full logits, and their number."""
+    """Returns the loss from full logits summed over the counted positions, and the number of these."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     labels = batch["labels"][:, 1:]
     counted = labels != -100
@@ -72,11 +72,11 @@ def relative_error(found: Tensor, right: Tensor) -> float:
     return ((found.double() - right).norm() / right.norm()).item()
 
 
-# -- what each of the two processes runs ---------------------------------------------------------------------
+# -- functions that the two processes run ---------------------------------------------------------------------
 
 
 def readme(folder: str) -> None:
-    """One SGD step of the example over 2 processes x 2 micro-batches against the same step in float64."""
+    """Compares one SGD step of the example, 2 processes x 2 micro-batches, with the same step in float64."""
     from transformers import TrainingArguments
 
     student, teacher = language_model(16, 2, seed=1), language_model(24, 3, seed=2).eval()
@@ -110,7 +110,7 @@ def readme(folder: str) -> None:
 
 
 def advice(folder: str) -> None:
-    """The head's gradient under FSDP2, following the error's advice, against float64."""
+    """Follows the error's advice under FSDP2 and compares the gradients with float64."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
