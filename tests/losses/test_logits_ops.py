@@ -567,7 +567,7 @@ def test_rows_arrive_with_the_weights_that_forward_expected(
 ) -> None:  # fmt: skip
     """The kernel of backward has nothing to do, because each row has exactly the weight that forward expected."""
     if backend != "triton":
-        pytest.skip("kernels only")
+        pytest.skip("tests the Triton kernels only")
     from fastdistill.kernels import logits as divergences
     from fastdistill.kernels import topk as lists
 
@@ -591,7 +591,7 @@ def test_rows_with_the_expected_weight_are_not_recomputed(
 ) -> None:
     """Other rows are scaled if that loses no digits (in bfloat16 only by a power of 2), and recomputed if it does."""
     if backend != "triton":
-        pytest.skip("kernels only")
+        pytest.skip("tests the Triton kernels only")
     from fastdistill.kernels import logits as divergences
     from fastdistill.kernels import topk as lists
 
