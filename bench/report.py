@@ -252,7 +252,7 @@ def render(paths: Iterable[str | Path], out: str | Path) -> list[Path]:
         (folder / device).mkdir(parents=True, exist_ok=True)
         page = "\n".join(_page(results, folder / device)) + "\n"
         pages.append(folder / f"{device}.md")
-        whole(pages[-1], partial(Path.write_text, data=page, encoding="utf-8"))
+        write_atomically(pages[-1], partial(Path.write_text, data=page, encoding="utf-8"))
     return pages
 
 
@@ -260,7 +260,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary file and then renames it: `path` is complete, or stays as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -453,7 +453,7 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
         ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
     file = slug(f"{first['op']} {first['dtype']} {first['direction']}") + ".png"
-    whole(folder / file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(folder / file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return file
 
 
@@ -526,7 +526,7 @@ def _roofline(records: list[Record], card_name: str | None, folder: Path) -> lis
             Line2D([], [], color="grey", marker="o", markerfacecolor="none", linestyle="", label="forward alone")
         )
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
-    whole(folder / "roofline.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(folder / "roofline.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     roof = "" if card_name else "\nThe limits of this device are unknown, so no roof is drawn."
     return [
         "## Roofline",
