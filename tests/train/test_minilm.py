@@ -393,7 +393,7 @@ def test_prediction_is_learnt_along_with_relations(tmp_path: Path) -> None:
 
 
 def test_a_stage_loads_the_projections_of_its_terms(tmp_path: Path) -> None:
-    """A stage on attention alone writes no projections; a stage cannot read those of terms that its predecessor lacked."""
+    """A stage on attention alone writes none; a stage needs those of all its terms from the stage that it reads."""
     student, teacher, tokenizer = _tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer()
     options: dict[str, Any] = {"dataset": _tiny.dataset(8), "epochs": 1, "batch_size": 8, "projection": "per_layer"}
     options["arguments"] = QUICK
