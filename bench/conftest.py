@@ -76,7 +76,7 @@ def measured(benchmark, request: pytest.FixtureRequest):
         path = request.config.stash.get(PATH, None)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            report.whole(path, lambda file: file.write_text(json.dumps(run, indent=1) + "\n"))
+            report.write_atomically(path, lambda file: file.write_text(json.dumps(run, indent=1) + "\n"))
 
     return of
 

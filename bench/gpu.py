@@ -168,12 +168,12 @@ def main() -> int:
             late = True
         else:
             state[name]["code"] = 0 if code == 5 else code
-        report.whole(state_path, lambda file: file.write_text(json.dumps(state, indent=1) + "\n"))
-        report.whole(out / "summary.md", lambda file: file.write_text(summary(out, state, device)))
+        report.write_atomically(state_path, lambda file: file.write_text(json.dumps(state, indent=1) + "\n"))
+        report.write_atomically(out / "summary.md", lambda file: file.write_text(summary(out, state, device)))
         if late:
             break
     page = summary(out, state, device)
-    report.whole(out / "summary.md", lambda file: file.write_text(page))
+    report.write_atomically(out / "summary.md", lambda file: file.write_text(page))
     print(page)
     if any(stage.get("code") for stage in state.values() if isinstance(stage, dict)):
         return 1

@@ -26,7 +26,7 @@ from transformers.masking_utils import eager_mask
 
 from bench import measure
 from bench.conftest import description
-from bench.report import whole
+from bench.report import write_atomically
 from fastdistill.train.capture import capturable, capture
 from fastdistill.train.objective import Objective
 
@@ -174,8 +174,8 @@ def main() -> None:
         blocks = blocks_of(arguments.text, length, tokenizer)
         result["lengths"].append(measure_length(length, blocks, models, arguments.rounds, arguments.steps))
         text = json.dumps(result, indent=1) + "\n"
-        whole(arguments.out / "long_sequences.json", partial(Path.write_text, data=text, encoding="utf-8"))
-        whole(arguments.out / "long_sequences.png", partial(plot, result["lengths"]))
+        write_atomically(arguments.out / "long_sequences.json", partial(Path.write_text, data=text, encoding="utf-8"))
+        write_atomically(arguments.out / "long_sequences.png", partial(plot, result["lengths"]))
         print(table(result["lengths"]).splitlines()[-1], flush=True)
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.report import whole
+from bench.report import write_atomically
 
 # name in the file, name in the picture, line style, colour
 WAYS = (
@@ -58,4 +58,4 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    whole(target, partial(draw, json.loads(source.read_text(encoding="utf-8"))))
+    write_atomically(target, partial(draw, json.loads(source.read_text(encoding="utf-8"))))

@@ -3,8 +3,8 @@
     python -m bench.report render RESULT.json [RESULT.json ...] --out docs
     python -m bench.report compare OLD.json NEW.json [--threshold 0.05]
 
-A result file is what one run wrote on one device; `read` checks what must be in it. A record whose error is above its
-limit is red: its time is not shown, and it enters no ratio.
+A result file holds one run on one device; `read` checks its fields. A record whose error is above its limit is red: its
+time is not shown, and it enters no ratio.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def _cut(text: str, width: int) -> str:
+def _shorten(text: str, width: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 3].rstrip() + "..."
 
@@ -181,16 +181,16 @@ def _cut(text: str, width: int) -> str:
 def _time(record: Record) -> str:
     """Writes the time, or the reason why there is none."""
     if record["status"] != "ok":
-        return _cut(record["status"].split(":")[0], 20)
+        return _shorten(record["status"].split(":")[0], 20)
     return f"red (error {_error(record['error'])})" if _red(record) else _seconds(record["seconds"])
 
 
-def _times_ours(record: Record, group: list[Record]) -> str:
+def _ratio_to_ours(record: Record, group: list[Record]) -> str:
     best = _best(group)
     return f"{_figure(record['seconds'] / best['seconds'])}x" if best and good(record) else ""
 
 
-def _extra(record: Record) -> str:
+def _extra_mib(record: Record) -> str:
     return _figure(record["extra_bytes"] / 2**20) if record["status"] == "ok" else ""
 
 
@@ -218,14 +218,14 @@ def _blocks(header: list[str], blocks: dict[str, list[list[str]]], sides: str) -
 def summary(records: Iterable[Record]) -> str:
     """Writes a run as a plain-text table of at most 120 columns: one line per record, under the title of its row."""
     blocks = {
-        _cut(_title(row), 120): [
+        _shorten(_title(row), 120): [
             [
-                _cut(record["implementation"], 30),
+                _shorten(record["implementation"], 30),
                 _time(record) if record["status"] == "ok" else "",
-                _times_ours(record, group),
-                _extra(record),
+                _ratio_to_ours(record, group),
+                _extra_mib(record),
                 _error(record["error"]) if record["status"] == "ok" else "",
-                "red" if _red(record) else _cut(record["status"], 34),
+                "red" if _red(record) else _shorten(record["status"], 34),
             ]
             for record in group
         ]
@@ -252,7 +252,7 @@ def render(paths: Iterable[str | Path], out: str | Path) -> list[Path]:
         (folder / device).mkdir(parents=True, exist_ok=True)
         page = "\n".join(_page(results, folder / device)) + "\n"
         pages.append(folder / f"{device}.md")
-        whole(pages[-1], partial(Path.write_text, data=page, encoding="utf-8"))
+        write_atomically(pages[-1], partial(Path.write_text, data=page, encoding="utf-8"))
     return pages
 
 
@@ -260,7 +260,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary file and then renames it: `path` is complete, or stays as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -272,7 +272,7 @@ def whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def _page(results: list[tuple[str, dict[str, Any]]], plots: Path) -> list[str]:
     """Returns the lines of a page and writes its plots to the folder `plots` beside it."""
-    shown: dict[tuple[str, ...], tuple[int, Record]] = {}  # with the number of the file that it is from
+    shown: dict[tuple[str, ...], tuple[int, Record]] = {}  # with the index of its result file
     for i, (_, result) in enumerate(results):
         shown.update((key(record), (i, record)) for record in result["records"])
     records = [record for _, record in shown.values()]
@@ -337,9 +337,9 @@ def _tables(section: list[Record]) -> list[str]:
     compared, reached = [], []
     missing: dict[tuple[str, str], list[str]] = {}
     for group in _rows(section).values():
-        shape = group[0]["shape"]  # stands once, beside the first of the row
+        shape = group[0]["shape"]  # shown in the first line of the row alone
         for record in group:
-            cells = [shape, record["implementation"], _time(record), _times_ours(record, group), _extra(record)]
+            cells = [shape, record["implementation"], _time(record), _ratio_to_ours(record, group), _extra_mib(record)]
             rate = _figure(record["sizes"]["tokens"] / record["seconds"]) if steps and good(record) else ""
             compared.append(cells + [rate] * steps)
             shape = ""
@@ -348,7 +348,7 @@ def _tables(section: list[Record]) -> list[str]:
         shape = group[0]["shape"]
         for record in group:
             if _ours(record) and record["status"] == "ok":
-                reached.append([shape, record["implementation"], *_reached(record)])
+                reached.append([shape, record["implementation"], *_rates(record)])
                 shape = ""
     lines = _markdown(header, compared, "<<>>>" + ">" * steps)
     if missing:
@@ -364,8 +364,8 @@ def _tables(section: list[Record]) -> list[str]:
     return lines
 
 
-def _reached(record: Record) -> list[str]:
-    """Returns the rates, the share of the floor and the error of one of ours; of a red record the error alone."""
+def _rates(record: Record) -> list[str]:
+    """Returns the rates, the share of the floor and the error of one of our records; a red one has its error alone."""
     rates = [record["least_bytes"], record["least_flops"]]
     cells = [_figure(amount / record["seconds"] / 1e9) if amount and good(record) else "" for amount in rates]
     floor = f"{record['floor_seconds'] / record['seconds']:.0%}" if record["floor_seconds"] and good(record) else ""
@@ -382,7 +382,7 @@ def _markdown(header: list[str], rows: list[list[str]], sides: str) -> list[str]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Plots. matplotlib is imported where it draws: `compare` and `summary` do without.
+# Plots. The functions that draw import matplotlib, since `compare` and `summary` do not need it.
 
 MARKERS = "osD^vP*Xhd"
 
@@ -407,8 +407,8 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
     if len(ticks) < 2:
         return None
 
-    # Sizes that differ between shapes but are not on the axis: each combination gets a marker. A step's tokens follow
-    # from its other sizes.
+    # Each combination of the sizes that vary but are not on the axis gets a marker. A step's tokens follow from its
+    # other sizes.
     names = [name for name in first["sizes"] if name != along and not (name == "tokens" and along == "length")]
     varying = [name for name in names if len({record["sizes"].get(name) for record in shown}) > 1]
 
@@ -432,7 +432,7 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
             width = 2.2 if implementation.startswith("fastdistill") else 1.4
             points = [(r["sizes"][along], value(r), others(r)) for r in shown if r["implementation"] == implementation]
             points.sort()
-            # One line, or where a length has several points a line for each of the other sizes.
+            # Draw one line, or if a length has several points, one for each combination of the other sizes.
             single = len({x for x, _, _ in points}) == len(points)
             for line in [points] if single else [[p for p in points if p[2] == other] for other in markers]:
                 for (x, y, of), (next_x, next_y, next_of) in pairwise(line):
@@ -440,11 +440,11 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
             for x, y, of in points:
                 axes.plot(x, y, markers[of], color=colour, markersize=5)
         axes.set(xlabel=along, ylabel=label, xscale="log", yscale=scale)
-        _tick_places(axes, ticks)
+        _place_ticks(axes, ticks)
         if scale == "linear":
             axes.set_ylim(bottom=0)
         else:
-            _tick_figures(axes, [value(r) for r in shown])
+            _label_ticks(axes, [value(r) for r in shown])
         axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=colours[name], linewidth=2, label=name) for name in implementations]
     if varying:
@@ -453,11 +453,11 @@ def _plot(section: list[Record], colours: dict[str, Any], folder: Path) -> str |
         ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
     file = slug(f"{first['op']} {first['dtype']} {first['direction']}") + ".png"
-    whole(folder / file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(folder / file, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return file
 
 
-def _tick_places(axes: Any, values: list[int]) -> None:
+def _place_ticks(axes: Any, values: list[int]) -> None:
     """Puts ticks where the points are, except where their labels would overlap."""
     chosen = values[-1:]
     for value in reversed(values):
@@ -468,11 +468,11 @@ def _tick_places(axes: Any, values: list[int]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _tick_figures(axes: Any, values: list[float]) -> None:
+def _label_ticks(axes: Any, values: list[float]) -> None:
     """Labels ticks with plain numbers instead of powers of ten."""
     from matplotlib.ticker import LogLocator
 
-    low, high = min(values) / 1.6, max(values) * 1.6  # there is always a 1, 2 or 5 in between
+    low, high = min(values) / 1.6, max(values) * 1.6  # wide enough to contain a 1, 2 or 5
     axes.set_ylim(low, high)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
     axes.yaxis.set_major_formatter("{x:.10g}")
@@ -502,7 +502,7 @@ def _roofline(records: list[Record], card_name: str | None, folder: Path) -> lis
     axes.set(xlabel="FLOP a byte", ylabel="GFLOP/s", xscale="log", yscale="log")
     if card_name:
         card = CARDS[card_name]
-        peaks: dict[float, list[str]] = {}  # with the precisions that have it
+        peaks: dict[float, list[str]] = {}  # with the precisions that reach it
         for name, peak in (("16 bits", card.bits16), ("float32", card.float32), ("float64", card.float64)):
             peaks.setdefault(peak, []).append(name)
         ridge = max(peaks) / card.memory
@@ -517,7 +517,7 @@ def _roofline(records: list[Record], card_name: str | None, folder: Path) -> lis
         reached += [peak / 1e9 for peak in peaks]
         axes.set_title(f"{card.name} ({card.source})")
     axes.set_xlim(left, right)
-    _tick_figures(axes, reached)
+    _label_ticks(axes, reached)
     axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=colour, marker="o", linestyle="", label=op) for op, colour in colours.items()]
     handles += [Line2D([], [], color="grey", marker=m, linestyle="", label=dtype) for dtype, m in markers.items()]
@@ -526,7 +526,7 @@ def _roofline(records: list[Record], card_name: str | None, folder: Path) -> lis
             Line2D([], [], color="grey", marker="o", markerfacecolor="none", linestyle="", label="forward alone")
         )
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
-    whole(folder / "roofline.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    write_atomically(folder / "roofline.png", lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     roof = "" if card_name else "\nThe limits of this device are unknown, so no roof is drawn."
     return [
         "## Roofline",
@@ -554,7 +554,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 0.05) -
     for k, a in before.items():
         b = after.get(k)
         worse, noted = _changes(a, b, threshold)
-        cells = [k[-1], _time(a), _time(b) if b else "absent", "", _extra(a), _extra(b) if b else "", "", ""]
+        cells = [k[-1], _time(a), _time(b) if b else "absent", "", _extra_mib(a), _extra_mib(b) if b else "", "", ""]
         if k in both:
             cells[3] = _percent(ratios[k])
             cells[6] = _percent(_growth(both[k]))
@@ -644,16 +644,16 @@ def _describe(path: str, result: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.report", description="Pages of benchmark results, and comparisons of two runs."
+        prog="python -m bench.report", description="Writes pages of benchmark results and compares two runs."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    renders = commands.add_parser("render", help="a page of tables and plots for every device")
+    renders = commands.add_parser("render", help="write a page of tables and plots for every device")
     renders.add_argument("results", nargs="+", metavar="RESULT.json")
     renders.add_argument("--out", default="docs", help="folder that gets benchmarks/DEVICE.md (default: docs)")
-    compares = commands.add_parser("compare", help="changes between two runs; exit code 1 if one of ours got worse")
+    compares = commands.add_parser("compare", help="print changes between two runs; exit code 1 if ours got worse")
     compares.add_argument("old", metavar="OLD.json")
     compares.add_argument("new", metavar="NEW.json")
-    compares.add_argument("--threshold", type=float, default=0.05, help="share of change that counts (default: 0.05)")
+    compares.add_argument("--threshold", type=float, default=0.05, help="relative change that counts (default: 0.05)")
     options = parser.parse_args(arguments)
     try:
         if options.command == "render":

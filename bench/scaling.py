@@ -30,14 +30,14 @@ import fastdistill
 from bench import cost, eager, measure
 from fastdistill.ops.linear_logits import CHUNK, GPU_CHUNK_BYTES
 
-TOKENS = 32768  # a card and step: 256 sequences of 128, the published batch
+TOKENS = 32768  # per card and step: 256 sequences of 128, the published batch
 NODE = 8  # cards that are linked directly
-NETWORK = 50e9  # bytes a second of each card to other nodes: 400 Gb/s
+NETWORK = 50e9  # bytes per second from each card to other nodes: 400 Gb/s
 MEMORY = {"H200": 141e9, "H100": 80e9, "A100": 80e9, "B200": 180e9, "MI300X": 192e9}  # published
 LINK = {"H200": 450e9, "H100": 450e9, "A100": 300e9, "B200": 900e9, "MI300X": 448e9}  # published, one direction
-USABLE = 0.9  # of the memory; the rest is the context's and the allocator's
+USABLE = 0.9  # share of the memory; the device context and the allocator take the rest
 RESIDUAL = 24 << 20  # CHUNK_BYTES of kernels/linear_mse.py
-SUMMED = 4096  # of kernels/attention_mse.py
+SUMMED = 4096  # SUMMED of kernels/attention_mse.py
 
 
 # -- models ------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ SUMMED = 4096  # of kernels/attention_mse.py
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a BERT, or of a Llama: causal, gated, without biases, with grouped keys."""
+    """Holds the sizes of a BERT, or of a Llama, which is causal and gated, has grouped keys and no biases."""
 
     name: str
     layers: int
@@ -87,13 +87,13 @@ class Model:
         return batch * length * self.layers * (2 * self.matrices + scores) + pooler
 
     def layer_activations(self, length: int, *, stored: bool = False, size: int = 2, mask: int = 1) -> float:
-        """Counts the bytes per token that one layer keeps for its backward; `stored`: attention matrices included.
+        """Counts the bytes per token that one layer keeps for its backward; `stored` adds the attention matrices.
 
         BERT follows arXiv 2205.05198: 34 * width per token at ffn = 4 * width, and 5 * heads * length for matrices; a
         dropout keeps `mask` bytes per number. Llama keeps the inputs and outputs of both norms, the rotated queries and
         keys, the values, the output of attention, and four tensors of ffn's width.
         """
-        sums = self.heads * 4  # what flash attention keeps
+        sums = self.heads * 4  # flash attention keeps one float32 per head
         if self.llama:
             return size * (6 * self.width + 2 * self.key_width + 4 * self.ffn) + sums
         attention = self.heads * length * (2 * size + mask) if stored else sums
@@ -126,7 +126,7 @@ class Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[cost.Step] = []
-        self.changes: list[tuple[int, int]] = []  # (storage, bytes), negative where it is released
+        self.changes: list[tuple[int, int]] = []  # (storage, bytes); a release has negative bytes
         self._held: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -233,11 +233,11 @@ def our_inner(
 
 def our_inner_memory(student: Model, teacher: Model, batch: int, length: int, size: int = 2) -> int:
     """Returns the bytes beyond inputs and gradients: those kept from forward to backward, and the largest temporary."""
-    number = 4 if size == 2 else 8  # of a Gram matrix
+    number = 4 if size == 2 else 8  # bytes of an entry of a Gram matrix
     both = student.head_dim + teacher.head_dim
     matrices = 2 * batch * student.heads * both * number  # rows of Gq and Gk
     kept = student.layers * matrices * student.head_dim
-    copies = size * (student.layers + 1) * batch * length * student.width  # dX, before its factor
+    copies = size * (student.layers + 1) * batch * length * student.width  # dX, before the incoming gradient scales it
     weights = 4 * (student.layers + 1) * student.width * teacher.width
     residual = min(RESIDUAL, batch * length * teacher.width * size)
     return kept + copies + weights + max(residual, -(-length // SUMMED) * matrices * both)
@@ -301,7 +301,7 @@ LENGTHS = (128, 512, 2048, 8192)
 
 @dataclass(frozen=True)
 class Seconds:
-    """Seconds of a step of TOKENS tokens: the models run at `mfu` of the card's rate, the losses at their floors."""
+    """Holds the seconds of a step of TOKENS tokens, models at `mfu` of the card's rate and losses at their floors."""
 
     teacher: float
     student: float
@@ -341,7 +341,7 @@ def bert_tables(card: cost.Card, mfu: float) -> Iterator[str]:
             seconds = bert_seconds(student, length, card, mfu)
             teacher, own = BERT_BASE.flops(batch, length) / TOKENS, student.flops(batch, length) / TOKENS
             loss = sum(c.least.flops for c in ours) / TOKENS
-            if length <= 512:  # BERT's positions
+            if length <= 512:  # BERT has 512 positions
                 work.append(
                     [
                         name, teacher / 1e6, 3 * own / 1e6, loss / 1e6, theirs.least.flops / TOKENS / 1e6,
@@ -431,7 +431,7 @@ def llama_seconds(kind: str, length: int, card: cost.Card, mfu: float) -> Second
 
 
 def cached_seconds(card: cost.Card) -> float:
-    """Returns the seconds of the loss against listed log-probabilities: three products, rows of the student alone."""
+    """Returns the seconds of the loss on cached log-probabilities: three products and the student's rows."""
     steps = cost.linear_logits("kl_div", TOKENS, LLAMA_1B.width, LLAMA_8B.width, LLAMA_1B.vocabulary, torch.bfloat16)
     rows = cost.topk(TOKENS, LLAMA_1B.vocabulary, TOP_K, torch.float32)
     products = sum(s.seconds(card) for s in steps.steps if s.name not in ("teacher logits", "rows"))
@@ -449,7 +449,7 @@ def most_tokens(length: int, head: Callable[[int], float], capacity: float, reco
         student = tokens * (kept + 2 * LLAMA_8B.width + 2 * LLAMA_1B.width)
         return max(forward, student + head(tokens), student + tokens * layer * recompute) <= free
 
-    low, high = 0, 1 << 20  # of 64 tokens
+    low, high = 0, 1 << 20  # in units of 64 tokens
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(64 * middle) else (low, middle - 1)
@@ -500,7 +500,7 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
     rows = []
     for length in (4096, 8192):
         seconds = llama_seconds("kl_div", length, card, mfu)
-        logits = cost.linear_logits("kl_div", TOKENS, *sizes, torch.bfloat16).steps[1]  # the teacher's
+        logits = cost.linear_logits("kl_div", TOKENS, *sizes, torch.bfloat16).steps[1]  # the teacher's logits
         saved = LLAMA_8B.flops(TOKENS // length, length) + logits.flops
         runs = seconds.step, seconds.teacher + logits.seconds(card), seconds.student + cached_seconds(card)
         rate, entry = TOKENS / runs[2], TOP_K * ENTRY
@@ -519,18 +519,19 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
 
     rows = []
     seconds = llama_seconds("kl_div", 4096, card, mfu)
-    # Held whole at one time: both vocabulary weights during the loss, which are larger than any layer.
-    whole = COPY * LLAMA_1B.vocabulary * (LLAMA_1B.width + LLAMA_8B.width)
+    # The most that is gathered at one time: both vocabulary weights during the loss, which are larger than any layer.
+    vocabulary_weights = COPY * LLAMA_1B.vocabulary * (LLAMA_1B.width + LLAMA_8B.width)
     for cards in (1, 8, 64, 512):
         student, teacher = STATE * LLAMA_1B.parameters / cards, COPY * LLAMA_8B.parameters / cards
         if cards == 1:
             student = (STATE + COPY) * LLAMA_1B.parameters
-        # Student gathered for forward and backward, its float32 gradients scattered; teacher gathered once.
+        # The student is gathered for forward and backward and its float32 gradients are scattered; the teacher is
+        # gathered once.
         moved = (2 * COPY + 4) * LLAMA_1B.parameters + COPY * LLAMA_8B.parameters
         gather = gather_seconds(moved, cards, card.name)
         rows.append(
             [
-                str(cards), student / 2**30, teacher / 2**30, whole * (cards > 1) / 2**30,
+                str(cards), student / 2**30, teacher / 2**30, vocabulary_weights * (cards > 1) / 2**30,
                 our_head_memory(LLAMA_1B, TOKENS) / 2**30, moved * (cards > 1) / 1e9, gather * 1e3,
                 seconds.step * 1e3, gather / seconds.step * TOKENS,
             ]
@@ -546,7 +547,7 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
 
 
 def fastest(run: Callable[[], object], rounds: int = 3) -> float:
-    """Returns the seconds of the fastest of a few runs, after one that is not counted."""
+    """Returns the seconds of the fastest of a few runs, after a warm-up."""
     run()
     times = []
     for _ in range(rounds):
@@ -584,7 +585,7 @@ def saved_bytes(run: Callable[[], object], parameters: Iterator[Tensor]) -> int:
 
 
 def forward_peak(loss: Callable[[], Tensor]) -> int:
-    """Returns the peak of the forward, where the inner losses need most: the backward releases memory as it goes."""
+    """Returns the peak of the forward, which is the inner losses' peak: the backward releases memory as it goes."""
     with Count() as count:
         loss()
     return count.peak()
@@ -604,7 +605,7 @@ def bert(model: Model, attention: str = "sdpa"):  # type: ignore[no-untyped-def]
     config = BertConfig(
         vocab_size=model.vocabulary, hidden_size=model.width, num_hidden_layers=model.layers,
         num_attention_heads=model.heads, intermediate_size=model.ffn, attn_implementation=attention,
-        attention_probs_dropout_prob=0.1 if attention == "eager" else 0.0,  # the CPU's flash attention has none
+        attention_probs_dropout_prob=0.1 if attention == "eager" else 0.0,  # the CPU's flash attention has no dropout
     )  # fmt: skip
     return BertModel(config)
 

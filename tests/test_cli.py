@@ -1,4 +1,4 @@
-"""The command line end to end on tiny models and files, and one clear line with exit code 2 on bad input."""
+"""Runs the command line end to end on tiny models and files; bad input gives one clear line and exit code 2."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def save(folder, **options):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A teacher of SST-2's classes, its data (the label is whether w0..w27 are in the majority), text, a config."""
+    """Writes a teacher of SST-2's classes, its data (label 1 if w0..w27 are the majority), a corpus and a config."""
     root = tmp_path_factory.mktemp("cli")
     save(root / "teacher", **get_task("SST-2").model_options())
     data = root / "SST-2"
@@ -61,7 +61,7 @@ def arguments(files, command, output, *more):
 
 
 def fails(capsys, argv, code=2):
-    """Run a command that should fail; return its one line."""
+    """Runs a command that should fail and returns its error line."""
     capsys.readouterr()
     try:
         found = cli.main([str(part) for part in argv])
@@ -76,7 +76,7 @@ def fails(capsys, argv, code=2):
 
 
 class TestGeneral:
-    def test_then_task_continues_from_it(self, files, tmp_path, capsys):
+    def test_task_continues_from_the_student_of_general(self, files, tmp_path, capsys):
         options = ("--epochs", 2, "--batch-size", 8, "--learning-rate", 1e-3)
         assert cli.main(arguments(files, "general", tmp_path / "general", *options)) == 0
         assert AutoModel.from_pretrained(tmp_path / "general").config.hidden_size == 8
@@ -93,8 +93,8 @@ class TestGeneral:
         assert student.config.id2label == {0: "negative", 1: "positive"}
         assert student.config.hidden_size == 8
 
-    def test_starts_from_the_fold_and_its_projection(self, files, tmp_path):
-        """One tiny step of general distillation: folded, the loss starts far below a random student's."""
+    def test_a_folded_student_starts_with_a_lower_loss(self, files, tmp_path):
+        """Compares losses after one tiny step: that of the folded student is far below that of a random one."""
         losses = {}
         for init in ("random", "teacher"):
             options = ("--max-steps", 1, "--learning-rate", 1e-9, "--batch-size", 16, "--init", init)
@@ -104,8 +104,8 @@ class TestGeneral:
         assert losses["teacher"] < 0.6 * losses["random"]
 
     @pytest.mark.parametrize("command", ["general", "task", "finetune"])
-    def test_resume_of_what_is_finished_does_nothing(self, files, tmp_path, capsys, command):
-        """As a chain of jobs has it; a run killed after its last rename leaves a checkpoint there."""
+    def test_resuming_a_finished_run_does_nothing(self, files, tmp_path, capsys, command):
+        """Chains of jobs resume finished runs; a run killed after its last rename leaves a checkpoint to remove."""
         save(tmp_path / "out")
         before = (tmp_path / "out" / "model.safetensors").stat()
         (tmp_path / "out" / "checkpoint-5").mkdir()
@@ -115,7 +115,7 @@ class TestGeneral:
         assert (tmp_path / "out" / "model.safetensors").stat() == before
         assert "is not empty; use --overwrite" in fails(capsys, arguments(files, command, tmp_path / "out"))
         (tmp_path / "mine").mkdir()
-        (tmp_path / "mine" / "notes.txt").touch()  # no student
+        (tmp_path / "mine" / "notes.txt").touch()  # a folder without a student
         assert "is not empty" in fails(capsys, arguments(files, command, tmp_path / "mine", "--resume"))
 
     @pytest.mark.parametrize("command", ["general", "task", "finetune"])
@@ -128,7 +128,7 @@ class TestGeneral:
         assert "CUDA_VISIBLE_DEVICES=0" in line
         assert not list(tmp_path.iterdir())
 
-    def test_resume_goes_on(self, files, tmp_path, monkeypatch, capsys):
+    def test_resume_continues_from_the_last_checkpoint(self, files, tmp_path, monkeypatch, capsys):
         from fastdistill.train.trainer import DistillationTrainer
 
         step = DistillationTrainer.training_step
@@ -158,7 +158,7 @@ class TestGeneral:
 
 
 class TestTask:
-    def test_seeds_results_and_evaluate(self, files, tmp_path, capsys):
+    def test_every_seed_is_in_the_results_and_evaluate_agrees(self, files, tmp_path, capsys):
         options = ("--intermediate-epochs", 1, "--prediction-epochs", 2, "--seeds", 1, 2)
         assert cli.main(arguments(files, "task", tmp_path / "out", *options)) == 0
         results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -197,7 +197,7 @@ class TestTask:
         )
         results = distil_task(options)
         assert results == json.loads((tmp_path / "out" / "results.json").read_text())
-        assert distil_task(options) == results  # finished before
+        assert distil_task(options) == results  # the second call reads the finished run
 
     def test_augmented_rows_replace_the_training_set(self, files, tmp_path):
         rows = (files / "SST-2" / "train.tsv").read_text().splitlines()
@@ -208,7 +208,7 @@ class TestTask:
         state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
         assert state["global_step"] == 3
 
-    def test_a_killed_search_goes_on_to_the_same_results(self, files, tmp_path, monkeypatch):
+    def test_a_killed_search_resumes_to_the_same_results(self, files, tmp_path, monkeypatch):
         from fastdistill.train.stages import IntermediateStage, PredictionStage
         from fastdistill.train.trainer import DistillationTrainer
 
@@ -251,7 +251,7 @@ class TestTask:
         one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
         assert all(torch.equal(x, other[name]) for name, x in one.items())
 
-    def test_label_order_is_compared(self, files, tmp_path, capsys):
+    def test_another_label_order_is_refused(self, files, tmp_path, capsys):
         save(tmp_path / "teacher", num_labels=2, id2label={0: "positive", 1: "negative"})
         argv = arguments(files, "task", tmp_path / "out")
         argv[argv.index("--teacher") + 1] = str(tmp_path / "teacher")
@@ -277,7 +277,7 @@ class TestMethodsAndAblations:
             assert settings[options[-2].strip("-").replace("-", "_")] == options[-1]
             assert not (folder / "projections.safetensors").exists()
 
-    def test_attention_alone_goes_on_to_all_terms_and_back(self, files, tmp_path):
+    def test_stages_switch_from_attention_alone_to_all_terms_and_back(self, files, tmp_path):
         options = ("--max-steps", 2, "--batch-size", 8)
         assert cli.main(arguments(files, "general", tmp_path / "attention", "--terms", "attention", *options)) == 0
         for name, student, terms in (("all", "attention", []), ("again", "all", ["--terms", "attention"])):
@@ -298,7 +298,7 @@ class TestMethodsAndAblations:
         assert json.loads((tmp_path / "out" / "objective.json").read_text())["terms"] == list(terms)
         runs = sorted((tmp_path / "out" / "runs").iterdir())
         one, other = (AutoModelForSequenceClassification.from_pretrained(run) for run in runs)
-        assert not torch.equal(one.classifier.weight, other.classifier.weight)  # it is trained
+        assert not torch.equal(one.classifier.weight, other.classifier.weight)  # the head is trained
 
     def test_gold_labels_train_as_finetune_does(self, files, tmp_path):
         options = ("--init", "random", "--batch-sizes", 16, "--learning-rates", 1e-3)
@@ -313,7 +313,7 @@ class TestMethodsAndAblations:
         )
         assert all(torch.equal(x, other[name]) for name, x in one.items())
 
-    def test_bad_combinations(self, files, tmp_path, capsys):
+    def test_bad_combinations_are_refused(self, files, tmp_path, capsys):
         def line(*options, command="task"):
             found = fails(capsys, arguments(files, command, tmp_path / "out", *options))
             assert list(tmp_path.iterdir()) == []
@@ -334,7 +334,7 @@ class TestMethodsAndAblations:
 
 
 class TestFinetune:
-    def test_teacher_and_student_without_distillation(self, files, tmp_path):
+    def test_finetune_trains_a_teacher_and_a_student(self, files, tmp_path):
         options = ("--epochs", 8, "--learning-rates", 3e-3, "--batch-sizes", 16)
         assert cli.main(arguments(files, "finetune", tmp_path / "teacher", *options)) == 0
         results = json.loads((tmp_path / "teacher" / "results.json").read_text())
@@ -347,7 +347,7 @@ class TestFinetune:
         assert student.config.hidden_size == 8
         assert student.config.id2label == {0: "negative", 1: "positive"}
 
-    def test_a_seed_repeats_the_new_head_too(self, files, tmp_path):
+    def test_a_seed_determines_the_new_head(self, files, tmp_path):
         classifier().bert.save_pretrained(tmp_path / "bert")
         tokenizer().save_pretrained(tmp_path / "bert")
         heads = []
@@ -358,7 +358,7 @@ class TestFinetune:
             heads.append(load_file(output / "model.safetensors")["classifier.weight"])
         assert torch.equal(*heads)
 
-    def test_bf16(self, files, tmp_path):
+    def test_finetune_runs_in_bf16(self, files, tmp_path):
         assert cli.main(arguments(files, "finetune", tmp_path / "out", "--max-steps", 2, "--bf16")) == 0
 
 
@@ -389,7 +389,7 @@ class TestBadInput:
             ),
         ],
     )
-    def test_a_refused_task_drops_no_interrupted_run(self, files, tmp_path, capsys, wrong, what):
+    def test_a_refused_task_keeps_an_interrupted_run(self, files, tmp_path, capsys, wrong, what):
         (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "hidden_size": 9}))
         (tmp_path / "text.json").write_text(json.dumps({**STUDENT, "num_hidden_layers": "1"}))
         (tmp_path / "flat.json").write_text(json.dumps({**STUDENT, "num_hidden_layers": 0}))
@@ -399,15 +399,15 @@ class TestBadInput:
         assert what in fails(capsys, arguments(files, "task", tmp_path / "out", "--overwrite", *wrong))
         assert (tmp_path / "out.partial" / "runs").is_dir()
 
-    def test_a_corpus_that_is_no_text(self, files, tmp_path, capsys):
+    def test_a_corpus_without_text_is_refused(self, files, tmp_path, capsys):
         (tmp_path / "empty.txt").touch()
         (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
         for name, what in (("empty.txt", "corpus holds no text"), ("latin.txt", "latin.txt; it should be UTF-8 text")):
             argv = arguments(files, "general", tmp_path / "out", "--corpus", tmp_path / name)
             assert what in fails(capsys, argv)
 
-    def test_figures_of_evaluate(self, files, tmp_path, capsys, monkeypatch):
-        """Of a teacher below zero nothing is kept; where figures cannot go is said first."""
+    def test_evaluate_writes_figures(self, files, tmp_path, capsys, monkeypatch):
+        """A teacher that scores below zero has no share to keep; a folder for --json is refused before any work."""
         task = ["--task", "sst-2", "--data", str(files / "SST-2")]
         argv = ["evaluate", "--model", str(files / "teacher"), "--against", str(files / "teacher"), *task, "--json"]
         monkeypatch.setattr(evaluate, "metrics", lambda *_: {"dev": {"accuracy": -0.1, "score": -0.1}})
@@ -415,23 +415,23 @@ class TestBadInput:
         assert json.loads((tmp_path / "new" / "figures.json").read_text())[str(files / "teacher")]["kept"] is None
         assert "--json is the folder" in fails(capsys, [*argv, str(tmp_path), "--overwrite"])
 
-    def test_a_refused_finetune_drops_no_interrupted_run(self, files, tmp_path, capsys):
+    def test_a_refused_finetune_keeps_an_interrupted_run(self, files, tmp_path, capsys):
         (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "hidden_size": 9}))
         (tmp_path / "out.partial" / "runs").mkdir(parents=True)
         options = ["--teacher", files / "teacher", "--model", tmp_path / "narrow.json"]  # the last --model counts
         assert "head" in fails(capsys, arguments(files, "finetune", tmp_path / "out", "--overwrite", *options))
         assert (tmp_path / "out.partial" / "runs").is_dir()
 
-    def test_unknown_task(self, files, tmp_path, capsys):
+    def test_an_unknown_task_is_refused(self, files, tmp_path, capsys):
         argv = ["evaluate", "--model", files / "teacher", "--task", "snli", "--data", files / "SST-2"]
         assert "task is 'snli'; it should be one of CoLA" in fails(capsys, argv)
 
-    def test_blocks_longer_than_the_models_take(self, files, tmp_path, capsys):
+    def test_blocks_longer_than_the_models_take_are_refused(self, files, tmp_path, capsys):
         argv = arguments(files, "general", tmp_path / "out", "--max-length", 1000)
         assert "--max-length is 1000; the teacher takes" in fails(capsys, argv)
         assert not (tmp_path / "out").exists()
 
-    def test_no_such_things(self, files, tmp_path, capsys):
+    def test_missing_files_and_folders_are_named(self, files, tmp_path, capsys):
         evaluate = ["evaluate", "--task", "sst-2"]
         data = ["--data", files / "SST-2"]
         assert "no config.json" in fails(capsys, [*evaluate, "--model", files / "SST-2", *data])
@@ -443,7 +443,7 @@ class TestBadInput:
         assert "nowhere.txt: no such file" in fails(capsys, argv)
         assert list(tmp_path.iterdir()) == []
 
-    def test_layer_maps(self, files, tmp_path, capsys):
+    def test_bad_layer_maps_are_refused_and_good_ones_saved(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "0,x"))
         assert "--layer-map is '0,x'" in line
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--layer-map", "middle"))
@@ -455,19 +455,19 @@ class TestBadInput:
         settings = json.loads((tmp_path / "out" / "objective.json").read_text())
         assert settings["layer_map"] == [None, 2]
 
-    def test_malformed_line(self, files, tmp_path, capsys):
+    def test_a_malformed_line_is_named(self, files, tmp_path, capsys):
         for split in ("train", "dev"):
             (tmp_path / f"{split}.tsv").write_text("sentence\tlabel\nfine\t1\nbroken\n")
         argv = ["evaluate", "--model", files / "teacher", "--task", "sst-2", "--data", tmp_path]
         assert "dev.tsv:3: 1 columns" in fails(capsys, argv)
 
-    def test_another_vocabulary(self, files, tmp_path, capsys):
+    def test_another_vocabulary_is_refused(self, files, tmp_path, capsys):
         (tmp_path / "student.json").write_text(json.dumps({**STUDENT, "vocab_size": 59}))
         argv = arguments(files, "general", tmp_path / "out")
         argv[argv.index("--student") + 1] = str(tmp_path / "student.json")
         assert "vocabulary has 59 tokens, the teacher's 60" in fails(capsys, argv)
 
-    def test_a_student_that_is_nothing_known(self, files, tmp_path, capsys, monkeypatch):
+    def test_an_unknown_student_is_refused(self, files, tmp_path, capsys, monkeypatch):
         def offline(*args, **kwargs):
             raise OSError("no network")
 
@@ -476,7 +476,7 @@ class TestBadInput:
         line = fails(capsys, argv)
         assert "tinybert-4l: no preset (tinybert-4l-312, tinybert-6l-768), no file, and no checkpoint: no net" in line
 
-    def test_ways_out_are_flags(self, files, tmp_path, capsys):
+    def test_errors_suggest_flags(self, files, tmp_path, capsys):
         (tmp_path / "student.json").write_text(json.dumps({**STUDENT, "num_attention_heads": 1}))
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--student", tmp_path / "student.json"))
         assert "for --init teacher it should be the teacher's 4. Change it, or use --init random" in line
@@ -502,12 +502,12 @@ class TestBadInput:
             ("task", "--prediction-epochs", "few", "argument --prediction-epochs: invalid float value: 'few'"),
         ],
     )
-    def test_numbers_that_would_train_nothing(self, files, tmp_path, capsys, command, flag, value, what):
+    def test_numbers_out_of_range_are_refused(self, files, tmp_path, capsys, command, flag, value, what):
         line = fails(capsys, arguments(files, command, tmp_path / "out", flag, value))
         assert what in line
         assert list(tmp_path.iterdir()) == []
 
-    def test_grids(self, files, tmp_path, capsys):
+    def test_bad_grids_and_seeds_are_refused(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "task", tmp_path / "out", "--learning-rates", "1e-5", "0"))
         assert "--learning-rates is [1e-05, 0.0]; it should be a number above 0" in line
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--seeds", "1", "1"))
@@ -522,7 +522,7 @@ class TestBadInput:
         assert list(tmp_path.iterdir()) == []
 
     def test_a_checkpoint_of_other_labels_gets_a_new_head(self, files, tmp_path):
-        """A model of MNLI's three classes is what RTE's, MRPC's and STS-B's often start from."""
+        """Models of RTE, MRPC and STS-B often start from one of MNLI, which has three classes."""
         other = save(tmp_path / "other", num_labels=3)
         for command, flag in (("finetune", "--model"), ("task", "--student")):
             options = (flag, tmp_path / "other", "--max-steps", 1, "--learning-rates", 1e-9)
@@ -533,8 +533,8 @@ class TestBadInput:
                 weights = found.bert.state_dict()
                 assert all(torch.allclose(x, weights[name]) for name, x in other.bert.state_dict().items())
 
-    def test_a_student_of_a_teacher_without_labels(self, files, tmp_path):
-        """A plain BERT has none: the student gets the task's, here STS-B's one score."""
+    def test_a_student_of_a_teacher_without_labels_gets_those_of_the_task(self, files, tmp_path):
+        """A plain BERT has no labels, so the student gets those of the task: here the one score of STS-B."""
         AutoModel.from_config(config("bert")).save_pretrained(tmp_path / "teacher")
         tokenizer().save_pretrained(tmp_path / "teacher")
         (tmp_path / "STS-B").mkdir()
@@ -547,7 +547,7 @@ class TestBadInput:
         found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
         assert (found.num_labels, found.problem_type) == (1, "regression")
 
-    def test_a_checkpoint_that_its_config_does_not_fit(self, files, tmp_path, capsys):
+    def test_a_checkpoint_that_does_not_fit_its_config_is_refused(self, files, tmp_path, capsys):
         save(tmp_path / "other")
         config = json.loads((tmp_path / "other" / "config.json").read_text())
         (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
@@ -559,7 +559,7 @@ class TestBadInput:
         line = fails(capsys, arguments(files, "task", tmp_path / "out", "--teacher", tmp_path / "three"))
         assert "classifier.bias is (3,), and by its config (2,)" in line  # no options ask for a new head
 
-    def test_init_without_teacher(self, files, tmp_path, capsys):
+    def test_init_without_a_teacher_is_refused(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--init", "random"))
         assert "--init needs --teacher" in line
 
@@ -594,7 +594,7 @@ FLAGS = {
     "evaluate": "model! against task! data json overwrite trust-remote-code",
     "info": "",
 }
-# Their defaults, where a flag has one.
+# The defaults of the flags that have one.
 DEFAULTS = {
     "demo": {"output": "demo-output"},
     "general": {
@@ -632,11 +632,11 @@ DEFAULTS = {
 
 class TestFlags:
     @pytest.mark.parametrize("command", list(FLAGS))
-    def test_names_defaults_and_what_is_required(self, command):
+    def test_names_defaults_and_required_flags_are_those_listed(self, command):
         parser = cli.flags_of(command, kind := cli.COMMANDS[command][0])
         found = {action.dest: action.required for action in parser._actions if action.dest not in ("help", "config")}
         expected = {flag.rstrip("!").replace("-", "_"): flag.endswith("!") for flag in FLAGS[command].split()}
-        schedule = {"warmup": False, "scheduler": False, "weight_decay": False}  # of the API, flags since
+        schedule = {"warmup": False, "scheduler": False, "weight_decay": False}  # options of the Python API
         assert found == {**expected, **(schedule if command in ("general", "train-cached") else {})}
         for field in fields(kind):
             if expected.get(field.name) is False:
@@ -645,7 +645,7 @@ class TestFlags:
                 given = DEFAULTS.get(command, {})
                 assert default == given[field.name] if field.name in given else default in (None, False, -1, [])
 
-    def test_both_spellings_and_booleans(self, files, tmp_path):
+    def test_both_spellings_and_booleans_are_accepted(self, files, tmp_path):
         for flags in (
             ("--batch-size", "8", "--streaming", "--max-steps", "3"),
             ("--batch_size=8", "--streaming", "true", "--max_steps", "3"),
@@ -654,7 +654,7 @@ class TestFlags:
             _, options = cli.parse(arguments(files, "general", tmp_path, *flags))
             assert (options.batch_size, options.streaming, options.max_steps) == (8, True, 3)
         with pytest.raises(SystemExit):
-            cli.parse(arguments(files, "general", tmp_path, "--batch", "8"))  # no abbreviations
+            cli.parse(arguments(files, "general", tmp_path, "--batch", "8"))  # abbreviations are refused
 
     def test_training_arguments_reach_the_trainer(self, files, tmp_path, monkeypatch):
         from fastdistill.train.trainer import DistillationTrainer
@@ -697,11 +697,11 @@ class TestFlags:
             ("general", ("stray",), "unrecognized arguments: stray"),
         ],
     )
-    def test_what_is_refused(self, files, tmp_path, capsys, command, flags, what):
+    def test_bad_values_are_refused(self, files, tmp_path, capsys, command, flags, what):
         assert what in fails(capsys, arguments(files, command, tmp_path / "out", *flags))
         assert not list(tmp_path.iterdir())
 
-    def test_bf16_without_instructions_is_warned_of(self, files, tmp_path, capsys, monkeypatch):
+    def test_bf16_without_cpu_instructions_gives_a_warning(self, files, tmp_path, capsys, monkeypatch):
         (tmp_path / "cpuinfo").write_text("flags : avx2 avx512f\n")
         monkeypatch.setattr(cli, "CPUINFO", tmp_path / "cpuinfo")
         options = cli.parse(arguments(files, "finetune", tmp_path / "out", "--bf16"))[1]
@@ -710,7 +710,7 @@ class TestFlags:
             cli.warn_of_slow_bf16(options)
             assert capsys.readouterr().err.count("float32 is faster") == warnings
 
-    def test_version(self, capsys):
+    def test_version_is_printed(self, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main(["--version"])
         assert end.value.code == 0
@@ -733,7 +733,7 @@ class TestConfig:
         options = self.parse(files, tmp_path, "num_train_epochs: 2\n", "--epochs", 5)
         assert options.epochs == 5
 
-    def test_required_flags_may_come_from_it(self, files, tmp_path):
+    def test_required_flags_may_come_from_the_file(self, files, tmp_path):
         values = {"teacher": "t", "student": "s", "corpus": ["a b.txt", "c.txt"], "output": "out", "overwrite": True}
         (tmp_path / "run.yaml").write_text(json.dumps(values))
         _, options = cli.parse(["general", "--config", str(tmp_path / "run.yaml")])
@@ -750,12 +750,12 @@ class TestConfig:
             ("a: [", "run.yaml: not YAML"),
         ],
     )
-    def test_what_is_refused(self, files, tmp_path, capsys, text, what):
+    def test_bad_values_are_refused(self, files, tmp_path, capsys, text, what):
         (tmp_path / "run.yaml").write_text(text)
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--config", tmp_path / "run.yaml"))
         assert what in line
 
-    def test_a_file_that_is_not_there(self, files, tmp_path, capsys):
+    def test_a_missing_file_is_refused(self, files, tmp_path, capsys):
         line = fails(capsys, arguments(files, "general", tmp_path / "out", "--config", tmp_path / "none.yaml"))
         assert "No such file or directory" in line
         assert "none.yaml" in line
@@ -763,7 +763,7 @@ class TestConfig:
 
 
 class TestHelpAndInfo:
-    def test_info_on_a_base_install(self):
+    def test_info_runs_on_a_base_install_and_gives_each_reason_once(self):
         code = (
             "import sys\n"
             "for name in ('transformers', 'datasets', 'accelerate', 'rich', 'yaml'): sys.modules[name] = None\n"
@@ -776,7 +776,7 @@ class TestHelpAndInfo:
         assert len(whys) == len(set(whys))
 
     @pytest.mark.parametrize("command", ["general", "task", "finetune", "evaluate", "info", "demo"])
-    def test_help(self, command, capsys):
+    def test_help_names_the_command(self, command, capsys):
         with pytest.raises(SystemExit) as end:
             cli.main([command, "--help"])
         assert end.value.code == 0
@@ -785,7 +785,7 @@ class TestHelpAndInfo:
     def test_help_imports_nothing_heavy(self):
         code = (
             "import sys, contextlib\n"
-            # not transformers, whose argument parser reads the flags; importing it loads no torch
+            # transformers may be imported: its argument parser reads the flags, and it loads no torch
             "heavy = {'torch', 'datasets', 'accelerate', 'triton', 'rich'}\n"
             "from fastdistill import cli\n"
             "with contextlib.suppress(SystemExit): cli.main(['task', '--help'])\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("psutil", reason="the benchmarks ask it for the free memory")
+pytest.importorskip("psutil", reason="the benchmarks read the free memory with it")
 pytest.importorskip("pytest_benchmark", reason="it drives the benchmarks")
 
 from bench import eager, goals, gpu, measure, report
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # pytest-benchmark is off in a worker of pytest-xdist, which it knows by the environment.
+    # pytest-benchmark turns itself off in a pytest-xdist worker, which it recognises by the environment.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "bench/bench_logits.py", "--benchmark-only", "-q", *arguments],
@@ -30,7 +30,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
+def test_a_run_resumes_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     run = bench("-k", "32-2 and kl_div", "--results", str(path))
     assert run.returncode == 0, run.stdout + run.stderr
@@ -60,7 +60,7 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path: Path) -> None:
 
 
 class Benchmark:
-    """As much of pytest-benchmark as `measure` uses."""
+    """Implements the part of pytest-benchmark that `measure` uses."""
 
     def __init__(self) -> None:
         self.extra_info: dict = {}
@@ -104,7 +104,7 @@ def test_a_wrong_gradient_is_red() -> None:
     assert "red" in report.summary(found.values())
 
 
-def test_a_wrong_baseline_is_red_and_excuses_nothing() -> None:
+def test_a_wrong_baseline_is_red_and_excuses_no_other() -> None:
     def wrong(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return 2 * eager.kl_div(student, teacher)
 
@@ -113,7 +113,7 @@ def test_a_wrong_baseline_is_red_and_excuses_nothing() -> None:
     assert not report.good(found["other"])
 
 
-def test_what_cannot_run_is_reported() -> None:
+def test_implementations_that_cannot_run_are_reported() -> None:
     def absent(*inputs: torch.Tensor) -> torch.Tensor:
         raise ModuleNotFoundError("No module named 'other'", name="other")
 
@@ -132,7 +132,7 @@ def test_what_cannot_run_is_reported() -> None:
     assert "seconds" not in found["large"]
 
 
-def test_ours_must_not_fail() -> None:
+def test_a_failure_of_ours_is_raised() -> None:
     def broken(*inputs: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("by nothing")
 
@@ -140,7 +140,7 @@ def test_ours_must_not_fail() -> None:
         records(measure.Implementation("fastdistill torch", broken), EAGER)
 
 
-def test_peak_memory_is_beyond_what_is_returned() -> None:
+def test_peak_memory_excludes_the_returned_tensors() -> None:
     def run() -> list[torch.Tensor]:
         x = torch.ones(1 << 20, device=measure.DEVICE)  # 4 MiB
         return [x + x]
@@ -167,8 +167,8 @@ def test_goals_are_met_missed_or_open() -> None:
     assert verdicts(record("fastdistill triton", 1e-3, error=0.5), record("eager", 2e-2)) == ["open", "open"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_what_it_cannot_do(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_without_a_gpu_it_names_the_stages_that_it_cannot_run(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -179,7 +179,7 @@ def test_without_a_gpu_it_says_what_it_cannot_do(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_stages_begin_with_the_goals_and_name_tests_that_are_there(tmp_path: Path) -> None:
+def test_stages_begin_with_the_goals_and_name_files_that_exist(tmp_path: Path) -> None:
     stages = dict(gpu.stages(tmp_path))
     names = list(stages)
     assert names[: len(gpu.WITH_GOALS)] == [f"goals: {bench}" for bench in gpu.WITH_GOALS]
@@ -190,7 +190,7 @@ def test_stages_begin_with_the_goals_and_name_tests_that_are_there(tmp_path: Pat
         assert all((gpu.ROOT / file).is_file() for file in files), name
 
 
-def test_stages_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_stages_resume_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "test_quick.py").write_text("def test_quick(): open('quick', 'a').write('x')\n")
     (tmp_path / "test_long.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
     (tmp_path / "test_wrong.py").write_text("def test_wrong(): assert False\n")
@@ -228,8 +228,8 @@ def test_stages_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert "holds results of a card" in capsys.readouterr().err
 
 
-def test_the_commands_of_the_glue_table_are_commands(tmp_path: Path) -> None:
-    """Each leg once, in an order in which what it needs is there."""
+def test_the_commands_of_the_glue_table_parse_and_run_in_order(tmp_path: Path) -> None:
+    """Each leg runs once, after the legs whose outputs it needs."""
     from bench import glue
     from fastdistill.cli import parse
 
@@ -245,6 +245,6 @@ def test_the_commands_of_the_glue_table_are_commands(tmp_path: Path) -> None:
         assert needed <= done | {"bert", "mlm"}, leg.output
         assert leg.output not in done
         done.add(leg.output)
-        assert tuple(leg.command) not in commands, leg.output  # no two rows are of the same student
+        assert tuple(leg.command) not in commands, leg.output  # no two rows train the same student
         commands.add(tuple(leg.command))
     assert {f"{task}/{glue.slug(name)}" for task in glue.TASKS for name in ("fine-tuned", *glue.STUDENTS)} <= done

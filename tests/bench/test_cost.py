@@ -1,4 +1,4 @@
-"""The cost model against figures worked out by hand, and against what PyTorch counts itself."""
+"""Compares the cost model with figures worked out by hand and with PyTorch's own counts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bench import cost, eager
 H200 = cost.CARDS["H200"]
 
 
-def test_the_floors_of_the_goals() -> None:
-    """1.44 MFLOP and 1.8 ns a token; 21.5 TFLOP and 27 ms; 3 passes of logits."""
+def test_the_floors_are_those_of_the_goals() -> None:
+    """The goals rest on 1.44 MFLOP and 1.8 ns per token, on 21.5 TFLOP and 27 ms, and on 3 passes over logits."""
     hidden = cost.linear_mse(32768, 312, 768, torch.bfloat16)
     assert hidden.least.flops / 32768 == pytest.approx(1.44e6, rel=0.01)
     assert hidden.least.seconds(H200) / 32768 == pytest.approx(1.8e-9, rel=0.02)
@@ -28,19 +28,19 @@ def test_the_floors_of_the_goals() -> None:
 
 @pytest.mark.parametrize("cost_of_op", cost.examples(), ids=lambda c: f"{c.op} {c.shape}")
 @pytest.mark.parametrize("card", cost.CARDS.values(), ids=lambda c: c.name)
-def test_no_algorithm_beats_its_op(cost_of_op: cost.Cost, card: cost.Card) -> None:
+def test_no_floor_is_below_the_least_cost_of_its_op(cost_of_op: cost.Cost, card: cost.Card) -> None:
     assert 0 < cost_of_op.least.seconds(card) <= cost_of_op.floor(card) * (1 + 1e-9)
 
 
-def test_rows_are_resident_where_the_kernel_holds_them() -> None:
+def test_the_limit_of_resident_rows_is_that_of_the_kernel() -> None:
     pytest.importorskip("triton")
     from fastdistill.kernels import logits
 
     assert logits.RESIDENT == cost.RESIDENT
 
 
-def test_products_are_those_of_the_formula() -> None:
-    """As PyTorch counts them, forward and backward of the eager formulas; none of them can be left out."""
+def test_the_least_operations_are_those_pytorch_counts() -> None:
+    """Compares the least operations with PyTorch's count of the eager formulas, forward and backward."""
     x, w, t = torch.randn(64, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True), torch.randn(64, 40)
     assert _flops(lambda: eager.linear_mse(x, w, t, w.new_zeros(40))) == _least(
         cost.linear_mse(64, 24, 40, torch.float32)
@@ -51,7 +51,7 @@ def test_products_are_those_of_the_formula() -> None:
     )
     query, key = (torch.randn(2, 3, 20, 8, requires_grad=True) for _ in range(2))
     teacher_query, teacher_key = torch.randn(2, 3, 20, 6), torch.randn(2, 3, 20, 6)
-    # Eager keeps the scores for the backward; without them they are computed again.
+    # Eager keeps the scores for the backward; the model computes them again.
     scores = 2 * (2 * 3 * 20 * 20) * (8 + 6)
     assert _flops(lambda: eager.attention_kl(query, key, teacher_query, teacher_key)) + scores == _least(
         cost.attention_kl(2, 3, 20, 8, 6, torch.float32)

@@ -1,4 +1,4 @@
-"""The README's picture shows the figures of the committed result."""
+"""Checks that the README's picture shows the figures of the committed result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="the picture is drawn with it")
+pytest.importorskip("matplotlib", reason="it draws the picture")
 
 from matplotlib.figure import Figure
 
@@ -16,7 +16,7 @@ from bench import picture
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_picture_has_every_measured_point_and_says_what_was_not_run(
+def test_the_picture_shows_every_measured_point_and_marks_skipped_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []

@@ -1,4 +1,4 @@
-"""Pages and comparisons of results made by hand."""
+"""Checks pages and comparisons of results that are written by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from bench import report
 
-pytest.importorskip("matplotlib", reason="pages have plots")
+pytest.importorskip("matplotlib", reason="it draws the plots")
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -18,7 +18,7 @@ KIND = "bfloat16, forward + backward"
 
 
 def record(length: int, implementation: str, seconds: float | None = None, **changes) -> dict:
-    """Of attention_mse, 4 MiB of extra memory, quartiles 2% off; without seconds it says why."""
+    """Makes a record of attention_mse; if `seconds` is given, with quartiles 2% off and 4 MiB of extra memory."""
     made = {
         "op": "attention_mse", "shape": f"1 x 12 heads x {length}, d 26 / 64", "dtype": "bfloat16",
         "sizes": {"batch": 1, "heads": 12, "length": length, "student_dim": 26, "teacher_dim": 64},
@@ -36,7 +36,7 @@ def of_op(made: dict, op: str, shape: str, **sizes: int) -> dict:
 
 
 RECORDS = [
-    record(2048, "fastdistill triton", 4e-3, error=3.1e-2, extra_bytes=0),  # faster than it may be: it is wrong
+    record(2048, "fastdistill triton", 4e-3, error=3.1e-2, extra_bytes=0),  # fast, but red
     record(2048, "fastdistill torch", 16e-3),
     record(2048, "eager", 344e-3, extra_bytes=763 * 2**20),
     record(2048, "torch.compile", 1e-3, error=float("nan")),
@@ -115,7 +115,7 @@ GOOD = record(2048, "eager", 1.0)
         (run([GOOD, record(4096, "eager", 1.0), GOOD]), "record 2: is the same measurement as record 0: attention_mse"),
     ],
 )
-def test_a_bad_file_is_refused_with_what_is_wrong(tmp_path: Path, result: dict, message: str) -> None:
+def test_a_bad_file_is_refused_with_its_fault(tmp_path: Path, result: dict, message: str) -> None:
     path = written(tmp_path / "bad.json", result)
     with pytest.raises(ValueError, match="bad.json: .*" + re.escape(message)):
         report.read(path)
@@ -127,7 +127,7 @@ def test_a_bad_file_is_refused_with_what_is_wrong(tmp_path: Path, result: dict, 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, Figure]]:
-    """Folder, page and figures by file of RECORDS; one of them comes from a second file."""
+    """Renders RECORDS, one of them from a second file; returns the folder, the page and the figures by file name."""
     folder = tmp_path_factory.mktemp("render")
     figures: dict[str, Figure] = {}
     save = Figure.savefig
@@ -152,7 +152,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[
 
 
 def rows(page: str, op: str) -> list[list[str]]:
-    """Cells of the tables of an op, shapes filled in."""
+    """Returns the cells of an op's tables, with the shapes filled in."""
     section = page.split(f"## {op}\n")[1].split("\n## ")[0]
     found: list[list[str]] = []
     for line in section.splitlines():
@@ -174,7 +174,7 @@ def test_the_header_says_how_it_was_measured(rendered) -> None:
         assert fact in page, fact
 
 
-def test_every_figure_is_in_a_table_and_no_ratio_is_of_a_red_record(rendered) -> None:
+def test_tables_hold_every_figure_and_no_ratio_of_a_red_record(rendered) -> None:
     _, page, _ = rendered
     short, long = (f"1 x 12 heads x {length}, d 26 / 64" for length in (2048, 4096))
     assert rows(page, "attention_mse") == [
@@ -207,7 +207,7 @@ def test_every_figure_is_in_a_table_and_no_ratio_is_of_a_red_record(rendered) ->
     assert f"### {KIND}\n" in page
 
 
-def test_what_was_not_measured_is_listed_in_full(rendered) -> None:
+def test_records_without_a_time_are_listed_in_full(rendered) -> None:
     _, page, _ = rendered
     assert "- liger-kernel jsd, every shape: `failed: CompilationError: at 4:2 'x' | y`\n" in page
     assert "- eager, 1 x 12 heads x 4096, d 26 / 64: `out of memory`\n" in page
@@ -244,7 +244,7 @@ def points(figure: Figure, panel: int) -> list[tuple[float, float]]:
     return sorted((float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in markers)
 
 
-def test_plots_show_what_was_measured_and_is_right(rendered) -> None:
+def test_plots_show_the_measured_records_that_are_not_red(rendered) -> None:
     *_, figures = rendered
     attention = figures["attention-mse-bfloat16-forward-backward.png"]
     expected = [(2048, 16), (2048, 344), (4096, 8), (4096, 32), (4096, 776)]
@@ -260,7 +260,7 @@ def test_plots_show_what_was_measured_and_is_right(rendered) -> None:
     assert [axes.get_xlabel() for axes in logits.axes] == ["vocabulary", "vocabulary"]
 
 
-def test_the_roofline_has_our_fastest_right_backends_and_a_roof_if_the_card_is_known(rendered) -> None:
+def test_the_roofline_has_our_fastest_good_backends_and_a_roof_if_the_card_is_known(rendered) -> None:
     folder, page, figures = rendered
     roofline = figures["roofline.png"]
     assert points(roofline, 0) == [(250, pytest.approx(31.25)), (250, pytest.approx(62.5))]
@@ -273,7 +273,7 @@ def test_the_roofline_has_our_fastest_right_backends_and_a_roof_if_the_card_is_k
     assert (folder / "some-cpu-2-cores" / "roofline.png").exists()
 
 
-def test_files_appear_whole_or_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_render_leaves_files_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(figure: Figure, path: Path, **options) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
@@ -289,7 +289,7 @@ def test_files_appear_whole_or_stay_as_they_were(tmp_path: Path, monkeypatch: py
     assert list((page.parent / "nvidia-h200").iterdir()) == []
 
 
-def test_a_file_that_cannot_be_used_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_render_names_a_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path / "bad.json", run([], format=3))
     assert report.main(["render", path, "--out", str(tmp_path / "docs")]) == 2
     assert capsys.readouterr().err == f"{path}: format is 3, expected 1\n"
@@ -344,7 +344,7 @@ def test_the_same_run_is_no_regression(tmp_path: Path, capsys) -> None:
     ],
 )
 def test_changes_of_ours_are_marked_and_counted(tmp_path: Path, capsys, new, mark, code) -> None:
-    """And the same changes of a peer are marked alike, but do not count."""
+    """The same changes of a peer are marked too, but are not counted."""
     found, text = compared(tmp_path, capsys, [OURS, EAGER], new)
     assert found == code
     of_ours = line(text, "fastdistill triton")
@@ -359,7 +359,7 @@ def test_changes_of_ours_are_marked_and_counted(tmp_path: Path, capsys, new, mar
     assert line(text, "liger-kernel kl").endswith(mark)
 
 
-def test_the_threshold_is_of_time_and_memory(tmp_path: Path, capsys) -> None:
+def test_the_threshold_applies_to_time_and_memory(tmp_path: Path, capsys) -> None:
     new = [slower(OURS, 1.2) | {"extra_bytes": 5 * 2**20}]
     code, text = compared(tmp_path, capsys, [OURS], new, "--threshold", "0.3")
     assert (code, "SLOWER" in text, "MORE MEMORY" in text) == (0, False, False)
@@ -375,8 +375,8 @@ def test_memory_where_there_was_none_is_a_regression(tmp_path: Path, capsys) -> 
     assert "MORE MEMORY" in text
 
 
-def test_drift_is_shown_and_taken_out(tmp_path: Path, capsys) -> None:
-    """Ours took 1.5 times as long, the baseline 1.25 times: a fifth of it is ours."""
+def test_drift_is_shown_and_divided_out(tmp_path: Path, capsys) -> None:
+    """Ours takes 1.5 times as long and the baseline 1.25 times, so ours is slower by a fifth."""
     peer = record(2048, "liger-kernel kl", 0.5)
     code, text = compared(
         tmp_path, capsys, [OURS, EAGER, peer], [slower(OURS, 1.5), slower(EAGER, 1.25), slower(peer, 1.05)]
@@ -390,7 +390,7 @@ def test_drift_is_shown_and_taken_out(tmp_path: Path, capsys) -> None:
     assert line(text, "eager").split() == ["eager", "1", "s", "1.25", "s", "+25.0%", "4", "4", "+0.0%", "SLOWER"]
 
 
-def test_no_ratio_is_made_with_a_red_record(tmp_path: Path, capsys) -> None:
+def test_red_records_enter_no_ratio(tmp_path: Path, capsys) -> None:
     red = EAGER | {"error": 0.5}
     code, text = compared(tmp_path, capsys, [OURS, red], [OURS, slower(red, 3)])
     assert code == 0

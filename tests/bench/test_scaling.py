@@ -1,4 +1,4 @@
-"""The scaling model against known parameter counts, PyTorch's own count of operations, and what its losses hold."""
+"""Compares the scaling model with known parameter counts, PyTorch's count of operations, and allocated memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.scaling import BERT_BASE, LLAMA_1B, LLAMA_8B, TINYBERT_4, TINYBERT_6,
     [(BERT_BASE, 109.5e6), (TINYBERT_4, 14.35e6), (TINYBERT_6, 67.0e6), (LLAMA_8B, 8.03e9), (LLAMA_1B, 1.236e9)],
     ids=lambda x: x.name if isinstance(x, Model) else "",
 )
-def test_parameters_are_the_known_ones(model: Model, published: float) -> None:
+def test_parameters_are_those_published(model: Model, published: float) -> None:
     assert model.parameters == pytest.approx(published, rel=1e-3)
 
 
@@ -44,7 +44,7 @@ def test_operations_are_those_of_a_bert_model() -> None:
 
 
 def test_activations_are_those_of_the_paper() -> None:
-    """34 numbers' bytes a width and token, and 5 a head and pair: arXiv 2205.05198, equation 2."""
+    """Equation 2 of arXiv 2205.05198 has 34 bytes per token and unit of width, and 5 per head and pair of tokens."""
     sums = 4 * BERT_BASE.heads
     assert BERT_BASE.layer_activations(512) - sums == 34 * 768
     assert BERT_BASE.layer_activations(512, stored=True) == 34 * 768 + 5 * 12 * 512
@@ -52,7 +52,7 @@ def test_activations_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize(("attention", "stored"), [("sdpa", False), ("eager", True)])
 def test_activations_are_those_autograd_saves(attention: str, stored: bool) -> None:
-    """A CPU's dropout keeps a mask of floats. What the formula leaves out: LayerNorms' statistics, the pooler."""
+    """On a CPU dropout keeps a float mask. The formula leaves out the statistics of LayerNorms and the pooler."""
     pytest.importorskip("transformers")
     model = Model("", 4, 64, 4, 256, 100)
     bert, ids = scaling.bert(model, attention), torch.randint(0, 100, (4, 32))
@@ -60,7 +60,7 @@ def test_activations_are_those_autograd_saves(attention: str, stored: bool) -> N
     assert 4 * 32 * model.activations(32, stored=stored, size=4, mask=4) == pytest.approx(found, rel=0.06)
 
 
-def test_a_count_sees_bytes_operations_and_releases() -> None:
+def test_count_tracks_bytes_operations_and_releases() -> None:
     x = torch.zeros(1000, device="meta")
     with scaling.Count() as count:
         out = (x + 1) * (x + 2)
@@ -83,8 +83,8 @@ def test_our_memory_is_linear_in_the_length_and_the_usual_quadratic() -> None:
     assert ours[2] < scores
 
 
-def test_memory_of_logits() -> None:
-    """docs/kernels.md has 2.0 GiB at 8192 tokens; the usual grows by float32 log-probabilities and 16-bit logits."""
+def test_memory_of_the_head_is_that_of_the_docs() -> None:
+    """Our head takes 2.0 GiB at 8192 tokens (docs/kernels.md); the usual one grows by logits and log-probabilities."""
     assert scaling.our_head_memory(LLAMA_1B, 8192) / 2**30 == pytest.approx(2.0, abs=0.03)
     small = Model("", 1, 8, 1, 8, 10000, llama=True)
     few, more = (scaling.usual(*scaling.usual_head("kl_div", small, small, n))[1] for n in (100, 200))
@@ -100,7 +100,7 @@ def test_counted_memory_is_what_is_allocated(kind: str) -> None:
     assert counted == pytest.approx(allocated, rel=0.01)
 
 
-def test_collectives() -> None:
+def test_gathers_take_the_time_of_links_and_network() -> None:
     nbytes = 1e9
     assert scaling.gather_seconds(nbytes, 1, "H200") == 0
     assert scaling.gather_seconds(nbytes, 8, "H200") == pytest.approx(7 / 8 * nbytes / 450e9)
@@ -127,7 +127,7 @@ def test_more_tokens_fit_without_logits() -> None:
     assert most(lambda n: 1e18) == 0
 
 
-def test_the_kernels_hold_what_the_model_says() -> None:
+def test_constants_are_those_of_the_kernels() -> None:
     pytest.importorskip("triton", reason="the kernels need it")
     from fastdistill.kernels import attention_mse, linear_mse
 

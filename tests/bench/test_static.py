@@ -1,4 +1,4 @@
-"""Compiles the shipped configurations of the Triton kernels for GPUs; none has to be present."""
+"""Compiles the shipped configurations of the Triton kernels for GPUs; no GPU has to be present."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ for name, keys in first.items():
 
 
 def test_nothing_is_compiled_again_when_only_the_number_of_tokens_changes() -> None:
-    """Triton specialises on whether 16 divides a size or a product of sizes: 33 steps meet all of the few variants."""
+    """Triton specialises on whether 16 divides a size or a product of sizes, so 33 steps meet all variants."""
     run = _compiler("-c", SIZES)
     assert run.returncode == 0, run.stderr[-3000:]
     lines = run.stdout.splitlines()

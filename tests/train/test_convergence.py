@@ -1,4 +1,4 @@
-"""A small distillation, trained once with a backend and once with the reference, follows the same loss curve."""
+"""Compares the loss curve of a small distillation on each backend with that of the reference."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 import fastdistill
 from fastdistill.train.capture import capturable, capture
 
-_tiny = pytest.importorskip("_tiny", exc_type=ImportError)  # a machine with a card may lack the packages it needs
+_tiny = pytest.importorskip("_tiny", exc_type=ImportError)  # a GPU machine may lack its packages
 
 STEPS = 60
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(backend: str, error: float = 1.0) -> torch.Tensor:  # (STEPS, 4): the terms of each step
-    """TinyBERT's four terms on real states of a 2-layer student and a 4-layer teacher; `error` scales one gradient."""
+    """Trains a 2-layer student on a 4-layer teacher with TinyBERT's four terms; `error` scales one term's gradient."""
     torch.manual_seed(0)
-    with torch.device("cpu"):  # the same weights wherever they are trained
+    with torch.device("cpu"):  # the same initial weights on every device
         student, teacher = _tiny.classifier(2, 16).to(DEVICE), _tiny.classifier(4, 24, seed=1).to(DEVICE)
         projection = torch.nn.Linear(16, 24).to(DEVICE)
         rows = _tiny.dataset(48)
@@ -69,14 +69,14 @@ def reference_curve() -> torch.Tensor:
 
 
 def distance(curve: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest relative error of a term's curve."""
+    """Returns the largest relative error among the terms' curves."""
     return ((curve - reference).norm(dim=0) / reference.norm(dim=0)).max().item()
 
 
-def test_the_same_curve(backend: str, reference_curve: torch.Tensor) -> None:
+def test_every_backend_follows_the_same_curve(backend: str, reference_curve: torch.Tensor) -> None:
     assert (reference_curve[-1] < 0.9 * reference_curve[0]).any()  # it learns
     assert distance(train(backend), reference_curve) < 1e-4
 
 
-def test_a_wrong_gradient_is_another_curve(reference_curve: torch.Tensor) -> None:
+def test_a_wrong_gradient_gives_another_curve(reference_curve: torch.Tensor) -> None:
     assert distance(train("reference", error=1.05), reference_curve) > 1e-3

@@ -1,4 +1,4 @@
-"""Training on gold labels: the same gradient however a step's rows are dealt out, and a model in its own precision."""
+"""Tests training on gold labels: accumulation leaves the gradient as it is, and the model keeps its precision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastdistill.train.finetune import finetune
 
 
 def one_step(folder: Path, model: PreTrainedModel, **arguments: Any) -> dict[str, float]:
-    """The loss and the gradient's norm of one step over 16 rows of the same length."""
+    """Returns the log of one step over 16 rows, with the loss and the norm of the gradient."""
     options = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 1e9}
     batch_size = 16 // arguments.get("gradient_accumulation_steps", 1)
     finetune(
@@ -35,7 +35,7 @@ def one_step(folder: Path, model: PreTrainedModel, **arguments: Any) -> dict[str
     return json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
 
 
-def test_a_step_is_the_mean_over_its_rows_whatever_the_accumulation(tmp_path: Path) -> None:
+def test_a_step_is_the_mean_over_its_rows_with_and_without_accumulation(tmp_path: Path) -> None:
     model = _tiny.classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     loss = torch.stack(
         [

@@ -1,4 +1,4 @@
-"""Runs that are killed or terminated lose nothing, streams go on where they were, and long runs do not grow."""
+"""Tests that killed and terminated runs resume without loss, streams resume in place, and memory does not grow."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def distil(output: Path, seed: int = 0, resume: bool = False, callbacks: Any = ()) -> nn.Module:
-    """8 steps with dropout, the last one in the middle of an epoch; checkpoints after 3, 6 and 8."""
+    """Trains 8 steps with dropout, ending in the middle of an epoch, with checkpoints after steps 3, 6 and 8."""
     arguments = {**QUICK, "max_steps": 8}
     stage = IntermediateStage(
         dataset=_tiny.dataset(24), epochs=1, batch_size=4, learning_rate=5e-3, arguments=arguments
@@ -72,7 +72,7 @@ def in_a_child(function: Callable[[], Any]) -> multiprocessing.process.BaseProce
 
 
 class Files:
-    """Counts what this process does to files below a folder; before it does number `fatal` it is killed."""
+    """Records this process's file operations below a folder and kills it before operation number `fatal`."""
 
     EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
@@ -81,7 +81,7 @@ class Files:
         sys.addaudithook(self.watch)
 
     def watch(self, event: str, args: tuple[Any, ...]) -> None:
-        path = str(args[0])  # what rmtree removes has no folder
+        path = str(args[0])  # rmtree names files without their folder
         if event not in self.EVENTS or not (path.startswith(self.folder) or (event == "os.remove" and "/" not in path)):
             return
         if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
@@ -93,7 +93,7 @@ class Files:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, list[tuple[str, str]], list[str]]:
-    """The student of a run that nothing interrupts, what it does to files, and the names of its output."""
+    """Returns the student of an uninterrupted run, the run's file operations, and the names of its output files."""
     folder = tmp_path_factory.mktemp("whole")
 
     def watched() -> None:
@@ -120,7 +120,7 @@ def killed_and_resumed(folder: Path, fatal: int, whole: Any) -> None:
     child = in_a_child(doomed)
     child.join(60)
     assert child.exitcode == -signal.SIGKILL
-    # Started with other weights, unless there is nothing yet to replace them.
+    # If there is something to resume from, it must replace the other weights that the resumed run starts with.
     seed = 3 if (folder / "out").exists() or last_checkpoint(folder / "out.partial") else 0
     assert_equal(distil(folder / "out", seed=seed, resume=True), student)
     assert sorted(path.name for path in folder.iterdir()) == ["out"]
@@ -131,29 +131,29 @@ def nth(events: list[tuple[str, str]], kind: str, name: str) -> int:
     return next(i for i, (event, path) in enumerate(events) if event == kind and path.endswith(name))
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint(tmp_path: Path, whole: Any) -> None:
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes(tmp_path: Path, whole: Any) -> None:
     events = whole[1]
     for name in ("checkpoint-3/trainer_state.json", "checkpoint-6/config.json", "checkpoint-6/whole"):
         killed_and_resumed(tmp_path / name.replace("/", "-"), nth(events, "open", name), whole)
 
 
-def test_a_run_killed_while_it_writes_its_output(tmp_path: Path, whole: Any) -> None:
+def test_a_run_killed_while_it_writes_its_output_resumes(tmp_path: Path, whole: Any) -> None:
     events = whole[1]
     rename = nth(events, "os.rename", "/out.partial")
     state = nth(events, "open", "/out.partial/trainer_state.json")
-    # After training, before the output appears, while checkpoints are removed from it.
+    # The run is killed after training, before the output appears, and while checkpoints are removed from the output.
     for fatal in (state, rename, rename + 4):
         killed_and_resumed(tmp_path / str(fatal), fatal, whole)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_of_its_files(tmp_path: Path, whole: Any) -> None:
+def test_a_run_killed_at_any_file_operation_resumes(tmp_path: Path, whole: Any) -> None:
     for fatal in range(0, len(whole[1]), 3):
         killed_and_resumed(tmp_path / str(fatal), fatal, whole)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_time(tmp_path: Path, whole: Any) -> None:
+def test_a_run_killed_at_any_time_resumes(tmp_path: Path, whole: Any) -> None:
     draw, killed, done = random.Random(0), 0, False
     while not done:
         child = in_a_child(functools.partial(distil, tmp_path / "out", resume=killed > 0))
@@ -169,7 +169,7 @@ def test_a_run_killed_at_any_time(tmp_path: Path, whole: Any) -> None:
 
 
 def test_a_torn_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
-    """All its files may be there, and one of them cut short: only what is marked counts."""
+    """A file of a checkpoint may be cut short, so only a checkpoint with the marker file `whole` counts."""
     for step, name in ((3, "whole"), (6, "trainer_state.json")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / name).touch()
@@ -180,7 +180,7 @@ def test_a_torn_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
 
 
 class Listing(TrainerCallback):
-    """Which checkpoints there are once one is saved."""
+    """Records which checkpoints exist after each save."""
 
     def __init__(self) -> None:
         self.found: list[list[str]] = []
@@ -189,7 +189,7 @@ class Listing(TrainerCallback):
         self.found.append(sorted(path.parent.name for path in Path(args.output_dir).glob("checkpoint-*/whole")))
 
 
-def test_older_checkpoints_go_once_the_next_is_whole(tmp_path: Path) -> None:
+def test_older_checkpoints_are_removed_once_the_next_is_complete(tmp_path: Path) -> None:
     listing = Listing()
     distil(tmp_path / "out", callbacks=[listing])
     assert listing.found == [["checkpoint-3"], ["checkpoint-6"], ["checkpoint-8"]]
@@ -208,7 +208,7 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path: Path, whole: Any) -> None
     assert last_checkpoint(tmp_path / "out.partial") == str(tmp_path / "out.partial" / "checkpoint-5")
     seen = StepsSeen()
     assert_equal(distil(tmp_path / "out", seed=3, resume=True, callbacks=[seen]), whole[0])
-    assert seen.steps == [5, 6, 7]  # none twice, none left out
+    assert seen.steps == [5, 6, 7]  # no step is repeated or skipped
 
 
 class StepsSeen(TrainerCallback):
@@ -219,8 +219,8 @@ class StepsSeen(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-def test_sigterm_keeps_the_newest_checkpoint_though_another_is_the_best(tmp_path: Path) -> None:
-    """At a training's end Trainer removes all but the best; here training has not ended."""
+def test_sigterm_keeps_the_newest_checkpoint_even_if_another_is_the_best(tmp_path: Path) -> None:
+    """Trainer removes all checkpoints but the best when training ends, but SIGTERM does not end training."""
     best = {**QUICK, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 1}
     options = {"dataset": _tiny.dataset(), "epochs": 1, "batch_size": 4, "learning_rate": 10.0, "arguments": best}
     with pytest.raises(Terminated):
@@ -249,7 +249,7 @@ def test_sigterm_to_torchrun_and_resume_on_the_command_line(tmp_path: Path) -> N
     process = _processes.start([*command, tmp_path / "out"], tmp_path)
     while not (tmp_path / "out.partial").is_dir() and process.poll() is None:
         time.sleep(0.1)
-    time.sleep(4)  # somewhere in training
+    time.sleep(4)  # until it is in the middle of training
     process.send_signal(signal.SIGTERM)
     done = _processes.finish(process, 60)
     assert done.returncode != 0
@@ -266,14 +266,14 @@ def test_sigterm_to_torchrun_and_resume_on_the_command_line(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_process_of_two_that_is_killed_ends_the_run_which_resumes(tmp_path: Path) -> None:
+def test_a_run_resumes_after_one_of_its_two_processes_is_killed(tmp_path: Path) -> None:
     done = _processes.run([*_processes.TORCHRUN, _processes.__file__, "killed", tmp_path], tmp_path)
     assert done.returncode != 0
     checkpoints = sorted(path.name for path in (tmp_path / "out.partial").glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-4"]
     assert last_checkpoint(tmp_path / "out.partial") == str(tmp_path / "out.partial" / "checkpoint-2")
     _processes.two_processes("resumed", tmp_path)
-    for rank in range(2):  # how long one would wait for the other to tokenise
+    for rank in range(2):  # the timeout for waiting while the other process tokenises
         assert (tmp_path / f"timeout{rank}").read_text() == "7200.0"
     for rank in range(2):
         found, expected = torch.load(tmp_path / f"resumed{rank}.pt", weights_only=True)
@@ -281,7 +281,7 @@ def test_a_process_of_two_that_is_killed_ends_the_run_which_resumes(tmp_path: Pa
             assert torch.equal(found[name], weights), name
 
 
-def test_ctrl_c_names_resume_where_there_is_one(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+def test_ctrl_c_suggests_resume_if_there_is_one(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
     def interrupted(arguments: Any) -> None:
         raise KeyboardInterrupt
 
@@ -308,8 +308,8 @@ def write_corpus(folder: Path, rows: int) -> Path:
     return folder / "corpus.txt"
 
 
-def test_a_stream_that_goes_round_resumes_where_it_was(tmp_path: Path) -> None:
-    """Fewer blocks than 8 steps take: the resumed run is in the middle of a later pass."""
+def test_a_repeated_stream_resumes_where_it_stopped(tmp_path: Path) -> None:
+    """The corpus has fewer blocks than 8 steps take, so the run resumes in the middle of a later pass."""
     corpus, teacher = write_corpus(tmp_path, 24), _tiny.classifier(4, 24, seed=1)
     blocks = len(pack_corpus([corpus], _tiny.tokenizer(), 16))
     assert 8 < blocks < 20
@@ -322,7 +322,7 @@ def test_a_stream_that_goes_round_resumes_where_it_was(tmp_path: Path) -> None:
     assert_equal(again, student)
 
 
-def test_a_stream_is_packed_into_the_blocks_of_its_text(tmp_path: Path) -> None:
+def test_a_stream_is_packed_into_the_same_blocks_as_a_loaded_corpus(tmp_path: Path) -> None:
     corpus, tokenizer = write_corpus(tmp_path, 60), _tiny.tokenizer()
     expected = pack_corpus([corpus], tokenizer, 16)["input_ids"]
     for source in (
@@ -337,7 +337,7 @@ def test_a_stream_is_packed_into_the_blocks_of_its_text(tmp_path: Path) -> None:
     assert sorted(one_pass) == sorted(expected)
 
 
-def test_bad_streams(tmp_path: Path, capsys: Any) -> None:
+def test_bad_streams_are_refused(tmp_path: Path, capsys: Any) -> None:
     corpus, tokenizer = write_corpus(tmp_path, 4), _tiny.tokenizer()
     for source in ([corpus], read_corpus([corpus], streaming=True)):
         with pytest.raises(ValueError, match="max_steps is -1; a streamed corpus has no length"):
@@ -356,7 +356,7 @@ def test_bad_streams(tmp_path: Path, capsys: Any) -> None:
 
 
 class Memory(TrainerCallback):
-    """Resident memory of this process after these steps, in MB."""
+    """Records the resident memory of this process after the given steps, in MiB."""
 
     def __init__(self, *steps: int) -> None:
         self.steps, self.found = steps, []
@@ -369,10 +369,10 @@ class Memory(TrainerCallback):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the test reads /proc")
 @pytest.mark.parametrize("logging_steps", [10, 10_000])
 def test_memory_does_not_grow(tmp_path: Path, logging_steps: int) -> None:
-    """Neither with the log nor with what is summed between two logs."""
+    """Neither a long log nor the sums over many steps between two logs make it grow."""
 
     def measured() -> None:
         memory = Memory(200, 1100, 2000)

@@ -1,4 +1,4 @@
-"""MiniLM and MiniLMv2 against the papers' formulas, written out on what the models' Linears return; whole stages."""
+"""Compares MiniLM and MiniLMv2 with the papers' formulas on the outputs of the models' Linears; runs whole stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VECTORS = {
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Rotary embedding (RoFormer, as Llama pairs the dimensions) of (H, L, D)."""
+    """Applies the rotary embedding (RoFormer, with Llama's pairs of dimensions) to (H, L, D)."""
     length, width = x.shape[-2:]
     angles = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
     cos, sin = angles.cos().to(x), angles.sin().to(x)
@@ -44,7 +44,7 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def layer_vectors(model: PreTrainedModel, ids: Tensor, layer: int) -> dict[str, Tensor]:
-    """Query, key and value (H, L, D) of one row in one layer, from 1, out of the outputs of its Linears."""
+    """Returns query, key and value (H, L, D) of one row in `layer`, counted from 1, out of its Linears' outputs."""
     found: dict[str, Tensor] = {}
     is_bert = model.config.model_type == "bert"
     block = model.encoder.layer[layer - 1].attention.self if is_bert else model.layers[layer - 1].self_attn
@@ -65,7 +65,7 @@ def layer_vectors(model: PreTrainedModel, ids: Tensor, layer: int) -> dict[str, 
     return {name: x.repeat_interleave(heads // len(x), dim=0) for name, x in split.items()}
 
 
-def split_anew(x: Tensor, heads: int) -> Tensor:  # (H, L, D) -> (heads, L, H D / heads)
+def resplit_heads(x: Tensor, heads: int) -> Tensor:  # (H, L, D) -> (heads, L, H D / heads)
     wide = torch.cat(list(x), dim=-1)
     return torch.stack(wide.split(wide.shape[-1] // heads, dim=-1))
 
@@ -73,7 +73,7 @@ def split_anew(x: Tensor, heads: int) -> Tensor:  # (H, L, D) -> (heads, L, H D 
 def published(
     objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel, batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Row by row without any padding: the KL of every row of every head, summed, divided by heads and tokens."""
+    """Computes the terms without padding, one row at a time: the summed KL divergences, divided by heads and tokens."""
     ((student_layer, teacher_layer),) = objective.attention.items()
     sums: dict[str, Tensor] = {}
     count = 0
@@ -92,8 +92,8 @@ def published(
                 x, y = (vectors[name] for name in VECTORS[term])
                 if objective.options.relation_heads is not None:
                     x, y = (
-                        split_anew(x, objective.options.relation_heads),
-                        split_anew(y, objective.options.relation_heads),
+                        resplit_heads(x, objective.options.relation_heads),
+                        resplit_heads(y, objective.options.relation_heads),
                     )
                 scores = x @ y.mT / x.shape[-1] ** 0.5
                 logs.append(scores.masked_fill(forbidden, -1e30).log_softmax(-1))
@@ -130,7 +130,7 @@ def gradients(loss: Tensor, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def disagreement(found: dict[str, Tensor], truth: dict[str, Tensor], model: PreTrainedModel) -> float:
-    """The largest relative error of a term's value, or of its gradient in any parameter."""
+    """Returns the largest relative error among the terms' values and their gradients for every parameter."""
     assert list(found) == list(truth)
     errors = []
     for term, loss in truth.items():
@@ -141,7 +141,7 @@ def disagreement(found: dict[str, Tensor], truth: dict[str, Tensor], model: PreT
         for name, gradient in theirs.items():
             if gradient.norm() > 1e-9 * largest:
                 errors.append(error(ours[name], gradient))
-            else:  # a key's bias moves all scores of a row alike, and softmax does not see it
+            else:  # a key's bias shifts all scores of a row alike, which softmax ignores
                 assert ours[name].norm() < 1e-6 * largest, (term, name)
     return max(errors)
 
@@ -181,7 +181,7 @@ def test_losses_and_gradients_are_the_published_ones(case: str, padded: str | No
 
 
 def test_the_cases_tell_layers_and_heads_apart() -> None:
-    """What a wrong layer, or heads that are not split anew, would give."""
+    """A wrong layer, or another number of relation heads, gives other losses."""
     objective, student, teacher = models("minilmv2-wider")
     batch = _tiny.batch()
     truth = published(objective, student, teacher, batch)
@@ -192,7 +192,7 @@ def test_the_cases_tell_layers_and_heads_apart() -> None:
 
 
 def wrong(kind: str, *vectors: Tensor, **options: Any) -> Tensor:
-    """The op with an error planted."""
+    """Computes the op with a planted error."""
     if kind == "scale":
         options["student_scale"] = 1.0
     elif kind == "mean":
@@ -248,11 +248,11 @@ def test_every_family_ignores_padding_and_adds_up_over_micro_batches(family: str
         weighted = sum(n * found[term] for n, found in zip(lengths, alone, strict=True)) / lengths.sum()
         assert error(weighted, loss) < 1e-4
         assert error(sum(piece[term] for piece in pieces), loss) < 1e-5
-        assert error(sum(found[term] for found in alone) / 3, loss) > 1e-3  # a mean of means is something else
+        assert error(sum(found[term] for found in alone) / 3, loss) > 1e-3  # a mean of means differs
 
 
 @pytest.mark.parametrize("options", METHOD_OPTIONS, ids=METHOD_IDS)
-def test_windows_are_the_narrower_of_both_sides(options: dict[str, Any]) -> None:
+def test_the_narrower_window_of_both_sides_applies(options: dict[str, Any]) -> None:
     """Layer 3 of ModernBERT is local; a window of 4 reaches 2 to either side."""
     student, teacher = (
         _tiny.model("modernbert", layers=3, width=width, local_attention=window).double()
@@ -268,7 +268,7 @@ def test_windows_are_the_narrower_of_both_sides(options: dict[str, Any]) -> None
         for layer in (states.attention[3], targets.attention[3]):
             x, y = (getattr(layer, name)[0] for name in VECTORS[term])
             if objective.options.relation_heads is not None:
-                x, y = (split_anew(vector, objective.options.relation_heads) for vector in (x, y))
+                x, y = (resplit_heads(vector, objective.options.relation_heads) for vector in (x, y))
             scores = (x @ y.mT / x.shape[-1] ** 0.5).masked_fill(far, -1e30)
             logs.append(scores.log_softmax(-1))
         assert error(loss, F.kl_div(*logs, log_target=True, reduction="sum") / (12 * len(x))) < 1e-9
@@ -276,7 +276,7 @@ def test_windows_are_the_narrower_of_both_sides(options: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("options", METHOD_OPTIONS, ids=METHOD_IDS)
-def test_accumulation_and_two_processes_make_the_step_of_one_batch(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_accumulation_and_two_processes_take_the_step_of_one_batch(tmp_path: Path, options: dict[str, Any]) -> None:
     objective = {**options, "terms": resolve_terms(options["method"])}
     expected = _one_step(tmp_path / "one", objective, per_device_train_batch_size=8)
     found = _one_step(tmp_path / "four", objective, per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -285,10 +285,10 @@ def test_accumulation_and_two_processes_make_the_step_of_one_batch(tmp_path: Pat
         assert_same_step(found, expected)
 
 
-# -- what is captured and how much memory it takes ---------------------------------------------------------------
+# -- captured values and memory ----------------------------------------------------------------------------------
 
 
-def test_values_are_kept_only_where_they_are_compared() -> None:
+def test_values_are_captured_only_for_terms_that_compare_them() -> None:
     student, teacher = _tiny.model(layers=2, width=16), _tiny.model(layers=4, width=24)
     for terms in ("attention",), ("value_relation",):
         objective = Objective(student.config, teacher.config, method="minilm", terms=terms)
@@ -328,7 +328,7 @@ def test_memory_is_linear_in_the_length(method: str) -> None:
         return peak_bytes(step)
 
     short, long = peak(512), peak(2048)
-    scores = 2 * 4 * 4 * 2048**2  # of 4 heads on both sides, float32
+    scores = 2 * 4 * 4 * 2048**2  # bytes of the float32 scores of 4 heads on both sides
     assert long <= 4.3 * short
     assert long - short < 0.1 * scores
 
@@ -343,7 +343,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("method", STAGES)
-def test_a_general_stage_learns_resumes_and_writes_down_its_objective(tmp_path: Path, method: str) -> None:
+def test_a_general_stage_learns_resumes_and_saves_its_objective(tmp_path: Path, method: str) -> None:
     corpus, output = tmp_path / "corpus.txt", tmp_path / "out"
     corpus.write_text("\n".join(_tiny.texts(100)) + "\n")
     tokenizer, teacher = _tiny.tokenizer(), _tiny.classifier(4, 24, seed=1)
@@ -392,8 +392,8 @@ def test_prediction_is_learnt_along_with_relations(tmp_path: Path) -> None:
     assert not torch.equal(student.classifier.weight, head)
 
 
-def test_projections_go_on_as_far_as_the_terms_have_any(tmp_path: Path) -> None:
-    """A stage on attention alone has none; one after it starts new ones; one on fewer terms reads its own."""
+def test_a_stage_loads_the_projections_of_its_terms(tmp_path: Path) -> None:
+    """A stage on attention alone writes none; a stage needs those of all its terms from the stage that it reads."""
     student, teacher, tokenizer = _tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer()
     options: dict[str, Any] = {"dataset": _tiny.dataset(8), "epochs": 1, "batch_size": 8, "projection": "per_layer"}
     options["arguments"] = QUICK
@@ -437,13 +437,13 @@ def test_projections_go_on_as_far_as_the_terms_have_any(tmp_path: Path) -> None:
         ({"method": "minilmv2", "relation_heads": 0}, "relation_heads is 0"),
     ],
 )
-def test_options_that_do_not_fit(options: Any, message: str) -> None:
+def test_bad_options_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Objective(_tiny.config(layers=2, width=16), _tiny.config(layers=4, width=24), **options)
 
 
 @pytest.mark.parametrize("method", ["tinybert", "minilm"])
-def test_another_number_of_heads_names_minilmv2(method: str) -> None:
+def test_different_numbers_of_heads_suggest_minilmv2(method: str) -> None:
     student, teacher = _tiny.config(layers=2), _tiny.config(layers=4, num_attention_heads=6)
     with pytest.raises(ValueError, match=r'the student has 4 attention heads, the teacher 6.*method="minilmv2"'):
         Objective(student, teacher, method=method)

@@ -1,4 +1,4 @@
-"""The objective against its formulas, written out on materialised attention scores. As published: `test_parity`."""
+"""Compares the objective with its formulas on materialised attention scores; `test_parity` has the published losses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TERMS = (*INNER_TERMS, "prediction")
 
 @contextmanager
 def linear_outputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """What each Linear of a model returned, by name."""
+    """Yields a dict that collects the output of each Linear of a model by name."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -44,7 +44,7 @@ def linear_outputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 def bert_internals(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden states (B, L, d) and raw scores QK^T / sqrt(D) (B, H, L, L) of a BERT, from its eager forward pass."""
+    """Returns hidden states (B, L, d) and raw scores QK^T / sqrt(D) (B, H, L, L) from a BERT's eager forward pass."""
     with linear_outputs(model) as outputs:
         hidden = list(model(**batch, output_hidden_states=True).hidden_states)
     scores = []
@@ -64,7 +64,7 @@ def masked(
     layer_map: list[int],
     batch: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Row by row without any padding: sums of squares over all rows, divided by what was summed."""
+    """Computes the losses without padding, one row at a time: sums of squares divided by their number of entries."""
     sums = {"embedding": torch.zeros(()), "hidden": torch.zeros(()), "attention": torch.zeros(())}
     tokens = pairs = 0
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
@@ -125,7 +125,7 @@ def teacher() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("projection", ["shared", "per_layer"])
-def test_losses_and_gradients_are_those_without_padding(
+def test_losses_and_gradients_equal_those_without_padding(
     student: PreTrainedModel, teacher: PreTrainedModel, projection: str
 ) -> None:
     batch, layer_map = _tiny.batch(rows=3, length=11), [0, 2, 4]
@@ -141,7 +141,7 @@ def test_losses_and_gradients_are_those_without_padding(
         truth = gradients(expected[term], student, objective)
         assert found.keys() == truth.keys()
         for name, gradient in truth.items():
-            if gradient.norm() > 1e-6:  # a key's bias changes no score that is compared after the softmax
+            if gradient.norm() > 1e-6:  # softmax ignores a key's bias, so its gradient is rounding
                 assert error(found[name], gradient) < 2e-4, (term, name)
 
 
@@ -190,7 +190,7 @@ def allowed_pairs(student: States, teacher: States) -> int:
 
 
 @pytest.mark.parametrize(("student_layer", "windows"), [(2, (4, 8)), (2, (8, 4)), (1, (4, 4))])  # layer 1 is global
-def test_windows_count_only_the_pairs_both_may_attend(student_layer: int, windows: tuple[int, int]) -> None:
+def test_only_pairs_inside_both_windows_count(student_layer: int, windows: tuple[int, int]) -> None:
     student, teacher = (
         _tiny.model("modernbert", layers=3, width=width, local_attention=window)
         for width, window in zip((16, 24), windows, strict=True)
@@ -223,10 +223,10 @@ def test_micro_batches_add_up_to_one_batch(parity: str, family: str) -> None:
     for term, loss in whole.items():
         assert error(sum(piece[term] for piece in pieces), loss) < 1e-5
         if parity == "masked":
-            assert error(sum(piece[term] for piece in alone) / 2, loss) > 1e-3  # a mean of means is something else
+            assert error(sum(piece[term] for piece in alone) / 2, loss) > 1e-3  # a mean of means differs
 
 
-def test_windows_weigh_micro_batches_by_their_tokens() -> None:
+def test_micro_batches_with_windows_are_weighted_by_their_tokens() -> None:
     student, teacher = _tiny.model("mistral", layers=2, width=16), _tiny.model("mistral", layers=4)
     objective = Objective(student.config, teacher.config, terms=("attention",))
     batch = _tiny.batch(rows=3, length=11)
@@ -239,7 +239,7 @@ def test_windows_weigh_micro_batches_by_their_tokens() -> None:
     assert error(sum(pieces), expected) < 1e-5
 
 
-def test_counts_by_hand() -> None:
+def test_counts_equal_those_worked_out_by_hand() -> None:
     objective = Objective(_tiny.config(layers=2), _tiny.config(layers=4))
     ids = torch.zeros(2, 4, dtype=torch.long)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
@@ -248,7 +248,7 @@ def test_counts_by_hand() -> None:
     assert objective.count({"input_ids": ids}).tolist() == [2, 8, 32, 20, 8]
     objective = Objective(_tiny.config(layers=2), _tiny.config(layers=4), parity="official")
     assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 8, 32, 20, 6]
-    labels = torch.tensor([[-100, 0, -100, 2], [1, 1, -100, 1]])  # of padding: never counted
+    labels = torch.tensor([[-100, 0, -100, 2], [1, 1, -100, 1]])  # labels on padding are not counted
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     assert objective.count(batch).tolist() == [2, 8, 32, 20, 3]
 
@@ -281,7 +281,7 @@ def test_prediction_is_the_soft_cross_entropy_of_a_row(temperature: float) -> No
 
 
 @pytest.mark.parametrize("parity", ["masked", "official"])
-def test_prediction_of_tokens(parity: str) -> None:
+def test_prediction_averages_over_tokens(parity: str) -> None:
     objective = Objective(_tiny.config(), terms=("prediction",), parity=parity)
     student, teacher = torch.randn(2, 4, 7), torch.randn(2, 4, 7)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
@@ -325,7 +325,7 @@ def test_missing_targets_are_named() -> None:
         ([None, 5], 1, 6, (None, 5)),
     ],
 )
-def test_layer_maps(layer_map: Any, student: int, teacher: int, expected: Any) -> None:
+def test_layer_maps_resolve_to_teacher_layers(layer_map: Any, student: int, teacher: int, expected: Any) -> None:
     assert resolve_layer_map(layer_map, student, teacher) == expected
 
 
@@ -340,7 +340,7 @@ def test_layer_maps(layer_map: Any, student: int, teacher: int, expected: Any) -
         ([0, 3, 6, 9, -1], 4, 12, r"layer_map\[4\] is -1"),
     ],
 )
-def test_layer_maps_that_do_not_fit(layer_map: Any, student: int, teacher: int, message: str) -> None:
+def test_bad_layer_maps_are_refused(layer_map: Any, student: int, teacher: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve_layer_map(layer_map, student, teacher)
 
@@ -359,12 +359,12 @@ def test_layer_maps_that_do_not_fit(layer_map: Any, student: int, teacher: int, 
         ({"layer_map": [0, None, None]}, "maps no layer"),
     ],
 )
-def test_settings_that_do_not_fit(options: Any, message: str) -> None:
+def test_bad_settings_are_refused(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Objective(_tiny.config(layers=2), _tiny.config(layers=4), **options)
 
 
-def test_another_number_of_heads_names_the_way_out() -> None:
+def test_different_numbers_of_heads_suggest_relation_losses() -> None:
     student, teacher = _tiny.config(layers=2), _tiny.config(layers=4, num_attention_heads=6)
     with pytest.raises(ValueError, match=r"4 attention heads, the teacher 6.*relation losses with re-split heads"):
         Objective(student, teacher)
@@ -384,7 +384,7 @@ def test_terms_without_a_target_are_refused() -> None:
     Objective(several, teacher, terms=("hidden",))
 
 
-def test_files_hold_settings_and_projections(tmp_path: Path) -> None:
+def test_saved_files_hold_settings_and_projections(tmp_path: Path) -> None:
     configs = _tiny.config(layers=2, width=16), _tiny.config(layers=4)
     objective = Objective(*configs, projection="per_layer", layer_map=[0, 1, 4], terms=TERMS, temperature=2)
     objective.save(tmp_path)

@@ -1,10 +1,10 @@
-"""`parity="official"` against the published losses, transcribed here in plain PyTorch and float64, on whole BERTs.
+"""Compares `parity="official"` with the published losses, transcribed here in float64 PyTorch, on whole BERTs.
 
 The transcription shares nothing with the library: scores come from hooks on the query and key layers of an ordinary
-forward pass with eager attention. Compared are values and the gradient of every parameter.
+forward pass with eager attention. The tests compare values and the gradient of every parameter.
 
-The published code sets every score of -100 and below to 0, to be rid of the -10000 it has added on padded keys. A score
-of two tokens that is so low by itself would go with them, on one side alone; the library keeps it. None is here.
+The published code sets every score of -100 and below to 0, which undoes the -10000 that it adds on padded keys. A real
+score that low would be set to 0 as well, on one side alone; the library keeps it. No score here is that low.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def forward(model: PreTrainedModel, batch: Batch) -> tuple[tuple[Tensor, ...], list[Tensor], Tensor]:
-    """Hidden states (B, L, d) from the embedding output on, scores (B, H, L, L) of each layer, logits (B, C).
+    """Returns hidden states (B, L, d), embeddings first, scores (B, H, L, L) of each layer, and logits (B, C).
 
-    Scores are QK^T / sqrt(D), with -10000 on padded keys.
+    Scores are QK^T / sqrt(D), with -10000 added on padded keys.
     """
     outputs: dict[tuple[int, str], Tensor] = {}
     handles = []
@@ -71,7 +71,7 @@ def published(
     batch: Batch,
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """The losses of one batch by term: plain means over everything there is, padding included, summed over layers."""
+    """Computes a batch's losses by term: plain means over all entries, padding included, summed over layers."""
     hidden, scores, logits = forward(student, batch)
     with torch.no_grad():
         teacher_hidden, teacher_scores, teacher_logits = forward(teacher, batch)
@@ -82,7 +82,7 @@ def published(
     ]
     attention = torch.zeros((), dtype=torch.float64)
     for i, ours in enumerate(scores):
-        theirs = teacher_scores[(i + 1) * step - 1]  # layers from 0 here: layer i + 1 learns from (i + 1) * step
+        theirs = teacher_scores[(i + 1) * step - 1]  # from 0: layer i + 1 learns from layer (i + 1) * step
         ours, theirs = (torch.where(x <= -100.0, torch.zeros_like(x), x) for x in (ours, theirs))
         attention = attention + F.mse_loss(ours, theirs)
     soft = -(F.softmax(teacher_logits / temperature, -1) * F.log_softmax(logits / temperature, -1))
@@ -107,7 +107,7 @@ def objective_of(student: PreTrainedModel, teacher: PreTrainedModel, **options: 
 
 
 def projections_of(objective: Objective) -> list[nn.Linear]:
-    """One for each of the student's hidden states."""
+    """Returns the projection of each of the student's hidden states."""
     found = objective.projections
     return [found["shared"]] * 3 if "shared" in found else [found[str(i)] for i in range(3)]
 
@@ -115,7 +115,7 @@ def projections_of(objective: Objective) -> list[nn.Linear]:
 def computed(
     student: PreTrainedModel, teacher: PreTrainedModel, objective: Objective, batch: Batch, **arguments: Any
 ) -> dict[str, Tensor]:
-    """By term, through the module that the trainer trains."""
+    """Computes the losses by term through the module that the trainer trains."""
     with capturable(student, teacher):
         with torch.no_grad():
             targets = capture(
@@ -127,15 +127,17 @@ def computed(
 
 
 def gradients(loss: Tensor, *modules: nn.Module) -> dict[str, Tensor]:
-    """Of every parameter; 0 where the loss does not depend on it."""
+    """Returns the gradient of every parameter, which is 0 if the loss does not depend on it."""
     named = {f"{i}.{name}": p for i, module in enumerate(modules) for name, p in module.named_parameters()}
     found = torch.autograd.grad(loss, tuple(named.values()), materialize_grads=True, retain_graph=True)
     return dict(zip(named, found, strict=True))
 
 
 def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], within: float = 1e-10) -> None:
-    """Each gradient relative to itself. One that is 0 up to rounding, as that of a key's bias, which adds the same to
-    all scores of a softmax, relative to all of them."""
+    """Compares each gradient relative to its own norm, or to the largest norm if it is 0 up to rounding.
+
+    The gradient of a key's bias is such a 0, since the bias shifts all scores of a softmax alike.
+    """
     assert found.keys() == expected.keys()
     largest = max(x.norm() for x in expected.values())
     assert largest > 0
@@ -155,7 +157,9 @@ def part(batch: Batch, rows: slice, length: int | None = None) -> dict[str, Tens
 
 @pytest.mark.parametrize("padded", ["right", "left", None])
 @pytest.mark.parametrize("projection", ["shared", "per_layer"])
-def test_inner_losses(models: tuple[PreTrainedModel, PreTrainedModel], projection: str, padded: str | None) -> None:
+def test_inner_losses_equal_the_published_ones(
+    models: tuple[PreTrainedModel, PreTrainedModel], projection: str, padded: str | None
+) -> None:
     student, teacher = models
     objective = objective_of(student, teacher, projection=projection)
     batch = _tiny.batch(rows=3, length=11, padded=padded)
@@ -169,11 +173,11 @@ def test_inner_losses(models: tuple[PreTrainedModel, PreTrainedModel], projectio
     masked = objective_of(student, teacher, projection=projection, parity="masked")
     masked.load_state_dict(objective.state_dict())
     for term, loss in computed(student, teacher, masked, batch).items():
-        assert (error(loss, expected[term]) > 1e-3) == (padded is not None), term  # the two are told apart
+        assert (error(loss, expected[term]) > 1e-3) == (padded is not None), term  # they differ only with padding
 
 
-def test_inner_losses_of_micro_batches(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    """Accumulated, they are those of the whole batch; and where lengths differ, every entry weighs the same."""
+def test_accumulated_inner_losses_equal_the_published_ones(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    """Micro-batches add up to the whole batch; if their lengths differ, every entry has the same weight."""
     student, teacher = models
     objective = objective_of(student, teacher)
     projections, batch = projections_of(objective), _tiny.batch(rows=3, length=11)
@@ -197,16 +201,16 @@ def accumulated(
     parts: list[dict[str, Tensor]],
     **more: Any,
 ) -> dict[str, Tensor]:
-    """The sum of the micro-batches' gradients, as the trainer lets them add up."""
+    """Returns the sum of the micro-batches' gradients, as the trainer accumulates them."""
     count = sum(objective.count(piece) for piece in parts)
     losses = [computed(student, teacher, objective, piece, num_items=count, **more) for piece in parts]
     return gradients(sum(loss for piece in losses for loss in piece.values()), student, objective)
 
 
-def test_a_step_of_the_trainer_with_accumulation(
+def test_an_accumulated_trainer_step_is_the_published_gradient(
     models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path
 ) -> None:
-    """Plain gradient descent at rate 1: what the parameters move by is the gradient."""
+    """Plain gradient descent with learning rate 1 moves each parameter by its gradient."""
     student, teacher = models
     objective, batches = objective_of(student, teacher), []
 
@@ -270,7 +274,7 @@ def test_prediction_is_a_mean_over_rows_and_classes(
         assert error(loss, expected) < 1e-12
         assert_equal(gradients(loss, student), gradients(expected, student))
 
-    parts = [part(batch, slice(0, 1)), part(batch, slice(1, 3), 8)]  # of rows, not of tokens
+    parts = [part(batch, slice(0, 1)), part(batch, slice(1, 3), 8)]  # weighted by rows, not by tokens
     found = accumulated(student, teacher, objective, parts)
     assert_equal(found, gradients(expected, student, objective))
 

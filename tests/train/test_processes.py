@@ -1,5 +1,8 @@
-"""Two processes learn what one would: against plain PyTorch in float64 over the rows that both saw, and, for whole
-commands, against one process with twice the batch."""
+"""Checks that two processes learn what one would.
+
+Single steps are compared with plain float64 PyTorch over the rows that both processes saw, whole commands with one
+process that has twice the batch.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ MAP = {0: 0, 1: 2, 2: 4}  # student hidden state -> teacher hidden state
 
 
 def scores(model: Any, layer: int, hidden: Tensor) -> Tensor:
-    """`Q K^T / sqrt(d)` of a BERT layer (from 1), given its input: (1, H, L, L)."""
+    """Computes `Q K^T / sqrt(d)`, (1, H, L, L), of a BERT layer, counted from 1, given its input."""
     attention = model.bert.encoder.layer[layer - 1].attention.self
     heads = model.config.num_attention_heads
     query, key = (
@@ -46,7 +49,7 @@ def scores(model: Any, layer: int, hidden: Tensor) -> Tensor:
 
 
 def losses(student: Any, teacher: Any, objective: Objective, rows: list[list[int]]) -> dict[str, Tensor]:
-    """Of one optimiser step over `rows`, whichever process and micro-batch they were in."""
+    """Computes the losses of one optimiser step over `rows`, gathered from all processes and micro-batches."""
     sums = dict.fromkeys(("embedding", "hidden", "attention", "prediction"), torch.zeros((), dtype=torch.float64))
     for row in rows:
         ids = torch.tensor([row])
@@ -72,7 +75,7 @@ def losses(student: Any, teacher: Any, objective: Objective, rows: list[list[int
 
 
 def follow(terms: tuple[str, ...], steps: list[list[list[int]]]) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
-    """What SGD makes of these steps: the logs, and how far each weight moved."""
+    """Runs SGD over these steps and returns the logs and how far each weight moved."""
     student, teacher, objective = (module.double() for module in _processes.models(terms))
     weights = {f"student.{name}": p for name, p in student.named_parameters()}
     weights |= {f"objective.{name}": p for name, p in objective.named_parameters()}
@@ -114,7 +117,7 @@ def assert_learns_what_one_process_would(terms: tuple[str, ...], ranks: list[dic
         assert rank["weights"].keys() == moved.keys()
         for name, expected in moved.items():
             found = rank["weights"][name].double() - start[name].double()
-            if expected.norm() < 1e-5 * start[name].norm().clamp(min=1):  # nothing but rounding
+            if expected.norm() < 1e-5 * start[name].norm().clamp(min=1):  # only rounding
                 assert found.norm() < 1e-5 * start[name].norm().clamp(min=1), name
             else:
                 assert error(found, expected) < 1e-3, name
@@ -132,7 +135,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, **_processes.NO_DROPOUT}
     (folder / "student.json").write_text(json.dumps(small))
     (folder / "SST-2").mkdir()
-    # 64 rows or blocks, or twice that: one process with twice the batch puts the same rows into a step.
+    # With 64 rows or blocks, or twice that, one process with twice the batch puts the same rows into a step.
     for split, rows, seed in (("train", 128, 0), ("dev", 16, 1)):
         lines = [f"{text}\t{len(text) % 2}" for text in _tiny.texts(rows, seed)]
         (folder / "SST-2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
@@ -174,7 +177,7 @@ def distance(folder: Path, one: str, other: str) -> float:
 
 
 def assert_same_student(folder: Path, two: str, one: str, another: str) -> None:
-    """Against another run: AdamW may make a step of a gradient that is nothing but rounding."""
+    """Compares relative to another run, since AdamW may take a full step on a gradient that is only rounding."""
     assert distance(folder, two, one) < 1e-2 * distance(folder, another, one)
     names = [sorted(path.name for path in (folder / name).iterdir()) for name in (two, one)]
     assert names[0] == names[1]
@@ -201,8 +204,8 @@ def test_task_writes_the_student_of_one_process(launched: Path) -> None:
     AutoModelForSequenceClassification.from_pretrained(launched / "task-2")
 
 
-def test_outputs_are_written_once_and_refused_twice(launched: Path) -> None:
-    for rank in range(2):  # the second command is the first again
+def test_outputs_are_written_once_and_then_refused(launched: Path) -> None:
+    for rank in range(2):  # the second command repeats the first
         assert json.loads((launched / f"codes{rank}.json").read_text()) == [0, 2, 0, 0]
     printed = (launched / "printed").read_text()
     assert printed.count("is not empty; use --overwrite") == 2
@@ -211,13 +214,13 @@ def test_outputs_are_written_once_and_refused_twice(launched: Path) -> None:
     assert not list(launched.glob("*.partial*"))
 
 
-def test_an_error_in_one_process_is_one_in_all(launched: Path) -> None:
+def test_an_error_in_one_process_is_raised_in_all(launched: Path) -> None:
     for rank in range(2):
         messages = [["FileNotFoundError", f"no file for process {where}"] for where in range(2)]
         assert json.loads((launched / f"errors{rank}.json").read_text()) == [*messages, 0, rank]
 
 
-def test_teacher_logits_are_shared_out(launched: Path) -> None:
+def test_processes_split_and_share_the_teacher_logits(launched: Path) -> None:
     ranks = [json.loads((launched / f"logits{rank}.json").read_text()) for rank in range(2)]
     teacher = _tiny.classifier(4, 24, seed=1).eval()
     for rows, *columns in zip((11, 2), *(rank["columns"] for rank in ranks), strict=True):
@@ -225,11 +228,11 @@ def test_teacher_logits_are_shared_out(launched: Path) -> None:
         for row, logits in zip(_tiny.dataset(rows), columns[0], strict=True):
             with torch.no_grad():
                 assert error(torch.tensor(logits), teacher(torch.tensor([row["input_ids"]])).logits[0]) < 1e-5
-    # Six batches of rows sorted by length; the last is the odd one. Then one alone.
+    # 11 rows sorted by length make six batches, the last with one row; then 2 rows make one batch.
     assert [rank["ran"] for rank in ranks] == [[2, 2, 2, 2], [2, 2, 1]]
 
 
-def test_finetune_takes_the_mean_over_the_rows_of_both(launched: Path) -> None:
+def test_finetune_takes_the_mean_over_the_rows_of_both_processes(launched: Path) -> None:
     found = json.loads((launched / "finetuned" / "trainer_state.json").read_text())["log_history"][0]
     model = _tiny.classifier(**_processes.NO_DROPOUT)
     loss = sum(
@@ -242,13 +245,13 @@ def test_finetune_takes_the_mean_over_the_rows_of_both(launched: Path) -> None:
     assert error(torch.tensor(found["grad_norm"]), norm) < 1e-3
 
 
-def test_a_streamed_corpus_makes_a_student(launched: Path) -> None:
+def test_a_streamed_corpus_trains_a_student(launched: Path) -> None:
     assert AutoModel.from_pretrained(launched / "streamed-2").config.hidden_size == 16
     state = json.loads((launched / "streamed-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
 
 
-def test_each_process_streams_lines_of_its_own_in_another_order_each_time(launched: Path) -> None:
+def test_each_process_streams_its_own_lines_in_a_new_order_each_pass(launched: Path) -> None:
     lines = (launched / "lines.txt").read_text().splitlines()
     blocks = [_tiny.tokenizer()(line)["input_ids"] for line in lines]
     passes, trained = [], read(launched, "stream")
@@ -266,7 +269,9 @@ def test_each_process_streams_lines_of_its_own_in_another_order_each_time(launch
 
 
 @pytest.mark.parametrize(("name", "terms"), [("inner", INNER_TERMS), ("prediction", ("prediction",))])
-def test_ddp_with_accumulation_and_uneven_batches(launched: Path, name: str, terms: tuple[str, ...]) -> None:
+def test_ddp_with_accumulation_and_uneven_batches_learns_as_one_process(
+    launched: Path, name: str, terms: tuple[str, ...]
+) -> None:
     ranks = read(launched, name)
     sizes = [[len(rows) for _, rows in rank["seen"]] for rank in ranks]
     if name == "inner":  # a short last batch, and a step of fewer micro-batches
@@ -277,7 +282,7 @@ def test_ddp_with_accumulation_and_uneven_batches(launched: Path, name: str, ter
 
 
 def test_one_process_gets_sigterm_and_both_stop_after_the_same_step(launched: Path) -> None:
-    """In step 4 of 6, the first of the second epoch; resumed, they go on as if nothing had been."""
+    """SIGTERM comes in step 4 of 6, the first of the second epoch; the resumed run ends like an uninterrupted one."""
     folder = launched / "terminated"
     for rank in range(2):
         end = json.loads((folder / f"end{rank}.json").read_text())
@@ -333,7 +338,7 @@ def test_a_checkpoint_of_fsdp2_is_a_plain_student(sharded: Path, kind: str) -> N
 
 
 @pytest.mark.slow
-def test_stages_in_a_row_under_fsdp2(sharded: Path) -> None:
+def test_stages_in_a_row_under_fsdp2_write_a_plain_student(sharded: Path) -> None:
     plain = AutoModelForSequenceClassification.from_pretrained(sharded / "student").state_dict()
     for rank in range(2):
         student = torch.load(sharded / f"student{rank}.pt", weights_only=True)
@@ -342,7 +347,7 @@ def test_stages_in_a_row_under_fsdp2(sharded: Path) -> None:
             assert torch.equal(student[name], expected), name
 
 
-# -- commands as they are typed -------------------------------------------------------------------------------------
+# -- commands under other launchers --------------------------------------------------------------------------------
 
 
 def free_port() -> str:
@@ -352,7 +357,7 @@ def free_port() -> str:
 
 
 @pytest.mark.slow
-def test_accelerate_launch(launched: Path) -> None:
+def test_accelerate_launch_writes_the_same_student(launched: Path) -> None:
     argv = command(launched, "task", "task-a", 8, student=launched / "general-2")
     launcher = [
         TORCHRUN[0],
@@ -372,7 +377,7 @@ def test_accelerate_launch(launched: Path) -> None:
 
 @pytest.mark.slow
 def test_a_refusal_ends_every_process_with_code_2(launched: Path) -> None:
-    """Started one by one, as a scheduler does: nothing ends the other process where one gave up."""
+    """The processes start one by one, as under a scheduler, so no launcher ends the second when the first gives up."""
     for argv, reason in (
         (command(launched, "general", "general-2", 8), "is not empty; use --overwrite"),
         ([*command(launched, "general", "nothing", 8), "--layer-map", "0,9"], "layer_map has 2 entries"),

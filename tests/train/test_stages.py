@@ -1,4 +1,4 @@
-"""The stages: data, defaults of the recipe, whole outputs, resuming, the teacher's logits computed once."""
+"""Tests the stages: data, the recipe's defaults, complete outputs, resuming, and precomputed teacher logits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ QUICK = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 2}
 
 @pytest.fixture(autouse=True)
 def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Data sets read from files are cached by their content; each test starts with nothing cached."""
+    """Gives each test an empty cache, since data sets read from files are cached by their content."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     hf_logging.disable_progress_bar()
     yield
@@ -65,7 +65,7 @@ def prediction_stage(**options: Any) -> PredictionStage:
 
 
 class StopAt(TrainerCallback):
-    """Power cut after that many steps."""
+    """Interrupts training after `step` steps, as a power cut would."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -78,7 +78,7 @@ class StopAt(TrainerCallback):
 # -- data ----------------------------------------------------------------------------------------------------
 
 
-def test_the_corpus_becomes_full_blocks_in_order(tmp_path: Path) -> None:
+def test_a_corpus_is_packed_into_full_blocks_in_order(tmp_path: Path) -> None:
     tokenizer = _tiny.tokenizer()
     blocks = pack_corpus([write_corpus(tmp_path)], tokenizer, max_length=16)
     stream = [token for text in _tiny.texts(60) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -91,7 +91,7 @@ def test_the_corpus_becomes_full_blocks_in_order(tmp_path: Path) -> None:
     assert pack_corpus(blocks, tokenizer)["input_ids"] == blocks["input_ids"]
 
 
-def test_a_corpus_that_is_none(tmp_path: Path) -> None:
+def test_bad_corpora_are_refused(tmp_path: Path) -> None:
     tokenizer = _tiny.tokenizer()
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: no such file"):
         pack_corpus(["nowhere.txt"], tokenizer)
@@ -105,7 +105,7 @@ def test_a_corpus_that_is_none(tmp_path: Path) -> None:
         pack_corpus(Dataset.from_dict({"text": ["", "  "]}), tokenizer)
 
 
-def test_teacher_logits_are_each_rows_own() -> None:
+def test_each_row_gets_its_own_teacher_logits() -> None:
     rows, teacher = _tiny.dataset(20), _tiny.classifier(4, 24).train()
     cached = add_teacher_logits(rows, teacher, _tiny.tokenizer(), batch_size=6)
     assert not teacher.training
@@ -116,7 +116,7 @@ def test_teacher_logits_are_each_rows_own() -> None:
     assert add_teacher_logits(cached, teacher, _tiny.tokenizer()).column_names == cached.column_names
     autocast = add_teacher_logits(rows, teacher, _tiny.tokenizer(), bf16=True)
     exact, rounded = (torch.tensor(dataset["teacher_logits"][:]) for dataset in (cached, autocast))
-    assert 1e-5 < error(rounded, exact) < 0.02  # bfloat16's 8 bits, a few times
+    assert 1e-5 < error(rounded, exact) < 0.02  # a few roundings to bfloat16's 8 bits
     with pytest.raises(ValueError, match="needs a sequence classifier"):
         add_teacher_logits(rows, _tiny.model(), _tiny.tokenizer())
 
@@ -137,7 +137,7 @@ def test_defaults_are_the_published_recipe() -> None:
     assert stages[0].max_length == 128
 
 
-def test_arguments_win_over_attributes(tmp_path: Path) -> None:
+def test_arguments_override_attributes(tmp_path: Path) -> None:
     stage = prediction_stage(learning_rate=1.0, arguments={**QUICK, "learning_rate": 2e-3, "max_steps": 1})
     stage.run(_tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer(), tmp_path / "out")
     assert history(tmp_path / "out")[-1]["step"] == 1
@@ -169,7 +169,7 @@ def test_rows_of_similar_length_share_a_batch(tmp_path: Path) -> None:
 
 
 def test_lengths_are_read_once_an_epoch_not_row_by_row(tmp_path: Path) -> None:
-    """A column of a data set is lazy: each look-up decodes a row of Arrow, 25 us and more."""
+    """A column of a data set is lazy: each lookup decodes a row of Arrow, which takes 25 us or more."""
     sampler = trainer_of(prediction_stage(dataset=_tiny.dataset(600)), tmp_path)._get_train_sampler()
     assert isinstance(sampler, EpochSampler)
     assert type(sampler.sampler.lengths) is list
@@ -179,7 +179,7 @@ def test_lengths_are_read_once_an_epoch_not_row_by_row(tmp_path: Path) -> None:
 # -- runs ----------------------------------------------------------------------------------------------------
 
 
-def test_the_three_stages_in_a_row(tmp_path: Path) -> None:
+def test_three_stages_in_a_row_learn_and_write_complete_outputs(tmp_path: Path) -> None:
     tokenizer, rows = _tiny.tokenizer(), _tiny.dataset()
     student, teacher = _tiny.classifier(), _tiny.classifier(4, 24, seed=1)
     general = GeneralStage(
@@ -217,7 +217,7 @@ def test_the_three_stages_in_a_row(tmp_path: Path) -> None:
     assert log[-1] < log[0]
 
 
-def test_projections_go_on_where_the_earlier_stage_left_them(tmp_path: Path) -> None:
+def test_a_stage_starts_from_the_projections_of_the_earlier_one(tmp_path: Path) -> None:
     student, teacher, tokenizer = _tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer()
     options = {"dataset": _tiny.dataset(), "epochs": 1, "batch_size": 16, "arguments": QUICK}
     IntermediateStage(**options).run(student, teacher, tokenizer, tmp_path / "first")
@@ -229,7 +229,7 @@ def test_projections_go_on_where_the_earlier_stage_left_them(tmp_path: Path) -> 
     assert_equal(first, second)
 
 
-def test_a_teacher_is_not_run_where_its_logits_are_known(tmp_path: Path) -> None:
+def test_precomputed_teacher_logits_replace_the_teacher(tmp_path: Path) -> None:
     teacher, tokenizer = _tiny.classifier(4, 24), _tiny.tokenizer()
     options = {"learning_rate": 5e-3, "epochs": 4}
     prediction_stage(**options).run(_tiny.classifier(), teacher, tokenizer, tmp_path / "live")
@@ -262,10 +262,10 @@ def test_a_run_that_fails_leaves_no_output(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the student has 2 classes, the teacher 3"):
         prediction_stage().run(student, wrong, tokenizer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    prediction_stage().run(student, _tiny.classifier(4, 24), tokenizer, tmp_path / "out")  # nothing is in its way
+    prediction_stage().run(student, _tiny.classifier(4, 24), tokenizer, tmp_path / "out")  # nothing was left behind
 
 
-def test_a_run_that_is_refused_drops_no_interrupted_one(tmp_path: Path) -> None:
+def test_a_refused_run_keeps_an_interrupted_one(tmp_path: Path) -> None:
     student, teacher, tokenizer = _tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer()
     checkpoint = tmp_path / "out.partial" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
@@ -310,23 +310,23 @@ def test_an_interrupted_stage_resumes_to_the_same_student(tmp_path: Path, terms:
     assert not (tmp_path / "out.partial").exists()
 
     asked = type(stage)(**options, parity="official", temperature=2.0)
-    for folder in (output, tmp_path / "killed"):  # finished, and not
+    for folder in (output, tmp_path / "killed"):  # a finished run and an interrupted one
         with pytest.raises(
             ValueError, match=r"trained with parity 'masked' instead of 'official', temperature 1.0 inst"
         ):
             asked.run(_tiny.classifier(), teacher, tokenizer, folder, resume=True)
-    other = stage.run(_tiny.classifier(seed=4), teacher, tokenizer, output, resume=True)  # finished: only read
+    other = stage.run(_tiny.classifier(seed=4), teacher, tokenizer, output, resume=True)  # a finished run is only read
     assert_equal(whole, other)
 
 
-def test_a_resume_without_anything_to_resume_starts(tmp_path: Path) -> None:
+def test_resume_without_an_earlier_run_starts_a_new_one(tmp_path: Path) -> None:
     stage, teacher, tokenizer = prediction_stage(), _tiny.classifier(4, 24), _tiny.tokenizer()
     first = stage.run(_tiny.classifier(), teacher, tokenizer, tmp_path / "a", resume=True)
     second = stage.run(_tiny.classifier(), teacher, tokenizer, tmp_path / "b")
     assert_equal(first, second)
 
 
-def test_seeds_repeat(tmp_path: Path) -> None:
+def test_a_seed_determines_the_student(tmp_path: Path) -> None:
     teacher, tokenizer, ends = _tiny.classifier(4, 24), _tiny.tokenizer(), []
     for i, seed in enumerate((1, 1, 2)):
         torch.manual_seed(i)

@@ -1,4 +1,4 @@
-"""The trainer: accumulation, checkpoints, logs, freezing, the checks before the first step, two processes."""
+"""Tests the trainer: accumulation, checkpoints, logs, freezing, the checks before the first step, two processes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def losses(run: DistillationTrainer, name: str = "loss") -> list[float]:
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-def test_a_few_steps_train_student_and_projections_and_leave_the_teacher(tmp_path: Path) -> None:
+def test_a_few_steps_train_student_and_projections_but_not_the_teacher(tmp_path: Path) -> None:
     student, teacher = _tiny.classifier(**NO_DROPOUT), _tiny.classifier(layers=4, width=24, seed=1)
     run = trainer(tmp_path, student, teacher, max_steps=20, learning_rate=5e-3)
     before, taught = weights(run.model), weights(teacher)
@@ -144,7 +144,7 @@ def test_each_term_is_logged_and_the_terms_sum_to_the_loss(tmp_path: Path) -> No
         assert sum(entry[term] for term in INNER_TERMS) == pytest.approx(entry["loss"], rel=1e-5)
 
 
-def test_a_model_without_the_attention_interface(tmp_path: Path) -> None:
+def test_a_model_without_the_attention_interface_trains_without_the_attention_term(tmp_path: Path) -> None:
     student, teacher = _tiny.model("deberta", layers=2, width=16), _tiny.model("deberta", layers=4)
     with pytest.raises(ValueError, match=r"DebertaV2Model does not compute its attention.*without the attention term"):
         trainer(tmp_path, student, teacher).train()
@@ -153,7 +153,7 @@ def test_a_model_without_the_attention_interface(tmp_path: Path) -> None:
     assert len(losses(run, "hidden")) == 3
 
 
-def test_a_distilbert_student_of_a_bert_teacher(tmp_path: Path) -> None:
+def test_a_distilbert_student_trains_with_a_bert_teacher(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**row, "token_type_ids": [0] * len(row["input_ids"])} for row in _tiny.dataset()])
     run = trainer(tmp_path, _tiny.model("distilbert", layers=2), _tiny.model("bert", layers=4), rows=rows)
     assert "token_type_ids" in next(iter(run.get_train_dataloader()))
@@ -165,11 +165,11 @@ def test_a_distilbert_student_of_a_bert_teacher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("parity", ["masked", "official"])
 @pytest.mark.parametrize("terms", [INNER_TERMS, ("prediction",)])
-def test_accumulated_micro_batches_make_the_step_of_one_batch(
+def test_accumulated_micro_batches_take_the_step_of_one_batch(
     tmp_path: Path, parity: str, terms: tuple[str, ...]
 ) -> None:
     rows = _tiny.dataset(16)
-    if parity == "official":  # padding counts there, so that batches are the same only where padding is
+    if parity == "official":  # it counts padding, so rows must have one length for batches to agree
         rows = rows.map(lambda row: {name: (row[name] + [0] * 15)[:15] for name in ("input_ids", "attention_mask")})
     steps = []
     for size in (8, 2):
@@ -210,7 +210,7 @@ def frozen_names(run: DistillationTrainer) -> set[str]:
         return {name for name, p in run.student.named_parameters() if not p.requires_grad}
 
 
-def test_what_the_terms_never_reach_is_frozen_for_the_run(tmp_path: Path) -> None:
+def test_parameters_that_no_term_reaches_are_frozen_for_the_run(tmp_path: Path) -> None:
     student, teacher = _tiny.classifier(), _tiny.classifier(4, 24)
     run = trainer(tmp_path, student, teacher, weight_decay=0.1)
     assert frozen_names(run) == {
@@ -230,7 +230,7 @@ def test_what_the_terms_never_reach_is_frozen_for_the_run(tmp_path: Path) -> Non
     assert frozen_names(trainer(tmp_path, student, teacher, objective={"terms": ("prediction",)})) == set()
 
 
-def test_the_check_draws_no_random_numbers_and_leaves_no_gradients(tmp_path: Path) -> None:
+def test_the_freezing_check_draws_no_random_numbers_and_leaves_no_gradients(tmp_path: Path) -> None:
     run = trainer(tmp_path, _tiny.classifier(), _tiny.classifier(4, 24))
     state = torch.get_rng_state()
     frozen_names(run)
@@ -248,7 +248,7 @@ def test_weight_decay_spares_biases_and_norms(tmp_path: Path) -> None:
 # -- checks before the first step ----------------------------------------------------------------------------
 
 
-def test_checks_before_the_first_step(tmp_path: Path) -> None:
+def test_bad_models_and_settings_are_refused_before_the_first_step(tmp_path: Path) -> None:
     student, teacher = _tiny.classifier(), _tiny.classifier(4, 24)
     with pytest.raises(ValueError, match="student's vocabulary has 60 tokens, the teacher's 61"):
         trainer(tmp_path, student, _tiny.classifier(4, 24, vocab_size=61)).train()
@@ -276,7 +276,7 @@ def test_a_student_that_learns_nothing_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, student, _tiny.classifier(4, 24), objective={"terms": ("attention",)}).train()
 
 
-def test_vocabularies_and_classes() -> None:
+def test_different_vocabularies_and_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="the tokenizer has 60 tokens, the models 59"):
         check_vocabularies(_tiny.config(vocab_size=59), _tiny.config(vocab_size=59), _tiny.tokenizer())
     named = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
@@ -285,7 +285,7 @@ def test_vocabularies_and_classes() -> None:
         check_classes(_tiny.config(**named), _tiny.config(**turned))
     with pytest.raises(ValueError, match="the student has 2 classes, the teacher 3"):
         check_classes(_tiny.config(), _tiny.config(num_labels=3))
-    check_classes(_tiny.config(), _tiny.config(**turned))  # placeholder names say nothing
+    check_classes(_tiny.config(), _tiny.config(**turned))  # placeholder names are not compared
     check_classes(_tiny.config(**named), _tiny.config(**named))
 
 
@@ -389,10 +389,10 @@ def test_a_checkpoint_is_a_plain_student_with_its_projections(tmp_path: Path) ->
     again.load_projections(folder)
     assert torch.equal(again.projections["shared"].weight, run.objective.projections["shared"].weight)
     assert (folder / "objective.json").is_file()
-    assert not list(folder.glob("training_args.bin"))  # a pickle nobody needs
+    assert not list(folder.glob("training_args.bin"))  # a pickle that nobody needs
 
 
-def test_tied_weights_survive(tmp_path: Path) -> None:
+def test_tied_weights_are_still_tied_after_saving(tmp_path: Path) -> None:
     torch.manual_seed(0)
     student, teacher = BertForMaskedLM(_tiny.config(layers=2, width=16)), BertForMaskedLM(_tiny.config(layers=4))
     run = trainer(tmp_path, student, teacher, objective={"terms": ("hidden", "prediction")})
@@ -418,7 +418,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, proj
     assert logs[0] == logs[1]
 
 
-def test_resume_from_nowhere(tmp_path: Path) -> None:
+def test_resuming_from_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no such folder"):
         trainer(tmp_path, _tiny.classifier(), _tiny.classifier(4, 24)).train(resume_from_checkpoint="nowhere")
 
@@ -469,7 +469,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
 
 
 def _one_step(folder: Path, objective: dict[str, Any], **arguments: Any) -> dict[str, Tensor]:
-    """The change that one step of SGD on the same 8 rows makes: the gradient."""
+    """Returns the losses of one SGD step on the same 8 rows and its change of each weight, which is the gradient."""
     student, teacher = _tiny.classifier(**NO_DROPOUT), _tiny.classifier(layers=4, width=24, seed=1)
     run = trainer(
         folder,
@@ -511,7 +511,7 @@ def _trainer_rank(rank: int, port: int, folder: Path, objective: dict[str, Any])
 
 
 def _gradients(batch: dict[str, Tensor], rank: int | None = None) -> dict[str, Tensor]:
-    """Of the inner terms on `batch`; on `rank`'s half of it with FSDP2 where a rank is given."""
+    """Returns the gradients of the inner terms on `batch`, or with FSDP2 on `rank`'s half of it if a rank is given."""
     torch.manual_seed(0)
     student, teacher = _tiny.classifier(**NO_DROPOUT), _tiny.classifier(layers=4, width=24, seed=1)
     model = DistillationModel(student, Objective(student.config, teacher.config)).train()
@@ -538,7 +538,7 @@ def _sharded_rank(rank: int, port: int, folder: Path, batch: dict[str, Tensor]) 
 
 
 def two_processes(function: Any, folder: Path, *args: Any) -> list[dict[str, Tensor]]:
-    """What each of two gloo ranks wrote to `folder`."""
+    """Runs `function` on two gloo ranks and returns what each wrote to `folder`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -555,7 +555,7 @@ def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 @pytest.mark.parametrize("terms", [INNER_TERMS, ("attention",), ("prediction",)])
-def test_two_processes_make_the_step_of_one(tmp_path: Path, terms: tuple[str, ...]) -> None:
+def test_two_processes_take_the_step_of_one(tmp_path: Path, terms: tuple[str, ...]) -> None:
     objective = {"terms": terms}
     expected = _one_step(tmp_path / "one", objective, per_device_train_batch_size=8)
     for found in two_processes(_trainer_rank, tmp_path, objective):
