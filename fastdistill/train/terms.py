@@ -1,37 +1,26 @@
 """The terms of the objective: each class says what it captures, what it counts and what it computes.
 
 The objective is the sum of its terms, all with weight 1. `METHODS` at the end names the terms of each method.
-docs/contributing.md has the recipe for a new term.
+docs/contributing.md has the recipe for a new term. Equations are those of TinyBERT (arXiv 1909.10351) where no other
+paper is named.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from math import gcd
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastdistill.functional import (
-    attention_kl,
-    attention_mse,
-    linear_mse,
-    linear_topk_soft_cross_entropy,
-    soft_cross_entropy,
-    topk_soft_cross_entropy,
-)
+from fastdistill import functional as F
 from fastdistill.train.capture import LayerAttention, States
 from fastdistill.train.options import ObjectiveOptions
 
 __all__ = ["METHODS", "RELATION_HEADS", "Batch", "Counts", "Setup", "Term", "count_items"]
 
-MULTI_LABEL = "multi_label_classification"
 RELATION_HEADS = 48  # MiniLMv2's number for teachers of BERT-base's size; the paper uses 64 for BERT-large's
-
-
-# -- counts ------------------------------------------------------------------------------------------------
 
 
 class Counts(NamedTuple):
@@ -68,9 +57,6 @@ def labelled_tokens(shape: torch.Size, mask: Tensor | None, labels: Tensor | Non
     if labels is None or labels.shape != shape:
         return mask
     return labels != -100 if mask is None else (labels != -100) & mask.bool()
-
-
-# -- what a term is built from, and what it sees -----------------------------------------------------------
 
 
 class Setup(NamedTuple):
@@ -114,17 +100,12 @@ class Batch(NamedTuple):
 class Term:
     """One loss between a student and its teacher.
 
-    Attributes:
-        by_default: whether the method computes this term where no terms are named.
-        hidden, attention: the captured hidden states and attention layers: the student's -> the teacher's.
-        values: whether the values of those layers are captured too.
-        logits, teacher_logits: whether the term reads the student's, and the teacher's.
+    `hidden` and `attention` are the hidden states and attention layers to capture: the student's -> the teacher's.
     """
 
-    by_default = True
-    values = False
-    logits = False
-    teacher_logits = False
+    by_default = True  # whether the method computes this term where no terms are named
+    values = False  # whether the values of the attention layers are captured too
+    logits = teacher_logits = False  # whether the term reads the student's, and the teacher's
 
     def __init__(self, setup: Setup) -> None:
         self.options = setup.options
@@ -137,11 +118,8 @@ class Term:
         raise NotImplementedError
 
 
-# -- TinyBERT ----------------------------------------------------------------------------------------------
-
-
 class Hidden(Term):
-    """MSE between the student's projected hidden states and the teacher's, summed over layers (equation 8)."""
+    """TinyBERT's MSE between projected student and teacher hidden states, summed over layers (equation 8)."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -153,16 +131,12 @@ class Hidden(Term):
 
     def loss(self, batch: Batch) -> Tensor:
         losses = [
-            linear_mse(
-                batch.student.hidden[i],
-                self.projections[i].weight,
-                batch.teacher.hidden[target],
-                self.projections[i].bias,
-                mask=None if self.is_official else batch.mask,
-                num_items=batch.counts.tokens,
+            F.linear_mse(
+                batch.student.hidden[i], self.projections[i].weight, batch.teacher.hidden[j], self.projections[i].bias,
+                mask=None if self.is_official else batch.mask, num_items=batch.counts.tokens,
             )
-            for i, target in self.hidden.items()
-        ]
+            for i, j in self.hidden.items()
+        ]  # fmt: skip
         return torch.stack(losses).sum()
 
 
@@ -177,7 +151,7 @@ class Embedding(Hidden):
 
 
 class Attention(Term):
-    """MSE between attention scores before the softmax, summed over layers (equation 7)."""
+    """TinyBERT's MSE between attention scores before the softmax, summed over layers (equation 7)."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -206,22 +180,12 @@ class Attention(Term):
             pairs = None
             if counts.tokens is not None:
                 share = (rows * length if mask is None else mask.sum()) / counts.tokens
-        return share * attention_mse(
-            student.query,
-            student.key,
-            teacher.query,
-            teacher.key,
-            student_scale=student.scale,
-            teacher_scale=teacher.scale,
-            key_mask=mask,
-            query_mask=None if self.is_official else mask,
-            is_causal=is_causal,
-            attn_mask=attn_mask,
+        return share * F.attention_mse(
+            student.query, student.key, teacher.query, teacher.key,
+            student_scale=student.scale, teacher_scale=teacher.scale,
+            key_mask=mask, query_mask=None if self.is_official else mask, is_causal=is_causal, attn_mask=attn_mask,
             num_items=None if pairs is None else heads * pairs,
-        )
-
-
-# -- MiniLM and MiniLMv2 -----------------------------------------------------------------------------------
+        )  # fmt: skip
 
 
 class Relation(Term):
@@ -238,14 +202,14 @@ class Relation(Term):
     Memory is linear in the length: no relation is stored.
     """
 
-    vectors: tuple[str, str]  # out of "query", "key" and "value"
+    vector = ""  # "query", "key" or "value", compared with itself; "": queries with keys
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         if setup.options.method == "minilm":
             check_heads(setup, "method 'minilm'")
         self.attention = setup.layers_for("relation")
-        self.values = "value" in self.vectors
+        self.values = self.vector == "value"
 
     def loss(self, batch: Batch) -> Tensor:
         ((layer, target),) = self.attention.items()
@@ -253,26 +217,18 @@ class Relation(Term):
         is_causal, attn_mask = shared_masks(student, teacher)
         (query, key, scale), (teacher_query, teacher_key, teacher_scale) = map(self.compared, (student, teacher))
         tokens = batch.counts.tokens
-        return attention_kl(
-            query,
-            key,
-            teacher_query,
-            teacher_key,
-            student_scale=scale,
-            teacher_scale=teacher_scale,
-            key_mask=batch.mask,
-            query_mask=batch.mask,
-            is_causal=is_causal,
-            attn_mask=attn_mask,
+        return F.attention_kl(
+            query, key, teacher_query, teacher_key, student_scale=scale, teacher_scale=teacher_scale,
+            key_mask=batch.mask, query_mask=batch.mask, is_causal=is_causal, attn_mask=attn_mask,
             # Every token may attend itself, so each is a counted row of every head under any mask.
             num_items=None if tokens is None else query.shape[1] * tokens,
-        )
+        )  # fmt: skip
 
     def compared(self, layer: LayerAttention) -> tuple[Tensor, Tensor, float | None]:
         """Returns both vectors (B, A, L, d) of a layer and their scale; None: 1 / sqrt(d)."""
-        if self.vectors == ("query", "key"):
+        if not self.vector:
             return layer.query, layer.key, layer.scale
-        x, heads = getattr(layer, self.vectors[0]), layer.query.shape[1]
+        x, heads = getattr(layer, self.vector), layer.query.shape[1]
         if x is None:
             raise ValueError("the layer was captured without its values; capture it with capture(values=True)")
         if x.shape[1] != heads:  # grouped keys and values
@@ -282,20 +238,16 @@ class Relation(Term):
         return x, x, None
 
 
-class AttentionRelation(Relation):
-    vectors = ("query", "key")
-
-
 class QueryRelation(Relation):
-    vectors = ("query", "query")
+    vector = "query"
 
 
 class KeyRelation(Relation):
-    vectors = ("key", "key")
+    vector = "key"
 
 
 class ValueRelation(Relation):
-    vectors = ("value", "value")
+    vector = "value"
 
 
 def check_relation_heads(student_config: Any, teacher_config: Any, relation_heads: int | None = None) -> int:
@@ -306,7 +258,7 @@ def check_relation_heads(student_config: Any, teacher_config: Any, relation_head
     count = RELATION_HEADS if relation_heads is None else relation_heads
     sides = [(config, config.num_attention_heads) for config in (student_config, teacher_config)]
     widths = [heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) for config, heads in sides]
-    common = gcd(*widths)
+    common = math.gcd(*widths)
     if count < 1 or common % count:
         fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
         raise ValueError(
@@ -314,9 +266,6 @@ def check_relation_heads(student_config: Any, teacher_config: Any, relation_head
             f"of all heads together, {widths[0]} of the student and {widths[1]} of the teacher: {fitting}"
         )
     return count
-
-
-# -- prediction --------------------------------------------------------------------------------------------
 
 
 class Prediction(Term):
@@ -333,9 +282,9 @@ class Prediction(Term):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         problem_type = getattr(setup.student, "problem_type", None)
-        if problem_type == MULTI_LABEL:
+        if problem_type == "multi_label_classification":
             raise ValueError(
-                f"problem_type is {MULTI_LABEL!r}; the prediction term compares softmaxes, of one class a row. "
+                f"problem_type is {problem_type!r}; the prediction term compares softmaxes, of one class a row. "
                 "Leave it out of terms"
             )
         self.is_regression = setup.student.num_labels == 1 or problem_type == "regression"
@@ -348,7 +297,7 @@ class Prediction(Term):
         if self.is_regression:
             if batch.labels is None:
                 raise ValueError("labels is None; a regression learns from gold scores (B)")
-            return linear_mse(logits, None, batch.labels.to(logits.dtype).view(logits.shape), num_items=counts.rows)
+            return F.linear_mse(logits, None, batch.labels.to(logits.dtype).view(logits.shape), num_items=counts.rows)
         targets = batch.teacher.logits if batch.teacher_logits is None else batch.teacher_logits
         if targets is None:
             raise ValueError("there are no teacher logits; give a teacher with a head, or teacher_logits")
@@ -364,30 +313,23 @@ class Prediction(Term):
             mask, items = None if is_classifier else mask, counts.rows if is_classifier else counts.tokens
             if self.is_official:  # the mean over rows and classes, padding included
                 mask, items = None, logits.shape[-1] * (logits.shape[:-1].numel() if items is None else items)
-        return soft_cross_entropy(logits, targets, temperature=self.options.temperature, mask=mask, num_items=items)
+        return F.soft_cross_entropy(logits, targets, temperature=self.options.temperature, mask=mask, num_items=items)
 
     def topk_loss(self, batch: Batch, topk: tuple[Tensor, Tensor]) -> Tensor:
         if self.is_official:
             raise ValueError("parity is 'official', which counts padding, for which topk holds nothing; use 'masked'")
-        options: dict[str, Any] = {
-            "tail": self.options.tail,
-            "temperature": self.options.temperature,
-            "mask": batch.mask,
-            "num_items": batch.counts.tokens,
-        }
-        if batch.head is not None:
-            hidden, weight, bias = batch.head
-            return linear_topk_soft_cross_entropy(hidden, weight, *topk, student_bias=bias, **options)
-        return topk_soft_cross_entropy(student_logits(batch), *topk, **options)
+        options: Any = {"tail": self.options.tail, "temperature": self.options.temperature}
+        options |= {"mask": batch.mask, "num_items": batch.counts.tokens}
+        if batch.head is None:
+            return F.topk_soft_cross_entropy(student_logits(batch), *topk, **options)
+        hidden, weight, bias = batch.head
+        return F.linear_topk_soft_cross_entropy(hidden, weight, *topk, student_bias=bias, **options)
 
 
 def student_logits(batch: Batch) -> Tensor:
     if batch.student.logits is None:
         raise ValueError("the student returned no logits; the prediction term needs a model with a head")
     return batch.student.logits
-
-
-# -- shared ------------------------------------------------------------------------------------------------
 
 
 def shared_masks(student: LayerAttention, teacher: LayerAttention) -> tuple[bool, Tensor | None]:
@@ -403,15 +345,14 @@ def check_heads(setup: Setup, what: str, way_out: str = "") -> None:
     if student != teacher:
         raise ValueError(
             f"the student has {student} attention heads, the teacher {teacher}; {what} compares them one to one. "
-            f"Give the student as many heads, {way_out}or use "
-            'method="minilmv2", relation losses with re-split heads'
+            f'Give the student as many heads, {way_out}or use method="minilmv2", relation losses with re-split heads'
         )
 
 
 # The terms of each method, in the order in which they are computed.
 METHODS: dict[str, dict[str, type[Term]]] = {
     "tinybert": {"embedding": Embedding, "hidden": Hidden, "attention": Attention, "prediction": Prediction},
-    "minilm": {"attention": AttentionRelation, "value_relation": ValueRelation, "prediction": Prediction},
+    "minilm": {"attention": Relation, "value_relation": ValueRelation, "prediction": Prediction},
     "minilmv2": {
         "query_relation": QueryRelation,
         "key_relation": KeyRelation,

@@ -214,7 +214,7 @@ def wrong(kind: str, *vectors: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("case", ["minilm", "minilmv2-narrower"])
 @pytest.mark.parametrize("kind", ["none", "scale", "mean", "keys", "queries", "sides", "gradient"])
 def test_a_planted_error_is_seen(kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdistill.train.terms.attention_kl", partial(wrong, kind))
+    monkeypatch.setattr("fastdistill.functional.attention_kl", partial(wrong, kind))
     objective, student, teacher = models(case)
     batch = _tiny.batch()
     truth = published(objective, student, teacher, batch)
