@@ -19,16 +19,8 @@ from fastdistill.train.options import ObjectiveOptions
 from fastdistill.train.published import load_published_projections
 from fastdistill.train.terms import METHODS, Batch, Counts, Prediction, Setup, check_relation_heads, count_items
 
-__all__ = [
-    "PROJECTIONS_NAME",
-    "SETTINGS_NAME",
-    "Objective",
-    "check_method_options",
-    "projection_kind",
-    "read_projections",
-    "resolve_layer_map",
-    "resolve_terms",
-]
+__all__ = ["Objective", "check_method_options", "projection_kind", "read_projections", "resolve_layer_map",
+           "resolve_terms"]  # fmt: skip
 
 PROJECTIONS_NAME = "projections.safetensors"
 SETTINGS_NAME = "objective.json"
@@ -71,7 +63,6 @@ class Objective(nn.Module):
         self.projections = nn.ModuleDict()
         setup = Setup(self.options, student_config, teacher_config, self.layer_map, self.projections)
         self._terms = {name: classes[name](setup) for name in self.terms}
-
         terms = self._terms.values()
         self.hidden = {i: target for term in terms for i, target in term.hidden.items()}
         self.attention = {i: target for term in terms for i, target in term.attention.items()}
@@ -92,14 +83,9 @@ class Objective(nn.Module):
         return count_items(batch, self.options.parity)
 
     def forward(
-        self,
-        student: States,
-        teacher: States | None = None,
-        *,
-        mask: Tensor | None = None,
-        num_items: Tensor | None = None,
-        **targets: Any,
-    ) -> dict[str, Tensor]:
+        self, student: States, teacher: States | None = None, *,
+        mask: Tensor | None = None, num_items: Tensor | None = None, **targets: Any,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Returns the losses of one batch, by term, each a scalar.
 
         Args:
@@ -115,8 +101,6 @@ class Objective(nn.Module):
         batch = Batch(student, teacher or States({}, {}, None), mask, counts=counts, **targets)
         return {name: term.loss(batch) for name, term in self._terms.items()}
 
-    # -- files ---------------------------------------------------------------------------------------------
-
     def settings(self) -> dict[str, Any]:
         """Returns everything but the projections' weights as plain values: the arguments of an equal objective."""
         layer_map = list(self.layer_map) if self.options.method == "tinybert" else None
@@ -127,16 +111,11 @@ class Objective(nn.Module):
         path = Path(folder) / SETTINGS_NAME
         if not path.is_file():
             raise ValueError(f"{path}: no such file; {folder} is no run of a stage. Pass overwrite=True to replace it")
-        found = json.loads(path.read_text())
-        different = [
-            f"{name} {found[name]!r} instead of {value!r}"
-            for name, value in self.settings().items()
-            if found.get(name, value) != value
-        ]
+        found, asked = json.loads(path.read_text()), self.settings()
+        different = [name for name in asked if found.get(name, asked[name]) != asked[name]]
         if different:
-            raise ValueError(
-                f"{folder} was trained with {', '.join(different)}; ask for the same to go on, or pass overwrite=True"
-            )
+            changes = ", ".join(f"{name} {found[name]!r} instead of {asked[name]!r}" for name in different)
+            raise ValueError(f"{folder} was trained with {changes}; ask for the same to go on, or pass overwrite=True")
 
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Writes `objective.json`, and the projections' weights to `projections.safetensors` if there are any."""
@@ -154,11 +133,11 @@ class Objective(nn.Module):
         """
         saved = read_projections(folder)
         if not saved:
-            path = Path(folder) / PROJECTIONS_NAME
-            raise FileNotFoundError(f"{path}: no such file; a stage with projections writes it")
-        expected = {name: tuple(x.shape) for name, x in self.state_dict().items()}
-        found = {name: tuple(x.shape) for name, x in saved.items()}
-        if any(found.get(name) != shape for name, shape in expected.items()):
+            raise FileNotFoundError(
+                f"{Path(folder) / PROJECTIONS_NAME}: no such file; a stage with projections writes it"
+            )
+        expected, found = ({name: tuple(x.shape) for name, x in side.items()} for side in (self.state_dict(), saved))
+        if not expected.items() <= found.items():
             kind = projection_kind(saved)
             way_out = "the same layer map and models, and no terms that the earlier stage left out"
             if kind != self.options.projection:
@@ -180,9 +159,6 @@ def projection_kind(projections: Mapping[str, Tensor]) -> str:
     return "shared" if "projections.shared.weight" in projections else "per_layer"
 
 
-# -- options -----------------------------------------------------------------------------------------------
-
-
 def resolve_terms(method: str, terms: Sequence[str] | None = None) -> tuple[str, ...]:
     """Returns the terms in the order in which they are computed; None: the default ones of the method.
 
@@ -193,7 +169,7 @@ def resolve_terms(method: str, terms: Sequence[str] | None = None) -> tuple[str,
     known = METHODS[method]
     if terms is None:
         return tuple(name for name, term in known.items() if term.by_default)
-    if not terms or isinstance(terms, str) or any(term not in known for term in terms):
+    if not terms or isinstance(terms, str) or not known.keys() >= set(terms):
         raise ValueError(
             f"terms is {terms!r}; it should be a sequence out of {tuple(known)}, those of method {method!r}"
         )
@@ -236,10 +212,10 @@ def resolve_layers(
     target = layers[1] if options.teacher_layer is None else options.teacher_layer
     if not 1 <= target <= layers[1]:
         raise ValueError(f"teacher_layer is {target}; it should be 1..{layers[1]}, the teacher's layers")
-    heads = None
     if options.method == "minilmv2":
         heads = check_relation_heads(student_config, teacher_config, options.relation_heads)
-    return replace(options, teacher_layer=target, relation_heads=heads), (*[None] * layers[0], target)
+        options = replace(options, relation_heads=heads)
+    return replace(options, teacher_layer=target), (*[None] * layers[0], target)
 
 
 def resolve_layer_map(
