@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +43,11 @@ class DistillationTrainer(ResumableTrainer):
         data_collator: `PaddingCollator(processing_class)` by default.
     """
 
-    _signature_columns: list[str] | None
-
     def __init__(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        objective: Objective,
-        args: TrainingArguments | None = None,
-        *,
-        processing_class: Any = None,
-        data_collator: Any = None,
-        **kwargs: Any,
-    ) -> None:
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective,
+        args: TrainingArguments | None = None, *,
+        processing_class: Any = None, data_collator: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if data_collator is None and processing_class is not None:
             data_collator = PaddingCollator(processing_class)
         if args is not None and args.ddp_find_unused_parameters is None:
@@ -69,11 +60,7 @@ class DistillationTrainer(ResumableTrainer):
                 )
         self.student, self.teacher, self.objective = model, teacher, objective
         super().__init__(
-            model=DistillationModel(model, objective),
-            args=args,
-            processing_class=processing_class,
-            data_collator=data_collator,
-            **kwargs,
+            DistillationModel(model, objective), args, data_collator, processing_class=processing_class, **kwargs
         )
         if teacher is not None:
             teacher.eval()
@@ -81,8 +68,6 @@ class DistillationTrainer(ResumableTrainer):
                 teacher.to(self.args.device)
         self._sums: dict[str, Tensor] = {}  # each term's losses since the last log, on the device
         self._sums_start = 0  # the optimiser step at which they began
-
-    # -- loss ----------------------------------------------------------------------------------------------
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         if not batch_samples:
@@ -102,19 +87,13 @@ class DistillationTrainer(ResumableTrainer):
             return None
         with torch.no_grad(), self.accelerator.autocast():
             return capture(
-                self.teacher if needs_logits else self.teacher.base_model,
-                inputs,
-                hidden=set(objective.hidden.values()),
-                attention=set(objective.attention.values()),
+                self.teacher if needs_logits else self.teacher.base_model, inputs,
+                hidden=set(objective.hidden.values()), attention=set(objective.attention.values()),
                 values=objective.needs_values,
-            )
+            )  # fmt: skip
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(**inputs, teacher=self._teacher_states(inputs), num_items=num_items_in_batch)
         # Items are counted over all processes, and DDP and FSDP average the gradients of the processes.
@@ -129,11 +108,7 @@ class DistillationTrainer(ResumableTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor | None, Any, Any]:
         """Returns the distillation loss where it has a target, the student's logits, and the labels."""
         inputs = self._prepare_inputs(inputs)
@@ -159,13 +134,11 @@ class DistillationTrainer(ResumableTrainer):
             self._sums = {}
         super().log(logs, start_time)
 
-    # -- before the first step -----------------------------------------------------------------------------
-
     def check(self) -> None:
-        """Refuses runs that would fail late or train nothing. `train` calls it, and then runs the first rows once.
+        """Raises ValueError for a run that would fail late or train nothing. `train` calls it before the first step.
 
-        Raises ValueError where the vocabularies differ, the classes or their order differ, a teacher is missing, or
-        the student recomputes activations in reentrant mode.
+        It compares the vocabularies, the classes and their order, and refuses a missing teacher, reentrant activation
+        checkpointing, and FSDP without an accelerator.
         """
         objective, student, teacher = self.objective, self.student, self.teacher
         columns = getattr(self.train_dataset, "column_names", None) or ()
@@ -237,9 +210,7 @@ class DistillationTrainer(ResumableTrainer):
         batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             model.to(self.args.device)  # to the teacher; Trainer moves it only when it shards it
-        device = next(self.student.parameters()).device
-        batch = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        was_training = model.training
+        batch = self._prepare_inputs(batch)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if "topk_logprobs" in batch and self.objective.needs_logits:
@@ -251,13 +222,9 @@ class DistillationTrainer(ResumableTrainer):
                 raise ValueError(f"the loss of the first rows is {loss.item()}; the student or the teacher overflows")
             if loss.requires_grad:
                 loss.backward()
-        model.train(was_training)
 
-    @contextmanager
-    def _capturable(self) -> Iterator[None]:
-        models = (self.student, self.teacher) if self.objective.attention else ()
-        with capturable(*models):
-            yield
+    def _capturable(self) -> AbstractContextManager[None]:
+        return capturable(*((self.student, self.teacher) if self.objective.attention else ()))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.check()
@@ -271,20 +238,16 @@ class DistillationTrainer(ResumableTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the columns that student or teacher take: a BERT teacher of a DistilBERT student takes token types."""
-        if self._signature_columns is None:
-            models = [model for model in (self.student, self.teacher) if model is not None]
-            names = itertools.chain.from_iterable(inspect.signature(model.forward).parameters for model in models)
-            cached = ["teacher_logits", "topk_logprobs", "topk_indices"]
-            if self.teacher is None:
-                cached += [f"hidden_{i}" for i in self.objective.hidden.values()]
-            self._signature_columns = list(dict.fromkeys([*names, "labels", "label", "label_ids", *cached, "length"]))
-
-    # -- checkpoints ---------------------------------------------------------------------------------------
+        models = [model for model in (self.student, self.teacher) if model is not None]
+        names = [name for model in models for name in inspect.signature(model.forward).parameters]
+        hidden = [f"hidden_{i}" for i in self.objective.hidden.values()] if self.teacher is None else []
+        cached = ["teacher_logits", "topk_logprobs", "topk_indices", *hidden]
+        self._signature_columns = [*names, "labels", "label", "label_ids", *cached, "length"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.student.save_pretrained(folder, state_dict=_part(state_dict, "student."))
         self.objective.save(folder, _part(state_dict, "objective."))
@@ -295,7 +258,7 @@ class DistillationTrainer(ResumableTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        if not os.path.isdir(resume_from_checkpoint):
+        if not Path(resume_from_checkpoint).is_dir():
             raise ValueError(f"resume_from_checkpoint is {resume_from_checkpoint!r}; there is no such folder")
         load_student(self.student, resume_from_checkpoint)
         if len(self.objective.projections):
