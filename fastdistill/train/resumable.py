@@ -4,12 +4,11 @@ by a kill. A resumed run sees the rows that the whole run would have seen.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
+from fastdistill.train import outputs
 from fastdistill.train.data import OwnRows
 from fastdistill.train.options import Schedule
-from fastdistill.train.outputs import (
-    WHOLE,
-    drop_checkpoints,
-    last_checkpoint,
-    replace,
-    whole_checkpoints,
-    working_folder,
-)
 from fastdistill.train.processes import check_gpus, on_main, processes
 
 __all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm", "load_student", "training_arguments"]
@@ -39,6 +31,7 @@ __all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm", "load_stud
 logger = logging.get_logger(__name__)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler[int]):
     """Draws the order of another sampler from the seed and the epoch's number alone.
 
@@ -46,10 +39,9 @@ class EpochSampler(Sampler[int]):
     is called at each start, because accelerate's `set_epoch` gets lost where batches are skipped or dealt out.
     """
 
-    def __init__(self, sampler: Sampler[int], seed: int, epoch: Callable[[], int]) -> None:
-        self.sampler = sampler
-        self.seed = seed
-        self.epoch = epoch
+    sampler: Sampler[int]
+    seed: int
+    epoch: Callable[[], int]
 
     def __iter__(self) -> Iterator[int]:
         with torch.random.fork_rng(devices=[]):
@@ -62,10 +54,9 @@ class EpochSampler(Sampler[int]):
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that may be stopped at any moment. A resumed run sees the rows that the whole run would have seen.
+    """Marks a checkpoint once all files of all processes are there, and only then deletes older ones.
 
-    A checkpoint is marked once all files of all processes are there, and only then are older ones deleted. Several
-    GPUs in one process are a ValueError.
+    Several GPUs in one process are a ValueError.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -76,7 +67,7 @@ class ResumableTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as Trainer does. On SIGTERM it finishes the step, writes a checkpoint and raises `Terminated`."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = outputs.last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint is True; {self.args.output_dir} holds no whole checkpoint")
         with checkpoint_on_sigterm(self):
@@ -89,8 +80,8 @@ class ResumableTrainer(Trainer):
         self.save_model()
         self.save_state()
         self.accelerator.wait_for_everyone()
-        on_main(lambda: replace(working_folder(output), output))
-        on_main(lambda: drop_checkpoints(output))  # last, so that a killed run always has one
+        on_main(lambda: outputs.replace(outputs.working_folder(output), output))
+        on_main(lambda: outputs.drop_checkpoints(output))  # last, so that a killed run always has one
         if self.is_fsdp_enabled:
             student = read_student(kind, output, dtype).to(self.args.device)
         return student.eval()
@@ -100,12 +91,10 @@ class ResumableTrainer(Trainer):
             return super().get_train_dataloader()
         # Trainer's own would deal the rows out to the processes a second time.
         loader = DataLoader(
-            self.train_dataset,
-            batch_size=self._train_batch_size,
+            self.train_dataset, self._train_batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+        )  # fmt: skip
         return prepare_data_loader(
             loader, self.args.device, num_processes=1, process_index=0, put_on_device=True, dispatch_batches=False
         )
@@ -128,7 +117,7 @@ class ResumableTrainer(Trainer):
         work = Path(self._get_output_dir(trial=trial))
         checkpoint = work / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            (checkpoint / WHOLE).unlink(missing_ok=True)
+            (checkpoint / outputs.WHOLE).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -137,11 +126,10 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (checkpoint / WHOLE).touch()
-            kept = (checkpoint, Path(self.state.best_model_checkpoint or checkpoint))
-            for older in whole_checkpoints(work)[:-limit] if limit else ():
-                if older not in kept:
-                    shutil.rmtree(older)
+            (checkpoint / outputs.WHOLE).touch()
+            if limit:
+                best = Path(self.state.best_model_checkpoint or checkpoint)
+                outputs.drop_checkpoints(work, keep=(checkpoint, best, *outputs.whole_checkpoints(work)[-limit:]))
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -185,8 +173,7 @@ def checkpoint_on_sigterm(trainer: Trainer) -> Iterator[None]:
 
 class _Checkpoint(TrainerCallback):
     def __init__(self, processes: int) -> None:
-        self.received = False
-        self.stops = False
+        self.received = self.stops = False
         # gloo exchanges the flag between hosts after every step, without a host sync.
         self.group = distributed.new_group(backend="gloo") if processes > 1 else None
 
@@ -198,8 +185,7 @@ class _Checkpoint(TrainerCallback):
         if self.group is not None:
             distributed.all_reduce(received, distributed.ReduceOp.MAX, group=self.group)
         self.stops = bool(received)
-        if self.stops:
-            control.should_save = True
+        control.should_save |= self.stops
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stops:
@@ -209,34 +195,23 @@ class _Checkpoint(TrainerCallback):
             raise Terminated(message)
 
 
-# -- arguments, and students read back ---------------------------------------------------------------------
-
-
 def training_arguments(work: Path, schedule: Schedule) -> TrainingArguments:
     """Returns the Trainer's arguments for a schedule; `schedule.arguments` holds any others and wins."""
     options: dict[str, Any] = {
-        "output_dir": str(work),
-        "num_train_epochs": schedule.epochs,
-        "per_device_train_batch_size": schedule.batch_size,
+        "output_dir": str(work), "save_total_limit": 1, "logging_steps": 50, "seed": schedule.seed,
+        "num_train_epochs": schedule.epochs, "per_device_train_batch_size": schedule.batch_size,
         "per_device_eval_batch_size": max(schedule.batch_size, 64),
-        "learning_rate": schedule.learning_rate,
-        "warmup_steps": schedule.warmup,  # below 1: a share of all steps
-        "lr_scheduler_type": schedule.scheduler,
-        "weight_decay": schedule.weight_decay,
-        "seed": schedule.seed,
-        "save_total_limit": 1,
-        "logging_steps": 50,
+        "learning_rate": schedule.learning_rate, "weight_decay": schedule.weight_decay,
+        "lr_scheduler_type": schedule.scheduler, "warmup_steps": schedule.warmup,  # below 1: a share of all steps
         # The filter reads every step's loss back from the device, and hides a NaN by repeating older losses.
         "logging_nan_inf_filter": False,
         # Without it Trainer refuses bf16 on a machine without an accelerator.
         "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
-    }
-    processes()  # before TrainingArguments, whose shorter timeout would end a process that waits for long tokenising
+    }  # fmt: skip
     # Batches of similar length need little padding. transformers 5.0 names it `group_by_length`.
-    if "train_sampling_strategy" in {option.name for option in fields(TrainingArguments)}:
-        options["train_sampling_strategy"] = "group_by_length"
-    else:
-        options["group_by_length"] = True
+    is_new = hasattr(TrainingArguments, "train_sampling_strategy")
+    options |= {"train_sampling_strategy": "group_by_length"} if is_new else {"group_by_length": True}
+    processes()  # before TrainingArguments, whose shorter timeout would end a process that waits for long tokenising
     return TrainingArguments(**{**options, **schedule.arguments})
 
 
