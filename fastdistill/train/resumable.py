@@ -208,9 +208,11 @@ def training_arguments(work: Path, schedule: Schedule) -> TrainingArguments:
         # Without it Trainer refuses bf16 on a machine without an accelerator.
         "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
     }  # fmt: skip
-    # Batches of similar length need little padding. transformers 5.0 names it `group_by_length`.
-    is_new = hasattr(TrainingArguments, "train_sampling_strategy")
-    options |= {"train_sampling_strategy": "group_by_length"} if is_new else {"group_by_length": True}
+    # Batches of similar length need little padding. transformers 5.0 has another name, and refuses it for streams.
+    if hasattr(TrainingArguments, "train_sampling_strategy"):
+        options["train_sampling_strategy"] = "group_by_length"
+    else:
+        options["group_by_length"] = not getattr(schedule, "streaming", False)
     processes()  # before TrainingArguments, whose shorter timeout would end a process that waits for long tokenising
     return TrainingArguments(**{**options, **schedule.arguments})
 

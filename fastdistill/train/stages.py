@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from fastdistill.train.cache import check_cache, read_cache, teacher_config
 from fastdistill.train.data import OwnRows, add_length, pack_corpus, read_corpus
@@ -40,28 +40,16 @@ SHUFFLED = 10_000  # blocks of a stream that the next one is drawn from
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage(ObjectiveOptions, Schedule, ABC):
-    """The run that the stages share; their options are those of `ObjectiveOptions` and `Schedule`.
+    """Trains a student. The options are those of `ObjectiveOptions` and `Schedule`."""
 
-    Attributes:
-        projections: a folder written by an earlier stage. This stage continues from the projections there that its
-            terms have.
-    """
-
+    # The folder of an earlier stage. This stage continues from the projections there that its terms have.
     projections: str | Path | None = None
 
     def run(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        tokenizer: Any,
-        output_dir: str | Path,
-        *,
-        eval_dataset: Dataset | None = None,
-        compute_metrics: Any = None,
-        callbacks: Sequence[Any] = (),
-        resume: bool = False,
-        overwrite: bool = False,
-    ) -> PreTrainedModel:
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: Any, output_dir: str | Path, *,
+        eval_dataset: Dataset | None = None, compute_metrics: Any = None, callbacks: Sequence[Any] = (),
+        resume: bool = False, overwrite: bool = False,
+    ) -> PreTrainedModel:  # fmt: skip
         """Trains `student` in place and writes it to `output_dir`, whole or not at all.
 
         FSDP leaves the given student in shards; the returned one is whole.
@@ -82,7 +70,7 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
             Terminated: SIGTERM came; the last step's checkpoint is written, for `resume`.
         """
         output = Path(output_dir)
-        args = self._training_arguments(working_folder(output))  # sets the processes up
+        args = training_arguments(working_folder(output), self)  # sets the processes up
         torch.manual_seed(args.seed)  # new projections
         options = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
         objective = Objective(student.config, self._teacher_config(teacher), **options)
@@ -91,18 +79,17 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
             on_main(lambda: drop_checkpoints(output))
             load_student(student, output)
             return student.eval()
-        checkpoint = self._start(objective, output, resume=resume, overwrite=overwrite)
+        if self.projections is not None and len(objective.projections):
+            objective.load_projections(self.projections)
+        checkpoint = on_main(lambda: last_checkpoint(working_folder(output))) if resume else None
+        if checkpoint is not None:
+            on_main(lambda: objective.check_settings(checkpoint))
+        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
         trainer = DistillationTrainer(
-            student,
-            teacher,
-            objective,
-            args,
-            processing_class=tokenizer,
-            train_dataset=main_first(lambda: self.prepare(tokenizer)),
-            eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics,
-            callbacks=list(callbacks),
-        )
+            student, teacher, objective, args, processing_class=tokenizer,
+            train_dataset=main_first(lambda: self.prepare(tokenizer)), eval_dataset=eval_dataset,
+            compute_metrics=compute_metrics, callbacks=list(callbacks),
+        )  # fmt: skip
         return trainer.train_whole(student, output, checkpoint)
 
     @abstractmethod
@@ -112,19 +99,6 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
     def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
         """Returns the teacher's transformers config; None where the stage needs no teacher."""
         return None if teacher is None else teacher.config
-
-    def _training_arguments(self, work: Path) -> TrainingArguments:
-        return training_arguments(work, self)
-
-    def _start(self, objective: Objective, output: Path, *, resume: bool, overwrite: bool) -> str | None:
-        """Reads an earlier stage's projections, claims `output`, and returns the checkpoint to go on from."""
-        if self.projections is not None and len(objective.projections):
-            objective.load_projections(self.projections)
-        checkpoint = on_main(lambda: last_checkpoint(working_folder(output))) if resume else None
-        if checkpoint is not None:
-            on_main(lambda: objective.check_settings(checkpoint))
-        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
-        return checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +112,6 @@ class GeneralStage(_Stage):
         streaming: read the corpus while it trains, without end, instead of tokenising it before the first step. It
             needs `arguments={"max_steps": N}`, ignores `epochs`, and takes `warmup` as a share of N. Each process
             reads lines of its own. An IterableDataset is always streamed.
-
-    Raises ValueError where a streamed corpus comes without `max_steps`.
     """
 
     corpus: Sequence[str | Path] | Dataset | IterableDataset
@@ -170,12 +142,6 @@ class GeneralStage(_Stage):
         if next(iter(blocks), None) is None:
             raise ValueError("corpus holds no text" + (f" for process {index} of {number}" if number > 1 else ""))
         return OwnRows(blocks.shuffle(seed=self.seed, buffer_size=SHUFFLED))
-
-    def _training_arguments(self, work: Path) -> TrainingArguments:
-        args = super()._training_arguments(work)
-        if self.streaming and hasattr(args, "group_by_length"):
-            args.group_by_length = False  # transformers 5.0 refuses it for streams; later versions ignore it
-        return args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +182,8 @@ class PredictionStage(_Stage):
 @dataclass(frozen=True, kw_only=True)
 class CachedStage(_Stage):
     """Learns from an offline teacher, which `fastdistill.train.cache` wrote. Defaults: the prediction term, and the
-    general stage's schedule.
-
-    `run` takes None for the teacher. A given teacher runs for the inner terms, including the attention term, which no
-    cache can serve.
+    general stage's schedule. `run` takes None for the teacher. A given teacher runs for the inner terms, including the
+    attention term, which no cache can serve.
 
     Attributes:
         cache: the folder. Pass its tokenizer to `run`; a student or a tokenizer with another vocabulary, or a
@@ -232,13 +196,9 @@ class CachedStage(_Stage):
     terms: Sequence[str] | None = ("prediction",)
 
     def run(
-        self,
-        student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        tokenizer: Any,
-        output_dir: str | Path,
+        self, student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: Any, output_dir: str | Path,
         **options: Any,
-    ) -> PreTrainedModel:
+    ) -> PreTrainedModel:  # fmt: skip
         check_cache(self.cache, student=student, tokenizer=tokenizer)
         return super().run(student, teacher, tokenizer, output_dir, **options)
 

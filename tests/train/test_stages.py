@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 
 from fastdistill.train.data import add_teacher_logits, pack_corpus
 from fastdistill.train.objective import Objective
-from fastdistill.train.resumable import EpochSampler
+from fastdistill.train.resumable import EpochSampler, training_arguments
 from fastdistill.train.stages import GeneralStage, IntermediateStage, PredictionStage
 from fastdistill.train.trainer import DistillationTrainer
 
@@ -141,7 +141,7 @@ def test_arguments_override_attributes(tmp_path: Path) -> None:
     stage = prediction_stage(learning_rate=1.0, arguments={**QUICK, "learning_rate": 2e-3, "max_steps": 1})
     stage.run(_tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer(), tmp_path / "out")
     assert history(tmp_path / "out")[-1]["step"] == 1
-    assert stage._training_arguments(tmp_path).learning_rate == 2e-3
+    assert training_arguments(tmp_path, stage).learning_rate == 2e-3
 
 
 def trainer_of(stage: PredictionStage, folder: Path) -> DistillationTrainer:
@@ -149,7 +149,7 @@ def trainer_of(stage: PredictionStage, folder: Path) -> DistillationTrainer:
         _tiny.classifier(),
         None,
         Objective(_tiny.config(layers=2), terms=("prediction",)),
-        stage._training_arguments(folder),
+        training_arguments(folder, stage),
         processing_class=_tiny.tokenizer(),
         train_dataset=stage.prepare(_tiny.tokenizer()),
     )
