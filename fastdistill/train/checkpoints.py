@@ -18,14 +18,9 @@ __all__ = ["load_model"]
 
 
 def load_model(
-    name: str,
-    auto_class: str | None = None,
-    *,
-    trust_remote_code: bool = False,
-    needs_head: bool = False,
-    headless: dict[str, Any] | None = None,
-    **options: Any,
-) -> tuple[PreTrainedModel, Any]:
+    name: str, auto_class: str | None = None, *, trust_remote_code: bool = False,
+    needs_head: bool = False, headless: dict[str, Any] | None = None, **options: Any,
+) -> tuple[PreTrainedModel, Any]:  # fmt: skip
     """Returns a checkpoint's model, in float32 and eval mode, on the device to run on, and its tokenizer.
 
     Args:
@@ -82,8 +77,8 @@ def _tokenizer(name: str, model: PreTrainedModel, trust_remote_code: bool) -> An
 
 def _no_head(model: PreTrainedModel, auto_class: str, missing: set[str]) -> str:
     names = ", ".join(sorted(missing))
-    if auto_class in ("AutoModelForMaskedLM", "AutoModelForCausalLM"):
-        what = "masked" if auto_class == "AutoModelForMaskedLM" else "causal"
+    what = {"AutoModelForMaskedLM": "masked", "AutoModelForCausalLM": "causal"}.get(auto_class)
+    if what:
         return f"not a {what} language model with its head (there is no {names})"
     kind = type(model).__name__
     return f"not a trained {kind} (there is no {names}); `fastdistill finetune` makes a model of the task"

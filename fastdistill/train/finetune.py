@@ -21,16 +21,9 @@ __all__ = ["finetune"]
 
 
 def finetune(
-    model: PreTrainedModel,
-    dataset: Dataset,
-    tokenizer: Any,
-    output_dir: str | Path,
-    *,
-    callbacks: Sequence[Any] = (),
-    resume: bool = False,
-    overwrite: bool = False,
-    **schedule: Any,
-) -> PreTrainedModel:
+    model: PreTrainedModel, dataset: Dataset, tokenizer: Any, output_dir: str | Path, *,
+    callbacks: Sequence[Any] = (), resume: bool = False, overwrite: bool = False, **schedule: Any,
+) -> PreTrainedModel:  # fmt: skip
     """Trains a classifier in place on the `labels` of `dataset` and writes it to `output_dir`, whole or not at all.
 
     Args:
@@ -48,13 +41,9 @@ def finetune(
         return model.eval()
     work = on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
     trainer = ResumableTrainer(
-        model=model,
-        args=training_arguments(work, options),
-        processing_class=tokenizer,
-        data_collator=PaddingCollator(tokenizer),
-        train_dataset=add_length(dataset),
-        callbacks=list(callbacks),
-    )
+        model, training_arguments(work, options), PaddingCollator(tokenizer), add_length(dataset),
+        processing_class=tokenizer, callbacks=list(callbacks),
+    )  # fmt: skip
     # Classifiers take num_items_in_batch and ignore it: Trainer would take their means for shares of a sum, and scale
     # them by the processes and the accumulation.
     trainer.model_accepts_loss_kwargs = False

@@ -18,30 +18,21 @@ __all__ = ["DistillationModel", "has_linear_head"]
 class DistillationModel(nn.Module):
     """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}.
 
-    Attributes:
-        linear_head: whether the loss against an offline teacher may take the student's last hidden state and head
-            instead of its logits, which then never exist (`has_linear_head`).
+    `linear_head` says whether the loss against an offline teacher may take the student's last hidden state and head
+    instead of its logits, which then never exist (`has_linear_head`).
     """
 
     accepts_loss_kwargs = True  # losses are divided by num_items, not again by the accumulation steps
 
     def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
-        self.student = student
-        self.objective = objective
-        self.linear_head = False
+        self.student, self.objective, self.linear_head = student, objective, False
 
     def forward(
-        self,
-        teacher: States | None = None,
-        teacher_logits: Tensor | None = None,
-        topk_logprobs: Tensor | None = None,
-        topk_indices: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_items: Tensor | None = None,
-        with_loss: bool = True,
-        **batch: Tensor,
-    ) -> dict[str, Tensor | None]:
+        self, teacher: States | None = None, teacher_logits: Tensor | None = None,
+        topk_logprobs: Tensor | None = None, topk_indices: Tensor | None = None,
+        labels: Tensor | None = None, num_items: Tensor | None = None, with_loss: bool = True, **batch: Tensor,
+    ) -> dict[str, Tensor | None]:  # fmt: skip
         objective = self.objective
         if not with_loss:
             return {"logits": capture(self.student, batch).logits}
@@ -51,22 +42,14 @@ class DistillationModel(nn.Module):
         student = self.student if objective.needs_logits and layer is None else self.student.base_model
         last = self.student.config.num_hidden_layers  # the hidden state that a head takes
         states = capture(
-            student,
-            batch,
-            hidden=set(objective.hidden) if layer is None else {*objective.hidden, last},
-            attention=tuple(objective.attention),
-            values=objective.needs_values,
-        )
+            student, batch, hidden=set(objective.hidden) if layer is None else {*objective.hidden, last},
+            attention=objective.attention, values=objective.needs_values,
+        )  # fmt: skip
         losses = objective(
-            states,
-            teacher,
-            mask=batch.get("attention_mask"),
-            labels=labels,
-            teacher_logits=teacher_logits,
-            topk=topk,
+            states, teacher, mask=batch.get("attention_mask"), num_items=num_items,
+            labels=labels, teacher_logits=teacher_logits, topk=topk,
             head=None if layer is None else (states.hidden[last], layer.weight, layer.bias),
-            num_items=num_items,
-        )
+        )  # fmt: skip
         return {"loss": torch.stack(list(losses.values())).sum(), **losses, "logits": states.logits}
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
