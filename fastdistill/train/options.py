@@ -17,9 +17,9 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveOptions:
-    """What a student learns from its teacher. `fastdistill.train.objective.Objective` takes these as keywords.
+    """Says what a student learns from its teacher. `fastdistill.train.objective.Objective` takes these as keywords.
 
-    The help of each field describes it; `fastdistill.train.objective.resolve_layer_map` describes the layer maps.
+    `fastdistill.train.objective.resolve_layer_map` describes the layer maps.
     """
 
     method: Literal["tinybert", "minilm", "minilmv2"] = option("tinybert", "what the inner losses compare")
@@ -52,7 +52,7 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long and how fast a stage trains.
+    """Says how long and how fast a stage trains.
 
     `arguments` holds anything else that transformers.TrainingArguments takes ({"bf16": True}, {"report_to": "wandb"},
     ...) and wins over the other fields.

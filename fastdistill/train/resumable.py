@@ -54,9 +54,10 @@ class EpochSampler(Sampler[int]):
 
 
 class ResumableTrainer(Trainer):
-    """Marks a checkpoint once all files of all processes are there, and only then deletes older ones.
+    """Trains as transformers' Trainer does, and may be stopped at any moment.
 
-    Several GPUs in one process are a ValueError.
+    It marks a checkpoint once all files of all processes are there, and only then deletes older ones. Several GPUs in
+    one process are a ValueError.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -65,7 +66,7 @@ class ResumableTrainer(Trainer):
             check_gpus()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as Trainer does. On SIGTERM it finishes the step, writes a checkpoint and raises `Terminated`."""
+        """Trains. On SIGTERM it finishes the step, writes a checkpoint and raises `Terminated`."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = outputs.last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:

@@ -34,10 +34,7 @@ class Counts(NamedTuple):
 
 
 def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # (5), the fields of Counts
-    """Counts the items of a batch without a host sync. Counts add up over micro-batches and processes.
-
-    In "official" parity padding counts, except among labelled tokens.
-    """
+    """Counts the items of a batch without a host sync; in "official" parity padding too, except as labelled tokens."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     counted = torch.ones_like(ids, dtype=torch.long) if mask is None or parity == "official" else mask.long()  # (B, L)
     tokens = counted.sum(1)  # (B)
