@@ -235,25 +235,8 @@ def resolve_layer_map(
     Raises ValueError saying which entry is wrong.
     """
     m, n = student_layers, teacher_layers
-    listed = f"a list of {m + 1} teacher indices"
-    if layer_map == "last":
-        return (0, *[None] * (m - 1), n)
     if isinstance(layer_map, str):
-        if layer_map not in ("uniform", "top", "bottom"):
-            raise ValueError(f"layer_map is {layer_map!r}; it should be 'uniform', 'top', 'bottom', 'last' or {listed}")
-        if m > n:
-            raise ValueError(
-                f"layer_map {layer_map!r} needs a teacher at least as deep as the student; the student has {m} "
-                f"layers, the teacher {n}. Give {listed}"
-            )
-        if layer_map == "uniform" and n % m:
-            raise ValueError(
-                f"layer_map 'uniform' needs a student depth that divides the teacher's; {m} does not divide {n}. "
-                f"Use 'top', 'bottom', 'last' or {listed}"
-            )
-        step = n // m if layer_map == "uniform" else 1
-        shift = n - m if layer_map == "top" else 0
-        return (0, *(shift + step * i for i in range(1, m + 1)))
+        return _named_layer_map(layer_map, m, n)
     if len(layer_map) != m + 1:
         raise ValueError(
             f"layer_map has {len(layer_map)} entries; a student of {m} layers has {m + 1} hidden states, of which "
@@ -263,3 +246,23 @@ def resolve_layer_map(
         if index is not None and not (isinstance(index, int) and 0 <= index <= n):
             raise ValueError(f"layer_map[{i}] is {index!r}; it should be None or 0..{n}, the teacher's hidden states")
     return tuple(layer_map)
+
+
+def _named_layer_map(name: str, m: int, n: int) -> tuple[int | None, ...]:
+    listed = f"a list of {m + 1} teacher indices"
+    if name == "last":
+        return (0, *[None] * (m - 1), n)
+    if name not in ("uniform", "top", "bottom"):
+        raise ValueError(f"layer_map is {name!r}; it should be 'uniform', 'top', 'bottom', 'last' or {listed}")
+    if m > n:
+        raise ValueError(
+            f"layer_map {name!r} needs a teacher at least as deep as the student; the student has {m} layers, the "
+            f"teacher {n}. Give {listed}"
+        )
+    if name == "uniform" and n % m:
+        raise ValueError(
+            f"layer_map 'uniform' needs a student depth that divides the teacher's; {m} does not divide {n}. "
+            f"Use 'top', 'bottom', 'last' or {listed}"
+        )
+    step, shift = n // m if name == "uniform" else 1, n - m if name == "top" else 0
+    return (0, *(shift + step * i for i in range(1, m + 1)))

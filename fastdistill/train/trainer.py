@@ -159,13 +159,16 @@ class DistillationTrainer(ResumableTrainer):
                 "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "
                 "use 'masked'"
             )
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
         names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
         if any((getattr(self.args, name, None) or {}).get("use_reentrant") for name in names):
             raise ValueError(
                 "activation checkpointing is set to reentrant mode, which detaches captured states, so that losses on "
                 'them would train nothing; pass {"use_reentrant": False}'
             )
-        refuse_reentrant_checkpointing(student)
+        refuse_reentrant_checkpointing(self.student)
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 "fsdp is set; accelerate shards on accelerators only and would give every process the whole student "
