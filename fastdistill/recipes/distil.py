@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -18,28 +17,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from fastdistill.recipes.augment import read_augmented
-from fastdistill.recipes.evaluate import metrics, named_task
-from fastdistill.recipes.glue import Task
+from fastdistill.recipes.evaluate import evaluation_sets, metrics, named_task
+from fastdistill.recipes.glue import Task, get_task
 from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralOptions, TaskOptions
 from fastdistill.recipes.search import check_grid, search
-from fastdistill.train.cache import (
-    identity,
-    read_cache,
-    read_manifest,
-    teacher_config,
-    terms_served,
-    weightless_teacher,
-)
+from fastdistill.train import cache, objective
 from fastdistill.train.checkpoints import load_model
 from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus, read_corpus
 from fastdistill.train.finetune import finetune
-from fastdistill.train.objective import (
-    Objective,
-    check_method_options,
-    projection_kind,
-    read_projections,
-    resolve_terms,
-)
 from fastdistill.train.options import ObjectiveOptions, Schedule
 from fastdistill.train.outputs import check, drop_checkpoints, whole_output
 from fastdistill.train.processes import check_gpus, main_first, on_main, processes
@@ -49,9 +34,6 @@ from fastdistill.train.students import build_student, init_from_teacher, is_conf
 __all__ = ["distil_cached", "distil_general", "distil_task", "finetune_task"]
 
 CALIBRATION_TOKENS = 20_000  # enough to fold a student from its teacher
-
-
-# -- stage 1, cached teachers ------------------------------------------------------------------------------
 
 
 def distil_general(options: GeneralOptions) -> None:
@@ -64,29 +46,32 @@ def distil_general(options: GeneralOptions) -> None:
     teacher, tokenizer = load_model(options.teacher, "AutoModel", trust_remote_code=options.trust_remote_code)
     length = options.max_length
     check_length(length, "teacher", teacher)
+    corpus: Any = options.corpus
     if options.streaming:
-        corpus = read_corpus(options.corpus, streaming=True)
-        blocks = first_blocks(pack_corpus(corpus, tokenizer, length), CALIBRATION_TOKENS // length + 1)
+        blocks = pack_corpus(read_corpus(corpus, streaming=True), tokenizer, length)
+        rows = Dataset.from_list(list(itertools.islice(blocks, CALIBRATION_TOKENS // length + 1)))
+        if not rows:
+            raise ValueError("corpus holds no text")
     else:
-        corpus = blocks = main_first(lambda: pack_corpus(options.corpus, tokenizer, length))
+        corpus = rows = main_first(lambda: pack_corpus(corpus, tokenizer, length))
     stage = partial(GeneralStage, corpus=corpus, max_length=length, streaming=options.streaming)
-    run_stage(options, stage, teacher, tokenizer, blocks)
+    run_stage(options, stage, teacher, tokenizer, rows)
 
 
 def distil_cached(options: CachedOptions) -> None:
     """Distils a student from what `cache_teacher` wrote into `options.output`, as `CachedStage` writes it."""
     if finished(options) is not None:
         return
-    rows = read_cache(options.cache, verify=options.verify)
+    rows = cache.read_cache(options.cache, verify=options.verify)
     tokenizer = AutoTokenizer.from_pretrained(options.cache)
-    options = replace(options, terms=options.terms or terms_served(options.cache))
+    options = replace(options, terms=options.terms or cache.terms_served(options.cache))
     is_live = "attention" in (options.terms or ())
     if options.teacher is not None:
         teacher = cached_teacher(options, options.teacher)
     elif is_live or options.init == "teacher":
         raise ValueError("the attention term and --init teacher need --teacher: a cache holds no scores and no weights")
     else:
-        teacher = weightless_teacher(options.cache)
+        teacher = cache.weightless_teacher(options.cache)
         options = replace(options, init="random" if is_config(options.student) else options.init)
     run_stage(options, partial(CachedStage, cache=options.cache), teacher, tokenizer, rows, is_live=is_live)
 
@@ -100,8 +85,10 @@ def run_stage(options: Any, stage: Any, teacher: Any, tokenizer: Any, rows: Any,
         projections = projections_folder(options.student, scratch)
         settings = {f.name: getattr(options, f.name) for f in fields(Schedule)}
         settings.update(objective_options(options), arguments=trainer_arguments(options), projections=projections)
-        whole = {"resume": options.resume, "overwrite": options.overwrite}
-        stage(**settings).run(student, teacher if is_live else None, tokenizer, options.output, **whole)
+        stage(**settings).run(
+            student, teacher if is_live else None, tokenizer, options.output,
+            resume=options.resume, overwrite=options.overwrite,
+        )  # fmt: skip
     finish(options.output)
 
 
@@ -110,20 +97,17 @@ def cached_teacher(options: CachedOptions, name: str) -> Any:
 
     A bare encoder is not compared, because its pooler may be random.
     """
-    theirs = read_manifest(options.cache)["teacher"]
+    theirs = cache.read_manifest(options.cache)["teacher"]
     teacher, _ = load_model(name, theirs["class"], trust_remote_code=options.trust_remote_code)
     if teacher.base_model is teacher:
         return teacher
-    dtype = getattr(teacher_config(options.cache), "dtype", None) or teacher.dtype
+    dtype = getattr(cache.teacher_config(options.cache), "dtype", None) or teacher.dtype
     cached = teacher if dtype == teacher.dtype else copy.deepcopy(teacher).to(dtype)
-    if identity(cached)["weights_sha256"] != theirs["weights_sha256"]:
+    if cache.identity(cached)["weights_sha256"] != theirs["weights_sha256"]:
         raise ValueError(
             f"--teacher {name} has other weights than {theirs['name']}, the teacher whose cache {options.cache} is"
         )
     return teacher
-
-
-# -- stage 2 -----------------------------------------------------------------------------------------------
 
 
 def distil_task(options: TaskOptions) -> dict[str, Any]:
@@ -141,19 +125,18 @@ def distil_task(options: TaskOptions) -> dict[str, Any]:
         return results
     with tempfile.TemporaryDirectory() as scratch:
         run.load(Path(scratch))
-        return grid_search(options, run.task, run.tokenizer, run.grid, run.train_last, run.prepare)
+        return grid_search(options, run.grid, run.train_last, run.evaluate, run.prepare)
 
 
 class TaskRun:
     """The trainings of `distil_task`, with the models and rows that `load` reads."""
 
     def __init__(self, options: TaskOptions, task: Any) -> None:
-        self.options, self.task = options, task
-        self.objective = objective_options(options)
+        self.options, self.task, self.objective = options, task, objective_options(options)
         self.has_prediction = options.prediction_epochs != 0
         epochs = options.intermediate_epochs
-        self.intermediate_epochs = task.intermediate_epochs if epochs is None else epochs
         self.intermediate = {
+            "epochs": task.intermediate_epochs if epochs is None else epochs,
             "learning_rate": options.intermediate_learning_rate or task.intermediate_learning_rate,
             "batch_size": options.intermediate_batch_size or task.batch_size,
         }
@@ -174,49 +157,45 @@ class TaskRun:
         self.task = task = self.task.for_model(self.teacher.config)
         rows = read_augmented(task, options.augmented) if options.augmented else task.load_split("train", options.data)
         self.rows = rows = task.tokenize(rows, self.tokenizer)
-        check_splits(task, options)
-        self.dev = None
-        if options.arguments.get("eval_strategy", "no") != "no":
-            self.dev = task.tokenize(task.load_split(task.evaluations[0], options.data), self.tokenizer)
+        sets = evaluation_sets(task, options.data)
+        self.evaluate = partial(metrics, task, sets, self.tokenizer)
+        evaluates_early = options.arguments.get("eval_strategy", "no") != "no"
+        self.dev = task.tokenize(sets[task.evaluations[0]], self.tokenizer) if evaluates_early else None
         seed = options.seeds[0]
         self.student = make_student(options, options.student, self.teacher, self.tokenizer, rows, seed, scratch)
         check_rows(task, self.tokenizer, self.student)
         self.projections = projections_folder(options.student, scratch)
-        if self.intermediate_epochs > 0:
-            checked = Objective(self.student.config, self.teacher.config, **self.objective)
+        if self.intermediate["epochs"]:
+            checked = objective.Objective(self.student.config, self.teacher.config, **self.objective)
             if self.projections is not None and len(checked.projections):
                 checked.load_projections(self.projections)
 
     def prepare(self, work: Path) -> None:
         """Trains the intermediate stage, and gives the rows what the prediction stage needs."""
         options, task = self.options, self.task
-        if self.intermediate_epochs > 0 and self.has_prediction:
-            folder = work / "intermediate"
-            self.student = self.distil(self.student, **self.intermediate, seed=options.seeds[0], folder=folder)
+        if self.intermediate["epochs"] and self.has_prediction:
+            schedule = {**self.intermediate, "seed": options.seeds[0], "arguments": trainer_arguments(options)}
+            self.student = self.distil(self.student, work / "intermediate", **schedule)
         if task.caches_logits:
             if self.has_prediction and options.labels == "teacher":
                 self.rows = add_teacher_logits(self.rows, self.teacher, self.tokenizer, bf16=options.bf16)
         elif options.augmented:  # changed words change the score, so the published recipe leaves these rows out
             self.rows = task.tokenize(task.load_split("train", options.data), self.tokenizer)
 
-    def distil(self, model: Any, folder: Path, **settings: Any) -> Any:
+    def distil(self, model: Any, folder: Path, **schedule: Any) -> Any:
         """Trains a student through the intermediate stage."""
-        settings.update(epochs=self.intermediate_epochs, arguments=trainer_arguments(self.options))
-        stage = IntermediateStage(dataset=self.rows, projections=self.projections, **self.objective, **settings)
+        stage = IntermediateStage(dataset=self.rows, projections=self.projections, **self.objective, **schedule)
         return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
 
-    def train_last(self, learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+    def train_last(self, folder: Path, **schedule: Any) -> Any:
         """Trains a copy of the student through the last stage, at one point of the grid."""
         options, model = self.options, copy.deepcopy(self.student)
-        settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
         if not self.has_prediction:
-            return self.distil(model, folder, **settings)
-        epochs = options.prediction_epochs or self.task.prediction_epochs
-        settings.update(epochs=epochs, arguments=trainer_arguments(options))
+            return self.distil(model, folder, epochs=self.intermediate["epochs"], **schedule)
+        schedule["epochs"] = options.prediction_epochs or self.task.prediction_epochs
         if options.labels == "gold":
-            return finetune(model, self.rows, self.tokenizer, folder, **settings, resume=True)
-        settings.update(parity=options.parity, temperature=options.temperature)
-        stage = PredictionStage(dataset=self.rows, **settings)
+            return finetune(model, self.rows, self.tokenizer, folder, **schedule, resume=True)
+        stage = PredictionStage(dataset=self.rows, parity=options.parity, temperature=options.temperature, **schedule)
         return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
 
 
@@ -237,9 +216,6 @@ def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
         )
 
 
-# -- gold labels -------------------------------------------------------------------------------------------
-
-
 def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
     """Trains a model on a task's gold labels over a grid. Returns what `results.json` holds, as `distil_task` does."""
     task = named_task(options, "train")
@@ -255,40 +231,27 @@ def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
     source, tokenizer = load_model(options.teacher or options.model, task.auto_class, trust_remote_code=trust, **own)
     task = task.for_model(source.config, "teacher" if options.teacher else "model")
     rows = task.tokenize(rows, tokenizer)
-    check_splits(task, options)
+    evaluate = partial(metrics, task, evaluation_sets(task, options.data), tokenizer)
     if options.teacher:  # refuses a wrong --model before --overwrite drops a run
-        init = "random" if is_config(options.model) else options.init
-        check_rows(task, tokenizer, build_student(options.model, source, init=init, trust_remote_code=trust))
-    return grid_search(options, task, tokenizer, grid, partial(fit, options, source, tokenizer, rows))
+        check_rows(task, tokenizer, make_student(options, options.model, source))
 
+    def train(folder: Path, **schedule: Any) -> Any:
+        model = make_student(options, options.model, source, tokenizer, rows, schedule["seed"])
+        return finetune(model, rows, tokenizer, folder, epochs=options.epochs, **schedule, resume=True)
 
-def fit(options: FinetuneOptions, source: Any, tokenizer: Any, rows: Any, *point: Any) -> Any:
-    """Trains the model at one point of the grid."""
-    learning_rate, batch_size, seed, folder = point
-    torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
-    if options.teacher:
-        model = make_student(options, options.model, source, tokenizer, rows, seed)
-    else:
-        model = build_student(options.model, source, trust_remote_code=options.trust_remote_code)
-    settings: dict[str, Any] = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
-    settings.update(epochs=options.epochs, arguments=trainer_arguments(options))
-    return finetune(model, rows, tokenizer, folder, **settings, resume=True)
-
-
-# -- options -----------------------------------------------------------------------------------------------
+    return grid_search(options, grid, train, evaluate)
 
 
 def objective_options(options: Any) -> dict[str, Any]:
     """Returns the keywords of `Objective`. Raises ValueError for options that the method does not have."""
     found = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions)}
-    own = {name: found[name] for name in ("parity", "teacher_layer", "relation_heads")}
-    check_method_options(options.method, **own)
     is_mapped = options.method == "tinybert"  # else --layer-map only says which layers a new student starts from
     found["layer_map"] = layer_map(options.layer_map) if is_mapped else None
-    found["terms"] = resolve_terms(options.method, options.terms)
     if options.projection is None:  # as the student's folder brings them
-        projections = read_projections(options.student)
-        found["projection"] = projection_kind(projections) if projections else "shared"
+        projections = objective.read_projections(options.student)
+        found["projection"] = objective.projection_kind(projections) if projections else "shared"
+    objective.check_method_options(**found)
+    found["terms"] = objective.resolve_terms(options.method, options.terms)
     return found
 
 
@@ -313,27 +276,20 @@ def trainer_arguments(options: Any) -> dict[str, Any]:
     return found
 
 
-# -- students ----------------------------------------------------------------------------------------------
-
-
 def make_student(
-    options: Any, spec: str, teacher: Any, tokenizer: Any, dataset: Any, seed: int, scratch: Path | None = None
+    options: Any, spec: str, teacher: Any, tokenizer: Any = None, rows: Any = None, seed: int = 0, scratch: Any = None
 ) -> Any:
-    """Returns the student; one that is folded from the teacher leaves the projections to start from in `scratch`."""
+    """Returns the student. `rows` fold one from the teacher, which leaves its first projections in `scratch`."""
     torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
     init = "random" if is_config(spec) else options.init
     student = build_student(spec, teacher, init=init, trust_remote_code=options.trust_remote_code)
-    if not is_config(spec) or options.init == "random":
+    if not is_config(spec) or options.init == "random" or rows is None:
         return student
-    rows = dataset.select_columns([name for name in tokenizer.model_input_names if name in dataset.column_names])
-    chosen: list[Any] = []  # rows spread over the text to learn from
-    tokens = 0
-    for i in range(0, len(rows), max(len(rows) // 1000, 1)):
-        if tokens < CALIBRATION_TOKENS:
-            chosen.append(rows[i])
-            tokens += len(chosen[-1]["input_ids"])
-    calibration = PaddingCollator(tokenizer)(chosen)
-    places = layer_map(options.layer_map)
+    rows = rows.select_columns([name for name in tokenizer.model_input_names if name in rows.column_names])
+    spread = list(rows.select(range(0, len(rows), max(len(rows) // 1000, 1))))
+    before = itertools.accumulate((len(row["input_ids"]) for row in spread), initial=0)  # tokens before each row
+    chosen = [row for row, tokens in zip(spread, before, strict=False) if tokens < CALIBRATION_TOKENS]
+    calibration, places = PaddingCollator(tokenizer)(chosen), layer_map(options.layer_map)
     weight = init_from_teacher(student, teacher, layer_map=places, calibration=calibration)
     if scratch is not None:
         save_projections(student, teacher, weight, scratch, **objective_options(options))
@@ -342,21 +298,7 @@ def make_student(
 
 def projections_folder(*folders: str | Path) -> Path | None:
     """Returns the first folder that brings projections: an earlier stage's student, or where a folded one left them."""
-    return next((Path(folder) for folder in folders if read_projections(folder)), None)
-
-
-def first_blocks(blocks: Any, number: int) -> Dataset:
-    """Returns the first blocks of a stream."""
-    first = list(itertools.islice(blocks, number))
-    if not first:
-        raise ValueError("corpus holds no text")
-    return Dataset.from_list(first)
-
-
-def check_splits(task: Any, options: Any) -> None:
-    """Reads the evaluation sets, so that a malformed line shows before the training and not after it."""
-    for split in task.evaluations:
-        task.load_split(split, options.data)
+    return next((Path(folder) for folder in folders if objective.read_projections(folder)), None)
 
 
 def check_rows(task: Any, tokenizer: Any, student: Any) -> None:
@@ -373,9 +315,6 @@ def check_length(max_length: int, name: str, model: Any) -> None:
     """Raises ValueError where a model takes shorter blocks."""
     if max_length > positions(model):
         raise ValueError(f"--max-length is {max_length}; the {name} takes {positions(model)} tokens at most")
-
-
-# -- outputs -----------------------------------------------------------------------------------------------
 
 
 def finished(options: Any) -> dict[str, Any] | None:
@@ -397,19 +336,17 @@ def finished(options: Any) -> dict[str, Any] | None:
     return results
 
 
-def grid_search(
-    options: Any,
-    task: Any,
-    tokenizer: Any,
-    grid: dict[str, Any],
-    train: Callable[..., Any],
-    prepare: Callable[[Path], None] = lambda work: None,
-) -> dict[str, Any]:
+def grid_search(options: Any, grid: dict[str, Any], train: Any, evaluate: Any, prepare: Any = None) -> dict[str, Any]:
     """Prepares once, trains at each point of the grid, and keeps the best run as the output itself."""
+
+    def train_at(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
+        point = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+        return train(folder, **point, arguments=trainer_arguments(options))
+
     with whole_output(options.output, resume=options.resume, overwrite=options.overwrite) as work:
-        prepare(work)
-        evaluate = partial(metrics, task, options.data, tokenizer)
-        results = search(train, evaluate, work, name=task.name, **grid)
+        if prepare is not None:
+            prepare(work)
+        results = search(train_at, evaluate, work, name=get_task(options.task).name, **grid)
     finish(options.output)
     return results
 

@@ -25,16 +25,16 @@ def evaluate_task(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if options.json and options.json.exists() and not options.overwrite:
         raise FileExistsError(f"{options.json} exists; pass overwrite=True to replace it")
     names = [options.model] + ([options.against] if options.against else [])
-    trust = options.trust_remote_code
+    trust, sets = options.trust_remote_code, evaluation_sets(task, options.data)
     models = [load_model(name, task.auto_class, trust_remote_code=trust, needs_head=True) for name in names]
     figures: dict[str, dict[str, Any]] = {}
     for name, (model, tokenizer) in zip(names, models, strict=True):
         task = task.for_model(model.config, argument=name)
-        found = metrics(task, options.data, tokenizer, model)
+        found = metrics(task, sets, tokenizer, model)
         figures[name] = {"parameters": count_parameters(model), "metrics": found}
     if options.against:
         (student, tokenizer), (teacher, _) = models
-        figures[options.model]["speed_up"] = speed_up(task, options.data, student, teacher, tokenizer)
+        figures[options.model]["speed_up"] = speed_up(task, sets[task.evaluations[0]], student, teacher, tokenizer)
         scores = [mean_score(figures[name]["metrics"]) for name in names]
         figures[options.model]["kept"] = scores[0] / scores[1] if scores[1] > 0 else None
     if options.json:
@@ -54,14 +54,18 @@ def named_task(options: Any, *splits: str) -> Any:
     return task
 
 
-def metrics(task: Any, data: Path | None, tokenizer: Any, model: Any) -> dict[str, dict[str, float]]:
+def evaluation_sets(task: Any, data: Path | None) -> dict[str, Any]:
+    """Reads the evaluation sets, before any work: a malformed line shows here."""
+    return {split: task.load_split(split, data) for split in task.evaluations}
+
+
+def metrics(task: Any, sets: Mapping[str, Any], tokenizer: Any, model: Any) -> dict[str, dict[str, float]]:
     """Returns the metrics of each evaluation set on its own (MNLI has two)."""
-    return {split: task.evaluate(task.load_split(split, data), model, tokenizer) for split in task.evaluations}
+    return {split: task.evaluate(rows, model, tokenizer) for split, rows in sets.items()}
 
 
-def speed_up(task: Any, data: Path | None, student: Any, teacher: Any, tokenizer: Any) -> float:
+def speed_up(task: Any, rows: Any, student: Any, teacher: Any, tokenizer: Any) -> float:
     """Returns teacher seconds / student seconds on the same batch of the dev set, in interleaved runs."""
-    rows = task.load_split(task.evaluations[0], data)
     rows = task.encode(rows.select(range(min(len(rows), 32))), tokenizer)
     names = [name for name in tokenizer.model_input_names if name in rows.column_names]
     batch = PaddingCollator(tokenizer)(list(rows.select_columns(names)))
