@@ -14,7 +14,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from importlib import metadata
 from inspect import get_annotations
 from pathlib import Path
@@ -97,35 +97,27 @@ def warn_of_slow_bf16(options: Any) -> None:
         print("warning: this CPU has no bfloat16 instructions; without --bf16 float32 is faster", file=sys.stderr)
 
 
-# -- arguments ---------------------------------------------------------------------------------------------
-
 # The names in TrainingArguments of our short names.
 ALIASES = {
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "warmup": "warmup_steps",
-    "scheduler": "lr_scheduler_type",
-    "workers": "dataloader_num_workers",
-}
+    "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "warmup": "warmup_steps",
+    "scheduler": "lr_scheduler_type", "workers": "dataloader_num_workers",
+}  # fmt: skip
 # The TrainingArguments that a command sets itself, and the flags to use for them.
 DECIDED = {
-    "output_dir": "--output",
-    "resume_from_checkpoint": "--resume",
+    "output_dir": "--output", "resume_from_checkpoint": "--resume", "seed": "--seeds",
+    "learning_rate": "--learning-rates", "per_device_train_batch_size": "--batch-sizes",
     "num_train_epochs": "--intermediate-epochs and --prediction-epochs",
-    "learning_rate": "--learning-rates",
-    "per_device_train_batch_size": "--batch-sizes",
-    "seed": "--seeds",
-}
-EPILOG = (
-    "Every option of transformers.TrainingArguments is taken by its own name as well, such as --report_to or "
-    "--gradient_accumulation_steps; names may be written with - or _."
-)
+}  # fmt: skip
+EPILOG = "All transformers.TrainingArguments are options too, such as --report_to; names may be written with - or _."
+# Read before any other flag: the file may hold the required ones.
+CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by their names; flags win over it")
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """Returns the command and its options. Exits with code 2 and one line where they are wrong."""
-    parser = argparse.ArgumentParser(prog="fastdistill", allow_abbrev=False)
-    parser.description = "Distil Transformers: TinyBERT's stages on your data, and losses that stay low on memory."
+    about = "Distil Transformers: TinyBERT's stages on your data, and losses that stay low on memory."
+    parser = argparse.ArgumentParser(prog="fastdistill", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastdistill {fastdistill.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (options, _) in COMMANDS.items():
@@ -133,13 +125,13 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     command = parser.parse_args(argv[:1]).command
 
     kind = COMMANDS[command][0]
-    parser, rest = (flags_of(command, kind) if fields(kind) else commands.choices[command]), list(argv[1:])
+    parser = flags_of(command, kind) if fields(kind) else commands.choices[command]
     is_training = issubclass(kind, of.Training)
     try:
-        found, rest = parser.parse_known_args(read_config(rest) if is_training else rest)
-        values = {name: value for name, value in vars(found).items() if name != "config"}
+        found, rest = parser.parse_known_args(read_config(argv[1:]) if is_training else argv[1:])
+        values = vars(found)
         if rest and is_training:
-            values["arguments"], rest = training_arguments(rest)
+            values["arguments"], rest = training_arguments(command, rest)
             if command != "task" and "eval_strategy" in values["arguments"]:
                 raise ValueError("--eval_strategy is for task alone, which evaluates on a dev set while it trains")
         if rest:
@@ -150,31 +142,22 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
 
 
 def flags_of(command: str, options: type) -> Any:
-    """Returns a parser of a command's flags. It leaves out those that are not given."""
+    """Returns a parser of a command's flags, whose help and messages show one spelling of each."""
     from transformers.hf_argparser import HfArgumentParser
 
-    found = groups(options)
-    required = [f.name for group in found for f in fields(group) if is_required(f)]
-    parser = HfArgumentParser(
-        found,
-        prog=f"fastdistill {command}",
-        usage=" ".join(["%(prog)s", *(f"--{name} {name.upper()}" for name in required), "[options]"]),
-        description=options.__doc__,
-        formatter_class=argparse.HelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    if issubclass(options, of.Training):
-        parser.epilog = EPILOG
-        parser.add_argument("--config", metavar="FILE", help="YAML file of options by their names; flags win over it")
-    for action in parser._actions:  # help and messages show one spelling of each
+    more: dict[str, Any] = {"parents": [CONFIG], "epilog": EPILOG} if issubclass(options, of.Training) else {}
+    more.update(prog=f"fastdistill {command}", description=options.__doc__, formatter_class=argparse.HelpFormatter)
+    parser = HfArgumentParser(groups(options), allow_abbrev=False, **more)
+    parser.usage = "%(prog)s"
+    for action in parser._actions:
         if action.dest != "help":
-            action.option_strings[:] = ["--" + action.dest.replace("_", "-")]
+            action.option_strings = ["--" + action.dest.replace("_", "-")]
+        if action.required:
+            parser.usage += f" {action.option_strings[0]} {action.dest.upper()}"
+        if action.default not in (None, False, -1, [], argparse.SUPPRESS) and "default:" not in action.help:
+            action.help += f" (default: {str(action.default).strip('[]')})"
+    parser.usage += " [options]"
     return parser
-
-
-def is_required(f: Field[Any]) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
 
 
 def groups(options: type) -> list[type]:
@@ -182,61 +165,51 @@ def groups(options: type) -> list[type]:
 
     A field belongs to the class that declares it first.
     """
-    hints = get_type_hints(options)
-    left = {f.name: f for f in fields(options) if f.metadata}
-    found: list[type] = []
+    hints, left, found = get_type_hints(options), {f.name: f for f in fields(options) if f.metadata}, []
     for base in reversed(options.__mro__):
         group = []
         for f in [left.pop(name) for name in get_annotations(base) if name in left]:
-            shown = dict(f.metadata)
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if default not in (MISSING, None, False, -1, []) and "default:" not in f.metadata["help"]:
-                shown["help"] += f" (default: {str(default).strip('[]')})"
-            if issubclass(options, of.Training) and f.name in ALIASES:
-                shown["aliases"] = [f"--{ALIASES[f.name]}", f"--{ALIASES[f.name].replace('_', '-')}"]
-            absent: Any = MISSING if is_required(f) else argparse.SUPPRESS
-            group.append((f.name, hints[f.name], field(default=absent, metadata=shown)))
+            name = ALIASES.get(f.name) if issubclass(options, of.Training) else None
+            aliases = [f"--{name}", f"--{name.replace('_', '-')}"] if name else []
+            own: Any = {"default": f.default, "default_factory": f.default_factory}
+            group.append((f.name, hints[f.name], field(**own, metadata={**f.metadata, "aliases": aliases})))
         title = base.__name__.removesuffix("Options").lower()
-        found.insert(0, make_dataclass(base.__name__, group, namespace={"_argument_group_name": title}, kw_only=True))
-    return sorted((group for group in found if fields(group)), key=lambda group: group.__name__ != "Models")
+        found.append(make_dataclass(base.__name__, group, namespace={"_argument_group_name": title}, kw_only=True))
+    return sorted((x for x in reversed(found) if fields(x)), key=lambda group: group.__name__ != "Models")
 
 
-def read_config(argv: list[str]) -> list[str]:
-    """Returns the options of the YAML file that `--config` names, as flags, and then those of `argv`, which win."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", type=Path)
-    file = parser.parse_known_args(argv)[0].config
-    if file is None:
-        return argv
+def read_config(argv: Sequence[str]) -> list[str]:
+    """Returns the options of the YAML file that `--config` names, as flags, and then the others, which win."""
+    given, rest = CONFIG.parse_known_args(argv)
+    if "config" not in given:
+        return rest
     import yaml  # type: ignore[import-untyped]
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not YAML ({error})") from None
+        raise ValueError(f"{given.config}: not YAML ({error})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file}: it should hold options, such as `batch_size: 32`, a line each")
+        raise ValueError(f"{given.config}: it should hold options, such as `batch_size: 32`, a line each")
     flags: list[str] = []
     for key, value in found.items():
         if isinstance(value, list):
             flags += [f"--{key}", *map(str, value)]
         elif value is not None:
             flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags + argv
+    return flags + rest
 
 
-def training_arguments(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+def training_arguments(command: str, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Returns the TrainingArguments among flags, and the other flags. Raises ValueError for those in DECIDED."""
     from transformers import HfArgumentParser, TrainingArguments
 
-    absent = object()
-    start = argparse.Namespace(**{f.name: absent for f in fields(TrainingArguments)})
-    parser = HfArgumentParser(TrainingArguments, usage=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
-    try:
-        found, rest = parser.parse_known_args(argv, start)
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from None
-    values = {name: value for name, value in vars(found).items() if value is not absent}
+    own = {"prog": f"fastdistill {command}", "usage": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = HfArgumentParser(TrainingArguments, **own)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # returns those alone that are given
+    found, rest = parser.parse_known_args(argv)
+    values = vars(found)
     for name in DECIDED.keys() & values.keys():
         raise ValueError(f"this command sets --{name} itself; use {DECIDED[name]}")
     return values, rest
@@ -252,9 +225,6 @@ def as_flags(message: str, options: type) -> str:
 
     message = re.sub(rf"^()({names})()(?= is )", flag, " ".join(message.split()))
     return re.sub(rf"""\b(pass )?({names})=(?:True|['"]([\w-]+)['"])""", flag, message)
-
-
-# -- info --------------------------------------------------------------------------------------------------
 
 
 def info() -> None:

@@ -11,17 +11,10 @@ from typing import Any
 
 # The module of each function, which is imported when the function is asked for.
 _MODULES = {
-    "augment_task": "prepare",
-    "cache_teacher": "prepare",
-    "distil_cached": "distil",
-    "distil_general": "distil",
-    "distil_task": "distil",
-    "evaluate_task": "evaluate",
-    "finetune_task": "distil",
-    "print_figures": "evaluate",
-    "print_results": "search",
-    "run_demo": "prepare",
-}
+    "augment_task": "prepare", "cache_teacher": "prepare", "run_demo": "prepare", "evaluate_task": "evaluate",
+    "distil_cached": "distil", "distil_general": "distil", "distil_task": "distil", "finetune_task": "distil",
+    "print_figures": "evaluate", "print_results": "search",
+}  # fmt: skip
 __all__ = list(_MODULES)
 
 

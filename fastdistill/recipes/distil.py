@@ -53,7 +53,7 @@ def distil_general(options: GeneralOptions) -> None:
         if not rows:
             raise ValueError("corpus holds no text")
     else:
-        corpus = rows = main_first(lambda: pack_corpus(corpus, tokenizer, length))
+        corpus = rows = main_first(lambda: pack_corpus(options.corpus, tokenizer, length))
     stage = partial(GeneralStage, corpus=corpus, max_length=length, streaming=options.streaming)
     run_stage(options, stage, teacher, tokenizer, rows)
 

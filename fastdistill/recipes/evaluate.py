@@ -30,8 +30,7 @@ def evaluate_task(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     figures: dict[str, dict[str, Any]] = {}
     for name, (model, tokenizer) in zip(names, models, strict=True):
         task = task.for_model(model.config, argument=name)
-        found = metrics(task, sets, tokenizer, model)
-        figures[name] = {"parameters": count_parameters(model), "metrics": found}
+        figures[name] = {"parameters": count_parameters(model), "metrics": metrics(task, sets, tokenizer, model)}
     if options.against:
         (student, tokenizer), (teacher, _) = models
         figures[options.model]["speed_up"] = speed_up(task, sets[task.evaluations[0]], student, teacher, tokenizer)
@@ -55,7 +54,7 @@ def named_task(options: Any, *splits: str) -> Any:
 
 
 def evaluation_sets(task: Any, data: Path | None) -> dict[str, Any]:
-    """Reads the evaluation sets, before any work: a malformed line shows here."""
+    """Reads the evaluation sets, so that a malformed line shows before the work."""
     return {split: task.load_split(split, data) for split in task.evaluations}
 
 

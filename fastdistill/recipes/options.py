@@ -6,9 +6,9 @@ inherits from is a group of flags in `--help`. This module imports the standard 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,30 +19,32 @@ INNER = (
     "embedding, hidden, attention of tinybert; attention, value_relation of minilm; query_relation, key_relation, "
     "value_relation of minilmv2 (default: all)"
 )
+CACHED_TERMS = ("embedding", "hidden", "attention", "prediction")
 RECIPE = "the published recipe's"
 
 
 def flag(help: str, default: Any = MISSING, **argparse: Any) -> Any:
     """Returns a field that is a flag: its help text and any other keywords of `ArgumentParser.add_argument`."""
-    metadata = {"help": help, **argparse}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    own: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**own, metadata={"help": help, **argparse})
 
 
 # (what an option should be, the test for it, the names of such options)
 LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a positive integer", lambda x: x >= 1, "batch_size batch_sizes intermediate_batch_size max_length"),
     ("a positive integer", lambda x: x >= 1 or x == -1, "max_steps"),
-    ("a number above 0", lambda x: 0 < x < math.inf, "epochs learning_rate learning_rates temperature"),
-    ("a number above 0", lambda x: 0 < x < math.inf, "intermediate_learning_rate"),
-    ("0 or more", lambda x: 0 <= x < math.inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
+    ("a number above 0", lambda x: 0 < x < inf, "epochs learning_rate learning_rates temperature"),
+    ("a number above 0", lambda x: 0 < x < inf, "intermediate_learning_rate"),
+    ("0 or more", lambda x: 0 <= x < inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
 )
 
 
-class Checked:
-    """Raises ValueError for an option outside its limits, before any work."""
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """Raises ValueError for an option outside its limits, before any work. All commands but the demo inherit this."""
+
+    trust_remote_code: bool = flag("run model code that a checkpoint brings along", False)
 
     def __post_init__(self) -> None:
         for what, is_within, names in LIMITS:
@@ -50,14 +52,6 @@ class Checked:
                 value = getattr(self, name, None)
                 if not all(x is None or is_within(x) for x in (value if isinstance(value, list) else [value])):
                     raise ValueError(f"{name} is {value}; it should be {what}")
-
-
-# -- groups of flags ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loading(Checked):
-    trust_remote_code: bool = flag("run model code that a checkpoint brings along", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +63,7 @@ class Models(Loading):
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    task: str = flag(
-        "CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE or WNLI of GLUE, SQuAD, SQuAD2, or tagging of words"
-    )
+    task: str = flag("CoLA, SST-2, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI, SQuAD, SQuAD2, or tagging of words")
     data: Path | None = flag("the task's own files (default: from the hub)", None)
 
 
@@ -81,10 +73,9 @@ class Losses(ObjectiveOptions):
 
     terms: list[str] | None = flag(INNER, None, choices=INNER_TERMS, metavar="TERM")
     layer_map: str = flag(
-        "uniform, top, bottom, last, or the teacher's hidden state for each of the student's, from the embedding "
-        "output on: 0,3,6,9,12 (- for none)",
-        "uniform",
-    )
+        "uniform, top, bottom, last, or the teacher's state for each of the student's: 0,3,-,12 "
+        "(0: embeddings; -: none)", "uniform",
+    )  # fmt: skip
     projection: Literal["shared", "per_layer"] | None = flag(  # type: ignore[assignment]
         "of hidden states (default: as the student's folder brings them, else shared)", None
     )
@@ -115,9 +106,6 @@ class Output:
     output: Path = flag("folder to write")
     overwrite: bool = flag("replace what is in the output", False)
     resume: bool = flag("continue an interrupted run", False)
-
-
-# -- commands ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +149,7 @@ class TaskOptions(Models, Data, Losses, Grid, Training, Output):
 
     augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
     terms: list[str] | None = flag(
-        INNER + "; and prediction, in the same stage", None, choices=(*INNER_TERMS, "prediction"), metavar="TERM"
+        INNER + "; and prediction", None, choices=(*INNER_TERMS, "prediction"), metavar="TERM"
     )
     temperature: float = flag("of predictions", 1.0)
     labels: Literal["teacher", "gold"] = flag("learn the teacher's predictions, or gold labels alone", "teacher")
@@ -193,12 +181,7 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
     student: str = flag("checkpoint; or a preset or JSON config file of the teacher's kind")
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
     init: Literal["random", "teacher"] | None = flag("weights of a preset (default: --teacher's, if given)", None)
-    terms: list[str] | None = flag(
-        "losses (default: all that the cache serves)",
-        None,
-        choices=("embedding", "hidden", "attention", "prediction"),
-        metavar="TERM",
-    )
+    terms: list[str] | None = flag("default: all that the cache serves", None, choices=CACHED_TERMS, metavar="TERM")
     temperature: float = flag("of the prediction", 1.0)
     tail: Literal["renormalize", "bucket"] = flag("other classes: left out, or taken as one", "renormalize")
     verify: bool = flag("compare every file's SHA-256 first", False)
