@@ -268,9 +268,7 @@ def layer_map(text: str) -> str | list[int | None]:
 def trainer_arguments(options: Any) -> dict[str, Any]:
     """Returns the TrainingArguments that are the same in every stage of a command."""
     found = {"bf16": options.bf16, "max_steps": options.max_steps, "report_to": "none"}
-    if isinstance(options, CachedOptions):
-        found["dataloader_num_workers"] = options.workers
-    found.update(options.arguments)
+    found.update({"dataloader_num_workers": getattr(options, "workers", 0), **options.arguments})
     if found.get("push_to_hub"):
         found.setdefault("hub_model_id", options.output.name)  # else the working folder's name
     return found
