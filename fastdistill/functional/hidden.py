@@ -15,16 +15,10 @@ __all__ = ["linear_mse"]
 
 
 def linear_mse(
-    student: Tensor,
-    weight: Tensor | None,
-    teacher: Tensor,
-    bias: Tensor | None = None,
-    *,
+    student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None = None, *,
     mask: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the mean squared error between the projected student and the teacher, without storing the projection.
 
     The item is a token; its loss is the mean over d_t of `(student @ weight.T + bias - teacher)^2`. This is the

@@ -17,48 +17,27 @@ from fastdistill.ops._common import no_autocast
 from fastdistill.ops.linear_logits import Inputs, linear_row_losses
 
 __all__ = [
-    "linear_jsd",
-    "linear_kl_div",
-    "linear_soft_cross_entropy",
-    "linear_topk_soft_cross_entropy",
-    "linear_tvd",
-]
+    "linear_jsd", "linear_kl_div", "linear_soft_cross_entropy", "linear_topk_soft_cross_entropy", "linear_tvd",
+]  # fmt: skip
 
 Head = tuple[Tensor, Any, Tensor | None]  # hidden states (*, d), weight (V, d), bias (V)
 
 
 @documented
 def linear_soft_cross_entropy(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `soft_cross_entropy` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `soft_cross_entropy` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
-        {linear_options}
+        {heads}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -71,38 +50,21 @@ def linear_soft_cross_entropy(
 
 @documented
 def linear_kl_div(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
     reverse: bool = False,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `kl_div` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `kl_div` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
+        {heads}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
-        {linear_options}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -117,38 +79,21 @@ def linear_kl_div(
 
 @documented
 def linear_jsd(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
     beta: float = 0.5,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `jsd` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `jsd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
+        {heads}
         beta: weight of the teacher in the mixture, 0 to 1.
-        {linear_options}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -161,36 +106,19 @@ def linear_jsd(
 
 @documented
 def linear_tvd(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `tvd` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `tvd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
-        {linear_options}
+        {heads}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -203,32 +131,22 @@ def linear_tvd(
 
 @documented
 def linear_topk_soft_cross_entropy(
-    student: Tensor,
-    student_weight: Tensor,
-    topk_logprobs: Tensor,
-    topk_indices: Tensor,
-    *,
+    student: Tensor, student_weight: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
     student_bias: Tensor | None = None,
     tail: str = "renormalize",
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes `topk_soft_cross_entropy` of the logits `x @ W.T + b` without storing the `(*, V)` tensor.
 
     Args:
-        {student_head}
+        student: `(*, d_s)` hidden states before the vocabulary head.
+        student_weight: `(V, d_s)`.
         {topk}
-        {student_bias}
-        {tail}
+        student_bias: `(V)` or None.
         {topk_options}
 
     Raises:

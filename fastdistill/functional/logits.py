@@ -22,22 +22,13 @@ __all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tv
 
 @documented
 def soft_cross_entropy(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    student_logits: Tensor, teacher_logits: Tensor, *,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the cross-entropy of the student under the teacher's distribution: `-sum p_t log p_s`.
 
     With `p = softmax(z / temperature)` of each side, summed over the classes; the item is a row. This is the
@@ -46,7 +37,7 @@ def soft_cross_entropy(
 
     Args:
         {logits}
-        {logits_options}
+        {class_options}
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with teacher mass and student probability 0 gives inf, as the formula does.
@@ -61,23 +52,14 @@ def soft_cross_entropy(
 
 @documented
 def kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
+    student_logits: Tensor, teacher_logits: Tensor, *,
     reverse: bool = False,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the Kullback-Leibler divergence between teacher and student: `sum p_t (log p_t - log p_s)`.
 
     This is `KL(p_t || p_s)` with `p = softmax(z / temperature)`, or `KL(p_s || p_t)` with `reverse` (arXiv 2306.08543);
@@ -86,7 +68,7 @@ def kl_div(
     Args:
         {logits}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
-        {logits_options}
+        {class_options}
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
@@ -103,23 +85,14 @@ def kl_div(
 
 @documented
 def jsd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
+    student_logits: Tensor, teacher_logits: Tensor, *,
     beta: float = 0.5,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the generalised Jensen-Shannon divergence: `beta KL(p_t || m) + (1 - beta) KL(p_s || m)`.
 
     With `m = beta p_t + (1 - beta) p_s` and `p = softmax(z / temperature)` (GKD, arXiv 2306.13649, equation 1); beta 0
@@ -128,7 +101,7 @@ def jsd(
     Args:
         {logits}
         beta: weight of the teacher in the mixture, 0 to 1.
-        {logits_options}
+        {class_options}
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
@@ -142,22 +115,13 @@ def jsd(
 
 @documented
 def tvd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    student_logits: Tensor, teacher_logits: Tensor, *,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the total variation distance between teacher and student: `0.5 sum |p_t - p_s|`, between 0 and 1.
 
     With `p = softmax(z / temperature)`; the item is a row (f-distillation, arXiv 2307.15190). Where the two are equal
@@ -165,7 +129,7 @@ def tvd(
 
     Args:
         {logits}
-        {logits_options}
+        {class_options}
 
     A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
@@ -179,23 +143,14 @@ def tvd(
 
 @documented
 def topk_soft_cross_entropy(
-    student_logits: Tensor,
-    topk_logprobs: Tensor,
-    topk_indices: Tensor,
-    *,
+    student_logits: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
     tail: str = "renormalize",
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the soft cross-entropy against the k most likely classes of an offline teacher.
 
     With `tail="renormalize"` the k classes are the teacher's whole distribution: their log-probabilities are divided
@@ -205,7 +160,6 @@ def topk_soft_cross_entropy(
     Args:
         student_logits: `(*, V)`.
         {topk}
-        {tail}
         {topk_options}
 
     Raises:
@@ -234,11 +188,10 @@ def _shape(student_logits: Tensor) -> tuple[tuple[int, ...], int]:
 def _against_logits(
     kind: str,
     definition: Callable[..., Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: Tensor, teacher_logits: Tensor,
     given: Keywords,
     **own: Any,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     check.floating(student_logits=student_logits, teacher_logits=teacher_logits)
     check.frozen(teacher_logits=teacher_logits)
     rows, classes = _shape(student_logits)
