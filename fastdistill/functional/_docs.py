@@ -45,7 +45,10 @@ ValueError: shapes that do not fit, head counts that differ, a teacher that requ
     unknown reduction or backend.
 TypeError: tensors that are not floating, masks that are not bool, query and key of different dtypes.
 """,
-    "logits": "student_logits: `(*, V)`.\nteacher_logits: `(*, V)`; its dtype may differ from the student's.",
+    "logits": """\
+student_logits: `(*, V)`. On both sides -inf (also under a softcap) is a class of probability 0 with gradient 0.
+teacher_logits: `(*, V)`; its dtype may differ from the student's.
+""",
     "heads": """\
 student: `(*, d_s)` hidden states before the vocabulary head.
 student_weight: `(V, d_s)`.

@@ -83,15 +83,11 @@ def attention_kl(
 
 
 def _attention(
-    op: Callable[..., tuple[Tensor, Tensor]],
-    definition: Callable[..., Tensor],
-    tensors: _Tensors,
-    scales: tuple[float | None, float | None],
+    op: Callable[..., tuple[Tensor, Tensor]], definition: Callable[..., Tensor],
+    tensors: _Tensors, scales: tuple[float | None, float | None],
     masks: tuple[Tensor | None, Tensor | None, bool, Tensor | None],
-    reduction: str,
-    num_items: int | float | Tensor | None,
-    backend: str,
-) -> Tensor:
+    reduction: str, num_items: int | float | Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
     query, _, teacher_query, teacher_key = tensors
     check.floating(**dict(zip(_TENSORS, tensors, strict=True)))
     check.frozen(teacher_query=teacher_query, teacher_key=teacher_key)

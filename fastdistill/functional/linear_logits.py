@@ -14,7 +14,7 @@ from fastdistill.functional._dispatch import autocast, pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
 from fastdistill.ops._common import no_autocast
-from fastdistill.ops.linear_logits import Inputs, linear_row_losses
+from fastdistill.ops.linear_logits import linear_row_losses
 
 __all__ = [
     "linear_jsd", "linear_kl_div", "linear_soft_cross_entropy", "linear_topk_soft_cross_entropy", "linear_tvd",
@@ -203,14 +203,11 @@ def _against_head(
 
 
 def _loss(
-    kind: str,
-    definition: Callable[..., Tensor],
-    student: Head,
+    kind: str, definition: Callable[..., Tensor], student: Head,
     teacher: Head,  # with `indices` log-probabilities (*, k), None and None
     indices: Tensor | None,  # (*, k)
-    given: Keywords,
-    **own: Any,  # the keywords of this loss alone
-) -> Tensor:
+    given: Keywords, **own: Any,  # the keywords of this loss alone
+) -> Tensor:  # fmt: skip
     """Picks the backend, casts for autocast, runs the op and reduces its losses; the arguments are checked."""
     backend = pick_backend(given.backend, student[0].device, kind=kind)
     hidden, weight, bias = _operands("student", student)
@@ -225,17 +222,15 @@ def _loss(
             return definition(hidden, weight, *others, **biases, **_rows.for_reference(given, own))
         rows, counted = hidden.shape[:-1], _rows.counted_rows(given)
         options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
-        inputs = Inputs(
+        per_row = given.reduction == "none"
+        loss = linear_row_losses(
             _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
             None if indices is None else _flat(indices),
             None if given.labels is None else given.labels.reshape(-1),
             None if counted is None else counted.reshape(-1),
-            row_weight=None,
+            per_row=per_row, options=options,
         )  # fmt: skip
-        loss = linear_row_losses(inputs, given.reduction == "none", options)
-        if given.reduction == "none":
-            return loss.view(rows)
-        return _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
+        return loss.view(rows) if per_row else _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
 
 
 def _operands(side: str, head: Head) -> Head:

@@ -39,7 +39,6 @@ def soft_cross_entropy(
         {logits}
         {class_options}
 
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with teacher mass and student probability 0 gives inf, as the formula does.
 
     Raises:
@@ -70,7 +69,6 @@ def kl_div(
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
         {class_options}
 
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
 
     Raises:
@@ -103,8 +101,6 @@ def jsd(
         beta: weight of the teacher in the mixture, 0 to 1.
         {class_options}
 
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
-
     Raises:
         {class_raises}
     """
@@ -130,8 +126,6 @@ def tvd(
     Args:
         {logits}
         {class_options}
-
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
 
     Raises:
         {class_raises}
@@ -181,15 +175,11 @@ def topk_soft_cross_entropy(
 def _shape(student_logits: Tensor) -> tuple[tuple[int, ...], int]:
     if student_logits.dim() < 1:
         raise ValueError("student_logits is a scalar; it should be (*, V)")
-    *rows, classes = student_logits.shape
-    return tuple(rows), classes
+    return tuple(student_logits.shape[:-1]), student_logits.shape[-1]
 
 
 def _against_logits(
-    kind: str,
-    definition: Callable[..., Tensor],
-    student_logits: Tensor, teacher_logits: Tensor,
-    given: Keywords,
+    kind: str, definition: Callable[..., Tensor], student_logits: Tensor, teacher_logits: Tensor, given: Keywords,
     **own: Any,
 ) -> Tensor:  # fmt: skip
     check.floating(student_logits=student_logits, teacher_logits=teacher_logits)
@@ -203,14 +193,12 @@ def _against_logits(
 
 
 def _loss(
-    kind: str,
-    definition: Callable[..., Tensor],
+    kind: str, definition: Callable[..., Tensor],
     student: Tensor,  # (*, >= V)
     teacher: Tensor,  # logits (*, >= V), or with `indices` log-probabilities (*, k)
     indices: Tensor | None,  # (*, k)
-    given: Keywords,
-    **own: Any,  # the keywords of this loss alone
-) -> Tensor:
+    given: Keywords, **own: Any,  # the keywords of this loss alone
+) -> Tensor:  # fmt: skip
     """Picks the backend, runs the op and reduces its losses; the arguments are checked."""
     dtypes = (student.dtype, teacher.dtype) if indices is None else ()
     backend = pick_backend(given.backend, student.device, dtypes, kind)
