@@ -42,7 +42,14 @@ class _Loss(nn.Module):
         if "__init__" not in vars(cls):
             cls.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         if "forward" not in vars(cls):
-            cls.forward = _forward_of(tensors)
+
+            def forward(self: _Loss, *tensors: Tensor, **keywords: Tensor | None) -> Tensor:
+                return self.function(*tensors, **keywords, **self.options)
+
+            own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            signature = inspect.Signature([own, *tensors], return_annotation="Tensor")
+            forward.__signature__ = signature  # type: ignore[attr-defined]
+            cls.forward = forward
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -53,17 +60,6 @@ class _Loss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def _forward_of(tensors: list[inspect.Parameter]) -> Any:
-    """Returns a forward whose signature lists the tensors."""
-
-    def forward(self: _Loss, *tensors: Tensor, **keywords: Tensor | None) -> Tensor:
-        return self.function(*tensors, **keywords, **self.options)
-
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([own, *tensors], return_annotation="Tensor")  # type: ignore[attr-defined]
-    return forward
 
 
 class LinearMSELoss(_Loss, function=F.linear_mse):

@@ -105,7 +105,7 @@ def _attention(
     with no_autocast(query):
         if backend == "reference":
             return definition(**call._asdict(), reduction=reduction, num_items=num_items)
-        total, count = op(*call, backend)
+        total, count = op(call, backend)
         return total if reduction == "sum" else mean(total, count if num_items is None else num_items)
 
 

@@ -72,9 +72,8 @@ def linear_kl_div(
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
                      teacher_softcap, reduction, num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
-    return _against_head(
-        _rows.kl_kind(reverse), reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse
-    )
+    kind = _rows.kl_kind(reverse)
+    return _against_head(kind, reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse)
 
 
 @documented

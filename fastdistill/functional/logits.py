@@ -76,9 +76,8 @@ def kl_div(
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
                      teacher_softcap, reduction, num_items, backend)  # fmt: skip
-    return _against_logits(
-        _rows.kl_kind(reverse), reference.kl_div, student_logits, teacher_logits, given, reverse=reverse
-    )
+    kind = _rows.kl_kind(reverse)
+    return _against_logits(kind, reference.kl_div, student_logits, teacher_logits, given, reverse=reverse)
 
 
 @documented

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import gcd, lcm
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +35,9 @@ from fastdistill.ops._attention import SCHEMA, Attention, Counted, TileBlock, sl
 CHUNK = 64
 
 
-def attention_mse(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """Returns the sum of squares () and the number of allowed pairs () int64.
-
-    Takes the fields of `Attention`, then the backend.
-    """
-    *fields, backend = inputs
-    call = Attention(*fields).folded()
+def attention_mse(call: Attention, backend: str) -> tuple[Tensor, Tensor]:
+    """Returns the sum of squares () and the number of allowed pairs () int64."""
+    call = call.folded()
     if call.attn_mask is None and _prefers_gram(call, backend):
         return _linear(*call, backend)[:2]
     return _tiled(*call, backend, call.differentiable())[:2]

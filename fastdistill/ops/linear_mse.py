@@ -50,19 +50,11 @@ class _Call(NamedTuple):
         return self._replace(student=student, teacher=teacher, mask=mask, token_weight=token_weight)
 
 
-def linear_mse(
-    student: Tensor,  # (N, d_s)
-    weight: Tensor | None,  # (d_t, d_s)
-    teacher: Tensor,  # (N, d_t)
-    bias: Tensor | None,  # (d_t)
-    mask: Tensor | None,  # (N)
-    per_token: bool,
-    backend: str,
-) -> Tensor:  # (N) or ()
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, weight, bias)]
+def linear_mse(*tensors: Tensor | None, per_token: bool, backend: str) -> Tensor:  # (N) or ()
+    """Takes the tensors of `_Call` up to `mask`."""
     # The weights of per-token losses are known in the backward only, which computes the residual again.
-    in_forward = [need and not per_token for need in needs]
-    return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *in_forward, backend)[0]
+    needs = [not per_token and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    return _linear_mse(*tensors, None, per_token, needs[0], needs[1], needs[3], backend)[0]
 
 
 @torch.library.custom_op(
