@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +48,6 @@ class Inputs(NamedTuple):
     needs_bias: bool
     per_row: bool
 
-    def needs(self) -> tuple[bool, bool, bool]:
-        return self.needs_student, self.needs_weight, self.needs_bias
-
 
 INPUTS = len(Inputs._fields)
 
@@ -74,6 +72,7 @@ def _forward(*flat: Any) -> Outputs:
     dtype = loss.dtype
     size = _chunk_size(student, classes, dtype)
     unit = _unit(student, options)
+    wanted = inputs.needs_student or inputs.needs_weight or inputs.needs_bias
     weight = inputs.student_weight[:classes]
     inputs = inputs._replace(student_weight=weight, labels=checked_labels(inputs.labels, counted, classes))
     make_rows = _in_blocks if options.backend == "torch" else _in_one_launch
@@ -82,7 +81,7 @@ def _forward(*flat: Any) -> Outputs:
         for start in range(0, student.shape[0], size):
             chunk = slice(start, min(start + size, student.shape[0]))
             x = _clean(student, chunk, counted)
-            gradient = rows(chunk, x, any(inputs.needs()))
+            gradient = rows(chunk, x, wanted)
             if gradient is None:
                 continue
             if inputs.needs_bias:
@@ -227,12 +226,8 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> T
 
 def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes G W in the wide dtype."""
-    total = None
-    for classes, block in _operand_blocks(weight, dtype):
-        part = _common.wide_mm(gradient[:, classes], block, dtype)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+    parts = (_common.wide_mm(gradient[:, classes], block, dtype) for classes, block in _operand_blocks(weight, dtype))
+    return reduce(Tensor.add_, parts)
 
 
 def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
