@@ -97,10 +97,8 @@ def _attention(
     _check_heads(*tensors)
     attn_mask = _check_masks(*masks, query.device, (*query.shape[:3], tensors[1].shape[2]))
     backend = _pick(backend, tensors, definition is reference.attention_kl or masks[2] or attn_mask is not None)
-    student_scale, teacher_scale = (
-        x.shape[3] ** -0.5 if scale is None else float(scale)
-        for x, scale in zip((query, teacher_query), scales, strict=True)
-    )
+    student_scale = query.shape[3] ** -0.5 if scales[0] is None else float(scales[0])
+    teacher_scale = teacher_query.shape[3] ** -0.5 if scales[1] is None else float(scales[1])
     call = Attention(*tensors, student_scale, teacher_scale, *masks[:3], attn_mask)
     with no_autocast(query):
         if backend == "reference":
@@ -112,8 +110,7 @@ def _attention(
 def _pick(backend: str, tensors: _Tensors, is_tiled: bool) -> str:
     """Returns the backend. `is_tiled`: the kernels need tiles of scores, which wide heads do not fit."""
     chosen = pick_backend(backend, tensors[0].device)
-    width = max(x.shape[3] for x in tensors)
-    if chosen != "triton" or width <= WIDEST_TILE:
+    if chosen != "triton" or (width := max(x.shape[3] for x in tensors)) <= WIDEST_TILE:
         return chosen
     if backend == "triton" and is_tiled:
         raise ValueError(

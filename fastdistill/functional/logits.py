@@ -174,7 +174,8 @@ def topk_soft_cross_entropy(
 def _shape(student_logits: Tensor) -> tuple[tuple[int, ...], int]:
     if student_logits.dim() < 1:
         raise ValueError("student_logits is a scalar; it should be (*, V)")
-    return tuple(student_logits.shape[:-1]), student_logits.shape[-1]
+    *rows, classes = student_logits.shape
+    return tuple(rows), classes
 
 
 def _against_logits(

@@ -74,12 +74,12 @@ class Attention(NamedTuple):
     def folded(self) -> Attention:
         """Makes an attn_mask a key mask if it is the same for all heads and queries, or a query mask if it is the same
         for all heads and keys: both cost less."""
-        mask, (query_length, key_length) = self.attn_mask, self.lengths()
+        mask = self.attn_mask
         if mask is not None and mask.shape[1] == mask.shape[2] == 1:
-            keys = mask[:, 0, 0].expand(-1, key_length)
+            keys = mask[:, 0, 0].expand(-1, self.student_key.shape[2])
             return self._replace(key_mask=keys if self.key_mask is None else keys & self.key_mask, attn_mask=None)
         if mask is not None and mask.shape[1] == mask.shape[3] == 1:
-            queries = mask[:, 0, :, 0].expand(-1, query_length)
+            queries = mask[:, 0, :, 0].expand(-1, self.student_query.shape[2])
             query_mask = queries if self.query_mask is None else queries & self.query_mask
             return self._replace(query_mask=query_mask, attn_mask=None)
         return self
