@@ -18,7 +18,7 @@ def given(**optional: Tensor | None) -> dict[str, Tensor]:
 
 def floating(**tensors: Tensor) -> None:
     """Checks that all are real floating tensors on one device."""
-    first_name, first = "", None
+    first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is {type(x).__name__}; it should be a torch.Tensor")
@@ -30,9 +30,7 @@ def floating(**tensors: Tensor) -> None:
                 f'module that FSDP wraps, or pass {name}.full_tensor(grad_placements=[Partial("avg")]); without '
                 "grad_placements its gradient would not be averaged over the processes"
             )
-        if first is None:
-            first_name, first = name, x
-        elif x.device != first.device:
+        if x.device != first.device:
             raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move it there")
 
 

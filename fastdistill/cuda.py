@@ -34,7 +34,7 @@ HEADERS = ("plan.h", "launch.h", "rows.h")
 KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# Architectures built ahead of time. Cards after Hopper compile the PTX of compute_90 when they load it.
+# Architectures built ahead of time: machine code, and PTX (compute_90), which cards after Hopper compile on loading.
 ARCHITECTURES = ("sm_80", "sm_90a", "compute_90")
 
 # The stable ABI of torch 2.10: one binary works with it and all later versions. -ftz flushes numbers below 1e-38 to 0.
@@ -124,18 +124,17 @@ def _load(path: Path) -> None:
 @functools.cache
 def prebuilt() -> Path:
     """Returns the path of a binary built ahead of time; the hash of the sources in its name rules out a stale one."""
-    return SOURCES / f"fastdistill_cuda-{_digest(_texts())}.so"
+    return SOURCES / f"fastdistill_cuda-{_digest()}.so"
 
 
 def cached(architectures: Sequence[str]) -> Path:
     """Returns the binary for `architectures` in the user's cache; builds it if it is missing."""
     import fcntl  # absent on Windows, where the rest of this module works
 
-    compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistill"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"fastdistill_cuda-{_digest([*_texts(), version, *FLAGS, *architectures])}.so"
+    path = folder / f"fastdistill_cuda-{_digest(version, *FLAGS, *architectures)}.so"
     if not path.exists():
         # A second process waits here and finds the binary built.
         with open(path.with_suffix(".lock"), "w") as lock:
@@ -153,7 +152,8 @@ def build(path: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Seque
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         built = Path(folder) / path.name
         command = [
-            _compiler(), *FLAGS, *flags, *(flag for name in architectures for flag in _generates(name)),
+            _compiler(), *FLAGS, *flags,
+            *(f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures),
             "--threads", "0", f"-I{SOURCES}", "-isystem", str(torch_folder / "include"),
             *(str(SOURCES / unit) for unit in UNITS), "-shared", "-o", str(built), f"-L{torch_folder / 'lib'}",
             "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
@@ -165,35 +165,24 @@ def build(path: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Seque
 
 
 def nvcc() -> str | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    for home in (*homes, "/usr/local/cuda"):
-        found = shutil.which(os.path.join(home, "bin", "nvcc"))
-        if found:
-            return found
-    return shutil.which("nvcc")
+    homes = filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"))
+    folders = os.pathsep.join(os.path.join(home, "bin") for home in homes)
+    return shutil.which("nvcc", path=folders) or shutil.which("nvcc")
 
 
 def _compiler() -> str:
-    found = nvcc()
-    if found is None:
-        raise RuntimeError(
-            "csrc cannot be built: nvcc is neither in CUDA_HOME nor on the PATH. Install the CUDA toolkit, or run "
-            "`python -m fastdistill.cuda` on a machine that has it, or use backend='triton'"
-        )
-    return found
+    if found := nvcc():
+        return found
+    raise RuntimeError(
+        "csrc cannot be built: nvcc is neither in CUDA_HOME nor on the PATH. Install the CUDA toolkit, or run "
+        "`python -m fastdistill.cuda` on a machine that has it, or use backend='triton'"
+    )
 
 
-def _generates(architecture: str) -> list[str]:
-    """Returns nvcc's flags for `sm_90a` (machine code) or `compute_90` (PTX, for later cards)."""
-    return ["-gencode", f"arch=compute_{architecture.split('_')[1]},code={architecture}"]
-
-
-def _texts() -> list[str]:
-    return [(SOURCES / name).read_text() for name in (*UNITS, *HEADERS)]
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+def _digest(*others: str) -> str:
+    """Returns a hash of the sources and of `others`."""
+    texts = [(SOURCES / name).read_text() for name in (*UNITS, *HEADERS)]
+    return hashlib.sha256("\0".join([*texts, *others]).encode()).hexdigest()[:16]
 
 
 def main() -> int:

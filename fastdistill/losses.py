@@ -14,20 +14,10 @@ from torch import Tensor, nn
 from fastdistill import functional as F
 
 __all__ = [
-    "AttentionKLLoss",
-    "AttentionMSELoss",
-    "JSDLoss",
-    "KLDivLoss",
-    "LinearJSDLoss",
-    "LinearKLDivLoss",
-    "LinearMSELoss",
-    "LinearSoftCrossEntropyLoss",
-    "LinearTVDLoss",
-    "LinearTopKSoftCrossEntropyLoss",
-    "SoftCrossEntropyLoss",
-    "TVDLoss",
+    "AttentionKLLoss", "AttentionMSELoss", "JSDLoss", "KLDivLoss", "LinearJSDLoss", "LinearKLDivLoss", "LinearMSELoss",
+    "LinearSoftCrossEntropyLoss", "LinearTVDLoss", "LinearTopKSoftCrossEntropyLoss", "SoftCrossEntropyLoss", "TVDLoss",
     "TopKSoftCrossEntropyLoss",
-]
+]  # fmt: skip
 
 
 class _Loss(nn.Module):
@@ -39,19 +29,27 @@ class _Loss(nn.Module):
     function: Callable[..., Tensor]
     defaults: dict[str, Any]
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, function: Callable[..., Tensor] | None = None) -> None:
         """Gives a class with a function its options, and the signatures that `help` shows. Subclasses inherit them."""
         super().__init_subclass__()
-        if "function" not in vars(cls):
+        if function is None:
             return
-        parameters = inspect.signature(cls.function).parameters.values()
+        cls.function = staticmethod(function)
+        parameters = inspect.signature(function).parameters.values()
         tensors = [p for p in parameters if "Tensor" in p.annotation]
         options = [p for p in parameters if "Tensor" not in p.annotation]
         cls.defaults = {p.name: p.default for p in options}
         if "__init__" not in vars(cls):
             cls.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         if "forward" not in vars(cls):
-            cls.forward = _forward_of(tensors)
+
+            def forward(self: _Loss, *tensors: Tensor, **keywords: Tensor | None) -> Tensor:
+                return self.function(*tensors, **keywords, **self.options)
+
+            own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            signature = inspect.Signature([own, *tensors], return_annotation="Tensor")
+            forward.__signature__ = signature  # type: ignore[attr-defined]
+            cls.forward = forward
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -64,18 +62,7 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _forward_of(tensors: list[inspect.Parameter]) -> Any:
-    """Returns a forward whose signature lists the tensors."""
-
-    def forward(self: _Loss, *tensors: Tensor, **keywords: Tensor | None) -> Tensor:
-        return self.function(*tensors, **keywords, **self.options)
-
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([own, *tensors], return_annotation="Tensor")  # type: ignore[attr-defined]
-    return forward
-
-
-class LinearMSELoss(_Loss):
+class LinearMSELoss(_Loss, function=F.linear_mse):
     """Computes `linear_mse` with a projection of its own, `.projection`: train it with the student and save it.
 
     Args:
@@ -85,8 +72,6 @@ class LinearMSELoss(_Loss):
         reduction, backend: as in `fastdistill.linear_mse`.
     """
 
-    function = staticmethod(F.linear_mse)
-
     def __init__(
         self, student_dim: int, teacher_dim: int, bias: bool = True, *, reduction: str = "mean", backend: str = "auto"
     ) -> None:
@@ -94,84 +79,56 @@ class LinearMSELoss(_Loss):
         self.projection = nn.Linear(student_dim, teacher_dim, bias=bias)
 
     def forward(
-        self,
-        student: Tensor,  # (*, d_s)
-        teacher: Tensor,  # (*, d_t)
-        *,
-        mask: Tensor | None = None,  # (*)
-        num_items: int | float | Tensor | None = None,
-    ) -> Tensor:
+        self, student: Tensor, teacher: Tensor, *,
+        mask: Tensor | None = None, num_items: int | float | Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         weight, bias = self.projection.weight, self.projection.bias
         return self.function(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
 
 
-class AttentionMSELoss(_Loss):
+class AttentionMSELoss(_Loss, function=F.attention_mse):
     """Computes `fastdistill.attention_mse` with its options fixed."""
 
-    function = staticmethod(F.attention_mse)
 
-
-class AttentionKLLoss(_Loss):
+class AttentionKLLoss(_Loss, function=F.attention_kl):
     """Computes `fastdistill.attention_kl` with its options fixed."""
 
-    function = staticmethod(F.attention_kl)
 
-
-class SoftCrossEntropyLoss(_Loss):
+class SoftCrossEntropyLoss(_Loss, function=F.soft_cross_entropy):
     """Computes `fastdistill.soft_cross_entropy` with its options fixed."""
 
-    function = staticmethod(F.soft_cross_entropy)
 
-
-class KLDivLoss(_Loss):
+class KLDivLoss(_Loss, function=F.kl_div):
     """Computes `fastdistill.kl_div` with its options fixed."""
 
-    function = staticmethod(F.kl_div)
 
-
-class JSDLoss(_Loss):
+class JSDLoss(_Loss, function=F.jsd):
     """Computes `fastdistill.jsd` with its options fixed."""
 
-    function = staticmethod(F.jsd)
 
-
-class TVDLoss(_Loss):
+class TVDLoss(_Loss, function=F.tvd):
     """Computes `fastdistill.tvd` with its options fixed."""
 
-    function = staticmethod(F.tvd)
 
-
-class TopKSoftCrossEntropyLoss(_Loss):
+class TopKSoftCrossEntropyLoss(_Loss, function=F.topk_soft_cross_entropy):
     """Computes `fastdistill.topk_soft_cross_entropy` with its options fixed."""
 
-    function = staticmethod(F.topk_soft_cross_entropy)
 
-
-class LinearSoftCrossEntropyLoss(_Loss):
+class LinearSoftCrossEntropyLoss(_Loss, function=F.linear_soft_cross_entropy):
     """Computes `fastdistill.linear_soft_cross_entropy` with its options fixed."""
 
-    function = staticmethod(F.linear_soft_cross_entropy)
 
-
-class LinearKLDivLoss(_Loss):
+class LinearKLDivLoss(_Loss, function=F.linear_kl_div):
     """Computes `fastdistill.linear_kl_div` with its options fixed."""
 
-    function = staticmethod(F.linear_kl_div)
 
-
-class LinearJSDLoss(_Loss):
+class LinearJSDLoss(_Loss, function=F.linear_jsd):
     """Computes `fastdistill.linear_jsd` with its options fixed."""
 
-    function = staticmethod(F.linear_jsd)
 
-
-class LinearTVDLoss(_Loss):
+class LinearTVDLoss(_Loss, function=F.linear_tvd):
     """Computes `fastdistill.linear_tvd` with its options fixed."""
 
-    function = staticmethod(F.linear_tvd)
 
-
-class LinearTopKSoftCrossEntropyLoss(_Loss):
+class LinearTopKSoftCrossEntropyLoss(_Loss, function=F.linear_topk_soft_cross_entropy):
     """Computes `fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""
-
-    function = staticmethod(F.linear_topk_soft_cross_entropy)

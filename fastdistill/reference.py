@@ -33,13 +33,8 @@ def reduce(per_item: Tensor, counted: Tensor, reduction: str, num_items: int | f
     total = per_item.sum()
     if reduction == "sum":
         return total
-    return total / divisor(counted.sum() if num_items is None else num_items, total)
-
-
-def divisor(num_items: int | float | Tensor, like: Tensor) -> Tensor:
-    """Returns `num_items` as a 0-d tensor to divide a sum by. A count of 0 divides by 1, so that the mean is 0."""
-    count = torch.as_tensor(num_items, device=like.device, dtype=like.dtype)
-    return torch.where(count == 0, torch.ones_like(count), count)
+    count = torch.as_tensor(counted.sum() if num_items is None else num_items, device=total.device, dtype=total.dtype)
+    return total / torch.where(count == 0, 1, count)  # the mean of no items is 0
 
 
 # -- hidden states ---------------------------------------------------------------------------------------
@@ -50,11 +45,9 @@ def linear_mse(
     weight: Tensor | None,  # (d_t, d_s)
     teacher: Tensor,  # (*, d_t)
     bias: Tensor | None = None,  # (d_t)
-    *,
-    mask: Tensor | None = None,  # (*)
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-) -> Tensor:
+    *, mask: Tensor | None = None,  # (*)
+    reduction: str = "mean", num_items: int | float | Tensor | None = None,
+) -> Tensor:  # fmt: skip
     student, weight, teacher, bias = _wide(student, weight, teacher, bias)
     counted = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
     student = torch.where(counted.unsqueeze(-1), student, 0)
@@ -69,83 +62,52 @@ def linear_mse(
 # -- attention -------------------------------------------------------------------------------------------
 
 
-def allowed_pairs(
-    batch: int,
-    heads: int,
-    query_length: int,
-    key_length: int,
-    device: torch.device,
-    *,
+def _scores_and_pairs(
+    student_query: Tensor,  # (B, H, L, D_s)
+    student_key: Tensor,  # (B, H_kv_s, S, D_s)
+    teacher_query: Tensor,  # (B, H, L, D_t)
+    teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
+    student_scale: float | None = None, teacher_scale: float | None = None,
     key_mask: Tensor | None = None,  # (B, S)
     query_mask: Tensor | None = None,  # (B, L)
     is_causal: bool = False,
     attn_mask: Tensor | None = None,  # broadcastable to (B, H, L, S)
-) -> Tensor:  # (B, H, L, S)
-    """Returns the pairs (b, h, i, j) that every given mask allows; causal: j <= i + S - L."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the student's scores, the teacher's, and the pairs that every given mask allows, each (B, H, L, S)."""
+    student_query, student_key, teacher_query, teacher_key = _wide(
+        student_query, student_key, teacher_query, teacher_key
+    )
+    (batch, heads, query_length, _), key_length = student_query.shape, student_key.shape[2]
+    device = student_query.device
     allowed = torch.ones(batch, heads, query_length, key_length, dtype=torch.bool, device=device)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
+        student_key, teacher_key = (torch.where(key_mask[:, None, :, None], x, 0) for x in (student_key, teacher_key))
     if query_mask is not None:
         allowed = allowed & query_mask[:, None, :, None]
-    if is_causal:
-        i = torch.arange(query_length, device=device)[:, None]
-        j = torch.arange(key_length, device=device)[None, :]
+        student_query, teacher_query = (
+            torch.where(query_mask[:, None, :, None], x, 0) for x in (student_query, teacher_query)
+        )
+    if is_causal:  # j <= i + S - L
+        i, j = torch.arange(query_length, device=device)[:, None], torch.arange(key_length, device=device)
         allowed = allowed & (j <= i + key_length - query_length)
     if attn_mask is not None:
         allowed = allowed & attn_mask
-    return allowed
+    student_scores = _scores(student_query, student_key, student_scale)
+    return student_scores, _scores(teacher_query, teacher_key, teacher_scale), allowed
 
 
-def attention_scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
     """Returns scale * <q_i, k_j>, (B, H, L, S), for query (B, H, L, D) and key (B, H_kv, S, D)."""
     groups = query.shape[1] // key.shape[1]
     return (query @ key.repeat_interleave(groups, dim=1).mT) * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _both_scores(
-    student_query: Tensor,
-    student_key: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    *,
-    student_scale: float | None = None,
-    teacher_scale: float | None = None,
-    key_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns student scores, teacher scores and the allowed pairs, each (B, H, L, S)."""
-    student_query, student_key, teacher_query, teacher_key = _wide(
-        student_query, student_key, teacher_query, teacher_key
-    )
-    batch, heads, query_length, _ = student_query.shape
-    allowed = allowed_pairs(
-        batch, heads, query_length, student_key.shape[2], student_query.device,
-        key_mask=key_mask, query_mask=query_mask, is_causal=is_causal, attn_mask=attn_mask,
-    )  # fmt: skip
-    if query_mask is not None:
-        student_query = torch.where(query_mask[:, None, :, None], student_query, 0)
-        teacher_query = torch.where(query_mask[:, None, :, None], teacher_query, 0)
-    if key_mask is not None:
-        student_key = torch.where(key_mask[:, None, :, None], student_key, 0)
-        teacher_key = torch.where(key_mask[:, None, :, None], teacher_key, 0)
-    student_scores = attention_scores(student_query, student_key, student_scale)
-    teacher_scores = attention_scores(teacher_query, teacher_key, teacher_scale)
-    return student_scores, teacher_scores, allowed
-
-
 def attention_mse(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_kv_s, S, D_s)
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
-    *,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    **scales_and_masks: Any,  # of `_both_scores`
-) -> Tensor:
-    student_scores, teacher_scores, allowed = _both_scores(
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, *,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, **scales_and_masks: Any,
+) -> Tensor:  # fmt: skip
+    student_scores, teacher_scores, allowed = _scores_and_pairs(
         student_query, student_key, teacher_query, teacher_key, **scales_and_masks
     )
     difference = torch.where(allowed, student_scores - teacher_scores, 0)
@@ -153,16 +115,10 @@ def attention_mse(
 
 
 def attention_kl(
-    student_query: Tensor,  # (B, H, L, D_s)
-    student_key: Tensor,  # (B, H_kv_s, S, D_s)
-    teacher_query: Tensor,  # (B, H, L, D_t)
-    teacher_key: Tensor,  # (B, H_kv_t, S, D_t)
-    *,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    **scales_and_masks: Any,  # of `_both_scores`
-) -> Tensor:
-    student_scores, teacher_scores, allowed = _both_scores(
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, *,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, **scales_and_masks: Any,
+) -> Tensor:  # fmt: skip
+    student_scores, teacher_scores, allowed = _scores_and_pairs(
         student_query, student_key, teacher_query, teacher_key, **scales_and_masks
     )
     counted = allowed.any(-1)  # (B, H, L)
@@ -180,8 +136,7 @@ def attention_kl(
 def _expectation(weight_logp: Tensor, logp: Tensor, logq: Tensor) -> Tensor:
     """Returns sum_v w (log p - log q) with w = exp(weight_logp) and 0 * inf = 0."""
     weight = weight_logp.exp()
-    some = weight > 0
-    difference = torch.where(some, logp, 0) - torch.where(some, logq, 0)
+    difference = torch.where(weight > 0, logp, 0) - torch.where(weight > 0, logq, 0)
     return (weight * difference).sum(-1)
 
 
@@ -189,13 +144,13 @@ def _soft_cross_entropy(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return _expectation(teacher_logp, torch.zeros_like(teacher_logp), student_logp)
 
 
-def _kl_div(student_logp: Tensor, teacher_logp: Tensor, *, reverse: bool = False) -> Tensor:
+def _kl_div(student_logp: Tensor, teacher_logp: Tensor, reverse: bool = False) -> Tensor:
     if reverse:
         return _expectation(student_logp, student_logp, teacher_logp)
     return _expectation(teacher_logp, teacher_logp, student_logp)
 
 
-def _jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5) -> Tensor:
+def _jsd(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
     if beta in (0, 1):
         return _kl_div(student_logp, teacher_logp, reverse=beta == 1)
     nowhere = (student_logp == -math.inf) & (teacher_logp == -math.inf)  # log m would be -inf - (-inf) backward
@@ -203,9 +158,8 @@ def _jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5) -> Te
         torch.where(nowhere, 0, teacher_logp) + math.log(beta),
         torch.where(nowhere, 0, student_logp) + math.log(1 - beta),
     )
-    return beta * _expectation(teacher_logp, teacher_logp, mixture) + (1 - beta) * _expectation(
-        student_logp, student_logp, mixture
-    )
+    teacher_kl = _expectation(teacher_logp, teacher_logp, mixture)
+    return beta * teacher_kl + (1 - beta) * _expectation(student_logp, student_logp, mixture)
 
 
 def _tvd(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -223,18 +177,11 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 def _class_loss(
     soft: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor],
     student_logits: Tensor,  # (*, >= V)
-    *,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-) -> Tensor:
+    *, temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None, student_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """`soft` takes a function that zeroes rows that are masked out, and the student's log-probabilities; it returns
     the soft loss of each row."""
     student_logits = student_logits[..., :vocab_size]
@@ -248,11 +195,8 @@ def _class_loss(
     if t_squared:
         loss = loss * temperature**2
     if labels is not None:
-        hard = F.cross_entropy(
-            student_logits.reshape(-1, student_logits.shape[-1]),
-            torch.where(counted, labels, 0).flatten().long(),
-            reduction="none",
-        ).view(counted.shape)
+        flat, classes = student_logits.reshape(-1, student_logits.shape[-1]), torch.where(counted, labels, 0).flatten()
+        hard = F.cross_entropy(flat, classes.long(), reduction="none").view(counted.shape)
         # A term of weight 0 is left out: it may be infinite.
         loss = (1 - alpha) * hard if alpha == 0 else loss if alpha == 1 else alpha * loss + (1 - alpha) * hard
     return reduce(torch.where(counted, loss, 0), counted, reduction, num_items)
@@ -268,21 +212,16 @@ def _counted_rows(student: Tensor, labels: Tensor | None, ignore_index: int, mas
 
 
 def _divergence(
-    formula: Callable[..., Tensor],
+    formula: Callable[[Tensor, Tensor], Tensor],
     student_logits: Tensor,  # (*, V)
     teacher_logits: Tensor,  # (*, V)
-    *,
-    own: dict[str, Any] | None = None,  # options of the formula
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    teacher_softcap: float | None = None,
-    **keywords: Any,
-) -> Tensor:
+    *, temperature: float = 1.0, vocab_size: int | None = None, teacher_softcap: float | None = None, **keywords: Any,
+) -> Tensor:  # fmt: skip
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
 
     def soft(clean: Callable[[Tensor], Tensor], student_logp: Tensor) -> Tensor:
         teacher = capped(clean(teacher_logits[..., :vocab_size]), teacher_softcap)
-        return formula(student_logp, torch.log_softmax(teacher / temperature, -1), **(own or {}))
+        return formula(student_logp, torch.log_softmax(teacher / temperature, -1))
 
     return _class_loss(soft, student_logits, temperature=temperature, vocab_size=vocab_size, **keywords)
 
@@ -294,12 +233,12 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **keyword
 
 def kl_div(student_logits: Tensor, teacher_logits: Tensor, *, reverse: bool = False, **keywords: Any) -> Tensor:
     """KL(p_t || p_s); reverse=True: KL(p_s || p_t)."""
-    return _divergence(_kl_div, student_logits, teacher_logits, own={"reverse": reverse}, **keywords)
+    return _divergence(partial(_kl_div, reverse=reverse), student_logits, teacher_logits, **keywords)
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **keywords: Any) -> Tensor:
     """beta KL(p_t || m) + (1 - beta) KL(p_s || m), m = beta p_t + (1 - beta) p_s."""
-    return _divergence(_jsd, student_logits, teacher_logits, own={"beta": beta}, **keywords)
+    return _divergence(partial(_jsd, beta=beta), student_logits, teacher_logits, **keywords)
 
 
 def tvd(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> Tensor:
@@ -311,12 +250,8 @@ def topk_soft_cross_entropy(
     student_logits: Tensor,  # (*, V)
     topk_logprobs: Tensor,  # (*, k), at temperature 1
     topk_indices: Tensor,  # (*, k)
-    *,
-    tail: str = "renormalize",
-    temperature: float = 1.0,
-    teacher_softcap: None = None,
-    **keywords: Any,
-) -> Tensor:
+    *, tail: str = "renormalize", temperature: float = 1.0, teacher_softcap: None = None, **keywords: Any,
+) -> Tensor:  # fmt: skip
     student_logits, topk_logprobs = _wide(student_logits, topk_logprobs)
 
     def soft(clean: Callable[[Tensor], Tensor], student_logp: Tensor) -> Tensor:
@@ -352,11 +287,8 @@ def _linear(
     student_weight: Tensor,  # (V, d_s)
     teacher: Tensor,  # (*, d_t)
     teacher_weight: Tensor,  # (V, d_t)
-    *,
-    student_bias: Tensor | None = None,  # (V)
-    teacher_bias: Tensor | None = None,  # (V)
-    **keywords: Any,
-) -> Tensor:
+    *, student_bias: Tensor | None = None, teacher_bias: Tensor | None = None, **keywords: Any,  # biases (V)
+) -> Tensor:  # fmt: skip
     student_logits = _logits(student, student_weight, student_bias, keywords)
     teacher_logits = _logits(teacher, teacher_weight, teacher_bias, keywords)
     return loss(student_logits, teacher_logits, **keywords)
@@ -373,9 +305,7 @@ def linear_topk_soft_cross_entropy(
     student_weight: Tensor,  # (V, d_s)
     topk_logprobs: Tensor,  # (*, k)
     topk_indices: Tensor,  # (*, k)
-    *,
-    student_bias: Tensor | None = None,  # (V)
-    **keywords: Any,
-) -> Tensor:
+    *, student_bias: Tensor | None = None, **keywords: Any,  # bias (V)
+) -> Tensor:  # fmt: skip
     student_logits = _logits(student, student_weight, student_bias, keywords)
     return topk_soft_cross_entropy(student_logits, topk_logprobs, topk_indices, **keywords)

@@ -36,10 +36,8 @@ def pick_backend(backend: str, device: torch.device, logits: tuple[torch.dtype, 
         raise ValueError(
             f"backend is {backend!r}; on {device.type} it should be 'auto', 'reference', 'torch', 'triton' or 'cuda'"
         )
-    reason = None
-    if backend == "triton":
-        reason = no_triton(device)
-    elif backend == "cuda":
+    reason = no_triton(device) if backend == "triton" else None
+    if backend == "cuda":
         reason = no_cuda(device, logits, kind)
     if reason is not None:
         raise ValueError(f"backend is {backend!r}, but {reason}; use backend='auto' or 'torch'")

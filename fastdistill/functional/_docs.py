@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-CLASSES = """\
+CLASS_OPTIONS = """\
 temperature: divides both sides' logits before the softmax.
 t_squared: multiply the soft part by temperature^2, so that its gradient keeps its size (arXiv 1503.02531).
 labels: `(*)` integer classes; the loss is then `alpha * soft + (1 - alpha) * CE(student at temperature 1)`.
@@ -18,13 +18,14 @@ ignore_index: rows with this label are masked out.
 mask: `(*)` bool, True = counts.
 vocab_size: number of leading classes that take part; the others get gradient 0. Required where V differs.
 student_softcap: `z <- c * tanh(z / c)` on the student's logits before anything else.
-{teacher_softcap}
+teacher_softcap: the same on the teacher's logits.
 reduction: "mean", "sum" or "none"; "none" returns `(*)`.
 num_items: number of rows (int, float or 0-d tensor) to divide by in place of the number counted.
-backend: "auto", "reference", "torch"{kernels}.
+backend: "auto", "reference", "torch" or "triton"; on the logits of both sides also "cuda".
 """
 
-ATTENTION = """\
+SHARED = {
+    "attention": """\
 student_query: `(B, H, L, D_s)`.
 student_key: `(B, H_kv, S, D_s)`, H a multiple of H_kv (grouped queries).
 teacher_query: `(B, H, L, D_t)`; its dtype may differ from the student's.
@@ -38,36 +39,31 @@ attn_mask: bool, broadcastable to `(B, H, L, S)`, True = allowed.
 reduction: "mean" or "sum".
 num_items: number of items (int, float or 0-d tensor) to divide by in place of the number counted.
 backend: "auto", "reference", "torch" or "triton".
-"""
-
-SHARED = {
-    "attention": ATTENTION,
+""",
     "attention_raises": """\
 ValueError: shapes that do not fit, head counts that differ, a teacher that requires a gradient, an
     unknown reduction or backend.
 TypeError: tensors that are not floating, masks that are not bool, query and key of different dtypes.
 """,
-    "logits": "student_logits: `(*, V)`.\nteacher_logits: `(*, V)`; its dtype may differ from the student's.",
-    "logits_options": CLASSES.format(
-        teacher_softcap="teacher_softcap: the same on the teacher's logits.", kernels=', "triton" or "cuda"'
-    ),
-    "student_head": """\
+    "logits": """\
+student_logits: `(*, V)`. On both sides -inf (also under a softcap) is a class of probability 0 with gradient 0.
+teacher_logits: `(*, V)`; its dtype may differ from the student's.
+""",
+    "heads": """\
 student: `(*, d_s)` hidden states before the vocabulary head.
 student_weight: `(V, d_s)`.
+teacher: `(*, d_t)`.
+teacher_weight: `(V, d_t)`.
+student_bias: `(V)` or None.
+teacher_bias: `(V)` or None.
 """,
-    "teacher_head": "teacher: `(*, d_t)`.\nteacher_weight: `(V, d_t)`.",
-    "student_bias": "student_bias: `(V)` or None.",
-    "teacher_bias": "teacher_bias: `(V)` or None.",
-    "linear_options": CLASSES.format(
-        teacher_softcap="teacher_softcap: the same on the teacher's logits.", kernels=' or "triton"'
-    ),
+    "class_options": CLASS_OPTIONS,
     "topk": """\
 topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. A listed class of
     -inf has probability 0 and is not part of the bucket: pad with classes that cannot occur.
 topk_indices: `(*, k)` integer classes of the log-probabilities, distinct within a row.
 """,
-    "tail": 'tail: "renormalize" or "bucket".',
-    "topk_options": CLASSES.format(teacher_softcap="", kernels=' or "triton"').replace("\n\n", "\n"),
+    "topk_options": 'tail: "renormalize" or "bucket".\n' + re.sub("teacher_softcap:.*\n", "", CLASS_OPTIONS),
     "class_raises": """\
 ValueError: shapes that do not fit, V that differs without vocab_size, alpha < 1 without labels, a teacher that
     requires a gradient, an option out of its range.

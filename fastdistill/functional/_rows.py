@@ -91,17 +91,12 @@ def row_options(
     """Packs what the ops take. `classes` are the student's."""
     soft_weight = 1.0 if given.labels is None else given.alpha
     return RowOptions(
-        kind=kind,
-        tail=tail,
-        classes=classes if given.vocab_size is None else given.vocab_size,
-        temperature=given.temperature,
-        beta=beta,
+        kind=kind, tail=tail, classes=classes if given.vocab_size is None else given.vocab_size,
+        temperature=given.temperature, beta=beta,
         soft_weight=soft_weight * given.temperature**2 if given.t_squared else soft_weight,
         hard_weight=0.0 if given.labels is None else 1 - given.alpha,
-        student_softcap=given.student_softcap,
-        teacher_softcap=given.teacher_softcap,
-        backend=backend,
-    )
+        student_softcap=given.student_softcap, teacher_softcap=given.teacher_softcap, backend=backend,
+    )  # fmt: skip
 
 
 def counted_rows(given: Keywords) -> Tensor | None:

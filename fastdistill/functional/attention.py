@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
 from fastdistill.functional._dispatch import mean, pick_backend
 from fastdistill.functional._docs import documented
-from fastdistill.ops._attention import WIDEST_TILE
+from fastdistill.ops._attention import WIDEST_TILE, Attention
 from fastdistill.ops._common import no_autocast
 from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
 from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
@@ -19,24 +19,18 @@ from fastdistill.ops.attention_mse import takes_gram
 
 __all__ = ["attention_kl", "attention_mse"]
 
+_TENSORS = Attention._fields[:4]
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 @documented
 def attention_mse(
-    student_query: Tensor,
-    student_key: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    *,
-    student_scale: float | None = None,
-    teacher_scale: float | None = None,
-    key_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, *,
+    student_scale: float | None = None, teacher_scale: float | None = None,
+    key_mask: Tensor | None = None, query_mask: Tensor | None = None,
+    is_causal: bool = False, attn_mask: Tensor | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the mean squared error between student and teacher attention scores, without an L x S tensor.
 
     The scores are those before the softmax. The item is an allowed pair (b, h, i, j); its loss is
@@ -54,30 +48,20 @@ def attention_mse(
     Raises:
         {attention_raises}
     """
-    masks = _Masks(key_mask, query_mask, is_causal, attn_mask)
     return _attention(
-        _attention_mse_op, reference.attention_mse, student_query, student_key, teacher_query, teacher_key,
-        student_scale, teacher_scale, masks, reduction, num_items, backend,
+        _attention_mse_op, reference.attention_mse, (student_query, student_key, teacher_query, teacher_key),
+        (student_scale, teacher_scale), (key_mask, query_mask, is_causal, attn_mask), reduction, num_items, backend,
     )  # fmt: skip
 
 
 @documented
 def attention_kl(
-    student_query: Tensor,
-    student_key: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    *,
-    student_scale: float | None = None,
-    teacher_scale: float | None = None,
-    key_mask: Tensor | None = None,
-    query_mask: Tensor | None = None,
-    is_causal: bool = False,
-    attn_mask: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, *,
+    student_scale: float | None = None, teacher_scale: float | None = None,
+    key_mask: Tensor | None = None, query_mask: Tensor | None = None,
+    is_causal: bool = False, attn_mask: Tensor | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the KL divergence from the student's attention distribution to the teacher's, without an L x S tensor.
 
     The item is a query row (b, h, i) with at least one allowed key; its loss is
@@ -92,69 +76,41 @@ def attention_kl(
     Raises:
         {attention_raises}
     """
-    masks = _Masks(key_mask, query_mask, is_causal, attn_mask)
     return _attention(
-        _attention_kl_op, reference.attention_kl, student_query, student_key, teacher_query, teacher_key,
-        student_scale, teacher_scale, masks, reduction, num_items, backend,
+        _attention_kl_op, reference.attention_kl, (student_query, student_key, teacher_query, teacher_key),
+        (student_scale, teacher_scale), (key_mask, query_mask, is_causal, attn_mask), reduction, num_items, backend,
     )  # fmt: skip
 
 
-class _Masks(NamedTuple):
-    key_mask: Tensor | None  # (B, S)
-    query_mask: Tensor | None  # (B, L)
-    is_causal: bool
-    attn_mask: Tensor | None  # broadcastable to (B, H, L, S)
-
-
 def _attention(
-    op: Callable[..., tuple[Tensor, Tensor]],
-    definition: Callable[..., Tensor],
-    student_query: Tensor,
-    student_key: Tensor,
-    teacher_query: Tensor,
-    teacher_key: Tensor,
-    student_scale: float | None,
-    teacher_scale: float | None,
-    masks: _Masks,
-    reduction: str,
-    num_items: int | float | Tensor | None,
-    backend: str,
-) -> Tensor:
-    tensors = (student_query, student_key, teacher_query, teacher_key)
-    check.floating(
-        student_query=student_query, student_key=student_key, teacher_query=teacher_query, teacher_key=teacher_key
-    )
+    op: Callable[..., tuple[Tensor, Tensor]], definition: Callable[..., Tensor],
+    tensors: _Tensors, scales: tuple[float | None, float | None],
+    masks: tuple[Tensor | None, Tensor | None, bool, Tensor | None],
+    reduction: str, num_items: int | float | Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    query, _, teacher_query, teacher_key = tensors
+    check.floating(**dict(zip(_TENSORS, tensors, strict=True)))
     check.frozen(teacher_query=teacher_query, teacher_key=teacher_key)
     check.reduction(reduction, num_items, ("mean", "sum"))
-    check.finite("student_scale", student_scale)
-    check.finite("teacher_scale", teacher_scale)
+    check.finite("student_scale", scales[0])
+    check.finite("teacher_scale", scales[1])
     _check_heads(*tensors)
-    masks = _checked_masks(masks, student_query, student_key)
-    is_tiled = definition is reference.attention_kl or masks.is_causal or masks.attn_mask is not None
-    backend = _pick(backend, tensors, is_tiled)
-    with no_autocast(student_query):
+    attn_mask = _check_masks(*masks, query.device, (*query.shape[:3], tensors[1].shape[2]))
+    backend = _pick(backend, tensors, definition is reference.attention_kl or masks[2] or attn_mask is not None)
+    student_scale = query.shape[3] ** -0.5 if scales[0] is None else float(scales[0])
+    teacher_scale = teacher_query.shape[3] ** -0.5 if scales[1] is None else float(scales[1])
+    call = Attention(*tensors, student_scale, teacher_scale, *masks[:3], attn_mask)
+    with no_autocast(query):
         if backend == "reference":
-            return definition(
-                *tensors, student_scale=student_scale, teacher_scale=teacher_scale, **masks._asdict(),
-                reduction=reduction, num_items=num_items,
-            )  # fmt: skip
-        total, count = op(
-            *tensors,
-            student_query.shape[3] ** -0.5 if student_scale is None else float(student_scale),
-            teacher_query.shape[3] ** -0.5 if teacher_scale is None else float(teacher_scale),
-            *masks,
-            backend,
-        )
-        if reduction == "sum":
-            return total
-        return mean(total, count if num_items is None else num_items)
+            return definition(**call._asdict(), reduction=reduction, num_items=num_items)
+        total, count = op(call, backend)
+        return total if reduction == "sum" else mean(total, count if num_items is None else num_items)
 
 
-def _pick(backend: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor], is_tiled: bool) -> str:
+def _pick(backend: str, tensors: _Tensors, is_tiled: bool) -> str:
     """Returns the backend. `is_tiled`: the kernels need tiles of scores, which wide heads do not fit."""
     chosen = pick_backend(backend, tensors[0].device)
-    width = max(x.shape[3] for x in tensors)
-    if chosen != "triton" or width <= WIDEST_TILE:
+    if chosen != "triton" or (width := max(x.shape[3] for x in tensors)) <= WIDEST_TILE:
         return chosen
     if backend == "triton" and is_tiled:
         raise ValueError(
@@ -166,8 +122,7 @@ def _pick(backend: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor], is_tiled
 
 
 def _check_heads(student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> None:
-    for name, x in (("student_query", student_query), ("student_key", student_key),
-                    ("teacher_query", teacher_query), ("teacher_key", teacher_key)):  # fmt: skip
+    for name, x in zip(_TENSORS, (student_query, student_key, teacher_query, teacher_key), strict=True):
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be (batch, heads, length, head_dim)")
     batch, heads, query_length, _ = student_query.shape
@@ -190,17 +145,18 @@ def _check_heads(student_query: Tensor, student_key: Tensor, teacher_query: Tens
             raise ValueError(f"{side}_query has head_dim 0; it should be at least 1")
 
 
-def _checked_masks(masks: _Masks, query: Tensor, key: Tensor) -> _Masks:
-    """Returns the masks with `attn_mask` in four dimensions."""
-    full = (*query.shape[:3], key.shape[2])
-    check.mask("key_mask", masks.key_mask, (full[0], full[3]), "(B, S)", query.device)
-    check.mask("query_mask", masks.query_mask, (full[0], full[2]), "(B, L)", query.device)
-    check.boolean("is_causal", masks.is_causal)
-    if masks.attn_mask is None:
-        return masks
-    check.mask("attn_mask", masks.attn_mask, None, "", query.device)
-    shape = tuple(masks.attn_mask.shape)
-    padded = (1,) * (4 - len(shape)) + shape
-    if len(padded) != 4 or any(m not in (1, n) for m, n in zip(padded, full, strict=True)):
-        raise ValueError(f"attn_mask has shape {shape}; it should broadcast to {full}, (B, H, L, S)")
-    return masks._replace(attn_mask=masks.attn_mask.reshape(padded))
+def _check_masks(
+    key_mask: Tensor | None, query_mask: Tensor | None, is_causal: bool, attn_mask: Tensor | None,
+    device: torch.device, shape: tuple[int, int, int, int],
+) -> Tensor | None:  # fmt: skip
+    """Returns `attn_mask` in four dimensions; `shape` is (B, H, L, S)."""
+    check.mask("key_mask", key_mask, (shape[0], shape[3]), "(B, S)", device)
+    check.mask("query_mask", query_mask, (shape[0], shape[2]), "(B, L)", device)
+    check.boolean("is_causal", is_causal)
+    if attn_mask is None:
+        return None
+    check.mask("attn_mask", attn_mask, None, "", device)
+    padded = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(padded) != 4 or any(m not in (1, n) for m, n in zip(padded, shape, strict=True)):
+        raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; it should broadcast to {shape}, (B, H, L, S)")
+    return attn_mask.reshape(padded)

@@ -15,16 +15,10 @@ __all__ = ["linear_mse"]
 
 
 def linear_mse(
-    student: Tensor,
-    weight: Tensor | None,
-    teacher: Tensor,
-    bias: Tensor | None = None,
-    *,
+    student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None = None, *,
     mask: Tensor | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the mean squared error between the projected student and the teacher, without storing the projection.
 
     The item is a token; its loss is the mean over d_t of `(student @ weight.T + bias - teacher)^2`. This is the
@@ -57,11 +51,12 @@ def linear_mse(
             return reference.linear_mse(
                 student, weight, teacher, bias, mask=mask, reduction=reduction, num_items=num_items
             )
-        flat, flat_mask = student.reshape(-1, student.shape[-1]), None if mask is None else mask.reshape(-1)
-        per_token = reduction == "none"
-        loss = _linear_mse_op(flat, weight, teacher.reshape(-1, width), bias, flat_mask, per_token, backend)
+        loss = _linear_mse_op(
+            student.reshape(-1, student.shape[-1]), weight, teacher.reshape(-1, width), bias,
+            None if mask is None else mask.reshape(-1), per_token=reduction == "none", backend=backend,
+        )  # fmt: skip
         if reduction != "mean":
-            return loss.view(tokens) if per_token else loss
+            return loss.view(tokens) if reduction == "none" else loss
         return mean(loss, num_items if num_items is not None else tokens.numel() if mask is None else mask.sum())
 
 

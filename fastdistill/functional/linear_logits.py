@@ -14,51 +14,30 @@ from fastdistill.functional._dispatch import autocast, pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
 from fastdistill.ops._common import no_autocast
-from fastdistill.ops.linear_logits import Inputs, linear_row_losses
+from fastdistill.ops.linear_logits import linear_row_losses
 
 __all__ = [
-    "linear_jsd",
-    "linear_kl_div",
-    "linear_soft_cross_entropy",
-    "linear_topk_soft_cross_entropy",
-    "linear_tvd",
-]
+    "linear_jsd", "linear_kl_div", "linear_soft_cross_entropy", "linear_topk_soft_cross_entropy", "linear_tvd",
+]  # fmt: skip
 
 Head = tuple[Tensor, Any, Tensor | None]  # hidden states (*, d), weight (V, d), bias (V)
 
 
 @documented
 def linear_soft_cross_entropy(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `soft_cross_entropy` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `soft_cross_entropy` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
-        {linear_options}
+        {heads}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -71,38 +50,21 @@ def linear_soft_cross_entropy(
 
 @documented
 def linear_kl_div(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
     reverse: bool = False,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `kl_div` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `kl_div` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
+        {heads}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
-        {linear_options}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -110,45 +72,27 @@ def linear_kl_div(
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
                      teacher_softcap, reduction, num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
-    return _against_head(
-        _rows.kl_kind(reverse), reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse
-    )
+    kind = _rows.kl_kind(reverse)
+    return _against_head(kind, reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse)
 
 
 @documented
 def linear_jsd(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
     beta: float = 0.5,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `jsd` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `jsd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
+        {heads}
         beta: weight of the teacher in the mixture, 0 to 1.
-        {linear_options}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -161,36 +105,19 @@ def linear_jsd(
 
 @documented
 def linear_tvd(
-    student: Tensor,
-    student_weight: Tensor,
-    teacher: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Computes `tvd` of the logits `x @ W.T + b` of each side without storing either `(*, V)` tensor.
-
-    The logits reach the loss in float32; they are not rounded to a narrower input dtype on the way.
+    student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
+    student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """Computes `tvd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
     Args:
-        {student_head}
-        {teacher_head}
-        {student_bias}
-        {teacher_bias}
-        {linear_options}
+        {heads}
+        {class_options}
 
     Raises:
         {class_raises}
@@ -203,32 +130,22 @@ def linear_tvd(
 
 @documented
 def linear_topk_soft_cross_entropy(
-    student: Tensor,
-    student_weight: Tensor,
-    topk_logprobs: Tensor,
-    topk_indices: Tensor,
-    *,
+    student: Tensor, student_weight: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
     student_bias: Tensor | None = None,
     tail: str = "renormalize",
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes `topk_soft_cross_entropy` of the logits `x @ W.T + b` without storing the `(*, V)` tensor.
 
     Args:
-        {student_head}
+        student: `(*, d_s)` hidden states before the vocabulary head.
+        student_weight: `(V, d_s)`.
         {topk}
-        {student_bias}
-        {tail}
+        student_bias: `(V)` or None.
         {topk_options}
 
     Raises:
@@ -285,14 +202,11 @@ def _against_head(
 
 
 def _loss(
-    kind: str,
-    definition: Callable[..., Tensor],
-    student: Head,
+    kind: str, definition: Callable[..., Tensor], student: Head,
     teacher: Head,  # with `indices` log-probabilities (*, k), None and None
     indices: Tensor | None,  # (*, k)
-    given: Keywords,
-    **own: Any,  # the keywords of this loss alone
-) -> Tensor:
+    given: Keywords, **own: Any,  # the keywords of this loss alone
+) -> Tensor:  # fmt: skip
     """Picks the backend, casts for autocast, runs the op and reduces its losses; the arguments are checked."""
     backend = pick_backend(given.backend, student[0].device, kind=kind)
     hidden, weight, bias = _operands("student", student)
@@ -307,17 +221,15 @@ def _loss(
             return definition(hidden, weight, *others, **biases, **_rows.for_reference(given, own))
         rows, counted = hidden.shape[:-1], _rows.counted_rows(given)
         options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
-        inputs = Inputs(
+        per_row = given.reduction == "none"
+        loss = linear_row_losses(
             _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
             None if indices is None else _flat(indices),
             None if given.labels is None else given.labels.reshape(-1),
             None if counted is None else counted.reshape(-1),
-            row_weight=None,
+            per_row=per_row, options=options,
         )  # fmt: skip
-        loss = linear_row_losses(inputs, given.reduction == "none", options)
-        if given.reduction == "none":
-            return loss.view(rows)
-        return _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
+        return loss.view(rows) if per_row else _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
 
 
 def _operands(side: str, head: Head) -> Head:

@@ -22,22 +22,13 @@ __all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tv
 
 @documented
 def soft_cross_entropy(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    student_logits: Tensor, teacher_logits: Tensor, *,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the cross-entropy of the student under the teacher's distribution: `-sum p_t log p_s`.
 
     With `p = softmax(z / temperature)` of each side, summed over the classes; the item is a row. This is the
@@ -46,9 +37,8 @@ def soft_cross_entropy(
 
     Args:
         {logits}
-        {logits_options}
+        {class_options}
 
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with teacher mass and student probability 0 gives inf, as the formula does.
 
     Raises:
@@ -61,23 +51,14 @@ def soft_cross_entropy(
 
 @documented
 def kl_div(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
+    student_logits: Tensor, teacher_logits: Tensor, *,
     reverse: bool = False,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the Kullback-Leibler divergence between teacher and student: `sum p_t (log p_t - log p_s)`.
 
     This is `KL(p_t || p_s)` with `p = softmax(z / temperature)`, or `KL(p_s || p_t)` with `reverse` (arXiv 2306.08543);
@@ -86,9 +67,8 @@ def kl_div(
     Args:
         {logits}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
-        {logits_options}
+        {class_options}
 
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
     A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
 
     Raises:
@@ -96,30 +76,20 @@ def kl_div(
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
                      teacher_softcap, reduction, num_items, backend)  # fmt: skip
-    return _against_logits(
-        _rows.kl_kind(reverse), reference.kl_div, student_logits, teacher_logits, given, reverse=reverse
-    )
+    kind = _rows.kl_kind(reverse)
+    return _against_logits(kind, reference.kl_div, student_logits, teacher_logits, given, reverse=reverse)
 
 
 @documented
 def jsd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
+    student_logits: Tensor, teacher_logits: Tensor, *,
     beta: float = 0.5,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the generalised Jensen-Shannon divergence: `beta KL(p_t || m) + (1 - beta) KL(p_s || m)`.
 
     With `m = beta p_t + (1 - beta) p_s` and `p = softmax(z / temperature)` (GKD, arXiv 2306.13649, equation 1); beta 0
@@ -128,9 +98,7 @@ def jsd(
     Args:
         {logits}
         beta: weight of the teacher in the mixture, 0 to 1.
-        {logits_options}
-
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
+        {class_options}
 
     Raises:
         {class_raises}
@@ -142,22 +110,13 @@ def jsd(
 
 @documented
 def tvd(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    student_logits: Tensor, teacher_logits: Tensor, *,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
+    student_softcap: float | None = None, teacher_softcap: float | None = None,
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the total variation distance between teacher and student: `0.5 sum |p_t - p_s|`, between 0 and 1.
 
     With `p = softmax(z / temperature)`; the item is a row (f-distillation, arXiv 2307.15190). Where the two are equal
@@ -165,9 +124,7 @@ def tvd(
 
     Args:
         {logits}
-        {logits_options}
-
-    A logit of -inf is a class of probability 0 (also under a softcap): it adds nothing and its gradient is 0.
+        {class_options}
 
     Raises:
         {class_raises}
@@ -179,23 +136,14 @@ def tvd(
 
 @documented
 def topk_soft_cross_entropy(
-    student_logits: Tensor,
-    topk_logprobs: Tensor,
-    topk_indices: Tensor,
-    *,
+    student_logits: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
     tail: str = "renormalize",
-    temperature: float = 1.0,
-    t_squared: bool = False,
-    labels: Tensor | None = None,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    mask: Tensor | None = None,
-    vocab_size: int | None = None,
+    temperature: float = 1.0, t_squared: bool = False,
+    labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
+    mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None,
-    reduction: str = "mean",
-    num_items: int | float | Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
     """Computes the soft cross-entropy against the k most likely classes of an offline teacher.
 
     With `tail="renormalize"` the k classes are the teacher's whole distribution: their log-probabilities are divided
@@ -205,7 +153,6 @@ def topk_soft_cross_entropy(
     Args:
         student_logits: `(*, V)`.
         {topk}
-        {tail}
         {topk_options}
 
     Raises:
@@ -232,13 +179,9 @@ def _shape(student_logits: Tensor) -> tuple[tuple[int, ...], int]:
 
 
 def _against_logits(
-    kind: str,
-    definition: Callable[..., Tensor],
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    given: Keywords,
+    kind: str, definition: Callable[..., Tensor], student_logits: Tensor, teacher_logits: Tensor, given: Keywords,
     **own: Any,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     check.floating(student_logits=student_logits, teacher_logits=teacher_logits)
     check.frozen(teacher_logits=teacher_logits)
     rows, classes = _shape(student_logits)
@@ -250,14 +193,12 @@ def _against_logits(
 
 
 def _loss(
-    kind: str,
-    definition: Callable[..., Tensor],
+    kind: str, definition: Callable[..., Tensor],
     student: Tensor,  # (*, >= V)
     teacher: Tensor,  # logits (*, >= V), or with `indices` log-probabilities (*, k)
     indices: Tensor | None,  # (*, k)
-    given: Keywords,
-    **own: Any,  # the keywords of this loss alone
-) -> Tensor:
+    given: Keywords, **own: Any,  # the keywords of this loss alone
+) -> Tensor:  # fmt: skip
     """Picks the backend, runs the op and reduces its losses; the arguments are checked."""
     dtypes = (student.dtype, teacher.dtype) if indices is None else ()
     backend = pick_backend(given.backend, student.device, dtypes, kind)

@@ -37,7 +37,7 @@ def slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 class Attention(NamedTuple):
-    """One call of an attention loss. Registered ops take the fields one by one, in this order: see `SCHEMA`."""
+    """One call of an attention loss."""
 
     student_query: Tensor  # (B, H, L, D_s)
     student_key: Tensor  # (B, H_s, S, D_s), H_s divides H
@@ -74,24 +74,18 @@ class Attention(NamedTuple):
     def folded(self) -> Attention:
         """Makes an attn_mask a key mask if it is the same for all heads and queries, or a query mask if it is the same
         for all heads and keys: both cost less."""
-        key_mask, query_mask, attn_mask = self.key_mask, self.query_mask, self.attn_mask
-        query_length, key_length = self.lengths()
-        if attn_mask is not None and attn_mask.shape[1] == 1:
-            if attn_mask.shape[2] == 1:
-                keys = attn_mask[:, 0, 0].expand(-1, key_length)
-                key_mask, attn_mask = keys if key_mask is None else keys & key_mask, None
-            elif attn_mask.shape[3] == 1:
-                queries = attn_mask[:, 0, :, 0].expand(-1, query_length)
-                query_mask, attn_mask = queries if query_mask is None else queries & query_mask, None
-        return Attention(
-            *self.tensors(), self.student_scale, self.teacher_scale, key_mask, query_mask, self.is_causal, attn_mask
-        )
+        mask = self.attn_mask
+        if mask is not None and mask.shape[1] == mask.shape[2] == 1:
+            keys = mask[:, 0, 0].expand(-1, self.student_key.shape[2])
+            return self._replace(key_mask=keys if self.key_mask is None else keys & self.key_mask, attn_mask=None)
+        if mask is not None and mask.shape[1] == mask.shape[3] == 1:
+            queries = mask[:, 0, :, 0].expand(-1, self.student_query.shape[2])
+            query_mask = queries if self.query_mask is None else queries & self.query_mask
+            return self._replace(query_mask=query_mask, attn_mask=None)
+        return self
 
 
-SCHEMA = (
-    "Tensor student_query, Tensor student_key, Tensor teacher_query, Tensor teacher_key, float student_scale, "
-    "float teacher_scale, Tensor? key_mask, Tensor? query_mask, bool is_causal, Tensor? attn_mask"
-)
+SCHEMA = _common.schema(Attention)
 
 
 class Counted(NamedTuple):
@@ -261,9 +255,7 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
             None if x is None else take(x) for x in (counted.queries, student_keys, teacher_keys, call.attn_mask)
         )
         key_mask = None if call.key_mask is None else take(call.key_mask[:, None])[:, 0]
-        part = Attention(
-            sq, sk, tq, tk, call.student_scale, call.teacher_scale, key_mask, None, call.is_causal, attn_mask
-        )
+        part = Attention(sq, sk, tq, tk, *call[4:6], key_mask, None, call.is_causal, attn_mask)
         student, teacher = Side(sq, sk, queries, s_keys, call.dtype), Side(tq, tk, queries, t_keys, call.dtype)
         yield TileBlock(take, part, take(counted.keys_per_query), student, teacher, rows, columns)
 

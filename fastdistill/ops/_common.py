@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_type_hints
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt", float: "float", float | None: "float?",
+    str: "str",
+}  # fmt: skip
+
+
+def schema(fields: type) -> str:
+    """Returns a NamedTuple's fields in torch.library's language: registered ops take them one by one, in this order."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(fields).items())
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class RowOptions(NamedTuple):
-    """The options of a loss over classes, as the ops and the kernels' launchers take them: one value.
-
-    A registered op takes the fields one by one, in this order; `SCHEMA` lists them in torch.library's language.
-    """
+    """The options of a loss over classes, as the ops and the kernels' launchers take them: one value."""
 
     kind: str  # the soft loss: "soft_cross_entropy", "kl_div", "reverse_kl", "jsd" or "tvd"
     tail: str  # "": the teacher gives logits; "renormalize" or "bucket": a list of its most likely classes
@@ -33,9 +30,6 @@ class RowOptions(NamedTuple):
     teacher_softcap: float | None
     backend: str  # "torch", "triton" or "cuda"
 
-
-_SCHEMA_TYPES = {str: "str", int: "SymInt", float: "float", float | None: "float?"}
-SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(RowOptions).items())
 
 Index = tuple[int | slice, ...]
 Target = tuple[Tensor, ...]  # the teacher of a block of n rows, (n, .) each; () where the soft loss has no weight
@@ -57,10 +51,6 @@ def exponential(x: Tensor, out: Tensor, temperature: float = 1.0) -> Tensor:
         return torch.div(x, temperature, out=out).exp_()
     # ATen's exp2 is one vector loop: several times faster than its exp and softmax, and as accurate.
     return torch.mul(x, LOG2E / temperature, out=out).exp2_()
-
-
-def exponential_(x: Tensor, temperature: float = 1.0) -> Tensor:
-    return exponential(x, x, temperature)
 
 
 def exponents_(x: Tensor, temperature: float) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _common
-from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, exponential_, row_max
+from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, row_max
 
 
 def topk_divergence(
@@ -42,7 +42,7 @@ def topk_divergence(
     if has_bucket:
         x.scatter_(1, indices, -math.inf)
         rest_max = row_max(x).clamp_(min=torch.finfo(x.dtype).min)  # finite even if no class remains
-        rest_e = exponential_(x.sub_(rest_max), temperature)
+        rest_e = exponential(x.sub_(rest_max), x, temperature)
         rest_sum = rest_e.sum(-1, keepdim=True)
         loss -= _expectation(teacher_rest, rest_max / temperature + rest_sum.log() - log_sum)
         teacher_rest = teacher_rest.where(rest_sum > 0, 0)  # a bucket of probability 0 has no gradient

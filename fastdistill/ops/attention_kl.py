@@ -13,7 +13,6 @@ sum; the backward scales them.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,9 @@ from fastdistill.ops import _attention, _common
 from fastdistill.ops._attention import Attention, TileBlock
 
 
-def attention_kl(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """Returns the sum of the rows' KL () and the number of rows with an allowed key () int64.
-
-    Takes the fields of `Attention`, then the backend.
-    """
-    *fields, backend = inputs
-    call = Attention(*fields).folded()
+def attention_kl(call: Attention, backend: str) -> tuple[Tensor, Tensor]:
+    """Returns the sum of the rows' KL () and the number of rows with an allowed key () int64."""
+    call = call.folded()
     return _attention_kl(*call, backend, call.differentiable())[:2]
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import gcd, lcm
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +35,9 @@ from fastdistill.ops._attention import SCHEMA, Attention, Counted, TileBlock, sl
 CHUNK = 64
 
 
-def attention_mse(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """Returns the sum of squares () and the number of allowed pairs () int64.
-
-    Takes the fields of `Attention`, then the backend.
-    """
-    *fields, backend = inputs
-    call = Attention(*fields).folded()
+def attention_mse(call: Attention, backend: str) -> tuple[Tensor, Tensor]:
+    """Returns the sum of squares () and the number of allowed pairs () int64."""
+    call = call.folded()
     if call.attn_mask is None and _prefers_gram(call, backend):
         return _linear(*call, backend)[:2]
     return _tiled(*call, backend, call.differentiable())[:2]
@@ -120,10 +116,8 @@ def _side_by_side(
     student: Tensor,  # (B, heads / i, T, D_s)
     teacher: Tensor,  # (B, heads / j, T, D_t)
     counted: Tensor | None,  # (B|1, 1, T)
-    heads: int,
-    groups: int,
-    rows: slice,
-) -> Tensor:  # (B * groups, heads / groups * rows, D')
+    heads: int, groups: int, rows: slice,
+) -> Tensor:  # (B * groups, heads / groups * rows, D')  # fmt: skip
     """Returns [student, teacher] in the widest dtype, repeated to `heads` heads; rows that do not count are zero."""
     student, teacher = student[:, :, None, rows], teacher[:, :, None, rows]
     batch, _, _, length, width = student.shape
@@ -276,14 +270,10 @@ def _linear_backward(grad_total, *inputs):  # type: ignore[no-untyped-def]
 
 
 def _linear_gradients(
-    grad_total: Tensor,  # ()
-    call: Attention,
-    counted: Counted,
-    query_gram: Tensor,  # as `_linear_loss` returns them
-    key_gram: Tensor,
-    d_query: Tensor,  # to be written
-    d_key: Tensor,
-) -> None:
+    grad_total: Tensor, call: Attention, counted: Counted,
+    query_gram: Tensor, key_gram: Tensor,  # as `_linear_loss` returns them
+    d_query: Tensor, d_key: Tensor,  # to be written
+) -> None:  # fmt: skip
     query_length, width = call.lengths()[0], call.student_query.shape[3]
     v = _scales(call)
     sharing = query_gram.shape[1] // call.student_key.shape[1]

@@ -12,14 +12,15 @@ the gradients and the backward scales them. Losses per token wait for their weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastdistill.ops import _common, _rows
-from fastdistill.ops._rows import BUFFERS, SCHEMA, RowOptions, Target, at, capped, checked_labels
+from fastdistill.ops._rows import BUFFERS, RowOptions, Target, at, capped, checked_labels
 from fastdistill.ops._topk import listed, sorted_list
 from fastdistill.ops.logits import kernels_of, row_loss
 
@@ -42,17 +43,21 @@ class Inputs(NamedTuple):
     labels: Tensor | None  # (N), or (N, 1) once they are checked
     counted: Tensor | None  # (N)
     row_weight: Tensor | None  # (N), of each row's gradient; None: 1
+    needs_student: bool
+    needs_weight: bool
+    needs_bias: bool
+    per_row: bool
 
 
 INPUTS = len(Inputs._fields)
 
 
-def linear_row_losses(inputs: Inputs, per_row: bool, options: RowOptions) -> Tensor:  # (N) or ()
+def linear_row_losses(*tensors: Tensor | None, per_row: bool, options: RowOptions) -> Tensor:  # (N) or ()
+    """Takes the tensors of `Inputs` up to `counted`."""
+    *others, labels, counted = tensors
     # Losses per row wait for their weights.
-    needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs[:3]]
-    if not options.hard_weight:
-        inputs = inputs._replace(labels=None)
-    return _op(*inputs, *needs, per_row, *options)[0]
+    needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
+    return _op(*others, labels if options.hard_weight else None, counted, None, *needs, per_row, *options)[0]
 
 
 # Loss (N) or (), dX (N, d_s), dW (>= V, d_s), db (>= V); empty where not needed.
@@ -60,15 +65,14 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _forward(*flat: Any) -> Outputs:
-    """Takes `Inputs`, whether dX, dW and db are wanted, `per_row`, and `RowOptions`, field by field."""
-    inputs, options = Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS + 4 :])
-    needs_student, needs_weight, needs_bias, per_row = flat[INPUTS : INPUTS + 4]
-    needs = (needs_student, needs_weight, needs_bias)
+    """Takes `Inputs` and `RowOptions`, field by field."""
+    inputs, options = Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS:])
     student, classes, counted = inputs.student, options.classes, inputs.counted
-    loss, d_student, d_weight, d_bias = _outputs(student, inputs.student_weight, inputs.teacher, needs)
+    loss, d_student, d_weight, d_bias = _outputs(inputs)
     dtype = loss.dtype
     size = _chunk_size(student, classes, dtype)
     unit = _unit(student, options)
+    wanted = inputs.needs_student or inputs.needs_weight or inputs.needs_bias
     weight = inputs.student_weight[:classes]
     inputs = inputs._replace(student_weight=weight, labels=checked_labels(inputs.labels, counted, classes))
     make_rows = _in_blocks if options.backend == "torch" else _in_one_launch
@@ -77,28 +81,28 @@ def _forward(*flat: Any) -> Outputs:
         for start in range(0, student.shape[0], size):
             chunk = slice(start, min(start + size, student.shape[0]))
             x = _clean(student, chunk, counted)
-            gradient = rows(chunk, x, any(needs))
+            gradient = rows(chunk, x, wanted)
             if gradient is None:
                 continue
-            if needs_bias:
+            if inputs.needs_bias:
                 d_bias[:classes] += gradient.sum(0, dtype=dtype)
-            if needs_weight:
+            if inputs.needs_weight:
                 _common.add_mm_(d_weight[:classes], gradient.mT, x)
-            if needs_student:
+            if inputs.needs_student:
                 d_student[chunk] = _times_weight(gradient, weight, dtype)
     if unit != 1:
         for total in (d_student, d_weight, d_bias):
             total *= 1 / unit
-    return loss if per_row else loss.sum(), d_student, d_weight, d_bias
+    return loss if inputs.per_row else loss.sum(), d_student, d_weight, d_bias
 
 
-def _outputs(student: Tensor, weight: Tensor, teacher: Tensor, needs: Sequence[bool]) -> Outputs:
+def _outputs(inputs: Inputs) -> Outputs:
     """Allocates the losses and the sums over chunks in the wide dtype: the backward rounds once, when it scales."""
-    needs_student, needs_weight, needs_bias = needs
-    loss = student.new_empty(student.shape[0], dtype=_common.compute_dtype(student, teacher))
-    d_student = loss.new_empty(student.shape if needs_student else 0)
-    d_weight = loss.new_zeros(weight.shape if needs_weight else 0)
-    d_bias = loss.new_zeros(weight.shape[0] if needs_bias else 0)
+    student, weight = inputs.student, inputs.student_weight
+    loss = student.new_empty(student.shape[0], dtype=_common.compute_dtype(student, inputs.teacher))
+    d_student = loss.new_empty(student.shape if inputs.needs_student else 0)
+    d_weight = loss.new_zeros(weight.shape if inputs.needs_weight else 0)
+    d_bias = loss.new_zeros(weight.shape[0] if inputs.needs_bias else 0)
     return loss, d_student, d_weight, d_bias
 
 
@@ -222,12 +226,8 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> T
 
 def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes G W in the wide dtype."""
-    total = None
-    for classes, block in _operand_blocks(weight, dtype):
-        part = _common.wide_mm(gradient[:, classes], block, dtype)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return total
+    parts = (_common.wide_mm(gradient[:, classes], block, dtype) for classes, block in _operand_blocks(weight, dtype))
+    return reduce(Tensor.add_, parts)
 
 
 def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -244,26 +244,26 @@ def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice,
 # -- registration --------------------------------------------------------------------------------------------
 
 
-def _fake(*inputs):  # type: ignore[no-untyped-def]
-    student, weight, _, teacher = inputs[:4]
-    *needs, per_row = inputs[INPUTS : INPUTS + 4]
-    loss, *gradients = _outputs(student, weight, teacher, needs)
-    return loss if per_row else loss.new_empty(()), *gradients
+def _fake(*flat):  # type: ignore[no-untyped-def]
+    inputs = Inputs(*flat[:INPUTS])
+    loss, *gradients = _outputs(inputs)
+    return loss if inputs.per_row else loss.new_empty(()), *gradients
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *ctx.in_forward, ctx.per_row = inputs[INPUTS : INPUTS + 4]
-    ctx.options = inputs[INPUTS + 4 :]
+    *tensors, _ = inputs[: INPUTS - 4]  # row_weight is None
+    *ctx.in_forward, ctx.per_row = inputs[INPUTS - 4 : INPUTS]
+    ctx.options = inputs[INPUTS:]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(inputs[: INPUTS - 1] if ctx.per_row else gradients))  # all but row_weight, which is None
+    ctx.save_for_backward(*(tensors if ctx.per_row else gradients))
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("the linear loss over classes")
-    nothing = (None,) * (INPUTS + 4 + len(ctx.options))
+    nothing = (None,) * (INPUTS + len(ctx.options))
     if grad_loss is None:
         return nothing
     needs, scale = ctx.in_forward, grad_loss
@@ -285,9 +285,7 @@ _op = torch.library.custom_op(
     "fastdistill::linear_row_losses",
     _forward,
     mutates_args=(),
-    schema="(Tensor student, Tensor student_weight, Tensor? student_bias, Tensor teacher, Tensor? teacher_weight, "
-    "Tensor? teacher_bias, Tensor? indices, Tensor? labels, Tensor? counted, Tensor? row_weight, bool needs_student, "
-    f"bool needs_weight, bool needs_bias, bool per_row, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_common.schema(Inputs)}, {_common.schema(RowOptions)}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 _op.register_fake(_fake)
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -50,27 +50,17 @@ class _Call(NamedTuple):
         return self._replace(student=student, teacher=teacher, mask=mask, token_weight=token_weight)
 
 
-def linear_mse(
-    student: Tensor,  # (N, d_s)
-    weight: Tensor | None,  # (d_t, d_s)
-    teacher: Tensor,  # (N, d_t)
-    bias: Tensor | None,  # (d_t)
-    mask: Tensor | None,  # (N)
-    per_token: bool,
-    backend: str,
-) -> Tensor:  # (N) or ()
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, weight, bias)]
+def linear_mse(*tensors: Tensor | None, per_token: bool, backend: str) -> Tensor:  # (N) or ()
+    """Takes the tensors of `_Call` up to `mask`."""
     # The weights of per-token losses are known in the backward only, which computes the residual again.
-    in_forward = [need and not per_token for need in needs]
-    return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *in_forward, backend)[0]
+    needs = [not per_token and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+    return _linear_mse(*tensors, None, per_token, needs[0], needs[1], needs[3], backend)[0]
 
 
 @torch.library.custom_op(
     "fastdistill::linear_mse",
     mutates_args=(),
-    schema="(Tensor student, Tensor? weight, Tensor teacher, Tensor? bias, Tensor? mask, Tensor? token_weight, "
-    "bool per_token, bool needs_student, bool needs_weight, bool needs_bias, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_common.schema(_Call)}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _linear_mse(*inputs):  # type: ignore[no-untyped-def]
     """Returns the loss (N) or (); r R W (N, d_s), (r R)^T X (d_t, d_s), sum r R (d_t), empty where not needed."""
@@ -88,10 +78,7 @@ def _in_chunks(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d
     for start in range(0, len(call.student), CHUNK):
         chunk = slice(start, start + CHUNK)
         x, weight, teacher, bias, mask, token_weight, *_ = call.part(chunk)  # x (C, d_s)
-        if weight is None:
-            residual = x.to(dtype, copy=True)  # (C, d_t)
-        else:
-            residual = _common.wide_mm(x, weight.mT, dtype)
+        residual = x.to(dtype, copy=True) if weight is None else _common.wide_mm(x, weight.mT, dtype)  # (C, d_t)
         residual -= teacher
         if bias is not None:
             residual += bias
@@ -104,16 +91,12 @@ def _in_chunks(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d
             residual *= token_weight[:, None]
         if call.needs_bias:
             d_bias += residual.sum(0)
+        operand = residual.to(x.dtype) if x.is_cuda else residual  # a GPU multiplies 16-bit operands
         if call.needs_weight:
             clean = x if mask is None else x.masked_fill(~mask[:, None], 0)
-            # The residual of 16-bit operands goes back to 16 bits where the product takes them (GPU).
-            _common.add_mm_(d_weight, (residual.to(x.dtype) if x.is_cuda else residual).mT, clean)
+            _common.add_mm_(d_weight, operand.mT, clean)
         if call.needs_student:
-            if weight is None:
-                d_student[chunk] = residual
-            else:
-                operand = residual.to(weight.dtype) if x.is_cuda else residual
-                d_student[chunk] = _common.wide_mm(operand, weight, dtype)
+            d_student[chunk] = residual if weight is None else _common.wide_mm(operand, weight, dtype)
 
 
 def _with_kernel(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
@@ -125,9 +108,8 @@ def _with_kernel(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor,
     dtype = call.student.dtype if _common.narrow(call.student) else loss.dtype  # of R
     products = call.needs_weight or (call.needs_student and call.weight is not None)
     size = max(kernels.CHUNK_BYTES // (width * dtype.itemsize), 1024) if products else max(tokens, 1)
-    residual = clean = None
-    if products:
-        residual = call.student.new_empty(min(size, tokens), width, dtype=dtype)
+    residual = call.student.new_empty(min(size, tokens), width, dtype=dtype) if products else None
+    clean = None
     if call.needs_weight and mask is not None:
         clean = torch.empty_like(call.student[:size], memory_format=torch.contiguous_format)
     for start in range(0, tokens, size):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdistill.ops import _common, _rows
 from fastdistill.ops._divergence import divergence
-from fastdistill.ops._rows import BUFFERS, SCHEMA, SHORT, RowOptions, Target, at, capped, checked_labels
+from fastdistill.ops._rows import BUFFERS, SHORT, RowOptions, Target, at, capped, checked_labels
 from fastdistill.ops._topk import listed, sorted_list, topk_divergence
 
 
@@ -74,8 +74,7 @@ def row_loss(
     student: Tensor,  # (n, V), wide and capped; overwritten where there is a softcap
     target: Target,
     labels: Tensor | None,  # (n, 1)
-    out: Tensor
-    | None,  # (n, V), for the gradient of each row's loss in its logits before the softcap; None: not wanted
+    out: Tensor | None,  # (n, V), for the gradient of each row's loss in its logits before the softcap
     work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
 ) -> Tensor:  # (n)
     student_max = _rows.row_max(student)
@@ -87,7 +86,7 @@ def row_loss(
         if out is not None:
             out.zero_()
     if labels is not None:
-        hard = _rows.exponential_(torch.sub(student, student_max, out=work[0]))
+        hard = _rows.exponential(torch.sub(student, student_max, out=work[0]), work[0])
         hard_sum = hard.sum(-1, keepdim=True)
         loss += (hard_sum.log() + (student_max - student.gather(1, labels))) * options.hard_weight
         if out is not None:
@@ -239,8 +238,7 @@ _op = torch.library.custom_op(
     "fastdistill::row_losses",
     _forward,
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, Tensor? indices, Tensor? labels, Tensor? counted, Tensor? weight, "
-    f"bool needs_gradient, {SCHEMA}) -> (Tensor, Tensor)",
+    schema=f"({_common.schema(Inputs)}, bool needs_gradient, {_common.schema(RowOptions)}) -> (Tensor, Tensor)",
 )
 _op.register_fake(_fake)
 _op.register_autograd(_backward, setup_context=_setup_context)

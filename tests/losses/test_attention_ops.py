@@ -466,7 +466,7 @@ def test_linear_or_tiled_form_is_chosen_by_shape(
     taken = []
     for way in ("_linear", "_tiled"):
         monkeypatch.setattr(mse, way, lambda *arguments, way=way: taken.append(way) or (None, None))
-    mse.attention_mse(*pair(*shape), 1.0, 1.0, None, None, is_causal, None, chosen)
+    mse.attention_mse(Attention(*pair(*shape), 1.0, 1.0, None, None, is_causal, None), chosen)
     assert taken == ["_linear" if linear else "_tiled"]
 
 
