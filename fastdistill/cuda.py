@@ -93,9 +93,6 @@ def rows(
     )  # fmt: skip
 
 
-# -- Building ------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def library(device: torch.device) -> torch._ops._OpNamespace:
     """Returns the ops of csrc/; builds them for the card at `device` if they are not built yet."""

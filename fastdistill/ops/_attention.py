@@ -260,9 +260,6 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
         yield TileBlock(take, part, take(counted.keys_per_query), student, teacher, rows, columns)
 
 
-# -- the op over tiles of scores -----------------------------------------------------------------------------
-
-
 def tiled_op(
     name: str, is_kl: bool, add_block: Callable[[TileBlock, Tensor, Tensor | None, Tensor | None], None]
 ) -> CustomOpDef:

@@ -42,8 +42,6 @@ CPU_BYTES, GPU_BYTES = 5 << 20, 1 << 28
 
 LOG2E = math.log2(math.e)
 
-# -- elementary operations -----------------------------------------------------------------------------------
-
 
 def exponential(x: Tensor, out: Tensor, temperature: float = 1.0) -> Tensor:
     """Returns exp(x / T), in `out`, which may be x."""
@@ -99,9 +97,6 @@ def capped(logits: Tensor, softcap: float | None, buffer: Tensor | None) -> Tens
         return buffer.copy_(logits)
     impossible = logits == -math.inf
     return buffer.copy_(logits).div_(softcap).tanh_().mul_(softcap).masked_fill_(impossible, -math.inf)
-
-
-# -- blocks of rows ------------------------------------------------------------------------------------------
 
 
 def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tuple[Index, slice]]:

@@ -149,9 +149,6 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
         d_rows[:, classes:] = 0
 
 
-# -- kernels -------------------------------------------------------------------------------------------------
-
-
 def kernels_of(options: RowOptions) -> Any:
     """Returns the module whose `rows` launches the kernel."""
     if options.backend == "cuda":
