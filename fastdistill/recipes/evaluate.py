@@ -25,8 +25,9 @@ def evaluate_task(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if options.json and options.json.exists() and not options.overwrite:
         raise FileExistsError(f"{options.json} exists; pass overwrite=True to replace it")
     names = [options.model] + ([options.against] if options.against else [])
-    trust, sets = options.trust_remote_code, evaluation_sets(task, options.data)
+    trust = options.trust_remote_code
     models = [load_model(name, task.auto_class, trust_remote_code=trust, needs_head=True) for name in names]
+    sets = evaluation_sets(task, options.data)
     figures: dict[str, dict[str, Any]] = {}
     for name, (model, tokenizer) in zip(names, models, strict=True):
         task = task.for_model(model.config, argument=name)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,17 +61,15 @@ class States:
     head: str = ""  # "spans" for question answering, "tags" for a token classifier, else ""
 
 
-@dataclass
-class _Sink:
+class _Sink:  # no dataclass: FSDP hands each module a copy of a dataclass among its arguments
     """Collects the layers asked for. It numbers them from 1 in the order of calls: not every layer knows its index.
 
     Under activation checkpointing, backward calls the attention again, which counts on past the last layer.
     """
 
-    wanted: Collection[int]
-    values: bool
-    calls: int = 0
-    layers: dict[int, LayerAttention] = field(default_factory=dict)
+    def __init__(self, wanted: Collection[int], values: bool) -> None:
+        self.wanted, self.values, self.calls = wanted, values, 0
+        self.layers: dict[int, LayerAttention] = {}
 
     def add(self, layer: LayerAttention) -> None:
         self.calls += 1
