@@ -14,12 +14,10 @@ from typing import Any, Literal
 
 from fastdistill.train.options import ObjectiveOptions, Schedule
 
-INNER_TERMS = ("embedding", "hidden", "attention", "query_relation", "key_relation", "value_relation")
 INNER = (
     "embedding, hidden, attention of tinybert; attention, value_relation of minilm; query_relation, key_relation, "
     "value_relation of minilmv2 (default: all)"
 )
-CACHED_TERMS = ("embedding", "hidden", "attention", "prediction")
 RECIPE = "the published recipe's"
 
 
@@ -71,7 +69,7 @@ class Data:
 class Losses(ObjectiveOptions):
     """The inner losses; a command that trains the head as well adds flags for the prediction loss."""
 
-    terms: list[str] | None = flag(INNER, None, choices=INNER_TERMS, metavar="TERM")
+    terms: list[str] | None = flag(INNER, None, metavar="TERM")
     layer_map: str = flag(
         "uniform, top, bottom, last, or the teacher's state for each of the student's: 0,3,-,12 "
         "(0: embeddings; -: none)", "uniform",
@@ -126,6 +124,11 @@ class GeneralOptions(Models, Losses, Schedule, Training, Output):
     batch_size: int = flag("rows of each process and step", 256)
     warmup: float = flag("share of the steps", 0.1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "prediction" in (self.terms or ()):
+            raise ValueError("terms: invalid choice: 'prediction', which a corpus does not have; distil it on a task")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentOptions(Data, Output, Loading):
@@ -148,9 +151,7 @@ class TaskOptions(Models, Data, Losses, Grid, Training, Output):
     """Stage 2: intermediate, prediction, evaluation on a task."""
 
     augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
-    terms: list[str] | None = flag(
-        INNER + "; and prediction", None, choices=(*INNER_TERMS, "prediction"), metavar="TERM"
-    )
+    terms: list[str] | None = flag(INNER + "; and prediction", None, metavar="TERM")
     temperature: float = flag("of predictions", 1.0)
     labels: Literal["teacher", "gold"] = flag("learn the teacher's predictions, or gold labels alone", "teacher")
     intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None)
@@ -181,7 +182,7 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
     student: str = flag("checkpoint; or a preset or JSON config file of the teacher's kind")
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
     init: Literal["random", "teacher"] | None = flag("weights of a preset (default: --teacher's, if given)", None)
-    terms: list[str] | None = flag("default: all that the cache serves", None, choices=CACHED_TERMS, metavar="TERM")
+    terms: list[str] | None = flag("default: all that the cache serves", None, metavar="TERM")
     temperature: float = flag("of the prediction", 1.0)
     tail: Literal["renormalize", "bucket"] = flag("other classes: left out, or taken as one", "renormalize")
     verify: bool = flag("compare every file's SHA-256 first", False)
