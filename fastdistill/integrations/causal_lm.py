@@ -1,14 +1,14 @@
 """Distils a causal language model inside its own forward, without building logits.
 
-The student is called as the trainer holds it: plain, compiled, under DDP, FSDP or PEFT. While it runs, the forward of its
-head is replaced by one that computes the loss from the head's input and weight. Every hook of every wrapper fires, and
-autocast stays as the trainer set it. In place of logits the replaced head returns
+The student is called as the trainer holds it: plain, compiled, under DDP, FSDP or PEFT. While it runs, the forward of
+its head is replaced by one that computes the loss from the head's input and weight. Every hook of every wrapper fires,
+and autocast stays as the trainer set it. In place of logits the replaced head returns
 
     carrier = (loss - loss.detach()) / scale                    value 0, slope 1 / scale
 
-Models transform what the head returns into `cap * tanh(scale * z / cap)`, or into a part of that. At 0 the transform has the
-value 0 and the slope `scale`, so the model's output carries the gradient of the loss, unchanged, through the wrapper's own
-output.
+Models transform what the head returns into `cap * tanh(scale * z / cap)`, or into a part of that. At 0 the transform
+has the value 0 and the slope `scale`, so the model's output carries the gradient of the loss, unchanged, through the
+wrapper's own output.
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ def causal_lm_loss(
         ValueError: an unknown divergence, a student that is its own teacher, a missing teacher, `alpha` below 1 under
             which nothing counts, and what the losses raise.
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence is {divergence!r}; it should be one of {', '.join(map(repr, DIVERGENCES))}")
+    check_options(divergence=divergence)
     options = Options(
         divergence, temperature, t_squared, alpha, beta, reverse, vocab_size, num_items, return_parts, backend
     )
@@ -142,6 +141,11 @@ def causal_lm_loss(
     (found,) = seen
     loss = found.loss.detach() + output.logits.sum()
     return found._replace(loss=loss) if return_parts else loss
+
+
+def check_options(divergence: str = "kl", **_: Any) -> None:
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is {divergence!r}; it should be one of {', '.join(map(repr, DIVERGENCES))}")
 
 
 # -- the batch -----------------------------------------------------------------------------------------------
@@ -205,8 +209,11 @@ def losses(
     if not options.return_parts:
         return CausalLMLoss(loss, loss, loss, loss)
     with torch.no_grad():
-        same = student._replace(hidden=student.hidden.detach(), weight=None if student.weight is None else student.weight.detach(),
-                                bias=None if student.bias is None else student.bias.detach())
+        same = student._replace(
+            hidden=student.hidden.detach(),
+            weight=None if student.weight is None else student.weight.detach(),
+            bias=None if student.bias is None else student.bias.detach(),
+        )
         return CausalLMLoss(
             loss,
             divergence(student, teacher, topk, options, temperature=options.temperature, **shared),
@@ -247,7 +254,9 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
             continue
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
-            raise ValueError(f"the model is a {type(model).__name__}; it should be a transformers model, wrapped or not")
+            raise ValueError(
+                f"the model is a {type(model).__name__}; it should be a transformers model, wrapped or not"
+            )
         model = inner
     return model
 
