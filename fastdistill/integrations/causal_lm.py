@@ -134,12 +134,17 @@ def causal_lm_loss(
         return losses(logits, target, topk, labels, counted, options)
 
     if head.linear is None:
-        found = compute(Logits(student(**inputs).logits))
-        return found if return_parts else found.loss
-    with replaced(head.linear, lambda x, linear: student_carrier(x, linear, head, compute)) as seen:
         output = student(**inputs)
-    (found,) = seen
-    loss = found.loss.detach() + output.logits.sum()
+        found = compute(Logits(output.logits))
+        loss = found.loss
+    else:
+        with replaced(head.linear, lambda x, linear: student_carrier(x, linear, head, compute)) as seen:
+            output = student(**inputs)
+        (found,) = seen
+        loss = found.loss.detach() + output.logits.sum()
+    balance = getattr(output, "aux_loss", None)  # of a mixture of experts, where its config asks for it
+    if balance is not None:
+        loss = loss + unwrapped(student).router_aux_loss_coef * balance
     return found._replace(loss=loss) if return_parts else loss
 
 
@@ -295,6 +300,8 @@ def head_of(model: nn.Module) -> Head:
 
 @torch.no_grad()
 def judged(model: nn.Module, base: PreTrainedModel, linear: nn.Linear) -> Head:
+    if hasattr(model, "_orig_mod"):
+        model = model._orig_mod  # no graph is compiled for a look at the head
     config = base.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)

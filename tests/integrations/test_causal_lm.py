@@ -180,6 +180,23 @@ def test_divergences(options: dict[str, Any]) -> None:
     check(language_model(), language_model(**WIDE).eval(), padded(chats()), **options)
 
 
+def test_a_mixture_of_experts_adds_its_balance() -> None:
+    """The auxiliary loss of the model, with its coefficient, as the model adds it to a loss of its own."""
+    options = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    student, teacher = (language_model("Mixtral", **options, **how) for how in ({}, WIDE))
+    student.set_experts_implementation("eager")
+    teacher.set_experts_implementation("eager")
+    right, right_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher.eval()).double()
+    batch = padded(chats())
+    loss = causal_lm_loss(student, teacher, batch, **OPTIONS)
+    loss.backward()
+    total, count = right_sum(right, right_teacher, [batch])
+    balance = right(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
+    expected = total / count + 0.5 * balance
+    expected.backward()
+    assert_right(loss, gradients(student), expected, gradients(right))
+
+
 def test_packed_rows() -> None:
     rows = chats()
     packed = {
