@@ -23,13 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 import fastdistill
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
-
-logger = logging.get_logger(__name__)
 
 DIVERGENCES = ("kl", "jsd", "tvd", "soft_cross_entropy")
 NOT_INPUTS = ("labels", "item_weights", "topk_logprobs", "topk_indices", "length")  # columns that no model takes
@@ -120,7 +117,7 @@ def causal_lm_loss(
         divergence, temperature, t_squared, alpha, beta, reverse, vocab_size, num_items, return_parts, backend
     )
     labels, counted = targets(batch)
-    topk = None if teacher is not None else cached_teacher(batch)
+    topk = None if teacher is not None else cached_teacher(batch, options)
     inputs = model_inputs(student, batch)
     head = head_of(student)
     target: Logits | None = None
@@ -157,7 +154,7 @@ def check_options(divergence: str = "kl", **_: Any) -> None:
 
 
 def targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (B, L) each
-    """The class that each position predicts, and whether it counts. The last position predicts nothing."""
+    """Returns the class that each position predicts, and whether it counts. The last position predicts nothing."""
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     if "labels" in batch:
         following = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
@@ -172,7 +169,7 @@ def targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (B, L) each
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a batch that go into the model. Absolute positions of rows padded on the left start at 0."""
+    """Returns the columns that the model takes. Positions of rows padded on the left start at their first token."""
     inputs = {name: x for name, x in batch.items() if name not in NOT_INPUTS}
     takes = inspect.signature(unwrapped(model).forward).parameters
     mask = inputs.get("attention_mask")
@@ -181,12 +178,15 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, "use_cache": False} if "use_cache" in takes else inputs
 
 
-def cached_teacher(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def cached_teacher(batch: Mapping[str, Any], options: Options) -> tuple[Tensor, Tensor]:  # (B, L, k) each
     if "topk_logprobs" not in batch or "topk_indices" not in batch:
         raise ValueError(
             f"teacher is None and batch has the columns {sorted(batch)}; pass a teacher, or topk_logprobs and "
             "topk_indices, which fastdistill.train.write_cache writes"
         )
+    if options.divergence not in ("kl", "soft_cross_entropy") or options.reverse:
+        asked = "reverse=True" if options.reverse else repr(options.divergence)
+        raise ValueError(f"divergence is {asked}; a cached teacher has 'kl' and 'soft_cross_entropy': pass a teacher")
     return batch["topk_logprobs"], batch["topk_indices"]
 
 
@@ -236,7 +236,8 @@ def divergence(
         tensors.append(student.weight)
         keywords["student_bias"] = student.bias
     if topk is not None:
-        return getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")(*tensors, *topk, **keywords)
+        loss = getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")(*tensors, *topk, **keywords)
+        return loss - teacher_entropy(topk[0], keywords) if options.divergence == "kl" else loss
     assert teacher is not None
     tensors.append(teacher.hidden)
     keywords["teacher_softcap"] = teacher.softcap
@@ -244,15 +245,26 @@ def divergence(
         tensors.append(teacher.weight)
         keywords["teacher_bias"] = teacher.bias
     name = {"kl": "kl_div"}.get(options.divergence, options.divergence)
-    own = {"kl": {"reverse": options.reverse}, "jsd": {"beta": options.beta}}.get(options.divergence, {})
-    return getattr(fastdistill, prefix + name)(*tensors, **keywords, **own)
+    own: dict[str, Any] = {"kl": {"reverse": options.reverse}, "jsd": {"beta": options.beta}}
+    return getattr(fastdistill, prefix + name)(*tensors, **keywords, **own.get(options.divergence, {}))
+
+
+def teacher_entropy(logprobs: Tensor, keywords: Mapping[str, Any]) -> Tensor:
+    """Computes the mean entropy of the teacher's listed classes, weighted as the soft loss is."""
+    temperature, counted = keywords.get("temperature", 1.0), keywords["mask"]
+    log_q = (logprobs.float() / temperature).log_softmax(-1)
+    entropy = -(log_q.exp() * log_q).nan_to_num(0.0).sum(-1)  # (B, L); a class of probability 0 adds 0
+    weight = keywords.get("alpha", 1.0) * (temperature**2 if keywords.get("t_squared") else 1.0)
+    items = counted.sum() if keywords["num_items"] is None else keywords["num_items"]
+    total = entropy.masked_fill(~counted, 0).sum() * weight
+    return total / torch.as_tensor(items, device=total.device).clamp(min=torch.finfo(total.dtype).tiny)
 
 
 # -- the models ----------------------------------------------------------------------------------------------
 
 
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside DDP, FSDP1 and DeepSpeed (`module`), torch.compile (`_orig_mod`) and PEFT."""
+def unwrapped(model: Any) -> PreTrainedModel:
+    """Returns the transformers model inside DDP, FSDP1, DeepSpeed (`module`), torch.compile (`_orig_mod`) and PEFT."""
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -274,8 +286,8 @@ def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def linear_head(model: PreTrainedModel) -> nn.Linear | None:
-    """The nn.Linear whose forward makes the logits; None where something else does (a LoRA, 8 bits)."""
-    head = model.get_output_embeddings()
+    """Returns the nn.Linear whose forward makes the logits; None if something else does (a LoRA, 8 bits)."""
+    head: Any = model.get_output_embeddings()
     saved = getattr(head, "modules_to_save", None)  # PEFT's copy of a module that is trained whole
     if isinstance(saved, nn.ModuleDict) and not getattr(head, "disable_adapters", False):
         (name,) = head.active_adapters
@@ -288,7 +300,7 @@ HEADS: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()
 
 
 def head_of(model: nn.Module) -> Head:
-    """How the model makes its logits. Read from its config, and believed once a forward of 4 tokens agrees."""
+    """Returns how the model makes its logits: as its config says, if a forward of 4 tokens agrees with it."""
     base = unwrapped(model)
     linear = linear_head(base)
     if linear is None:
@@ -299,7 +311,7 @@ def head_of(model: nn.Module) -> Head:
 
 
 @torch.no_grad()
-def judged(model: nn.Module, base: PreTrainedModel, linear: nn.Linear) -> Head:
+def judged(model: Any, base: PreTrainedModel, linear: nn.Linear) -> Head:
     if hasattr(model, "_orig_mod"):
         model = model._orig_mod  # no graph is compiled for a look at the head
     config = base.config.get_text_config()
@@ -323,7 +335,7 @@ def judged(model: nn.Module, base: PreTrainedModel, linear: nn.Linear) -> Head:
 
 @contextmanager
 def replaced(linear: nn.Linear, function: Callable[[Tensor, nn.Linear], tuple[Tensor, Any]]) -> Iterator[list[Any]]:
-    """Within the block the module's forward is `function`; yields the list of the second things it returned."""
+    """Replaces the module's forward by `function` within the block; yields the list of the second things it returns."""
     seen: list[Any] = []
 
     def forward(x: Tensor) -> Tensor:
@@ -331,8 +343,8 @@ def replaced(linear: nn.Linear, function: Callable[[Tensor, nn.Linear], tuple[Te
         seen.append(found)
         return output
 
-    before = linear.__dict__.get("forward")
-    linear.forward = forward  # type: ignore[method-assign]
+    before: Any = linear.__dict__.get("forward")
+    linear.forward = forward  # type: ignore[assignment, method-assign]
     try:
         yield seen
     finally:

@@ -30,6 +30,10 @@ class CausalLMDistillationMixin:
     The loss is divided by the labels of the whole optimiser step, over accumulation and processes, as Trainer's own is.
     """
 
+    args: Any  # these belong to the Trainer
+    accelerator: Any
+    compute_metrics: Any
+
     def __init__(
         self, *args: Any, teacher: nn.Module | None = None, distillation: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:

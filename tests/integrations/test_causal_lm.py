@@ -242,13 +242,23 @@ def test_vocabularies_padded_to_two_sizes() -> None:
     assert abs(loss - divergence(log_s, log_t, "kl").mean()) < 1e-5 * loss
 
 
-def test_a_cached_teacher() -> None:
+@pytest.mark.parametrize("divergence", ["kl", "soft_cross_entropy"])
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_a_cached_teacher(divergence: str, num_items: int | None) -> None:
     student, teacher, batch = language_model(), language_model(**WIDE).eval(), padded(chats())
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logprobs, indices = teacher(**inputs).logits.detach().log_softmax(-1).topk(CLASSES)
-    cached = causal_lm_loss(student, None, {**batch, "topk_logprobs": logprobs, "topk_indices": indices}, **OPTIONS)
-    live = causal_lm_loss(student, teacher, batch, divergence="soft_cross_entropy", **OPTIONS)
+    options = {**OPTIONS, "divergence": divergence, "num_items": num_items}
+    cached = causal_lm_loss(student, None, {**batch, "topk_logprobs": logprobs, "topk_indices": indices}, **options)
+    live = causal_lm_loss(student, teacher, batch, **options)
     assert abs(cached - live) < 1e-5 * live
+
+
+@pytest.mark.parametrize("options", [{"divergence": "jsd"}, {"divergence": "tvd"}, {"reverse": True}], ids=str)
+def test_a_cached_teacher_has_two_divergences(options: dict[str, Any]) -> None:
+    batch = {**padded(chats()), "topk_logprobs": torch.zeros(4, 12, 1), "topk_indices": torch.zeros(4, 12, 1).long()}
+    with pytest.raises(ValueError, match=r"^divergence is .*; a cached teacher has 'kl' and 'soft_cross_entropy'"):
+        causal_lm_loss(language_model(), None, batch, **options)
 
 
 def test_parts() -> None:
