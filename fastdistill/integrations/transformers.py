@@ -1,10 +1,4 @@
-"""Distillation of causal language models in transformers' Trainer and in its subclasses, such as TRL's SFTTrainer.
-
-class Distiller(CausalLMDistillationMixin, SFTTrainer):
-    pass
-
-Distiller(student, args, train_dataset=rows, teacher=teacher, distillation={"alpha": 0.5, "temperature": 2.0}).train()
-"""
+"""Distils causal language models in transformers' Trainer and its subclasses; docs/in_your_trainer.md shows how."""
 
 from __future__ import annotations
 
