@@ -31,7 +31,7 @@ gpu:
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,triton,dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,integrations,triton,dev]"
 	touch $@
 
 $(VENV)/ready-for-bench: $(VENV)/ready
