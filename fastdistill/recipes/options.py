@@ -127,7 +127,7 @@ class GeneralOptions(Models, Losses, Schedule, Training, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "prediction" in (self.terms or ()):
-            raise ValueError("terms: invalid choice: 'prediction', which a corpus does not have; distil it on a task")
+            raise ValueError("--terms: invalid choice: 'prediction', which is learned on a task, not on a corpus")
 
 
 @dataclass(frozen=True, kw_only=True)
