@@ -29,7 +29,7 @@ import fastdistill
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
 DIVERGENCES = ("kl", "jsd", "tvd", "soft_cross_entropy")
-NOT_INPUTS = ("labels", "item_weights", "topk_logprobs", "topk_indices", "length")  # columns that no model takes
+NOT_INPUTS = ("labels", "topk_logprobs", "topk_indices", "length")  # columns that no model takes
 
 
 class CausalLMLoss(NamedTuple):
@@ -109,8 +109,8 @@ def causal_lm_loss(
         return_parts: return a `CausalLMLoss`; its parts cost three more products of the head.
 
     Raises:
-        ValueError: an unknown divergence, a student that is its own teacher, a missing teacher, `alpha` below 1 under
-            which nothing counts, and what the losses raise.
+        ValueError: an unknown divergence, a teacher that is the student itself or in training mode, neither a teacher
+            nor top-k columns, a divergence that a cached teacher does not have, and what the losses raise.
     """
     check_options(divergence=divergence)
     options = Options(
@@ -171,7 +171,7 @@ def targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (B, L) each
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the columns that the model takes. Positions of rows padded on the left start at their first token."""
     inputs = {name: x for name, x in batch.items() if name not in NOT_INPUTS}
-    takes = inspect.signature(unwrapped(model).forward).parameters
+    takes = inspect.signature(type(unwrapped(model)).forward).parameters  # wrappers replace an instance's
     mask = inputs.get("attention_mask")
     if mask is not None and "position_ids" not in inputs and "position_ids" in takes:
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -166,6 +166,16 @@ def test_left_padding(family: str) -> None:
     check(language_model(family), language_model(family, **WIDE).eval(), padded(chats(), "left"), one_by_one(chats()))
 
 
+def test_left_padding_where_a_wrapper_replaced_the_forward() -> None:
+    """accelerate gives the model a forward of its own, from whose signature no argument can be read."""
+    student = language_model("GPT2")
+    forward = student.forward
+    student.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    loss = causal_lm_loss(student, language_model("GPT2", **WIDE).eval(), padded(chats(), "left"))
+    right = causal_lm_loss(language_model("GPT2"), language_model("GPT2", **WIDE).eval(), padded(chats()))
+    assert abs(loss - right) < 1e-5 * right
+
+
 @pytest.mark.parametrize(
     "options",
     [
