@@ -145,7 +145,10 @@ def causal_lm_loss(
     return found._replace(loss=loss) if return_parts else loss
 
 
-def check_options(divergence: str = "kl", **_: Any) -> None:
+def check_options(divergence: str = "kl", **others: Any) -> None:
+    unknown = others.keys() - inspect.signature(causal_lm_loss).parameters.keys()
+    if unknown:
+        raise TypeError(f"causal_lm_loss has no option {', '.join(sorted(unknown))}")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; it should be one of {', '.join(map(repr, DIVERGENCES))}")
 

@@ -420,6 +420,11 @@ def test_refused(change: dict[str, Any], message: str) -> None:
         causal_lm_loss(student, teachers[change.pop("teacher", "")], padded(chats()), **change)
 
 
+def test_the_mixin_refuses_an_unknown_option_at_once() -> None:
+    with pytest.raises(TypeError, match=r"^causal_lm_loss has no option temprature$"):
+        CausalLMDistillationMixin(distillation={"temprature": 2.0})
+
+
 # -- two processes -----------------------------------------------------------------------------------------------
 
 
