@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdistill.integrations.causal_lm import causal_lm_loss, check_options
+from fastdistill.train.causal_lm import causal_lm_loss, check_options
 
 __all__ = ["CausalLMDistillationMixin"]
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastdistill.integrations import causal_lm_loss
-from fastdistill.integrations.causal_lm import head_of
 from fastdistill.integrations.transformers import CausalLMDistillationMixin
+from fastdistill.train.causal_lm import head_of
 
 CLASSES, TEMPERATURE, ALPHA = 61, 2.0, 0.5
 OPTIONS = {"alpha": ALPHA, "temperature": TEMPERATURE, "t_squared": True}
