@@ -53,7 +53,7 @@ def _rows(kind: str, classes: int, name: str, with_all: bool, rows: int = 64) ->
     labels = torch.empty(rows, dtype=torch.int64) if with_all else None
     counted = torch.empty(rows, dtype=torch.bool) if with_all else None
     cap = 30.0 if with_all else None
-    options = RowOptions(kind, "", classes, 2.0, 0.5, 1.0, 0.5, cap, cap, "triton")
+    options = RowOptions(kind, "", classes, 2.0, 0.5, 0.5, 0.5, 1.0, 0.5, cap, cap, 1.0, 1.0, "triton")
 
     def call() -> None:
         logits.rows(
@@ -76,7 +76,9 @@ def _listed(classes: int, tail: str, name: str, with_all: bool, rows: int = 64) 
     student, loss, p = torch.empty(rows, classes, dtype=DTYPES[name]), torch.empty(rows), torch.empty(rows, 64)
     labels = torch.empty(rows, dtype=torch.int64) if with_all else None
     cap = 30.0 if with_all else None
-    options = RowOptions("soft_cross_entropy", tail, classes, 1.0, 0.5, 1.0, 0.5, cap, None, "triton")
+    options = RowOptions(
+        "soft_cross_entropy", tail, classes, 1.0, 0.5, 0.5, 0.5, 1.0, 0.5, cap, None, 1.0, 1.0, "triton"
+    )
 
     def call() -> None:
         topk.rows(

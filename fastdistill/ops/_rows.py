@@ -23,11 +23,15 @@ class RowOptions(NamedTuple):
     tail: str  # "": the teacher gives logits; "renormalize" or "bucket": a list of its most likely classes
     classes: int  # V; later columns are padding
     temperature: float
-    beta: float  # jsd's weight of the teacher
+    beta: float  # "jsd": the mixture is m = beta p_t + (1 - beta) p_s
+    teacher_kl: float  # "jsd": weight of KL(p_t || m)
+    student_kl: float  # "jsd": weight of KL(p_s || m)
     soft_weight: float
     hard_weight: float
     student_softcap: float | None
     teacher_softcap: float | None
+    student_scale: float  # multiplies the student's logits, before the softcap
+    teacher_scale: float
     backend: str  # "torch", "triton" or "cuda"
 
 

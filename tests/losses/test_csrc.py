@@ -646,7 +646,8 @@ def why_of(device: torch.device, op: str) -> str:
 
 
 def plain(kind: str, classes: int) -> RowOptions:
-    return RowOptions(kind, "", classes, 1.0, KINDS[kind][1].get("beta", 0.5), 1.0, 0.0, None, None, "cuda")
+    beta = KINDS[kind][1].get("beta", 0.5)
+    return RowOptions(kind, "", classes, 1.0, beta, beta, 1 - beta, 1.0, 0.0, None, None, 1.0, 1.0, "cuda")
 
 
 # -- On a GPU --------------------------------------------------------------------------------------------------
@@ -709,7 +710,7 @@ def test_the_sanitizer_finds_nothing(check: str) -> None:
         "import torch; from fastdistill import cuda; from fastdistill.ops._rows import RowOptions\n"
         "for v in (1000, 20001, 128256, 600001):\n"
         "    x, t = torch.randn(2, 2, v, device='cuda', dtype=torch.bfloat16)\n"
-        "    options = RowOptions('jsd', '', v, 1.0, 0.5, 1.0, 0.0, None, None, 'cuda')\n"
+        "    options = RowOptions('jsd', '', v, 1.0, 0.5, 0.5, 0.5, 1.0, 0.0, None, None, 1.0, 1.0, 'cuda')\n"
         "    loss = x.new_empty(2, dtype=torch.float32)\n"
         "    cuda.rows(x, (t,), None, None, options, loss=loss, gradient=torch.empty_like(x))\n"
         "torch.cuda.synchronize()"
