@@ -95,8 +95,8 @@ def row_options(
         temperature=given.temperature, beta=beta, teacher_kl=beta, student_kl=1 - beta,
         soft_weight=soft_weight * given.temperature**2 if given.t_squared else soft_weight,
         hard_weight=0.0 if given.labels is None else 1 - given.alpha,
-        student_softcap=given.student_softcap, teacher_softcap=given.teacher_softcap, student_scale=1.0, teacher_scale=1.0,
-        backend=backend,
+        student_softcap=given.student_softcap, teacher_softcap=given.teacher_softcap,
+        student_scale=1.0, teacher_scale=1.0, backend=backend,
     )  # fmt: skip
 
 
