@@ -157,7 +157,7 @@ def check(
 def test_families_without_logits(family: str, tied: bool) -> None:
     student = language_model(family, tie_word_embeddings=tied)
     teacher = language_model(family, **WIDE).eval()
-    assert head_of(student).linear is not None
+    assert head_of(student, {"input_ids": torch.ones(1, 2, dtype=torch.long)}).linear is not None
     check(student, teacher, padded(chats()), one_by_one(chats()))
 
 
@@ -318,7 +318,7 @@ def test_an_unknown_transform_of_the_logits_is_seen() -> None:
     plain = language_model()
     student = Shifted(plain.config)
     student.load_state_dict(plain.state_dict())
-    assert head_of(student).linear is None
+    assert head_of(student, {"input_ids": torch.ones(1, 2, dtype=torch.long)}).linear is None
     check(student, language_model(**WIDE).eval(), padded(chats()))
 
 
