@@ -80,7 +80,8 @@ def head_of(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
     if base not in WARNED:
         WARNED.add(base)
         head: Any = base.get_output_embeddings()
-        reason = f"its head is a {type(head).__name__} whose forward is more than a product with a plain weight"
+        name = f"{type(head).__module__.partition('.')[0]}'s {type(head).__name__}"
+        reason = f"its head, {name}, is more than a product with a plain weight"
         if linear is not None:
             reason = "its logits are not the product of its head, scaled and softcapped as its config says"
         warnings.warn(
@@ -128,14 +129,14 @@ def transform_seen(model: Any, base: PreTrainedModel, linear: nn.Linear, inputs:
     """Returns the scale and softcap that lie between the head and the model's logits, None if something else does.
 
     The model runs once with a head that returns chosen values. Eval mode keeps dropout, the random state and the
-    statistics of the training untouched.
+    statistics of the training untouched. bitsandbytes would repack its 4-bit weights for good in eval mode on a CPU.
     """
 
     def chosen(x: Tensor, module: nn.Linear) -> tuple[Tensor, Tensor]:
         values = torch.linspace(-100, 100, module.weight.shape[0], device=x.device)[None, None]  # (1, 1, V)
         return values, values
 
-    training = [module for module in base.modules() if module.training]
+    training = [m for m in base.modules() if m.training and not type(m).__module__.startswith("bitsandbytes")]
     try:
         for module in training:
             module.training = False
