@@ -142,7 +142,8 @@ def causal_lm_loss(
 def check_options(
     divergence: str = "kl", beta: float = 0.5, reverse: bool = False, skew: float = 0.0, **others: Any
 ) -> None:
-    unknown = others.keys() - inspect.signature(causal_lm_loss).parameters.keys()
+    parameters = inspect.signature(causal_lm_loss).parameters.values()
+    unknown = others.keys() - {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     if unknown:
         raise TypeError(f"causal_lm_loss has no option {', '.join(sorted(unknown))}")
     if divergence not in DIVERGENCES:
@@ -307,7 +308,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
         if model is not None and unwrapped(model).config.is_encoder_decoder:
             raise ValueError(
                 f"the model is a {type(unwrapped(model)).__name__}, an encoder-decoder, whose labels are not its "
-                "shifted input; it should be a causal language model: use fastdistill.kl_div on the logits of both models"
+                "shifted input; it should be a causal language model: use fastdistill.kl_div on the logits of both"
             )
     if teacher is None:
         return
