@@ -91,7 +91,13 @@ def divergence(log_s: Tensor, log_t: Tensor, name: str, **options: Any) -> Tenso
 
 
 def right_sum(
-    student: Any, teacher: Any, batches: list[dict[str, Tensor]], name: str = "kl", alpha: float = ALPHA, **options: Any
+    student: Any,
+    teacher: Any,
+    batches: list[dict[str, Tensor]],
+    name: str = "kl",
+    alpha: float = ALPHA,
+    classes: int | None = None,
+    **options: Any,
 ) -> tuple[Tensor, int]:
     """The sum over counted positions, from full logits in float64, and their number."""
     total, count = torch.zeros((), dtype=torch.float64), 0
@@ -100,8 +106,8 @@ def right_sum(
         labels = batch["labels"][:, 1:]
         counted = labels != -100
         length = labels.shape[1] + 1  # PEFT may have put virtual tokens before the rows
-        z_s = student(**inputs).logits[:, -length:-1][counted].double()
-        z_t = teacher(**inputs).logits[:, -length:-1][counted].detach().double()
+        z_s = student(**inputs).logits[:, -length:-1, :classes][counted].double()
+        z_t = teacher(**inputs).logits[:, -length:-1, :classes][counted].detach().double()
         log_s, log_t = (z_s / TEMPERATURE).log_softmax(-1), (z_t / TEMPERATURE).log_softmax(-1)
         hard = nn.functional.cross_entropy(z_s, labels[counted], reduction="sum")
         soft = divergence(log_s, log_t, name, **options).sum() * TEMPERATURE**2
@@ -133,7 +139,8 @@ def check(
     right, right_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
     loss = causal_lm_loss(wrap(student) if wrap else student, teacher, batch, **OPTIONS, **options)
     loss.backward()
-    how = {"name" if key == "divergence" else key: value for key, value in options.items()}
+    names = {"divergence": "name", "vocab_size": "classes"}
+    how = {names.get(key, key): value for key, value in options.items()}
     total, count = right_sum(right, right_teacher, batches or [batch], **how)
     (total / count).backward()
     assert_right(loss, gradients(student), total / count, gradients(right))

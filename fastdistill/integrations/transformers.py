@@ -54,8 +54,9 @@ class CausalLMDistillationMixin:
         self._loss_shifts_labels = True  # it leaves the first label of each row out of the count
         self.teacher = teacher
         if teacher is not None:
-            placed = hasattr(teacher, "hf_device_map") or getattr(teacher, "is_quantized", False)  # cannot be moved
-            teacher.eval() if placed else teacher.eval().to(self.args.device)
+            teacher.eval()
+            if not hasattr(teacher, "hf_device_map") and next(teacher.parameters()).device != self.args.device:
+                teacher.to(self.args.device)
             check_models(self.model, teacher)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -321,7 +321,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
     shared = [name for name, p in teacher.named_parameters() if id(p) in trained]
     if shared:
         raise ValueError(f"teacher shares {shared[0]} with the student, which trains it; make it a copy.deepcopy")
-    if teacher.training:
+    if unwrapped(teacher).training:
         raise ValueError("teacher is in training mode; it should be in eval mode: call teacher.eval()")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -30,6 +33,8 @@ from torch import Tensor, nn
 from fastdistill.integrations import causal_lm_loss
 from fastdistill.train.heads import head_of
 
+PROBE = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
+
 # -- families, inputs, options -----------------------------------------------------------------------------------
 
 
@@ -38,7 +43,7 @@ from fastdistill.train.heads import head_of
 def test_families_without_logits(family: str, tied: bool) -> None:
     student = language_model(family, tie_word_embeddings=tied)
     teacher = language_model(family, **WIDE).eval()
-    assert head_of(student, {"input_ids": torch.ones(1, 2, dtype=torch.long)}).linear is not None
+    assert head_of(student, PROBE).linear is not None
     check(student, teacher, padded(chats()), one_by_one(chats()))
 
 
@@ -199,8 +204,86 @@ def test_an_unknown_transform_of_the_logits_is_seen() -> None:
     plain = language_model()
     student = Shifted(plain.config)
     student.load_state_dict(plain.state_dict())
-    assert head_of(student, {"input_ids": torch.ones(1, 2, dtype=torch.long)}).linear is None
+    assert head_of(student, PROBE).linear is None
     check(student, language_model(**WIDE).eval(), padded(chats()))
+
+
+class Scaled(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.config.lm_head_multiplier
+        return output
+
+
+def like(model: Any, kind: Any) -> Any:
+    other = kind(model.config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("value", [0.3, 5.0])
+def test_a_scale_of_another_name(value: float) -> None:
+    student = like(language_model(lm_head_multiplier=value), Scaled)
+    assert head_of(student, PROBE).scale == value
+    check(student, language_model(**WIDE).eval(), padded(chats()))
+
+
+def test_a_softcap_that_the_model_does_not_apply() -> None:
+    """Small logits look alike with and without it, so that the head is judged on large ones."""
+    student = language_model(final_logit_softcapping=30.0, initializer_range=0.02)
+    assert head_of(student, PROBE).softcap is None
+    check(student, language_model(**WIDE).eval(), padded(chats()))
+
+
+def test_a_look_at_the_head_changes_nothing() -> None:
+    student = language_model(attention_dropout=0.5).train()
+    student.model.norm.eval()
+    modes = [module.training for module in student.modules()]
+    state = torch.get_rng_state()
+    head_of(student, PROBE)
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [module.training for module in student.modules()]
+    assert "forward" not in vars(student.lm_head)
+    seen: list[Any] = []
+    student.model.register_forward_hook(lambda *_: seen.append(1))
+    head_of(student, PROBE)
+    assert not seen  # the second look remembers the first
+
+
+def test_a_head_that_changes_after_the_first_call() -> None:
+    student, teacher = language_model("Cohere"), language_model(**WIDE).eval()
+    check(student, teacher, padded(chats()))
+    student.logit_scale = student.config.logit_scale = 0.5
+    student.zero_grad()
+    check(student, teacher, padded(chats()))
+    student.resize_token_embeddings(CLASSES + 3, mean_resizing=False)
+    student.zero_grad()
+    check(student, teacher, padded(chats()), vocab_size=CLASSES)
+    student.lm_head = nn.Linear(16, CLASSES)
+    student.zero_grad()
+    check(copy.deepcopy(student), teacher, padded(chats()))
+    check(odd(student), teacher, padded(chats()))
+
+
+def test_a_model_is_not_kept_alive() -> None:
+    student = language_model()
+    causal_lm_loss(student, language_model(**WIDE).eval(), padded(chats()))
+    gone = weakref.ref(student)
+    del student
+    gc.collect()
+    assert gone() is None
+
+
+def test_whole_logits_are_announced_once() -> None:
+    student, teacher, batch = odd(language_model()), language_model(**WIDE).eval(), padded(chats())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            causal_lm_loss(student, teacher, batch)
+    found = [str(x.message) for x in caught if "causal_lm_loss" in str(x.message)]
+    assert len(found) == 1
+    assert "builds the whole logits of LlamaForCausalLM" in found[0]
+    assert "OddHead" in found[0]
 
 
 # -- refused -----------------------------------------------------------------------------------------------------
