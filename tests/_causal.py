@@ -82,7 +82,9 @@ def divergence(log_s: Tensor, log_t: Tensor, name: str, **options: Any) -> Tenso
     if name == "soft_cross_entropy":
         return -(p_t * log_s).sum(-1)
     if name == "kl":
-        return (p_s * (log_s - log_t)).sum(-1) if options.get("reverse") else (p_t * (log_t - log_s)).sum(-1)
+        log_p, log_q = (log_s, log_t) if options.get("reverse") else (log_t, log_s)
+        skew = options.get("skew", 0.0)
+        return (log_p.exp() * (log_p - (skew * log_p.exp() + (1 - skew) * log_q.exp()).log())).sum(-1)
     if name == "tvd":
         return (p_t - p_s).abs().sum(-1) / 2
     beta = options.get("beta", 0.5)
@@ -97,6 +99,7 @@ def right_sum(
     name: str = "kl",
     alpha: float = ALPHA,
     classes: int | None = None,
+    item_weights: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, int]:
     """The sum over counted positions, from full logits in float64, and their number."""
@@ -109,9 +112,11 @@ def right_sum(
         z_s = student(**inputs).logits[:, -length:-1, :classes][counted].double()
         z_t = teacher(**inputs).logits[:, -length:-1, :classes][counted].detach().double()
         log_s, log_t = (z_s / TEMPERATURE).log_softmax(-1), (z_t / TEMPERATURE).log_softmax(-1)
-        hard = nn.functional.cross_entropy(z_s, labels[counted], reduction="sum")
-        soft = divergence(log_s, log_t, name, **options).sum() * TEMPERATURE**2
-        total, count = total + alpha * soft + (1 - alpha) * hard, count + int(counted.sum())
+        hard = nn.functional.cross_entropy(z_s, labels[counted], reduction="none")
+        soft = divergence(log_s, log_t, name, **options) * TEMPERATURE**2
+        weights = 1.0 if item_weights is None else item_weights[:, 1:][counted]
+        total = total + (weights * (alpha * soft + (1 - alpha) * hard)).sum()
+        count += int(counted.sum())
     return total, count
 
 

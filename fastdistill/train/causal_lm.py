@@ -45,8 +45,8 @@ class Logits(NamedTuple):
     hidden: Tensor  # (B, L, d)
     weight: Tensor | None = None  # (V, d)
     bias: Tensor | None = None  # (V)
-    scale: float = 1.0
     softcap: float | None = None
+    scale: float = 1.0
 
     @property
     def classes(self) -> int:
@@ -60,12 +60,13 @@ class Options(NamedTuple):
     alpha: float
     beta: float
     reverse: bool
-    skew: float
     vocab_size: int | None
-    item_weights: Tensor | None  # (B, L), shifted as the labels
     num_items: int | float | Tensor | None
     return_parts: bool
     backend: str
+    skew: float = 0.0
+    item_weights: Tensor | None = None  # (B, L), shifted as the labels
+    tail: str = "renormalize"  # of a cached teacher
 
 
 def causal_lm_loss(
@@ -118,8 +119,8 @@ def causal_lm_loss(
     check_options(divergence=divergence, beta=beta, reverse=reverse, skew=skew)
     check_models(student, teacher)
     labels, counted = targets(batch)
-    options = Options(divergence, temperature, t_squared, alpha, beta, reverse, skew, vocab_size,
-                      shifted(item_weights, batch), num_items, return_parts, backend)  # fmt: skip
+    options = Options(divergence, temperature, t_squared, alpha, beta, reverse, vocab_size, num_items, return_parts,
+                      backend, skew, shifted(item_weights, batch))  # fmt: skip
     topk = None if teacher is not None else cached_teacher(batch, options)
     inputs = model_inputs(student, batch)
     head = head_of(student, inputs)
@@ -263,10 +264,10 @@ def divergence(
         keywords["student_bias"] = student.bias
     if topk is not None:
         op = getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")
-        loss = op(*tensors, *topk, reverse=options.reverse, **keywords)
-        return (
-            loss - teacher_entropy(topk[0], **keywords) if options.divergence == "kl" and not options.reverse else loss
-        )
+        loss = op(*tensors, *topk, tail=options.tail, reverse=options.reverse, **keywords)
+        if options.divergence != "kl" or options.reverse:
+            return loss
+        return loss - teacher_entropy(topk[0], options.tail, **keywords)
     assert teacher is not None
     tensors.append(teacher.hidden)
     keywords |= {"teacher_logit_scale": teacher.scale, "teacher_softcap": teacher.softcap}
@@ -282,16 +283,22 @@ def divergence(
 
 def teacher_entropy(
     logprobs: Tensor,  # (B, L, k)
+    tail: str,
     mask: Tensor,  # (B, L)
-    item_weights: Tensor | None,  # (B, L)
-    num_items: int | float | Tensor | None,
+    item_weights: Tensor | None = None,  # (B, L)
+    num_items: int | float | Tensor | None = None,
     temperature: float = 1.0,
     t_squared: bool = False,
     alpha: float = 1.0,
     **_: Any,
 ) -> Tensor:
-    """Computes the mean entropy of the teacher's listed classes, weighted as the soft part of the loss is."""
-    log_q = (logprobs.to(torch.promote_types(logprobs.dtype, torch.float32)) / temperature).log_softmax(-1)
+    """Computes the mean entropy of a cached teacher, weighted as the soft part of the loss is."""
+    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
+    if tail == "bucket":
+        rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+        log_q = torch.cat([logprobs, rest], -1)  # (B, L, k + 1)
+    else:
+        log_q = (logprobs / temperature).log_softmax(-1)
     entropy = -(log_q.exp() * log_q).nan_to_num(0.0).sum(-1)  # (B, L); a class of probability 0 adds 0
     if item_weights is not None:
         entropy = entropy * item_weights
@@ -326,7 +333,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
 
 
 def student_losses(
-    student: nn.Module, inputs: dict[str, Any], head: Head, compute: Callable[[Logits], CausalLMLoss]
+    student: Callable[..., Any], inputs: dict[str, Any], head: Head, compute: Callable[[Logits], CausalLMLoss]
 ) -> tuple[Any, CausalLMLoss]:
     """Runs the student with the loss in place of its head's product; returns its output as well."""
     if head.linear is None:
@@ -334,7 +341,7 @@ def student_losses(
         return output, compute(Logits(output.logits))
 
     def carrier(x: Tensor, linear: nn.Linear) -> tuple[Tensor, CausalLMLoss]:
-        found = compute(Logits(x, linear.weight, linear.bias, head.scale, head.softcap))
+        found = compute(Logits(x, linear.weight, linear.bias, head.softcap, head.scale))
         return ((found.loss - found.loss.detach()) / head.scale).view(1, 1, 1), found
 
     with replaced(head.linear, carrier) as seen:
@@ -354,7 +361,7 @@ def teacher_logits(teacher: nn.Module, inputs: dict[str, Any], linear: bool) -> 
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
         if copied:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
-        return x.new_zeros(1, 1, 1), Logits(x, weight, bias, head.scale, head.softcap)
+        return x.new_zeros(1, 1, 1), Logits(x, weight, bias, head.softcap, head.scale)
 
     with replaced(head.linear, keep) as seen:
         teacher(**inputs)

@@ -66,8 +66,12 @@ def is_sharded(model: nn.Module, linear: nn.Linear) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
-def head_of(model: nn.Module, inputs: Mapping[str, Any]) -> Head:
-    """Returns how the model makes its logits. The first call for a head runs the model on `inputs`, in eval mode."""
+def head_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Head:
+    """Returns how the model makes its logits. The first call for a head runs the model, in eval mode.
+
+    Args:
+        inputs: what the model runs on; None: four tokens.
+    """
     base = unwrapped(model)
     linear = linear_head(base)
     if linear is not None:
@@ -125,7 +129,9 @@ def named_transforms(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[f
 
 
 @torch.no_grad()
-def transform_seen(model: Any, base: PreTrainedModel, linear: nn.Linear, inputs: Mapping[str, Any]) -> Transform | None:
+def transform_seen(
+    model: Any, base: PreTrainedModel, linear: nn.Linear, inputs: Mapping[str, Any] | None
+) -> Transform | None:
     """Returns the scale and softcap that lie between the head and the model's logits, None if something else does.
 
     The model runs once with a head that returns chosen values. Eval mode keeps dropout, the random state and the
@@ -136,6 +142,8 @@ def transform_seen(model: Any, base: PreTrainedModel, linear: nn.Linear, inputs:
         values = torch.linspace(-100, 100, module.weight.shape[0], device=x.device)[None, None]  # (1, 1, V)
         return values, values
 
+    if inputs is None:
+        inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=next(base.parameters()).device)}
     training = [m for m in base.modules() if m.training and not type(m).__module__.startswith("bitsandbytes")]
     try:
         for module in training:

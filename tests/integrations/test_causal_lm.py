@@ -66,6 +66,8 @@ def test_left_padding_where_a_wrapper_replaced_the_forward() -> None:
     "options",
     [
         {"divergence": "kl", "reverse": True},
+        {"divergence": "kl", "skew": 0.3},
+        {"divergence": "kl", "skew": 0.3, "reverse": True},
         {"divergence": "jsd", "beta": 0.3},
         {"divergence": "tvd"},
         {"divergence": "soft_cross_entropy"},
@@ -74,6 +76,14 @@ def test_left_padding_where_a_wrapper_replaced_the_forward() -> None:
 )
 def test_divergences(options: dict[str, Any]) -> None:
     check(language_model(), language_model(**WIDE).eval(), padded(chats()), **options)
+
+
+@pytest.mark.parametrize("family", ["Llama", "odd"])
+def test_item_weights(family: str) -> None:
+    """The weight at `i` belongs to the loss whose target is the label at `i`."""
+    student = odd(language_model()) if family == "odd" else language_model()
+    weights = torch.rand(4, 12, generator=torch.Generator().manual_seed(4)) * (torch.arange(12) % 3 > 0)
+    check(student, language_model(**WIDE).eval(), padded(chats()), item_weights=weights)
 
 
 def test_a_mixture_of_experts_adds_its_balance() -> None:
@@ -89,6 +99,33 @@ def test_a_mixture_of_experts_adds_its_balance() -> None:
     total, count = right_sum(right, right_teacher, [batch])
     balance = right(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
     expected = total / count + 0.5 * balance
+    expected.backward()
+    assert_right(loss, gradients(student), expected, gradients(right))
+
+
+def test_the_balance_of_micro_batches_is_their_mean() -> None:
+    """With num_items the auxiliary loss of a micro-batch weighs as many positions as count in it."""
+    options = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    student, teacher = language_model("Mixtral", **options), language_model(**WIDE).eval()
+    student.set_experts_implementation("eager")
+    right, right_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    packed = {
+        "input_ids": torch.cat([row["input_ids"] for row in chats(2)])[None],
+        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in chats(2)])[None],
+        "labels": torch.cat([row["labels"] for row in chats(2)])[None],
+    }
+    batches = [padded(chats(3, seed=8)), packed]
+    number = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    loss = torch.zeros(())
+    for batch in batches:
+        part = causal_lm_loss(student, teacher, batch, num_items=number, **OPTIONS)
+        part.backward()
+        loss += part.detach()
+    expected = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        total, count = right_sum(right, right_teacher, [batch])
+        balance = right(**{name: x for name, x in batch.items() if name != "labels"}).aux_loss
+        expected = expected + (total + count * 0.5 * balance) / number
     expected.backward()
     assert_right(loss, gradients(student), expected, gradients(right))
 
@@ -138,22 +175,81 @@ def test_vocabularies_padded_to_two_sizes() -> None:
     assert abs(loss - divergence(log_s, log_t, "kl").mean()) < 1e-5 * loss
 
 
-@pytest.mark.parametrize("divergence", ["kl", "soft_cross_entropy"])
-@pytest.mark.parametrize("num_items", [None, 7])
-def test_a_cached_teacher(divergence: str, num_items: int | None) -> None:
-    student, teacher, batch = language_model(), language_model(**WIDE).eval(), padded(chats())
+def cached(teacher: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with 6 classes a row; some rows have fewer, and one that would count has none."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logprobs, indices = teacher(**inputs).logits.detach().log_softmax(-1).topk(CLASSES)
-    options = {**OPTIONS, "divergence": divergence, "num_items": num_items}
-    cached = causal_lm_loss(student, None, {**batch, "topk_logprobs": logprobs, "topk_indices": indices}, **options)
-    live = causal_lm_loss(student, teacher, batch, **options)
-    assert abs(cached - live) < 1e-5 * live
+    logprobs, indices = teacher(**inputs).logits.detach().log_softmax(-1).topk(6)
+    logprobs[:, ::2, 4:] = -torch.inf
+    logprobs[0, 8] = -torch.inf
+    assert batch["labels"][0, 9] != -100
+    return {**batch, "topk_logprobs": logprobs, "topk_indices": indices}
 
 
-@pytest.mark.parametrize("options", [{"divergence": "jsd"}, {"divergence": "tvd"}, {"reverse": True}], ids=str)
-def test_a_cached_teacher_has_two_divergences(options: dict[str, Any]) -> None:
+def right_cached(student: Any, batch: dict[str, Tensor], kind: str, weights: Tensor) -> tuple[Tensor, int]:
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for b, i in (batch["labels"][:, 1:] != -100).nonzero().tolist():
+        listed = batch["topk_logprobs"][b, i].isfinite()
+        if not listed.any():
+            continue
+        classes = batch["topk_indices"][b, i][listed]
+        log_t = (batch["topk_logprobs"][b, i][listed].double() / TEMPERATURE).log_softmax(-1)
+        if kind == "reverse":  # both sides have the listed classes alone
+            log_s = (logits[b, i][classes] / TEMPERATURE).log_softmax(-1)
+            soft = (log_s.exp() * (log_s - log_t)).sum()
+        else:
+            log_s = (logits[b, i] / TEMPERATURE).log_softmax(-1)[classes]
+            soft = (log_t.exp() * ((log_t if kind == "kl" else 0) - log_s)).sum()
+        hard = nn.functional.cross_entropy(logits[b, i], batch["labels"][b, i + 1])
+        total = total + weights[b, i + 1] * (ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * hard)
+        count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("kind", ["kl", "soft_cross_entropy", "reverse"])
+@pytest.mark.parametrize("num_items", [None, 7, 7.5, torch.tensor(7)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_cached_teacher(kind: str, num_items: Any, weighted: bool) -> None:
+    student, teacher = language_model(), language_model(**WIDE).eval()
+    right, batch = copy.deepcopy(student).double(), cached(teacher, padded(chats()))
+    weights = torch.rand(4, 12, generator=torch.Generator().manual_seed(4)) if weighted else torch.ones(4, 12)
+    options = {"divergence": "kl", "reverse": True} if kind == "reverse" else {"divergence": kind}
+    options |= {"item_weights": weights} if weighted else {}
+    loss = causal_lm_loss(student, None, batch, num_items=num_items, **OPTIONS, **options)
+    loss.backward()
+    total, count = right_cached(right, batch, kind, weights)
+    expected = total / (count if num_items is None else num_items)
+    expected.backward()
+    assert_right(loss, gradients(student), expected, gradients(right))
+
+
+@pytest.mark.parametrize("kind", ["kl", "soft_cross_entropy", "reverse"])
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=str)
+def test_a_cached_teacher_where_nothing_counts(kind: str, num_items: Any) -> None:
+    options = {"divergence": "kl", "reverse": True} if kind == "reverse" else {"divergence": kind}
+    student, batch = language_model(), cached(language_model(**WIDE).eval(), padded(chats()))
+    for nothing in (
+        {"labels": torch.full_like(batch["labels"], -100)},
+        {"topk_logprobs": torch.full_like(batch["topk_logprobs"], -torch.inf)},
+    ):
+        loss = causal_lm_loss(student, None, {**batch, **nothing}, num_items=num_items, **OPTIONS, **options)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(not p.grad.any() for p in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "jsd"}, r"^divergence is 'jsd'; a cached teacher has 'kl' and 'soft_cross_entropy'"),
+        ({"divergence": "tvd"}, r"^divergence is 'tvd'; a cached teacher has 'kl' and 'soft_cross_entropy'"),
+        ({"skew": 0.1}, r"^skew is 0\.1; a cached teacher has none: pass a teacher, or leave skew at 0\.0"),
+    ],
+    ids=str,
+)
+def test_what_a_cached_teacher_does_not_have(options: dict[str, Any], message: str) -> None:
     batch = {**padded(chats()), "topk_logprobs": torch.zeros(4, 12, 1), "topk_indices": torch.zeros(4, 12, 1).long()}
-    with pytest.raises(ValueError, match=r"^divergence is .*; a cached teacher has 'kl' and 'soft_cross_entropy'"):
+    with pytest.raises(ValueError, match=message):
         causal_lm_loss(language_model(), None, batch, **options)
 
 
@@ -289,6 +385,18 @@ def test_whole_logits_are_announced_once() -> None:
 # -- refused -----------------------------------------------------------------------------------------------------
 
 
+def encoder_decoder() -> Any:
+    config = transformers.T5Config(vocab_size=CLASSES, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def sharing(student: Any) -> Any:
+    teacher = language_model(layers=1).eval()
+    if isinstance(student, transformers.LlamaForCausalLM):
+        teacher.model.embed_tokens = student.model.embed_tokens
+    return teacher
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -297,6 +405,13 @@ def test_whole_logits_are_announced_once() -> None:
         ({"teacher": "training"}, r"^teacher is in training mode.*teacher\.eval\(\)"),
         ({"teacher": None}, r"^teacher is None and batch has the columns.*topk_logprobs"),
         ({"student": nn.Linear(2, 2)}, r"^the model is a Linear; it should be a transformers model"),
+        ({"student": nn.DataParallel(language_model())}, r"^the model is in nn\.DataParallel.*torchrun"),
+        ({"student": encoder_decoder()}, r"^the model is a T5ForConditionalGeneration, an encoder-decoder"),
+        ({"teacher": "sharing"}, r"^teacher shares model\.embed_tokens\.weight with the student.*copy\.deepcopy"),
+        ({"beta": 0.1}, r"^beta is 0\.1 and divergence 'kl'; beta is an option of 'jsd' alone"),
+        ({"divergence": "tvd", "reverse": True}, r"^reverse is True and divergence 'tvd'"),
+        ({"divergence": "jsd", "skew": 0.1}, r"^skew is 0\.1 and divergence 'jsd'"),
+        ({"item_weights": torch.ones(4, 11)}, r"^item_weights has shape \(4, 11\); it should be \(4, 12\)"),
     ],
     ids=str,
 )
@@ -306,6 +421,7 @@ def test_refused(change: dict[str, Any], message: str) -> None:
         "student": student,
         "training": language_model(**WIDE).train(),
         None: None,
+        "sharing": sharing(student),
         "": language_model(**WIDE).eval(),
     }
     with pytest.raises(ValueError, match=message):
