@@ -107,7 +107,7 @@ def _d_hidden(
     total = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     for k in range(0, end, BLOCK_K):
         g = _tile(g_ptr + k, width, rows, depth, counted - row, width - first - k, OPERAND)
-        w = _tile(w_ptr + k.to(tl.int64) * w_stride, w_stride, depth, columns, end - k, d - column, OPERAND)
+        w = _tile(w_ptr + tl.cast(k, tl.int64) * w_stride, w_stride, depth, columns, end - k, d - column, OPERAND)
         total = tl.dot(g, w, total, input_precision=PRECISION, out_dtype=WIDE)
     inside = (rows < counted - row)[:, None] & (columns < d - column)[None, :]
     out_ptr += (part * tokens + row) * d + column
@@ -138,8 +138,8 @@ def _d_weight(
     x_ptr += column
     total = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     for k in range(0, counted, BLOCK_K):
-        g = _tile(g_ptr + k.to(tl.int64) * width, width, depth, rows, counted - k, width - row, OPERAND)
-        x = _tile(x_ptr + k.to(tl.int64) * d, d, depth, columns, counted - k, d - column, OPERAND)
+        g = _tile(g_ptr + tl.cast(k, tl.int64) * width, width, depth, rows, counted - k, width - row, OPERAND)
+        x = _tile(x_ptr + tl.cast(k, tl.int64) * d, d, depth, columns, counted - k, d - column, OPERAND)
         total = tl.dot(tl.trans(g), x, total, input_precision=PRECISION, out_dtype=WIDE)
     # In halves: the sums so far of a whole tile would not fit beside the new ones.
     halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
