@@ -54,12 +54,12 @@ def _walk(columns, end, position, class_row, p_row, length, REVERSE: tl.constexp
     p = tl.zeros(columns.shape, WIDE)
     upcoming = tl.load(class_row + position, mask=position < length, other=2147483647).to(tl.int32)
     while upcoming < end:
-        here = columns == upcoming
         value = tl.load(p_row + position)
         if REVERSE:
-            here = here & (value != -float("inf"))
+            here = columns == tl.where(value == -float("inf"), -1, upcoming)
             p = tl.where(here, value, p)
         else:
+            here = columns == upcoming
             p += tl.where(here, value, 0)
         listed = listed | here
         position += 1
@@ -234,13 +234,14 @@ def _rows(
                 mass += tl.sum(listed_p, 0)
         if HAS_REST:
             rest_p = tl.load(rest_ptr + row)
-            rest_log = (rest_max - student_max) / temperature + tl.log(rest_sum) - log_sum
+            rest_x = (rest_max - student_max) / temperature
         if HAS_REST and REVERSE:
+            rest_log = rest_x + tl.log(rest_sum) - log_sum
             # Where the student has no bucket, the teacher's probabilities need not add up to 1 without it.
             soft += tl.where(rest_sum > 0, _divergence(rest_log, rest_p), 1 - mass)
             rest_c = tl.where(rest_sum > 0, rest_log - rest_p, 0)
         elif HAS_REST:
-            soft += tl.where(rest_p == 0, 0, -rest_p * rest_log)
+            soft += tl.where(rest_p == 0, 0, rest_p * (log_sum - (rest_x + tl.log(rest_sum))))
             # A bucket of probability 0 has no gradient.
             rest_p = tl.where(rest_sum > 0, rest_p, 0)
             rest_share = rest_p / tl.where(rest_sum > 0, rest_sum, 1)
