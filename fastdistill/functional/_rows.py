@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ class Keywords(NamedTuple):
     vocab_size: int | None
     student_softcap: float | None
     teacher_softcap: float | None
+    student_logit_scale: float
+    teacher_logit_scale: float
+    item_weights: Tensor | None  # (*)
     reduction: str
     num_items: int | float | Tensor | None
     backend: str
@@ -51,6 +55,9 @@ def check_keywords(given: Keywords, rows: tuple[int, ...], classes: int, device:
     for name, softcap in (("student_softcap", given.student_softcap), ("teacher_softcap", given.teacher_softcap)):
         if softcap is not None:
             check.positive(name, softcap)
+    check.positive("student_logit_scale", given.student_logit_scale)
+    check.positive("teacher_logit_scale", given.teacher_logit_scale)
+    check.item_weights(given.item_weights, rows, "one entry a row", device)
 
 
 def check_topk(
@@ -96,16 +103,20 @@ def row_options(
         soft_weight=soft_weight * given.temperature**2 if given.t_squared else soft_weight,
         hard_weight=0.0 if given.labels is None else 1 - given.alpha,
         student_softcap=given.student_softcap, teacher_softcap=given.teacher_softcap,
-        student_scale=1.0, teacher_scale=1.0, backend=backend,
+        student_scale=given.student_logit_scale, teacher_scale=given.teacher_logit_scale, backend=backend,
     )  # fmt: skip
 
 
-def counted_rows(given: Keywords) -> Tensor | None:
-    """Returns which rows count, `(*)`, or None if all do."""
-    if given.labels is None:
-        return given.mask
-    counted = given.labels.long() != given.ignore_index  # as uint8 -100 would be class 156
-    return counted if given.mask is None else counted & given.mask
+def counted_rows(given: Keywords, topk_logprobs: Tensor | None = None) -> Tensor | None:
+    """Returns which rows count, `(*)`, or None if all do. A row whose listed classes are all impossible does not."""
+    counted = given.mask
+    if given.labels is not None:
+        labelled = given.labels.long() != given.ignore_index  # as uint8 -100 would be class 156
+        counted = labelled if counted is None else labelled & counted
+    if topk_logprobs is not None:
+        possible = (topk_logprobs != -math.inf).any(-1)  # also of NaN, which reaches the loss
+        counted = possible if counted is None else possible & counted
+    return counted
 
 
 def divisor(given: Keywords, counted: Tensor | None, rows: int) -> int | float | Tensor | None:
