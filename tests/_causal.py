@@ -106,6 +106,7 @@ def right_sum(
     total, count = torch.zeros((), dtype=torch.float64), 0
     for batch in batches:
         inputs = {key: x for key, x in batch.items() if key != "labels"}
+        inputs["use_cache"] = False  # with a cache, transformers lets packed sequences attend each other
         labels = batch["labels"][:, 1:]
         counted = labels != -100
         length = labels.shape[1] + 1  # PEFT may have put virtual tokens before the rows
