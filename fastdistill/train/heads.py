@@ -60,10 +60,9 @@ def takes_virtual_tokens(model: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module, linear: nn.Linear) -> bool:
-    """Tells whether FSDP or ZeRO-3 frees the whole weight of the head after its forward."""
-    if isinstance(linear.weight, DTensor) or any(hasattr(p, "ds_id") for p in linear.parameters()):
-        return True
-    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    """Tells whether FSDP frees the memory of the head's whole weight after its forward. ZeRO-3 only lets go of it."""
+    sharded = isinstance(linear.weight, DTensor)
+    return sharded or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def head_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Head:
@@ -125,7 +124,7 @@ def named_transforms(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[f
     named = [value for value in (getattr(config, name, None) for name in SCALES) if isinstance(value, float | int)]
     softcap = getattr(config, "final_logit_softcapping", None)
     scales = [factor for value in named if value for factor in (float(value), 1 / value)]
-    return (1.0, *scales), (None, float(softcap)) if softcap else (None,)
+    return (1.0, *scales), (float(softcap), None) if softcap else (None,)
 
 
 @torch.no_grad()
