@@ -69,9 +69,9 @@ def sorted_list(
     options: RowOptions, logprobs: Tensor, indices: Tensor, counted: Tensor | None, dtype: torch.dtype
 ) -> Target:
     """Returns the list as the kernel takes it: probabilities and classes in ascending order (N, k), and with a bucket
-    the probability of the rest (N)."""
+    the probability of the rest (N). Reverse KL takes the logarithms of the probabilities."""
     logprobs, indices = listed(options, logprobs, indices, counted, dtype)
-    p, rest = _probabilities(options, logprobs)
+    p, rest = (_log_probabilities if options.kind == "reverse_kl" else _probabilities)(options, logprobs)
     indices, order = indices.sort(-1)
     in_order = p.gather(-1, order), indices
     return (*in_order, rest[:, 0].contiguous()) if options.tail == "bucket" else in_order
@@ -86,6 +86,14 @@ def _probabilities(options: RowOptions, logprobs: Tensor) -> tuple[Tensor, Tenso
         return logprobs.exp(), nothing
     p = logprobs.to(_common.widest_dtype(logprobs)).exp()  # 1 - sum p cancels: it needs the digits
     return p.to(logprobs.dtype), (1 - p.sum(-1, keepdim=True)).clamp(min=0).to(logprobs.dtype)
+
+
+def _log_probabilities(options: RowOptions, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the logarithms of `_probabilities`, with the digits that those of small probabilities have lost."""
+    _, rest = _probabilities(options, logprobs)
+    if options.tail == "renormalize":
+        logprobs = torch.log_softmax(logprobs / options.temperature, -1)
+    return logprobs, rest.log()
 
 
 def _expectation(p: Tensor, value: Tensor) -> Tensor:  # (n, k), (n, k) -> (n, 1)
