@@ -239,7 +239,7 @@ def _loss(
             None if given.labels is None else given.labels.reshape(-1),
             None if counted is None else counted.reshape(-1),
             item_weights=None if given.item_weights is None else given.item_weights.reshape(-1),
-            per_row=per_row, options=options,
+            dense=given.mask is None and given.labels is None, per_row=per_row, options=options,
         )  # fmt: skip
         return loss.view(rows) if per_row else _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
 
