@@ -56,7 +56,9 @@ def logits_cases() -> Iterator[tuple[str, Call]]:
     for name in ("bf16", "fp16", "fp32"):
         yield _rows("kl_div", 16384, name, with_all=True)
         yield _rows("jsd", 32000, name, with_all=True)
-        yield _rows("mixture", 32000, name, with_all=True, scale=0.25)
+        for kind in ("skewed_kl", "skewed_reverse_kl", "mixture"):
+            for classes in (4096, 8192):
+                yield _rows(kind, classes, name, with_all=True, scale=0.25)
 
 
 def _rows(kind: str, classes: int, name: str, with_all: bool, rows: int = 64, scale: float = 1.0) -> tuple[str, Call]:

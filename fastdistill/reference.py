@@ -64,7 +64,7 @@ def linear_mse(
         projected = projected + bias
     per_token = (projected - teacher).square().mean(-1)
     if item_weights is not None:
-        per_token = per_token * item_weights.to(per_token.dtype)
+        per_token = per_token * torch.where(weighed, item_weights, 0).to(per_token.dtype)
     return reduce(torch.where(weighed, per_token, 0), counted, reduction, num_items)
 
 
@@ -162,13 +162,26 @@ def _kl_div(student_logp: Tensor, teacher_logp: Tensor, reverse: bool = False) -
 def _jsd(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
     if beta in (0, 1):
         return _kl_div(student_logp, teacher_logp, reverse=beta == 1)
+    mixture = _mixture(student_logp, teacher_logp, beta)
+    teacher_kl = _expectation(teacher_logp, teacher_logp, mixture)
+    return beta * teacher_kl + (1 - beta) * _expectation(student_logp, student_logp, mixture)
+
+
+def _skewed_kl(student_logp: Tensor, teacher_logp: Tensor, reverse: bool, skew: float) -> Tensor:
+    if skew == 0:
+        return _kl_div(student_logp, teacher_logp, reverse)
+    mixture = _mixture(student_logp, teacher_logp, 1 - skew if reverse else skew)
+    logp = student_logp if reverse else teacher_logp
+    return _expectation(logp, logp, mixture)
+
+
+def _mixture(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
+    """Returns log(beta p_t + (1 - beta) p_s)."""
     nowhere = (student_logp == -math.inf) & (teacher_logp == -math.inf)  # log m would be -inf - (-inf) backward
-    mixture = torch.logaddexp(
+    return torch.logaddexp(
         torch.where(nowhere, 0, teacher_logp) + math.log(beta),
         torch.where(nowhere, 0, student_logp) + math.log(1 - beta),
     )
-    teacher_kl = _expectation(teacher_logp, teacher_logp, mixture)
-    return beta * teacher_kl + (1 - beta) * _expectation(student_logp, student_logp, mixture)
 
 
 def _tvd(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -212,7 +225,7 @@ def _class_loss(
         # A term of weight 0 is left out: it may be infinite.
         loss = (1 - alpha) * hard if alpha == 0 else loss if alpha == 1 else alpha * loss + (1 - alpha) * hard
     if item_weights is not None:
-        loss = loss * item_weights.to(loss.dtype)
+        loss = loss * torch.where(weighed, item_weights, 0).to(loss.dtype)
     return reduce(torch.where(weighed, loss, 0), counted, reduction, num_items)
 
 
@@ -246,9 +259,12 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **keyword
     return _divergence(_soft_cross_entropy, student_logits, teacher_logits, **keywords)
 
 
-def kl_div(student_logits: Tensor, teacher_logits: Tensor, *, reverse: bool = False, **keywords: Any) -> Tensor:
-    """KL(p_t || p_s); reverse=True: KL(p_s || p_t)."""
-    return _divergence(partial(_kl_div, reverse=reverse), student_logits, teacher_logits, **keywords)
+def kl_div(
+    student_logits: Tensor, teacher_logits: Tensor, *, reverse: bool = False, skew: float = 0.0, **keywords: Any
+) -> Tensor:
+    """KL(p_t || skew p_t + (1 - skew) p_s); reverse=True: KL(p_s || skew p_s + (1 - skew) p_t)."""
+    formula = partial(_skewed_kl, reverse=reverse, skew=skew)
+    return _divergence(formula, student_logits, teacher_logits, **keywords)
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **keywords: Any) -> Tensor:
@@ -265,28 +281,39 @@ def topk_soft_cross_entropy(
     student_logits: Tensor,  # (*, V)
     topk_logprobs: Tensor,  # (*, k), at temperature 1
     topk_indices: Tensor,  # (*, k)
-    *, tail: str = "renormalize", temperature: float = 1.0, mask: Tensor | None = None,
+    *, tail: str = "renormalize", reverse: bool = False, temperature: float = 1.0, mask: Tensor | None = None,
     teacher_softcap: None = None, teacher_logit_scale: float = 1.0, **keywords: Any,
 ) -> Tensor:  # fmt: skip
     student_logits, topk_logprobs = _wide(student_logits, topk_logprobs)
     mask = _with_list(topk_logprobs, mask)
 
     def soft(clean: Callable[[Tensor], Tensor], student_logp: Tensor) -> Tensor:
-        teacher, indices = clean(topk_logprobs), clean(topk_indices).long()
-        student_topk = student_logp.gather(-1, indices)
-        teacher_logp = teacher / temperature
+        teacher_logp = clean(topk_logprobs)
+        listed = teacher_logp != -math.inf  # the other entries are padding
+        indices = torch.where(listed, clean(topk_indices), 0).long()
+        student_topk = torch.where(listed, student_logp.gather(-1, indices), -math.inf)
         if tail == "renormalize":
-            teacher_logp = torch.log_softmax(teacher_logp, -1)
+            teacher_logp = torch.log_softmax(teacher_logp / temperature, -1)
+            if reverse:
+                student_topk = torch.log_softmax(student_topk, -1)
         else:  # the remaining classes become one
-            rest = student_logp.scatter(-1, indices, -math.inf)
-            student_topk = torch.cat([student_topk, torch.logsumexp(rest, -1, keepdim=True)], -1)
-            teacher_rest = torch.log1p(-teacher.exp().sum(-1, keepdim=True).clamp(max=1))
-            if indices.shape[-1] == student_logp.shape[-1]:  # no class remains: the rest would be rounding
-                teacher_rest = torch.full_like(teacher_rest, -math.inf)
-            teacher_logp = torch.cat([teacher_logp, teacher_rest], -1)
-        return _soft_cross_entropy(student_topk, teacher_logp)
+            taken = torch.zeros_like(student_logp).scatter_add(-1, indices, listed.to(student_logp)) > 0
+            rest = torch.logsumexp(torch.where(taken, -math.inf, student_logp), -1, keepdim=True)
+            student_topk = torch.cat([student_topk, rest], -1)
+            teacher_logp = _with_rest(teacher_logp, taken.all(-1, keepdim=True), reverse)
+        return (
+            _kl_div(student_topk, teacher_logp, reverse) if reverse else _soft_cross_entropy(student_topk, teacher_logp)
+        )
 
     return _class_loss(soft, student_logits, temperature=temperature, mask=mask, **keywords)
+
+
+def _with_rest(teacher_logp: Tensor, is_whole: Tensor, reverse: bool) -> Tensor:
+    """Appends the log-probability of the classes that are not listed: exactly -inf where all are."""
+    rest = 1 - teacher_logp.exp().sum(-1, keepdim=True)
+    rest = torch.where(is_whole, 0, rest.clamp(min=1e-7 if reverse else 0))
+    teacher_logp = torch.cat([teacher_logp, rest.log()], -1)
+    return torch.log_softmax(teacher_logp, -1) if reverse else teacher_logp
 
 
 def _with_list(topk_logprobs: Tensor, mask: Tensor | None) -> Tensor:

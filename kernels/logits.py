@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fastdistill.ops._rows import RowOptions
 
 # Longest row that is held in registers, and the block of longer rows. A row twice as long would leave a thread of the
-# largest program 64 registers and spill.
+# largest program 64 registers and spill; so would a row of 8192 classes if the loss is crowded (`rows`).
 RESIDENT = 8192
 BLOCK = 2048
 
@@ -105,9 +105,10 @@ def _terms(
         if KIND != "skewed_reverse_kl":
             term -= teacher_kl * teacher_q * log1p((beta - 1) * (difference / teacher_q))
         if KIND != "jsd":
+            rest = (1 - beta) * student_q
             bent = ((1 - beta) * teacher_kl - beta * student_kl) * difference
             term -= bent
-            value -= (1 - beta) * bent * (student_p / (beta * teacher_q + (1 - beta) * student_q))
+            value -= bent * (rest / (beta * teacher_q + rest))
     return term, student_p, teacher_p, value, excess
 
 
@@ -409,8 +410,16 @@ def rows(
     count = student.shape[:-1].numel()
     if count == 0:
         return
-    resident = options.classes <= RESIDENT
+    kind = _kind(options)
+    has_softcap = options.student_softcap is not None or options.teacher_softcap is not None
+    # Logarithms and a softcap together take many registers. Without a limit, NVIDIA's compiler would spill a few of a
+    # streamed row, to fit a fourth program.
+    crowded = kind == "mixture" or (options.kind == "jsd" and has_softcap)
+    resident = options.classes <= (RESIDENT // 2 if crowded and kind != "jsd" else RESIDENT)
     block = max(power_of_2(options.classes), 16) if resident else BLOCK
+    arch = _common.arch_of(student)
+    warps = max(1, block // (16 * _common.warp_size(arch)))  # a thread holds 16 numbers of each side
+    most_registers = min(255, 2048 // warps) if resident else 168
     with on_device_of(student):
         _rows[(count,)](
             student, teacher, student_bias, teacher_bias, labels, counted, weight, expected, loss, gradient,
@@ -419,10 +428,9 @@ def rows(
             options.temperature, options.beta, options.teacher_kl, options.student_kl,
             options.soft_weight, options.hard_weight, options.student_scale, options.teacher_scale,
             options.student_softcap or 1.0, options.teacher_softcap or 1.0,
-            KIND=_kind(options),
+            KIND=kind,
             STUDENT_SHAPE=shape_of(options.student_scale, options.student_softcap),
             TEACHER_SHAPE=shape_of(options.teacher_scale, options.teacher_softcap),
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32, RESIDENT=resident, BLOCK=block,
-            # A thread holds 16 numbers of each side.
-            num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),
+            num_warps=warps, **({"maxnreg": most_registers} if crowded and arch.startswith("sm_") else {}),
         )  # fmt: skip

@@ -62,12 +62,16 @@ student_bias: `(V)` or None.
 teacher_bias: `(V)` or None.
 """,
     "class_options": CLASS_OPTIONS,
+    "skew": """\
+skew: share a of the first side in the second, 0 <= a < 1: KL(p_t || a p_t + (1 - a) p_s), or reversed
+    KL(p_s || a p_s + (1 - a) p_t).
+""",
     "topk": """\
-topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. A listed class of
-    -inf has probability 0 and is not part of the bucket: pad with classes that cannot occur.
+topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. An entry of -inf is
+    not listed and its index is ignored. A row without any other entry does not count.
 topk_indices: `(*, k)` integer classes of the log-probabilities, distinct within a row.
 """,
-    "topk_options": 'tail: "renormalize" or "bucket".\n'
+    "topk_options": 'tail: "renormalize" or "bucket".\nreverse: KL(p_s || p_t) in place of the cross-entropy.\n'
     + re.sub("teacher_(softcap|logit_scale):.*\n", "", CLASS_OPTIONS),
     "class_raises": """\
 ValueError: shapes that do not fit, V that differs without vocab_size, alpha < 1 without labels, a teacher that

@@ -61,8 +61,9 @@ def check_keywords(given: Keywords, rows: tuple[int, ...], classes: int, device:
 
 
 def check_topk(
-    topk_logprobs: Tensor, topk_indices: Tensor, rows: tuple[int, ...], tail: str, temperature: float
+    topk_logprobs: Tensor, topk_indices: Tensor, rows: tuple[int, ...], tail: str, reverse: bool, temperature: float
 ) -> None:
+    check.boolean("reverse", reverse)
     check.frozen(topk_logprobs=topk_logprobs)
     k = topk_logprobs.shape[-1] if topk_logprobs.dim() else 0
     check.shape("topk_logprobs", topk_logprobs, (*rows, k), "(*, k) with the student's leading dimensions")
@@ -93,13 +94,17 @@ def for_reference(given: Keywords, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_options(
-    kind: str, given: Keywords, classes: int, backend: str, *, tail: str = "", beta: float = 0.5, **_: Any
-) -> RowOptions:
-    """Packs what the ops take. `classes` are the student's."""
+    kind: str, given: Keywords, classes: int, backend: str, *,
+    tail: str = "", beta: float = 0.5, reverse: bool = False, skew: float = 0.0,
+) -> RowOptions:  # fmt: skip
+    """Packs what the ops take. `classes` are the student's; `beta`, or `reverse` and `skew`, choose a "jsd"."""
     soft_weight = 1.0 if given.labels is None else given.alpha
+    teacher_kl, student_kl = beta, 1 - beta
+    if skew:
+        beta, teacher_kl, student_kl = (1 - skew, 0.0, 1.0) if reverse else (skew, 1.0, 0.0)
     return RowOptions(
         kind=kind, tail=tail, classes=classes if given.vocab_size is None else given.vocab_size,
-        temperature=given.temperature, beta=beta, teacher_kl=beta, student_kl=1 - beta,
+        temperature=given.temperature, beta=beta, teacher_kl=teacher_kl, student_kl=student_kl,
         soft_weight=soft_weight * given.temperature**2 if given.t_squared else soft_weight,
         hard_weight=0.0 if given.labels is None else 1 - given.alpha,
         student_softcap=given.student_softcap, teacher_softcap=given.teacher_softcap,
@@ -137,6 +142,15 @@ def jsd_kind(beta: float) -> str:
     return "kl_div" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
 
 
-def kl_kind(reverse: bool) -> str:
+def topk_kind(reverse: bool) -> str:
+    return "reverse_kl" if reverse else "soft_cross_entropy"
+
+
+def kl_kind(reverse: bool, skew: float) -> str:
     check.boolean("reverse", reverse)
-    return "reverse_kl" if reverse else "kl_div"
+    check.fraction("skew", skew)
+    if skew == 1:
+        raise ValueError(
+            "skew is 1: the divergence of a distribution from itself is 0; it should be at least 0 and below 1"
+        )
+    return "jsd" if skew else "reverse_kl" if reverse else "kl_div"

@@ -54,7 +54,7 @@ def linear_soft_cross_entropy(
 def linear_kl_div(
     student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
     student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
-    reverse: bool = False,
+    reverse: bool = False, skew: float = 0.0,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
@@ -67,6 +67,7 @@ def linear_kl_div(
     Args:
         {heads}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
+        {skew}
         {class_options}
 
     Raises:
@@ -76,8 +77,8 @@ def linear_kl_div(
                      teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
                      num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
-    kind = _rows.kl_kind(reverse)
-    return _against_head(kind, reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse)
+    kind = _rows.kl_kind(reverse, skew)
+    return _against_head(kind, reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse, skew=skew)
 
 
 @documented
@@ -140,7 +141,7 @@ def linear_tvd(
 def linear_topk_soft_cross_entropy(
     student: Tensor, student_weight: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
     student_bias: Tensor | None = None,
-    tail: str = "renormalize",
+    tail: str = "renormalize", reverse: bool = False,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
@@ -170,10 +171,10 @@ def linear_topk_soft_cross_entropy(
     )  # fmt: skip
     rows, classes = _check_head("student", head)
     _rows.check_keywords(given, rows, classes, student.device)
-    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, reverse, temperature)
     return _loss(
-        "soft_cross_entropy", reference.linear_topk_soft_cross_entropy, head, (topk_logprobs, None, None),
-        topk_indices, given, tail=tail,
+        _rows.topk_kind(reverse), reference.linear_topk_soft_cross_entropy, head, (topk_logprobs, None, None),
+        topk_indices, given, tail=tail, reverse=reverse,
     )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def _loss(
             None if given.labels is None else given.labels.reshape(-1),
             None if counted is None else counted.reshape(-1),
             item_weights=None if given.item_weights is None else given.item_weights.reshape(-1),
-            per_row=per_row, options=options,
+            dense=given.mask is None and given.labels is None, per_row=per_row, options=options,
         )  # fmt: skip
         return loss.view(rows) if per_row else _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
 

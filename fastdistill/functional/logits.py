@@ -54,7 +54,7 @@ def soft_cross_entropy(
 @documented
 def kl_div(
     student_logits: Tensor, teacher_logits: Tensor, *,
-    reverse: bool = False,
+    reverse: bool = False, skew: float = 0.0,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
@@ -64,15 +64,17 @@ def kl_div(
 ) -> Tensor:  # fmt: skip
     """Computes the Kullback-Leibler divergence between teacher and student: `sum p_t (log p_t - log p_s)`.
 
-    This is `KL(p_t || p_s)` with `p = softmax(z / temperature)`, or `KL(p_s || p_t)` with `reverse` (arXiv 2306.08543);
-    the item is a row.
+    This is `KL(p_t || p_s)` with `p = softmax(z / temperature)`, or `KL(p_s || p_t)` with `reverse` (arXiv 2306.08543).
+    With `skew` the second side is mixed with the first (DistiLLM, arXiv 2402.03898). The item is a row.
 
     Args:
         {logits}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
+        {skew}
         {class_options}
 
-    A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
+    A class with mass on the first side of the divergence and none on the second gives inf, as the formula does; with a
+    skew it does not.
 
     Raises:
         {class_raises}
@@ -80,8 +82,8 @@ def kl_div(
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
                      teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
                      num_items, backend)  # fmt: skip
-    kind = _rows.kl_kind(reverse)
-    return _against_logits(kind, reference.kl_div, student_logits, teacher_logits, given, reverse=reverse)
+    kind = _rows.kl_kind(reverse, skew)
+    return _against_logits(kind, reference.kl_div, student_logits, teacher_logits, given, reverse=reverse, skew=skew)
 
 
 @documented
@@ -145,7 +147,7 @@ def tvd(
 @documented
 def topk_soft_cross_entropy(
     student_logits: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
-    tail: str = "renormalize",
+    tail: str = "renormalize", reverse: bool = False,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
@@ -158,6 +160,10 @@ def topk_soft_cross_entropy(
     With `tail="renormalize"` the k classes are the teacher's whole distribution: their log-probabilities are divided
     by the temperature and normalised again. With `tail="bucket"` (temperature 1) the teacher's remaining mass is one
     more class, compared with the student's remaining mass. The item is a row.
+
+    With `reverse` it computes `KL(p_s || p_t)` over the listed classes, among which the student is normalised again
+    too, or over the listed classes and the bucket. These are the two forms of TRL 1.16 (ServerDistillationTrainer with
+    beta=1). As there, the teacher's bucket holds at least 1e-7: float32 log-probabilities resolve no less.
 
     Args:
         student_logits: `(*, V)`.
@@ -173,10 +179,10 @@ def topk_soft_cross_entropy(
     check.floating(student_logits=student_logits, topk_logprobs=topk_logprobs)
     rows, classes = _shape(student_logits)
     _rows.check_keywords(given, rows, classes, student_logits.device)
-    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, reverse, temperature)
     return _loss(
-        "soft_cross_entropy", reference.topk_soft_cross_entropy, student_logits, topk_logprobs, topk_indices, given,
-        tail=tail,
+        _rows.topk_kind(reverse), reference.topk_soft_cross_entropy, student_logits, topk_logprobs, topk_indices, given,
+        tail=tail, reverse=reverse,
     )  # fmt: skip
 
 
@@ -220,7 +226,8 @@ def _loss(
         weights = given.item_weights
         if weights is not None:
             weights = weights.to(compute_dtype(student, teacher))
-            counted = weights != 0 if counted is None else counted & (weights != 0)
+            weights = weights if counted is None else weights.where(counted, 0)
+            counted = weights != 0
         options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
         row_gradient = None if given.reduction == "none" else _row_gradient(student, weights, count, backend)
         loss = row_losses(student, teacher, indices, given.labels, counted, row_gradient, options)

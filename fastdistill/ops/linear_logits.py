@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
     labels: Tensor | None  # (N), or (N, 1) once they are checked
     counted: Tensor | None  # (N)
     row_weight: Tensor | None  # (N), of each row's gradient; None: 1
+    dense: bool  # whether nearly all rows are expected to count
     needs_student: bool
     needs_weight: bool
     needs_bias: bool
@@ -57,6 +58,7 @@ INPUTS = len(Inputs._fields)
 def linear_row_losses(
     *tensors: Tensor | None,  # of `Inputs`, up to `counted`
     item_weights: Tensor | None = None,  # (N), factors of the rows' losses; rows of weight 0 do not count
+    dense: bool = False,  # whether nearly all rows are expected to count: a GPU then multiplies all of them
     per_row: bool,
     options: RowOptions,
 ) -> Tensor:  # (N) or ()
@@ -64,14 +66,13 @@ def linear_row_losses(
     labels = labels if options.hard_weight else None
     # Losses per row wait for their weights.
     needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
-    if item_weights is None:
-        return _op(*others, labels, counted, None, *needs, per_row, *options)[0]
-    weights, counted = _weights(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
-    if per_row:
-        return _op(*others, labels, counted, None, *needs, per_row, *options)[0] * weights
-    # The forward computes G with the weights, and G may be float16.
-    weights, scale = _common.unit(weights)
-    return _op(*others, labels, counted, weights, *needs, per_row, *options)[0] * scale
+    weights, scale = None, None
+    if item_weights is not None:
+        weights, counted = _weights(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
+        # For a reduced loss the forward computes G with the weights, and G may be float16.
+        weights, scale = (None, weights) if per_row else _common.unit(weights)
+    loss = _op(*others, labels, counted, weights, dense and item_weights is None, *needs, per_row, *options)[0]
+    return loss if scale is None else loss * scale
 
 
 def _weights(item_weights: Tensor, counted: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (N), (N)
@@ -91,7 +92,7 @@ def _forward(*flat: Any) -> Outputs:
     inputs, options = Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS:])
     student, classes = inputs.student, options.classes
     losses, d_student, d_weight, d_bias = _outputs(inputs)
-    chosen = select(student.shape[0], inputs.counted, options.backend)
+    chosen = select(student.shape[0], inputs.counted, inputs.dense, options.backend)
     inputs = _selected(inputs, chosen, classes)
     loss = losses.new_empty(chosen.size)
     size = _chunk_size(chosen.size, student, classes, loss.dtype)
@@ -167,10 +168,10 @@ def _teacher(
     buffer = teacher.new_empty(size, _row_length(options, chosen), dtype=dtype)
 
     def logits(chunk: slice) -> Target:
-        if not on_torch:
+        if not on_torch:  # the row kernels skip rows that are masked out
             return (_logits(chosen.take(teacher, chunk), head, None, buffer, chosen, chunk),)
         z = _logits(_clean(teacher, chunk, chosen), head, inputs.teacher_bias, buffer, chosen, chunk)
-        return (capped(z, options.teacher_softcap, z),)
+        return (capped(z, options.teacher_softcap, z, options.teacher_scale),)
 
     return logits
 
@@ -191,7 +192,7 @@ def _in_blocks(options: RowOptions, inputs: Inputs, chosen: Selection, size: int
             here = slice(chunk.start + block.start, chunk.start + block.stop)
             *buffers, gradient = work[:, : block.stop - block.start].unbind()
             z = logits[block]
-            capped(z, options.student_softcap, z)
+            capped(z, options.student_softcap, z, options.student_scale)
             out = gradient if wanted else None
             loss[here] = row_loss(options, z, tuple(t[block] for t in target), at(labels, here), out, buffers)
             if out is not None:
@@ -241,7 +242,8 @@ def _unit(student: Tensor, options: RowOptions) -> float:
     if student.dtype != torch.float16:
         return 1.0
     slope = options.soft_weight / options.temperature ** (2 if options.kind == "reverse_kl" else 1)
-    return 2.0 ** (11 - math.ceil(math.log2(max(slope + options.hard_weight, 1e-30))))
+    largest = options.student_scale * (slope + options.hard_weight)
+    return 2.0 ** (11 - math.ceil(math.log2(max(largest, 1e-30))))
 
 
 def _chunk_size(tokens: int, student: Tensor, classes: int, dtype: torch.dtype) -> int:
@@ -314,9 +316,10 @@ def _fake(*flat):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, _ = inputs[: INPUTS - 4]  # row_weight is None
-    *ctx.in_forward, ctx.per_row = inputs[INPUTS - 4 : INPUTS]
-    ctx.options = inputs[INPUTS:]
+    given, ctx.options = Inputs(*inputs[:INPUTS]), inputs[INPUTS:]
+    tensors = given[: Inputs._fields.index("row_weight")]
+    ctx.in_forward = given.needs_student, given.needs_weight, given.needs_bias
+    ctx.dense, ctx.per_row = given.dense, given.per_row
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
@@ -336,7 +339,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         # G may be float16: the rows' weights are scaled to about 1 for it, and the sums are scaled back.
         weights = grad_loss if counted is None else grad_loss.masked_fill(~counted, 0)
         weights, scale = _common.unit(weights)
-        _, *gradients = _op(*saved, weights, *needs, True, *ctx.options)
+        _, *gradients = _op(*saved, weights, ctx.dense, *needs, True, *ctx.options)
     learned = [
         _common.scaled(g, scale, dtype) if need else None
         for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)

@@ -118,7 +118,7 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
         whole_list = listed(options, teacher, indices, counted, dtype)
     else:
         logits.append((teacher, options.teacher_softcap, options.teacher_scale))
-    # Short rows are stored by columns, which vectorises every step; that takes copies, as casts, scales and softcaps do.
+    # Short rows are stored by columns, which vectorises every step; like casts, scales and softcaps, that takes copies.
     short = classes < SHORT
     shaped = any(cap is not None or scale != 1 for _, cap, scale in logits)
     copies = short or shaped or any(x.dtype != dtype or x.stride(-1) != 1 for x, *_ in logits)

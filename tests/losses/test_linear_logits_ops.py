@@ -145,6 +145,30 @@ def test_options(op: Op, backend: str) -> None:
         op.assert_accurate({**inputs, **options}, backend=backend, reduction="none")
 
 
+def scaled(op: Op, backend: str, student_scale: float, teacher_scale: float, **inputs: Any) -> Tensor:
+    """Computes the textbook's loss with scales in the heads: c (x W^T + b) = x (c W)^T + c b."""
+    for side, scale in (("student", student_scale), ("teacher", teacher_scale)):
+        inputs |= {name: inputs[name] * scale for name in (f"{side}_weight", f"{side}_bias") if name in inputs}
+    return op.textbook(backend=backend, **inputs)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0625, 4.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logit_scales(op: Op, dtype: torch.dtype, scale: float, softcap: float | None, backend: str) -> None:
+    inputs = cast(with_labels(make(op, (12,), 37), 37), dtype)
+    inputs["student_weight"] /= scale
+    both = {"teacher_logit_scale": 0.5} if op in OPS else {}
+    options = {"alpha": 0.6, "student_softcap": softcap, "reduction": "sum"}
+    outcome = evaluate(op, inputs, op.learned, backend=backend, student_logit_scale=scale, **both, **options)
+    truth, textbook = (
+        evaluate(partial(scaled, op, name, scale, 0.5), values, op.learned, **options)
+        for values, name in ((cast(inputs, torch.float64), "reference"), (inputs, backend))
+    )
+    assert_accurate(outcome, truth, textbook)
+
+
 @every_divergence
 @pytest.mark.parametrize("student,teacher,vocab_size", [(40, 40, 33), (48, 40, 40), (40, 48, 40)])
 def test_padded_vocabularies(op: Op, student: int, teacher: int, vocab_size: int, backend: str) -> None:
@@ -337,6 +361,20 @@ def test_work_is_that_of_the_rows_that_count(
     evaluate(fastdistill.linear_kl_div, inputs, ("student", "student_weight"), backend=backend)
     chunk = 50  # four even chunks, each one tile
     assert dots[0] == 4 * -(-number // chunk)
+
+
+@pytest.mark.parametrize("op", LINEAR_TOPK_OPS, ids=str)
+def test_products_without_a_mask_are_whole(op: Op, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Nearly every list has a possible class, so looking for lists without one must not choose slower products."""
+    inputs = make(op, (20,), 37)
+    counted = torch.arange(20) != 3
+    expected = evaluate(op, {**inputs, "mask": counted}, op.learned, backend=backend)
+    inputs["topk_logprobs"][3], inputs["student"][3] = float("-inf"), float("nan")
+    if backend == "triton":
+        from fastdistill.kernels import counted_mm
+
+        monkeypatch.setattr(counted_mm, "logits", lambda *_: pytest.fail("the rows were sorted"))
+    assert_same(evaluate(op, inputs, op.learned, backend=backend), expected, within=2e-6)
 
 
 @every_op
