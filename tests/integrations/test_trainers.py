@@ -385,16 +385,16 @@ def sft_packing(folder: Path) -> None:
     assert_right(loss, found, total / count, gradients(student), 1e-3)
 
 
-@pytest.mark.parametrize("what", [average_over_tokens, average_over_processes, sft_packing])
-def test_two_processes(what: Any, tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     import _processes
 
-    done = _processes.run([*_processes.TORCHRUN, __file__, what.__name__, tmp_path], tmp_path)
+    done = _processes.run([*_processes.TORCHRUN, __file__, tmp_path], tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    for check in (average_over_tokens, average_over_processes, sft_packing):
+        check(Path(sys.argv[1]))
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
