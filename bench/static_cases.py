@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from fastdistill.kernels import attention_mse, attention_tiles, linear_mse, logits, topk
+from fastdistill.kernels import attention_mse, attention_tiles, counted_mm, linear_mse, logits, topk
 from torch import Tensor
 
 from fastdistill.ops._attention import Attention, Counted
@@ -23,6 +23,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
     yield from logits_cases()
     yield from topk_cases()
     yield from linear_mse_cases()
+    yield from counted_mm_cases()
     yield from attention_mse_cases()
     yield from attention_tiles_cases()
 
@@ -32,28 +33,43 @@ def growing(size: int) -> Iterator[tuple[str, Call]]:
     yield "logits", _rows("jsd", 4096, "bf16", with_all=True, rows=size)[1]
     yield "topk", _listed(4096, "bucket", "bf16", with_all=True, rows=size)[1]
     yield "linear_mse", _residual(320, 768, "bf16", with_all=True, tokens=size)[1]
+    yield "counted_mm", _products(320, 32000, "bf16", tokens=size)[1]
     for is_causal in (False, True):
         yield f"attention_mse, {is_causal=}", _gram(64, 64, "bf16", True, is_causal, size)[1]
     yield "attention_kl", _tiles(True, 64, 64, "bf16", True, size)[1]
 
 
+# beta, teacher_kl and student_kl of the mixtures that RowOptions calls "jsd"
+MIXTURES = {
+    "jsd": (0.5, 0.5, 0.5), "skewed_kl": (0.1, 1.0, 0.0), "skewed_reverse_kl": (0.9, 0.0, 1.0),
+    "mixture": (0.3, 0.5, 0.5),
+}  # fmt: skip
+
+
 def logits_cases() -> Iterator[tuple[str, Call]]:
-    kinds = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
-    for kind in kinds:
+    for kind in ("soft_cross_entropy", "kl_div", "reverse_kl", *MIXTURES, "tvd"):
         for classes in (512, 8192, 131072):
             yield _rows(kind, classes, "bf16", with_all=False)
+    for kind in ("kl_div", "mixture"):
+        for classes in (8192, 131072):
+            yield _rows(kind, classes, "bf16", with_all=False, scale=0.25)
     for name in ("bf16", "fp16", "fp32"):
         yield _rows("kl_div", 16384, name, with_all=True)
         yield _rows("jsd", 32000, name, with_all=True)
+        for kind in ("skewed_kl", "skewed_reverse_kl", "mixture"):
+            for classes in (4096, 8192):
+                yield _rows(kind, classes, name, with_all=True, scale=0.25)
 
 
-def _rows(kind: str, classes: int, name: str, with_all: bool, rows: int = 64) -> tuple[str, Call]:
+def _rows(kind: str, classes: int, name: str, with_all: bool, rows: int = 64, scale: float = 1.0) -> tuple[str, Call]:
     student, teacher = (torch.empty(rows, classes, dtype=DTYPES[name]) for _ in range(2))
     loss, gradient = torch.empty(rows), torch.empty_like(student)
     labels = torch.empty(rows, dtype=torch.int64) if with_all else None
     counted = torch.empty(rows, dtype=torch.bool) if with_all else None
     cap = 30.0 if with_all else None
-    options = RowOptions(kind, "", classes, 2.0, 0.5, 0.5, 0.5, 1.0, 0.5, cap, cap, 1.0, 1.0, "triton")
+    of_options = "jsd" if kind in MIXTURES else kind
+    mixture = MIXTURES.get(kind, MIXTURES["jsd"])
+    options = RowOptions(of_options, "", classes, 2.0, *mixture, 1.0, 0.5, cap, cap, scale, scale, "triton")
 
     def call() -> None:
         logits.rows(
@@ -61,24 +77,25 @@ def _rows(kind: str, classes: int, name: str, with_all: bool, rows: int = 64) ->
             expected=loss if with_all else None,
         )  # fmt: skip
 
-    return f"logits {kind} V={classes} {name}" + (" all options" if with_all else ""), call
+    return f"logits {kind} V={classes} {name}" + " scaled" * (scale != 1) + " all options" * with_all, call
 
 
 def topk_cases() -> Iterator[tuple[str, Call]]:
-    for classes in (512, 8192, 131072):
-        for tail in ("renormalize", "bucket"):
-            yield _listed(classes, tail, "bf16", with_all=False)
-    for name in ("bf16", "fp32"):
-        yield _listed(32000, "bucket", name, with_all=True)
+    for kind in ("soft_cross_entropy", "reverse_kl"):
+        for classes in (512, 8192, 131072):
+            for tail in ("renormalize", "bucket"):
+                yield _listed(classes, tail, "bf16", with_all=False, kind=kind)
+        for name in ("bf16", "fp32"):
+            yield _listed(32000, "bucket", name, with_all=True, kind=kind)
 
 
-def _listed(classes: int, tail: str, name: str, with_all: bool, rows: int = 64) -> tuple[str, Call]:
+def _listed(
+    classes: int, tail: str, name: str, with_all: bool, rows: int = 64, kind: str = "soft_cross_entropy"
+) -> tuple[str, Call]:
     student, loss, p = torch.empty(rows, classes, dtype=DTYPES[name]), torch.empty(rows), torch.empty(rows, 64)
     labels = torch.empty(rows, dtype=torch.int64) if with_all else None
     cap = 30.0 if with_all else None
-    options = RowOptions(
-        "soft_cross_entropy", tail, classes, 1.0, 0.5, 0.5, 0.5, 1.0, 0.5, cap, None, 1.0, 1.0, "triton"
-    )
+    options = RowOptions(kind, tail, classes, 1.0, 0.5, 0.5, 0.5, 1.0, 0.5, cap, None, 1.0, 1.0, "triton")
 
     def call() -> None:
         topk.rows(
@@ -87,7 +104,8 @@ def _listed(classes: int, tail: str, name: str, with_all: bool, rows: int = 64) 
             expected=loss if with_all else None,
         )  # fmt: skip
 
-    return f"topk {tail} V={classes} {name}" + (" all options" if with_all else ""), call
+    reverse = " reverse" * (kind == "reverse_kl")
+    return f"topk {tail}{reverse} V={classes} {name}" + " all options" * with_all, call
 
 
 def linear_mse_cases() -> Iterator[tuple[str, Call]]:
@@ -120,6 +138,31 @@ def _residual(
 
     options = (" all options" if with_all else "") + ("" if project else " no product")
     return f"linear_mse {d_s} to {d_t} {name}{options}", call
+
+
+def counted_mm_cases() -> Iterator[tuple[str, Call]]:
+    for d, classes, name in (
+        (2048, 128256, "bf16"),
+        (4096, 50257, "fp16"),
+        (312, 30522, "bf16"),
+        (2048, 128256, "fp64"),
+        (2048, 128256, "fp32"),
+    ):
+        yield _products(d, classes, name)
+
+
+def _products(d: int, classes: int, name: str, tokens: int = 784) -> tuple[str, Call]:
+    dtype, wide = DTYPES[name], torch.float64 if name == "fp64" else torch.float32
+    x, weight, count = torch.empty(tokens, d, dtype=dtype), torch.empty(classes, d, dtype=dtype), torch.empty(1).long()
+    gradient = torch.empty(tokens, counted_mm.padded(classes), dtype=dtype)
+
+    def call() -> None:
+        start = tokens  # of the second chunk
+        counted_mm.logits(x, weight, count, start, torch.empty_like(gradient, dtype=wide))
+        counted_mm.d_hidden(gradient, weight, count, start, wide)
+        counted_mm.add_d_weight(gradient, x, count, start, torch.empty_like(weight, dtype=wide))
+
+    return f"counted_mm {d} to {classes} {name}", call
 
 
 def _attention(

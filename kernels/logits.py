@@ -3,15 +3,23 @@
 With x = z - max z, e = exp(x / T), Z = sum e, p = e / Z of each side and m = beta p_t + (1 - beta) p_s, each class adds
 a term to its row's loss (`_terms`) and has a gradient (`_slope`):
 
-    kind                rest of the loss   term                                  gradient
-    soft_cross_entropy  log Z_s            -p_t x_s / T                          (p_s - p_t) / T
-    kl_div              -log(Z_t / Z_s)    p_t (x_t - x_s) / T                   (p_s - p_t) / T
-    reverse_kl          -log(Z_s / Z_t)    p_s c / T          c = x_s - x_t      p_s (c - E_s[c]) / T^2
-    jsd                                    -beta p_t log(m / p_t) + (1-b) p_s c  (1 - beta) p_s (c - E_s[c]) / T
-                                                              c = -log(m / p_s)
-    tvd                                    |p_s - p_t| / 2    c = sgn(p_s - p_t) p_s (c - E_s[c]) / 2T
+    kind                rest of the loss   term                                    gradient
+    soft_cross_entropy  log Z_s            -p_t x_s / T                            (p_s - p_t) / T
+    kl_div              -log(Z_t / Z_s)    p_t (x_t - x_s) / T                     (p_s - p_t) / T
+    reverse_kl          -log(Z_s / Z_t)    p_s c / T            c = x_s - x_t      p_s (c - E_s[c]) / T^2
+    mixture                                -w_t p_t log(m / p_t) - w_s p_s log(m / p_s) - bend d
+                                                                                   p_s (c - E_s[c]) / T
+    tvd                                    |p_s - p_t| / 2      c = sgn(p_s - p_t) p_s (c - E_s[c]) / 2T
+
+"mixture" is w_t KL(p_t || m) + w_s KL(p_s || m). With d = p_t - p_s and bend = (1 - beta) w_t - beta w_s, its
+c = -w_s log(m / p_s) - (1 - beta) bend d / m. "jsd" has w_t = beta and w_s = 1 - beta, so bend = 0. "skewed_kl" has
+w_s = 0 and "skewed_reverse_kl" w_t = 0, and do not compute that logarithm. `bend d` is the part of a term that is
+linear in d; over the classes it adds up to 0, so it is left out of the sum.
 
 Each class's difference is taken before the sum, so a student near its teacher keeps its digits.
+
+A side's logits are z = softcap(scale * (stored + bias)); gradients are in the stored logits. The scale of a side with a
+softcap is part of the factor that the softcap needs anyway, and the student's scale is part of its row's weight.
 
 Rows that fit are held in registers, and each logit is read once. Longer rows are read three times, in blocks: for the
 maxima and sums, for the loss and E_s[c], and for the gradient. Kinds without E_s[c] read them twice.
@@ -30,26 +38,28 @@ if TYPE_CHECKING:
     from fastdistill.ops._rows import RowOptions
 
 # Longest row that is held in registers, and the block of longer rows. A row twice as long would leave a thread of the
-# largest program 64 registers and spill.
+# largest program 64 registers and spill; so would a row of 8192 classes if the loss is crowded (`rows`).
 RESIDENT = 8192
 BLOCK = 2048
 
 
 @triton.jit
-def _capped(z, softcap, HAS_CAP: tl.constexpr):
-    """Applies the softcap. -inf stays -inf: the class has probability 0."""
-    if HAS_CAP:
-        z = tl.where(z == -float("inf"), z, softcap * tanh(z / softcap))
+def _shaped(z, gain, softcap, SHAPE: tl.constexpr):
+    """Applies a side's scale, or its scale and softcap. -inf stays -inf: the class has probability 0."""
+    if SHAPE == "scale":
+        z *= gain
+    elif SHAPE == "softcap":
+        z = tl.where(z == -float("inf"), z, softcap * tanh(z * gain))
     return z
 
 
 @triton.jit
-def _load(row_ptr, bias_ptr, columns, classes, softcap, HAS_CAP: tl.constexpr, WIDE: tl.constexpr):
-    """Loads logits of some columns, with bias and softcap applied; -inf beyond the row."""
+def _load(row_ptr, bias_ptr, columns, classes, gain, softcap, SHAPE: tl.constexpr, WIDE: tl.constexpr):
+    """Loads logits of some columns, with bias, scale and softcap applied; -inf beyond the row."""
     z = tl.load(row_ptr + columns, mask=columns < classes, other=-float("inf")).to(WIDE)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=columns < classes, other=0).to(WIDE)
-    return _capped(z, softcap, HAS_CAP)
+    return _shaped(z, gain, softcap, SHAPE)
 
 
 @triton.jit
@@ -60,7 +70,10 @@ def _exp(x, temperature):
 
 
 @triton.jit
-def _terms(student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND: tl.constexpr):
+def _terms(
+    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, teacher_kl, student_kl,
+    KIND: tl.constexpr,
+):  # fmt: skip
     """Returns for each class: its term of the loss, p_s, p_t, p_s c, and e_a - e_b, whose sum gives log(Z_a / Z_b)."""
     student_x, teacher_x = student - student_max, teacher - teacher_max
     student_e, teacher_e = _exp(student_x, temperature), _exp(teacher_x, temperature)
@@ -76,18 +89,26 @@ def _terms(student, teacher, student_max, teacher_max, student_sum, teacher_sum,
         value = tl.where(student_p == 0, 0, student_p * (student_x - teacher_x))
         term = value / temperature
         excess = student_e - teacher_e
-    elif KIND == "jsd":
-        # Adding the smallest normal number keeps ratios of the two finite, and 1 where both probabilities are 0.
-        tiny: tl.constexpr = 2.2250738585072014e-308 if student_p.dtype == tl.float64 else 1.1754943508222875e-38
-        student_q, teacher_q = student_p + tiny, teacher_p + tiny
-        difference = teacher_q - student_q
-        value = -student_p * log1p(beta * (difference / student_q))
-        term = (1 - beta) * value - beta * teacher_q * log1p((beta - 1) * (difference / teacher_q))
-    else:
+    elif KIND == "tvd":
         difference = student_p - teacher_p
         term = tl.abs(difference) / 2
         # NaN where the difference is NaN.
         value = student_p * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    else:
+        # Adding the smallest normal number keeps ratios of the two finite, and 1 where both probabilities are 0.
+        tiny: tl.constexpr = 2.2250738585072014e-308 if student_p.dtype == tl.float64 else 1.1754943508222875e-38
+        student_q, teacher_q = student_p + tiny, teacher_p + tiny
+        difference = teacher_q - student_q
+        if KIND != "skewed_kl":
+            value = -(student_kl * student_p) * log1p(beta * (difference / student_q))
+        term = value
+        if KIND != "skewed_reverse_kl":
+            term -= teacher_kl * teacher_q * log1p((beta - 1) * (difference / teacher_q))
+        if KIND != "jsd":
+            rest = (1 - beta) * student_q
+            bent = ((1 - beta) * teacher_kl - beta * student_kl) * difference
+            term -= bent
+            value -= bent * (rest / (beta * teacher_q + rest))
     return term, student_p, teacher_p, value, excess
 
 
@@ -112,30 +133,30 @@ def _log_ratio(excess, a_sum, b_sum):
 
 
 @triton.jit
-def _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND: tl.constexpr):
-    """Returns the gradient of the soft loss in the student's capped logits."""
+def _slope(student_p, teacher_p, value, mean, temperature, soft_weight, KIND: tl.constexpr):
+    """Returns the gradient of the soft loss in the student's logits after the softcap."""
     if KIND == "soft_cross_entropy" or KIND == "kl_div":
         return (student_p - teacher_p) * (soft_weight / temperature)
     centred = value - student_p * mean
     if KIND == "reverse_kl":
         return centred * (soft_weight / (temperature * temperature))
-    elif KIND == "jsd":
-        return centred * (soft_weight * (1 - beta) / temperature)
-    return centred * (soft_weight / (2 * temperature))
+    elif KIND == "tvd":
+        return centred * (soft_weight / (2 * temperature))
+    return centred * (soft_weight / temperature)
 
 
 @triton.jit
 def _finish(
     gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, softcap,
-    HAS_LABELS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_LABELS: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Turns the soft loss's gradient into that of the row's loss in its uncapped logits, times the row's weight."""
+    """Turns the soft loss's gradient into that of the row's loss before the softcap, times `weight`."""
     if HAS_LABELS:
         hard_p = _exp(student - student_max, 1.0) / hard_sum
         gradient += hard_weight * (hard_p - tl.where(columns == label, 1.0, 0.0))
     # Where the target or the label is a class of probability 0, the loss is infinite and the class has gradient 0.
     gradient = tl.where(student == -float("inf"), 0, gradient)
-    if HAS_CAP:
+    if SHAPE == "softcap":
         ratio = student / softcap
         gradient = tl.where(student == -float("inf"), 0, gradient * (1 - ratio * ratio))
     return gradient * weight
@@ -177,10 +198,11 @@ def _rows(
     teacher_inner, teacher_outer_stride, teacher_inner_stride,
     width,  # of a row of d_student; zero from V on
     classes,  # V
-    temperature: tl.float64, beta: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64,
-    student_softcap: tl.float64, teacher_softcap: tl.float64,
-    KIND: tl.constexpr,
-    HAS_STUDENT_CAP: tl.constexpr, HAS_TEACHER_CAP: tl.constexpr,
+    temperature: tl.float64, beta: tl.float64, teacher_kl: tl.float64, student_kl: tl.float64,
+    soft_weight: tl.float64, hard_weight: tl.float64,
+    student_scale: tl.float64, teacher_scale: tl.float64, student_softcap: tl.float64, teacher_softcap: tl.float64,
+    KIND: tl.constexpr,  # as `_kind` returns it
+    STUDENT_SHAPE: tl.constexpr, TEACHER_SHAPE: tl.constexpr,  # "": logits as stored; "scale"; "softcap" (and scale)
     WIDE: tl.constexpr,
     RESIDENT: tl.constexpr,  # whether the row is one block
     BLOCK: tl.constexpr,
@@ -188,8 +210,11 @@ def _rows(
     row = tl.program_id(0)
     # Options arrive in float64; cast them to the dtype of the computation.
     temperature, beta = tl.full((), temperature, WIDE), tl.full((), beta, WIDE)
+    teacher_kl, student_kl = tl.full((), teacher_kl, WIDE), tl.full((), student_kl, WIDE)
     soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
     student_softcap, teacher_softcap = tl.full((), student_softcap, WIDE), tl.full((), teacher_softcap, WIDE)
+    student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
+    student_gain, teacher_gain = student_scale / student_softcap, teacher_scale / teacher_softcap
     student_row = student_ptr + row_offset(row, student_inner, student_outer_stride, student_inner_stride)
     teacher_row, d_row = student_row, student_row
     if teacher_ptr is not None:
@@ -215,6 +240,8 @@ def _rows(
             return
         if _rescale(d_row, width, weight / expected, BLOCK):
             return
+    if STUDENT_SHAPE != "":
+        weight *= student_scale
 
     # Read before d_student is written: it may share the student's memory. A label out of range gives NaN.
     label, likely = 0, 0.0
@@ -224,13 +251,15 @@ def _rows(
         likely = tl.load(student_row + label, mask=is_class, other=float("nan")).to(WIDE)
         if student_bias_ptr is not None:
             likely += tl.load(student_bias_ptr + label, mask=is_class, other=0).to(WIDE)
-        likely = _capped(likely, student_softcap, HAS_STUDENT_CAP)
+        likely = _shaped(likely, student_gain, student_softcap, STUDENT_SHAPE)
 
     # 1. Maxima and sums of exponentials; hard_sum is the student's at temperature 1.
-    student = _load(student_row, student_bias_ptr, offsets, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+    student = _load(student_row, student_bias_ptr, offsets, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE)
     teacher = student
     if teacher_ptr is not None:
-        teacher = _load(teacher_row, teacher_bias_ptr, offsets, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+        teacher = _load(
+            teacher_row, teacher_bias_ptr, offsets, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
+        )
     student_max, teacher_max = tl.max(student, 0), tl.max(teacher, 0)
     if not RESIDENT:
         # Keep the maxima finite: they are subtracted from -inf.
@@ -244,7 +273,9 @@ def _rows(
     if not RESIDENT:
         for start in range(BLOCK, classes, BLOCK):
             columns = start + offsets
-            student = _load(student_row, student_bias_ptr, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            student = _load(
+                student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
+            )
             top = tl.maximum(student_max, tl.max(student, 0))
             student_sum *= _exp(student_max - top, temperature)
             student_sum += tl.sum(_exp(student - top, temperature), 0)
@@ -253,7 +284,9 @@ def _rows(
                 hard_sum += tl.sum(_exp(student - top, 1.0), 0)
             student_max = top
             if teacher_ptr is not None:
-                teacher = _load(teacher_row, teacher_bias_ptr, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
+                teacher = _load(
+                    teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
+                )
                 top = tl.maximum(teacher_max, tl.max(teacher, 0))
                 teacher_sum *= _exp(teacher_max - top, temperature)
                 teacher_sum += tl.sum(_exp(teacher - top, temperature), 0)
@@ -270,17 +303,18 @@ def _rows(
         gradient = tl.zeros((BLOCK,), WIDE)
         if teacher_ptr is not None:
             term, student_p, teacher_p, value, excess = _terms(
-                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
-            )
+                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta,
+                teacher_kl, student_kl, KIND,
+            )  # fmt: skip
             inside = offsets < classes
             mean = tl.sum(tl.where(inside, value, 0), 0)
             total, excess_sum = tl.sum(tl.where(inside, term, 0), 0), tl.sum(tl.where(inside, excess, 0), 0)
             loss += _row_loss(total, excess_sum, student_sum, teacher_sum, soft_weight, KIND)
-            gradient = _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND)
+            gradient = _slope(student_p, teacher_p, value, mean, temperature, soft_weight, KIND)
         if d_student_ptr is not None:
             gradient = _finish(
                 gradient, student, offsets, student_max, hard_sum, label, hard_weight, weight, student_softcap,
-                labels_ptr is not None, HAS_STUDENT_CAP,
+                labels_ptr is not None, STUDENT_SHAPE,
             )  # fmt: skip
             tl.store(d_row + offsets, gradient.to(d_row.dtype.element_ty), mask=offsets < classes)
     else:
@@ -288,22 +322,27 @@ def _rows(
         for start in range(0, classes, BLOCK):
             columns = start + offsets
             inside = columns < classes
-            student = _load(student_row, student_bias_ptr, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
+            student = _load(
+                student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
+            )
             gradient = tl.zeros((BLOCK,), WIDE)
             if teacher_ptr is not None:
-                teacher = _load(teacher_row, teacher_bias_ptr, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
-                term, student_p, teacher_p, value, excess = _terms(
-                    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
+                teacher = _load(
+                    teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
                 )
+                term, student_p, teacher_p, value, excess = _terms(
+                    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta,
+                    teacher_kl, student_kl, KIND,
+                )  # fmt: skip
                 mean += tl.sum(tl.where(inside, value, 0), 0)
                 total += tl.sum(tl.where(inside, term, 0), 0)
                 excess_sum += tl.sum(tl.where(inside, excess, 0), 0)
                 if not CENTRED:
-                    gradient = _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND)
+                    gradient = _slope(student_p, teacher_p, value, mean, temperature, soft_weight, KIND)
             if d_student_ptr is not None and not CENTRED:
                 gradient = _finish(
                     gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, student_softcap,
-                    labels_ptr is not None, HAS_STUDENT_CAP,
+                    labels_ptr is not None, STUDENT_SHAPE,
                 )  # fmt: skip
                 tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=inside)
         if teacher_ptr is not None:
@@ -313,15 +352,20 @@ def _rows(
     if d_student_ptr is not None and CENTRED and not RESIDENT:
         for start in range(0, classes, BLOCK):
             columns = start + offsets
-            student = _load(student_row, student_bias_ptr, columns, classes, student_softcap, HAS_STUDENT_CAP, WIDE)
-            teacher = _load(teacher_row, teacher_bias_ptr, columns, classes, teacher_softcap, HAS_TEACHER_CAP, WIDE)
-            term, student_p, teacher_p, value, excess = _terms(
-                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, KIND
+            student = _load(
+                student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
             )
-            gradient = _slope(student_p, teacher_p, value, mean, temperature, beta, soft_weight, KIND)
+            teacher = _load(
+                teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
+            )
+            term, student_p, teacher_p, value, excess = _terms(
+                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta,
+                teacher_kl, student_kl, KIND,
+            )  # fmt: skip
+            gradient = _slope(student_p, teacher_p, value, mean, temperature, soft_weight, KIND)
             gradient = _finish(
                 gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, student_softcap,
-                labels_ptr is not None, HAS_STUDENT_CAP,
+                labels_ptr is not None, STUDENT_SHAPE,
             )  # fmt: skip
             tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=columns < classes)
 
@@ -329,6 +373,19 @@ def _rows(
         for start in range(classes, width, BLOCK):
             tl.store(d_row + start + offsets, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=start + offsets < width)
     tl.store(loss_ptr + row, loss)
+
+
+def shape_of(scale: float, softcap: float | None) -> str:
+    """Returns SHAPE as `_shaped` takes it."""
+    return "softcap" if softcap is not None else "scale" if scale != 1 else ""
+
+
+def _kind(options: "RowOptions") -> str:
+    """Returns the kind; the mixtures that `RowOptions` calls "jsd" are told apart by what they need not compute."""
+    beta, teacher_kl, student_kl = options.beta, options.teacher_kl, options.student_kl
+    if options.kind != "jsd" or (1 - beta) * teacher_kl == beta * student_kl:
+        return options.kind
+    return "skewed_kl" if student_kl == 0 else "skewed_reverse_kl" if teacher_kl == 0 else "mixture"
 
 
 def rows(
@@ -353,18 +410,27 @@ def rows(
     count = student.shape[:-1].numel()
     if count == 0:
         return
-    resident = options.classes <= RESIDENT
+    kind = _kind(options)
+    has_softcap = options.student_softcap is not None or options.teacher_softcap is not None
+    # Logarithms and a softcap together take many registers. Without a limit, NVIDIA's compiler would spill a few of a
+    # streamed row, to fit a fourth program.
+    crowded = kind == "mixture" or (options.kind == "jsd" and has_softcap)
+    resident = options.classes <= (RESIDENT // 2 if crowded and kind != "jsd" else RESIDENT)
     block = max(power_of_2(options.classes), 16) if resident else BLOCK
+    arch = _common.arch_of(student)
+    warps = max(1, block // (16 * _common.warp_size(arch)))  # a thread holds 16 numbers of each side
+    most_registers = min(255, 2048 // warps) if resident else 168
     with on_device_of(student):
         _rows[(count,)](
             student, teacher, student_bias, teacher_bias, labels, counted, weight, expected, loss, gradient,
             *student_rows, *teacher_rows,
             0 if gradient is None else gradient.shape[-1], options.classes,
-            options.temperature, options.beta, options.soft_weight, options.hard_weight,
+            options.temperature, options.beta, options.teacher_kl, options.student_kl,
+            options.soft_weight, options.hard_weight, options.student_scale, options.teacher_scale,
             options.student_softcap or 1.0, options.teacher_softcap or 1.0,
-            KIND=options.kind,
-            HAS_STUDENT_CAP=options.student_softcap is not None, HAS_TEACHER_CAP=options.teacher_softcap is not None,
+            KIND=kind,
+            STUDENT_SHAPE=shape_of(options.student_scale, options.student_softcap),
+            TEACHER_SHAPE=shape_of(options.teacher_scale, options.teacher_softcap),
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32, RESIDENT=resident, BLOCK=block,
-            # A thread holds 16 numbers of each side.
-            num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),
+            num_warps=warps, **({"maxnreg": most_registers} if crowded and arch.startswith("sm_") else {}),
         )  # fmt: skip
