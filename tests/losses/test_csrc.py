@@ -638,7 +638,7 @@ torch.ops.load_library(sys.argv[1])
 print(torch.ops.fastdistill_cuda.rows.default._schema)
 x = torch.zeros(2, 8)
 try:
-    torch.ops.fastdistill_cuda.rows(x, x, None, None, None, None, x[0, :2], None, 0, 8, 1, 0.5, 1, 0, 0, 0)
+    torch.ops.fastdistill_cuda.rows(x, x, None, None, None, None, x[0, :2], None, 0, 8, 1, *[0.5] * 5, 1, 1, 0, 0)
 except NotImplementedError as error:
     print("CPU" in str(error))
 """
