@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from fastdistill.kernels import attention_mse, attention_tiles, linear_mse, logits, topk
+from fastdistill.kernels import attention_mse, attention_tiles, counted_mm, linear_mse, logits, topk
 from torch import Tensor
 
 from fastdistill.ops._attention import Attention, Counted
@@ -23,6 +23,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
     yield from logits_cases()
     yield from topk_cases()
     yield from linear_mse_cases()
+    yield from counted_mm_cases()
     yield from attention_mse_cases()
     yield from attention_tiles_cases()
 
@@ -32,6 +33,7 @@ def growing(size: int) -> Iterator[tuple[str, Call]]:
     yield "logits", _rows("jsd", 4096, "bf16", with_all=True, rows=size)[1]
     yield "topk", _listed(4096, "bucket", "bf16", with_all=True, rows=size)[1]
     yield "linear_mse", _residual(320, 768, "bf16", with_all=True, tokens=size)[1]
+    yield "counted_mm", _products(320, 32000, "bf16", tokens=size)[1]
     for is_causal in (False, True):
         yield f"attention_mse, {is_causal=}", _gram(64, 64, "bf16", True, is_causal, size)[1]
     yield "attention_kl", _tiles(True, 64, 64, "bf16", True, size)[1]
@@ -136,6 +138,31 @@ def _residual(
 
     options = (" all options" if with_all else "") + ("" if project else " no product")
     return f"linear_mse {d_s} to {d_t} {name}{options}", call
+
+
+def counted_mm_cases() -> Iterator[tuple[str, Call]]:
+    for d, classes, name in (
+        (2048, 128256, "bf16"),
+        (4096, 50257, "fp16"),
+        (312, 30522, "bf16"),
+        (2048, 128256, "fp64"),
+        (2048, 128256, "fp32"),
+    ):
+        yield _products(d, classes, name)
+
+
+def _products(d: int, classes: int, name: str, tokens: int = 784) -> tuple[str, Call]:
+    dtype, wide = DTYPES[name], torch.float64 if name == "fp64" else torch.float32
+    x, weight, count = torch.empty(tokens, d, dtype=dtype), torch.empty(classes, d, dtype=dtype), torch.empty(1).long()
+    gradient = torch.empty(tokens, counted_mm.padded(classes), dtype=dtype)
+
+    def call() -> None:
+        start = tokens  # of the second chunk
+        counted_mm.logits(x, weight, count, start, torch.empty_like(gradient, dtype=wide))
+        counted_mm.d_hidden(gradient, weight, count, start, wide)
+        counted_mm.add_d_weight(gradient, x, count, start, torch.empty_like(weight, dtype=wide))
+
+    return f"counted_mm {d} to {classes} {name}", call
 
 
 def _attention(

@@ -69,6 +69,16 @@ def mask(name: str, x: Tensor | None, expected: tuple[int, ...] | None, meaning:
     on_device(name, x, device)
 
 
+def item_weights(x: Tensor | None, expected: tuple[int, ...], meaning: str, device: torch.device) -> None:
+    if x is None:
+        return
+    floating(item_weights=x)
+    shape("item_weights", x, expected, meaning)
+    on_device("item_weights", x, device)
+    if x.requires_grad:
+        raise ValueError("item_weights has requires_grad=True, but it gets no gradient: pass item_weights.detach()")
+
+
 def on_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}; it should be on {device}: pass {name}.to({str(device)!r})")

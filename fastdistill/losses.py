@@ -80,10 +80,11 @@ class LinearMSELoss(_Loss, function=F.linear_mse):
 
     def forward(
         self, student: Tensor, teacher: Tensor, *,
-        mask: Tensor | None = None, num_items: int | float | Tensor | None = None,
+        mask: Tensor | None = None, item_weights: Tensor | None = None, num_items: int | float | Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         weight, bias = self.projection.weight, self.projection.bias
-        return self.function(student, weight, teacher, bias, mask=mask, num_items=num_items, **self.options)
+        given = {"mask": mask, "item_weights": item_weights, "num_items": num_items}
+        return self.function(student, weight, teacher, bias, **given, **self.options)
 
 
 class AttentionMSELoss(_Loss, function=F.attention_mse):

@@ -37,6 +37,11 @@ def reduce(per_item: Tensor, counted: Tensor, reduction: str, num_items: int | f
     return total / torch.where(count == 0, 1, count)  # the mean of no items is 0
 
 
+def _weighed(counted: Tensor, item_weights: Tensor | None) -> Tensor:
+    """Returns which counted items have a weight: the others add 0, whatever they hold."""
+    return counted if item_weights is None else counted & (item_weights != 0)
+
+
 # -- hidden states ---------------------------------------------------------------------------------------
 
 
@@ -46,17 +51,21 @@ def linear_mse(
     teacher: Tensor,  # (*, d_t)
     bias: Tensor | None = None,  # (d_t)
     *, mask: Tensor | None = None,  # (*)
+    item_weights: Tensor | None = None,  # (*)
     reduction: str = "mean", num_items: int | float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     student, weight, teacher, bias = _wide(student, weight, teacher, bias)
     counted = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if mask is None else mask
-    student = torch.where(counted.unsqueeze(-1), student, 0)
-    teacher = torch.where(counted.unsqueeze(-1), teacher, 0)
+    weighed = _weighed(counted, item_weights)
+    student = torch.where(weighed.unsqueeze(-1), student, 0)
+    teacher = torch.where(weighed.unsqueeze(-1), teacher, 0)
     projected = student if weight is None else student @ weight.T
     if bias is not None:
         projected = projected + bias
     per_token = (projected - teacher).square().mean(-1)
-    return reduce(torch.where(counted, per_token, 0), counted, reduction, num_items)
+    if item_weights is not None:
+        per_token = per_token * torch.where(weighed, item_weights, 0).to(per_token.dtype)
+    return reduce(torch.where(weighed, per_token, 0), counted, reduction, num_items)
 
 
 # -- attention -------------------------------------------------------------------------------------------
@@ -153,22 +162,36 @@ def _kl_div(student_logp: Tensor, teacher_logp: Tensor, reverse: bool = False) -
 def _jsd(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
     if beta in (0, 1):
         return _kl_div(student_logp, teacher_logp, reverse=beta == 1)
+    mixture = _mixture(student_logp, teacher_logp, beta)
+    teacher_kl = _expectation(teacher_logp, teacher_logp, mixture)
+    return beta * teacher_kl + (1 - beta) * _expectation(student_logp, student_logp, mixture)
+
+
+def _skewed_kl(student_logp: Tensor, teacher_logp: Tensor, reverse: bool, skew: float) -> Tensor:
+    if skew == 0:
+        return _kl_div(student_logp, teacher_logp, reverse)
+    mixture = _mixture(student_logp, teacher_logp, 1 - skew if reverse else skew)
+    logp = student_logp if reverse else teacher_logp
+    return _expectation(logp, logp, mixture)
+
+
+def _mixture(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
+    """Returns log(beta p_t + (1 - beta) p_s)."""
     nowhere = (student_logp == -math.inf) & (teacher_logp == -math.inf)  # log m would be -inf - (-inf) backward
-    mixture = torch.logaddexp(
+    return torch.logaddexp(
         torch.where(nowhere, 0, teacher_logp) + math.log(beta),
         torch.where(nowhere, 0, student_logp) + math.log(1 - beta),
     )
-    teacher_kl = _expectation(teacher_logp, teacher_logp, mixture)
-    return beta * teacher_kl + (1 - beta) * _expectation(student_logp, student_logp, mixture)
 
 
 def _tvd(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return 0.5 * (teacher_logp.exp() - student_logp.exp()).abs().sum(-1)
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Returns the logits after the softcap, which keeps -inf as a constant."""
+def capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Returns the logits after the scale and then the softcap, which keep -inf as a constant."""
     infinite = logits == -math.inf
+    logits = scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.where(infinite, -math.inf, logits)
@@ -180,26 +203,30 @@ def _class_loss(
     *, temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None, student_softcap: float | None = None,
+    student_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`soft` takes a function that zeroes rows that are masked out, and the student's log-probabilities; it returns
-    the soft loss of each row."""
+    """`soft` takes a function that zeroes rows that are ignored, and the student's log-probabilities; it returns the
+    soft loss of each row."""
     student_logits = student_logits[..., :vocab_size]
     counted = _counted_rows(student_logits, labels, ignore_index, mask)
+    weighed = _weighed(counted, item_weights)
 
     def clean(x: Tensor) -> Tensor:
-        return torch.where(counted.unsqueeze(-1), x, 0)
+        return torch.where(weighed.unsqueeze(-1), x, 0)
 
-    student_logits = capped(clean(student_logits), student_softcap)
+    student_logits = capped(clean(student_logits), student_logit_scale, student_softcap)
     loss = soft(clean, torch.log_softmax(student_logits / temperature, -1))
     if t_squared:
         loss = loss * temperature**2
     if labels is not None:
-        flat, classes = student_logits.reshape(-1, student_logits.shape[-1]), torch.where(counted, labels, 0).flatten()
+        flat, classes = student_logits.reshape(-1, student_logits.shape[-1]), torch.where(weighed, labels, 0).flatten()
         hard = F.cross_entropy(flat, classes.long(), reduction="none").view(counted.shape)
         # A term of weight 0 is left out: it may be infinite.
         loss = (1 - alpha) * hard if alpha == 0 else loss if alpha == 1 else alpha * loss + (1 - alpha) * hard
-    return reduce(torch.where(counted, loss, 0), counted, reduction, num_items)
+    if item_weights is not None:
+        loss = loss * torch.where(weighed, item_weights, 0).to(loss.dtype)
+    return reduce(torch.where(weighed, loss, 0), counted, reduction, num_items)
 
 
 def _counted_rows(student: Tensor, labels: Tensor | None, ignore_index: int, mask: Tensor | None) -> Tensor:
@@ -215,12 +242,13 @@ def _divergence(
     formula: Callable[[Tensor, Tensor], Tensor],
     student_logits: Tensor,  # (*, V)
     teacher_logits: Tensor,  # (*, V)
-    *, temperature: float = 1.0, vocab_size: int | None = None, teacher_softcap: float | None = None, **keywords: Any,
+    *, temperature: float = 1.0, vocab_size: int | None = None, teacher_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0, **keywords: Any,
 ) -> Tensor:  # fmt: skip
     student_logits, teacher_logits = _wide(student_logits, teacher_logits)
 
     def soft(clean: Callable[[Tensor], Tensor], student_logp: Tensor) -> Tensor:
-        teacher = capped(clean(teacher_logits[..., :vocab_size]), teacher_softcap)
+        teacher = capped(clean(teacher_logits[..., :vocab_size]), teacher_logit_scale, teacher_softcap)
         return formula(student_logp, torch.log_softmax(teacher / temperature, -1))
 
     return _class_loss(soft, student_logits, temperature=temperature, vocab_size=vocab_size, **keywords)
@@ -231,9 +259,12 @@ def soft_cross_entropy(student_logits: Tensor, teacher_logits: Tensor, **keyword
     return _divergence(_soft_cross_entropy, student_logits, teacher_logits, **keywords)
 
 
-def kl_div(student_logits: Tensor, teacher_logits: Tensor, *, reverse: bool = False, **keywords: Any) -> Tensor:
-    """KL(p_t || p_s); reverse=True: KL(p_s || p_t)."""
-    return _divergence(partial(_kl_div, reverse=reverse), student_logits, teacher_logits, **keywords)
+def kl_div(
+    student_logits: Tensor, teacher_logits: Tensor, *, reverse: bool = False, skew: float = 0.0, **keywords: Any
+) -> Tensor:
+    """KL(p_t || skew p_t + (1 - skew) p_s); reverse=True: KL(p_s || skew p_s + (1 - skew) p_t)."""
+    formula = partial(_skewed_kl, reverse=reverse, skew=skew)
+    return _divergence(formula, student_logits, teacher_logits, **keywords)
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, *, beta: float = 0.5, **keywords: Any) -> Tensor:
@@ -250,26 +281,45 @@ def topk_soft_cross_entropy(
     student_logits: Tensor,  # (*, V)
     topk_logprobs: Tensor,  # (*, k), at temperature 1
     topk_indices: Tensor,  # (*, k)
-    *, tail: str = "renormalize", temperature: float = 1.0, teacher_softcap: None = None, **keywords: Any,
+    *, tail: str = "renormalize", reverse: bool = False, temperature: float = 1.0, mask: Tensor | None = None,
+    teacher_softcap: None = None, teacher_logit_scale: float = 1.0, **keywords: Any,
 ) -> Tensor:  # fmt: skip
     student_logits, topk_logprobs = _wide(student_logits, topk_logprobs)
+    mask = _with_list(topk_logprobs, mask)
 
     def soft(clean: Callable[[Tensor], Tensor], student_logp: Tensor) -> Tensor:
-        teacher, indices = clean(topk_logprobs), clean(topk_indices).long()
-        student_topk = student_logp.gather(-1, indices)
-        teacher_logp = teacher / temperature
+        teacher_logp = clean(topk_logprobs)
+        listed = teacher_logp != -math.inf  # the other entries are padding
+        indices = torch.where(listed, clean(topk_indices), 0).long()
+        student_topk = torch.where(listed, student_logp.gather(-1, indices), -math.inf)
         if tail == "renormalize":
-            teacher_logp = torch.log_softmax(teacher_logp, -1)
+            teacher_logp = torch.log_softmax(teacher_logp / temperature, -1)
+            if reverse:
+                student_topk = torch.log_softmax(student_topk, -1)
         else:  # the remaining classes become one
-            rest = student_logp.scatter(-1, indices, -math.inf)
-            student_topk = torch.cat([student_topk, torch.logsumexp(rest, -1, keepdim=True)], -1)
-            teacher_rest = torch.log1p(-teacher.exp().sum(-1, keepdim=True).clamp(max=1))
-            if indices.shape[-1] == student_logp.shape[-1]:  # no class remains: the rest would be rounding
-                teacher_rest = torch.full_like(teacher_rest, -math.inf)
-            teacher_logp = torch.cat([teacher_logp, teacher_rest], -1)
-        return _soft_cross_entropy(student_topk, teacher_logp)
+            taken = torch.zeros_like(student_logp).scatter_add(-1, indices, listed.to(student_logp)) > 0
+            rest = torch.logsumexp(torch.where(taken, -math.inf, student_logp), -1, keepdim=True)
+            student_topk = torch.cat([student_topk, rest], -1)
+            teacher_logp = _with_rest(teacher_logp, taken.all(-1, keepdim=True), reverse)
+        return (
+            _kl_div(student_topk, teacher_logp, reverse) if reverse else _soft_cross_entropy(student_topk, teacher_logp)
+        )
 
-    return _class_loss(soft, student_logits, temperature=temperature, **keywords)
+    return _class_loss(soft, student_logits, temperature=temperature, mask=mask, **keywords)
+
+
+def _with_rest(teacher_logp: Tensor, is_whole: Tensor, reverse: bool) -> Tensor:
+    """Appends the log-probability of the classes that are not listed: exactly -inf where all are."""
+    rest = 1 - teacher_logp.exp().sum(-1, keepdim=True)
+    rest = torch.where(is_whole, 0, rest.clamp(min=1e-7 if reverse else 0))
+    teacher_logp = torch.cat([teacher_logp, rest.log()], -1)
+    return torch.log_softmax(teacher_logp, -1) if reverse else teacher_logp
+
+
+def _with_list(topk_logprobs: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns which of the counted rows list a class that is possible."""
+    possible = (topk_logprobs != -math.inf).any(-1)
+    return possible if mask is None else possible & mask
 
 
 # -- logits straight from hidden states and vocabulary weights -------------------------------------------
@@ -278,7 +328,8 @@ def topk_soft_cross_entropy(
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, keywords: dict[str, Any]) -> Tensor:
     hidden, weight, bias = _wide(hidden, weight, bias)
     counted = _counted_rows(hidden, keywords.get("labels"), keywords.get("ignore_index", -100), keywords.get("mask"))
-    return F.linear(torch.where(counted.unsqueeze(-1), hidden, 0), weight, bias)
+    weighed = _weighed(counted, keywords.get("item_weights"))
+    return F.linear(torch.where(weighed.unsqueeze(-1), hidden, 0), weight, bias)
 
 
 def _linear(
@@ -305,7 +356,8 @@ def linear_topk_soft_cross_entropy(
     student_weight: Tensor,  # (V, d_s)
     topk_logprobs: Tensor,  # (*, k)
     topk_indices: Tensor,  # (*, k)
-    *, student_bias: Tensor | None = None, **keywords: Any,  # bias (V)
+    *, student_bias: Tensor | None = None, mask: Tensor | None = None, **keywords: Any,  # bias (V)
 ) -> Tensor:  # fmt: skip
+    keywords["mask"] = _with_list(topk_logprobs, mask)
     student_logits = _logits(student, student_weight, student_bias, keywords)
     return topk_soft_cross_entropy(student_logits, topk_logprobs, topk_indices, **keywords)

@@ -17,8 +17,12 @@ alpha: weight of the soft part, 0 to 1; below 1 it needs labels.
 ignore_index: rows with this label are masked out.
 mask: `(*)` bool, True = counts.
 vocab_size: number of leading classes that take part; the others get gradient 0. Required where V differs.
-student_softcap: `z <- c * tanh(z / c)` on the student's logits before anything else.
+student_softcap: `z <- c * tanh(z / c)` on the student's logits, before the softmax.
 teacher_softcap: the same on the teacher's logits.
+student_logit_scale: `z <- scale * z` on the student's logits, before the softcap; positive.
+teacher_logit_scale: the same on the teacher's logits.
+item_weights: `(*)` floating, at least 0, without gradient; multiplies each row's loss. A row of weight 0 is ignored,
+    even if it holds NaN, but the mean still counts it.
 reduction: "mean", "sum" or "none"; "none" returns `(*)`.
 num_items: number of rows (int, float or 0-d tensor) to divide by in place of the number counted.
 backend: "auto", "reference", "torch" or "triton"; on the logits of both sides also "cuda".
@@ -58,12 +62,17 @@ student_bias: `(V)` or None.
 teacher_bias: `(V)` or None.
 """,
     "class_options": CLASS_OPTIONS,
+    "skew": """\
+skew: share a of the first side in the second, 0 <= a < 1: KL(p_t || a p_t + (1 - a) p_s), or reversed
+    KL(p_s || a p_s + (1 - a) p_t).
+""",
     "topk": """\
-topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. A listed class of
-    -inf has probability 0 and is not part of the bucket: pad with classes that cannot occur.
+topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. An entry of -inf is
+    not listed and its index is ignored. A row without any other entry does not count.
 topk_indices: `(*, k)` integer classes of the log-probabilities, distinct within a row.
 """,
-    "topk_options": 'tail: "renormalize" or "bucket".\n' + re.sub("teacher_softcap:.*\n", "", CLASS_OPTIONS),
+    "topk_options": 'tail: "renormalize" or "bucket".\nreverse: KL(p_s || p_t) in place of the cross-entropy.\n'
+    + re.sub("teacher_(softcap|logit_scale):.*\n", "", CLASS_OPTIONS),
     "class_raises": """\
 ValueError: shapes that do not fit, V that differs without vocab_size, alpha < 1 without labels, a teacher that
     requires a gradient, an option out of its range.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ class Keywords(NamedTuple):
     vocab_size: int | None
     student_softcap: float | None
     teacher_softcap: float | None
+    student_logit_scale: float
+    teacher_logit_scale: float
+    item_weights: Tensor | None  # (*)
     reduction: str
     num_items: int | float | Tensor | None
     backend: str
@@ -51,11 +55,15 @@ def check_keywords(given: Keywords, rows: tuple[int, ...], classes: int, device:
     for name, softcap in (("student_softcap", given.student_softcap), ("teacher_softcap", given.teacher_softcap)):
         if softcap is not None:
             check.positive(name, softcap)
+    check.positive("student_logit_scale", given.student_logit_scale)
+    check.positive("teacher_logit_scale", given.teacher_logit_scale)
+    check.item_weights(given.item_weights, rows, "one entry a row", device)
 
 
 def check_topk(
-    topk_logprobs: Tensor, topk_indices: Tensor, rows: tuple[int, ...], tail: str, temperature: float
+    topk_logprobs: Tensor, topk_indices: Tensor, rows: tuple[int, ...], tail: str, reverse: bool, temperature: float
 ) -> None:
+    check.boolean("reverse", reverse)
     check.frozen(topk_logprobs=topk_logprobs)
     k = topk_logprobs.shape[-1] if topk_logprobs.dim() else 0
     check.shape("topk_logprobs", topk_logprobs, (*rows, k), "(*, k) with the student's leading dimensions")
@@ -86,26 +94,34 @@ def for_reference(given: Keywords, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_options(
-    kind: str, given: Keywords, classes: int, backend: str, *, tail: str = "", beta: float = 0.5, **_: Any
-) -> RowOptions:
-    """Packs what the ops take. `classes` are the student's."""
+    kind: str, given: Keywords, classes: int, backend: str, *,
+    tail: str = "", beta: float = 0.5, reverse: bool = False, skew: float = 0.0,
+) -> RowOptions:  # fmt: skip
+    """Packs what the ops take. `classes` are the student's; `beta`, or `reverse` and `skew`, choose a "jsd"."""
     soft_weight = 1.0 if given.labels is None else given.alpha
+    teacher_kl, student_kl = beta, 1 - beta
+    if skew:
+        beta, teacher_kl, student_kl = (1 - skew, 0.0, 1.0) if reverse else (skew, 1.0, 0.0)
     return RowOptions(
         kind=kind, tail=tail, classes=classes if given.vocab_size is None else given.vocab_size,
-        temperature=given.temperature, beta=beta, teacher_kl=beta, student_kl=1 - beta,
+        temperature=given.temperature, beta=beta, teacher_kl=teacher_kl, student_kl=student_kl,
         soft_weight=soft_weight * given.temperature**2 if given.t_squared else soft_weight,
         hard_weight=0.0 if given.labels is None else 1 - given.alpha,
         student_softcap=given.student_softcap, teacher_softcap=given.teacher_softcap,
-        student_scale=1.0, teacher_scale=1.0, backend=backend,
+        student_scale=given.student_logit_scale, teacher_scale=given.teacher_logit_scale, backend=backend,
     )  # fmt: skip
 
 
-def counted_rows(given: Keywords) -> Tensor | None:
-    """Returns which rows count, `(*)`, or None if all do."""
-    if given.labels is None:
-        return given.mask
-    counted = given.labels.long() != given.ignore_index  # as uint8 -100 would be class 156
-    return counted if given.mask is None else counted & given.mask
+def counted_rows(given: Keywords, topk_logprobs: Tensor | None = None) -> Tensor | None:
+    """Returns which rows count, `(*)`, or None if all do. A row whose listed classes are all impossible does not."""
+    counted = given.mask
+    if given.labels is not None:
+        labelled = given.labels.long() != given.ignore_index  # as uint8 -100 would be class 156
+        counted = labelled if counted is None else labelled & counted
+    if topk_logprobs is not None:
+        possible = (topk_logprobs != -math.inf).any(-1)  # also of NaN, which reaches the loss
+        counted = possible if counted is None else possible & counted
+    return counted
 
 
 def divisor(given: Keywords, counted: Tensor | None, rows: int) -> int | float | Tensor | None:
@@ -126,6 +142,15 @@ def jsd_kind(beta: float) -> str:
     return "kl_div" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
 
 
-def kl_kind(reverse: bool) -> str:
+def topk_kind(reverse: bool) -> str:
+    return "reverse_kl" if reverse else "soft_cross_entropy"
+
+
+def kl_kind(reverse: bool, skew: float) -> str:
     check.boolean("reverse", reverse)
-    return "reverse_kl" if reverse else "kl_div"
+    check.fraction("skew", skew)
+    if skew == 1:
+        raise ValueError(
+            "skew is 1: the divergence of a distribution from itself is 0; it should be at least 0 and below 1"
+        )
+    return "jsd" if skew else "reverse_kl" if reverse else "kl_div"

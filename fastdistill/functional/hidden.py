@@ -16,7 +16,7 @@ __all__ = ["linear_mse"]
 
 def linear_mse(
     student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None = None, *,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the mean squared error between the projected student and the teacher, without storing the projection.
@@ -30,6 +30,8 @@ def linear_mse(
         teacher: `(*, d_t)`; any floating dtype.
         bias: `(d_t)` or None.
         mask: `(*)` bool, True = counts.
+        item_weights: `(*)` floating, at least 0, without gradient; multiplies each token's loss. A token of weight 0 is
+            ignored, even if it holds NaN, but the mean still counts it.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of tokens (int, float or 0-d tensor) to divide by in place of the number counted.
         backend: "auto", "reference", "torch" or "triton".
@@ -39,6 +41,7 @@ def linear_mse(
         TypeError: tensors that are not floating, student, weight and bias of several dtypes outside autocast.
     """
     tokens, width = _check(student, weight, teacher, bias, mask)
+    check.item_weights(item_weights, tuple(tokens), "the student's leading dimensions", student.device)
     check.reduction(reduction, num_items)
     backend = pick_backend(backend, student.device)
     if weight is not None:
@@ -49,11 +52,14 @@ def linear_mse(
     with no_autocast(student):
         if backend == "reference":
             return reference.linear_mse(
-                student, weight, teacher, bias, mask=mask, reduction=reduction, num_items=num_items
-            )
+                student, weight, teacher, bias, mask=mask, item_weights=item_weights, reduction=reduction,
+                num_items=num_items,
+            )  # fmt: skip
         loss = _linear_mse_op(
             student.reshape(-1, student.shape[-1]), weight, teacher.reshape(-1, width), bias,
-            None if mask is None else mask.reshape(-1), per_token=reduction == "none", backend=backend,
+            None if mask is None else mask.reshape(-1),
+            item_weights=None if item_weights is None else item_weights.reshape(-1),
+            per_token=reduction == "none", backend=backend,
         )  # fmt: skip
         if reduction != "mean":
             return loss.view(tokens) if reduction == "none" else loss

@@ -31,6 +31,7 @@ def linear_soft_cross_entropy(
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `soft_cross_entropy` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
@@ -43,7 +44,8 @@ def linear_soft_cross_entropy(
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
     return _against_head("soft_cross_entropy", reference.linear_soft_cross_entropy, student_head, teacher_head, given)
 
@@ -52,11 +54,12 @@ def linear_soft_cross_entropy(
 def linear_kl_div(
     student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor, *,
     student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,
-    reverse: bool = False,
+    reverse: bool = False, skew: float = 0.0,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `kl_div` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
@@ -64,16 +67,18 @@ def linear_kl_div(
     Args:
         {heads}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
+        {skew}
         {class_options}
 
     Raises:
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
-    kind = _rows.kl_kind(reverse)
-    return _against_head(kind, reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse)
+    kind = _rows.kl_kind(reverse, skew)
+    return _against_head(kind, reference.linear_kl_div, student_head, teacher_head, given, reverse=reverse, skew=skew)
 
 
 @documented
@@ -85,6 +90,7 @@ def linear_jsd(
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `jsd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
@@ -98,7 +104,8 @@ def linear_jsd(
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
     return _against_head(_rows.jsd_kind(beta), reference.linear_jsd, student_head, teacher_head, given, beta=beta)
 
@@ -111,6 +118,7 @@ def linear_tvd(
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `tvd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
@@ -123,7 +131,8 @@ def linear_tvd(
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
     student_head, teacher_head = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
     return _against_head("tvd", reference.linear_tvd, student_head, teacher_head, given)
 
@@ -132,11 +141,12 @@ def linear_tvd(
 def linear_topk_soft_cross_entropy(
     student: Tensor, student_weight: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
     student_bias: Tensor | None = None,
-    tail: str = "renormalize",
+    tail: str = "renormalize", reverse: bool = False,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
-    student_softcap: float | None = None,
+    student_softcap: float | None = None, student_logit_scale: float = 1.0,
+    item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `topk_soft_cross_entropy` of the logits `x @ W.T + b` without storing the `(*, V)` tensor.
@@ -153,7 +163,7 @@ def linear_topk_soft_cross_entropy(
         IndexError: on the CPU, an index outside the classes.
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     None, reduction, num_items, backend)  # fmt: skip
+                     None, student_logit_scale, 1.0, item_weights, reduction, num_items, backend)  # fmt: skip
     head = (student, student_weight, student_bias)
     check.floating(
         student=student, student_weight=student_weight, topk_logprobs=topk_logprobs,
@@ -161,10 +171,10 @@ def linear_topk_soft_cross_entropy(
     )  # fmt: skip
     rows, classes = _check_head("student", head)
     _rows.check_keywords(given, rows, classes, student.device)
-    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, reverse, temperature)
     return _loss(
-        "soft_cross_entropy", reference.linear_topk_soft_cross_entropy, head, (topk_logprobs, None, None),
-        topk_indices, given, tail=tail,
+        _rows.topk_kind(reverse), reference.linear_topk_soft_cross_entropy, head, (topk_logprobs, None, None),
+        topk_indices, given, tail=tail, reverse=reverse,
     )  # fmt: skip
 
 
@@ -219,7 +229,8 @@ def _loss(
             if indices is None:
                 others, biases = (teacher_hidden, teacher_weight), biases | {"teacher_bias": teacher_bias}
             return definition(hidden, weight, *others, **biases, **_rows.for_reference(given, own))
-        rows, counted = hidden.shape[:-1], _rows.counted_rows(given)
+        rows = hidden.shape[:-1]
+        counted = _rows.counted_rows(given, None if indices is None else teacher_hidden)
         options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
         per_row = given.reduction == "none"
         loss = linear_row_losses(
@@ -227,7 +238,8 @@ def _loss(
             None if indices is None else _flat(indices),
             None if given.labels is None else given.labels.reshape(-1),
             None if counted is None else counted.reshape(-1),
-            per_row=per_row, options=options,
+            item_weights=None if given.item_weights is None else given.item_weights.reshape(-1),
+            dense=given.mask is None and given.labels is None, per_row=per_row, options=options,
         )  # fmt: skip
         return loss.view(rows) if per_row else _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
 

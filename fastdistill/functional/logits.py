@@ -14,7 +14,7 @@ from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
-from fastdistill.ops._common import no_autocast
+from fastdistill.ops._common import compute_dtype, no_autocast
 from fastdistill.ops.logits import row_losses
 
 __all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tvd"]
@@ -27,6 +27,7 @@ def soft_cross_entropy(
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the cross-entropy of the student under the teacher's distribution: `-sum p_t log p_s`.
@@ -45,39 +46,44 @@ def soft_cross_entropy(
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
     return _against_logits("soft_cross_entropy", reference.soft_cross_entropy, student_logits, teacher_logits, given)
 
 
 @documented
 def kl_div(
     student_logits: Tensor, teacher_logits: Tensor, *,
-    reverse: bool = False,
+    reverse: bool = False, skew: float = 0.0,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the Kullback-Leibler divergence between teacher and student: `sum p_t (log p_t - log p_s)`.
 
-    This is `KL(p_t || p_s)` with `p = softmax(z / temperature)`, or `KL(p_s || p_t)` with `reverse` (arXiv 2306.08543);
-    the item is a row.
+    This is `KL(p_t || p_s)` with `p = softmax(z / temperature)`, or `KL(p_s || p_t)` with `reverse` (arXiv 2306.08543).
+    With `skew` the second side is mixed with the first (DistiLLM, arXiv 2402.03898). The item is a row.
 
     Args:
         {logits}
         reverse: KL(p_s || p_t), which seeks the teacher's modes, in place of KL(p_t || p_s).
+        {skew}
         {class_options}
 
-    A class with mass on the first side of the divergence and none on the second gives inf, as the formula does.
+    A class with mass on the first side of the divergence and none on the second gives inf, as the formula does; with a
+    skew it does not.
 
     Raises:
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
-    kind = _rows.kl_kind(reverse)
-    return _against_logits(kind, reference.kl_div, student_logits, teacher_logits, given, reverse=reverse)
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
+    kind = _rows.kl_kind(reverse, skew)
+    return _against_logits(kind, reference.kl_div, student_logits, teacher_logits, given, reverse=reverse, skew=skew)
 
 
 @documented
@@ -88,6 +94,7 @@ def jsd(
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the generalised Jensen-Shannon divergence: `beta KL(p_t || m) + (1 - beta) KL(p_s || m)`.
@@ -104,7 +111,8 @@ def jsd(
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
     return _against_logits(_rows.jsd_kind(beta), reference.jsd, student_logits, teacher_logits, given, beta=beta)
 
 
@@ -115,6 +123,7 @@ def tvd(
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the total variation distance between teacher and student: `0.5 sum |p_t - p_s|`, between 0 and 1.
@@ -130,18 +139,20 @@ def tvd(
         {class_raises}
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     teacher_softcap, reduction, num_items, backend)  # fmt: skip
+                     teacher_softcap, student_logit_scale, teacher_logit_scale, item_weights, reduction,
+                     num_items, backend)  # fmt: skip
     return _against_logits("tvd", reference.tvd, student_logits, teacher_logits, given)
 
 
 @documented
 def topk_soft_cross_entropy(
     student_logits: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
-    tail: str = "renormalize",
+    tail: str = "renormalize", reverse: bool = False,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
-    student_softcap: float | None = None,
+    student_softcap: float | None = None, student_logit_scale: float = 1.0,
+    item_weights: Tensor | None = None,
     reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the soft cross-entropy against the k most likely classes of an offline teacher.
@@ -149,6 +160,10 @@ def topk_soft_cross_entropy(
     With `tail="renormalize"` the k classes are the teacher's whole distribution: their log-probabilities are divided
     by the temperature and normalised again. With `tail="bucket"` (temperature 1) the teacher's remaining mass is one
     more class, compared with the student's remaining mass. The item is a row.
+
+    With `reverse` it computes `KL(p_s || p_t)` over the listed classes, among which the student is normalised again
+    too, or over the listed classes and the bucket. These are the two forms of TRL 1.16 (ServerDistillationTrainer with
+    beta=1). As there, the teacher's bucket holds at least 1e-7: float32 log-probabilities resolve no less.
 
     Args:
         student_logits: `(*, V)`.
@@ -160,14 +175,14 @@ def topk_soft_cross_entropy(
         IndexError: on the CPU, an index outside the classes.
     """
     given = Keywords(temperature, t_squared, labels, alpha, ignore_index, mask, vocab_size, student_softcap,
-                     None, reduction, num_items, backend)  # fmt: skip
+                     None, student_logit_scale, 1.0, item_weights, reduction, num_items, backend)  # fmt: skip
     check.floating(student_logits=student_logits, topk_logprobs=topk_logprobs)
     rows, classes = _shape(student_logits)
     _rows.check_keywords(given, rows, classes, student_logits.device)
-    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, temperature)
+    _rows.check_topk(topk_logprobs, topk_indices, rows, tail, reverse, temperature)
     return _loss(
-        "soft_cross_entropy", reference.topk_soft_cross_entropy, student_logits, topk_logprobs, topk_indices, given,
-        tail=tail,
+        _rows.topk_kind(reverse), reference.topk_soft_cross_entropy, student_logits, topk_logprobs, topk_indices, given,
+        tail=tail, reverse=reverse,
     )  # fmt: skip
 
 
@@ -206,20 +221,31 @@ def _loss(
         if backend == "reference":
             tensors = (teacher,) if indices is None else (teacher, indices)
             return definition(student, *tensors, **_rows.for_reference(given, own))
-        counted = _rows.counted_rows(given)
+        counted = _rows.counted_rows(given, None if indices is None else teacher)
         count = _rows.divisor(given, counted, student.shape[:-1].numel())
+        weights = given.item_weights
+        if weights is not None:
+            weights = weights.to(compute_dtype(student, teacher))
+            weights = weights if counted is None else weights.where(counted, 0)
+            counted = weights != 0
         options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
-        row_gradient = _row_gradient(student, given.reduction, count, backend)
-        per_row = row_losses(student, teacher, indices, given.labels, counted, row_gradient, options)
-        return per_row if given.reduction == "none" else _rows.reduced(per_row.sum(), count)
+        row_gradient = None if given.reduction == "none" else _row_gradient(student, weights, count, backend)
+        loss = row_losses(student, teacher, indices, given.labels, counted, row_gradient, options)
+        if weights is not None:
+            loss = loss * weights
+        return loss if given.reduction == "none" else _rows.reduced(loss.sum(), count)
 
 
-def _row_gradient(student: Tensor, reduction: str, count: int | float | Tensor | None, backend: str) -> Tensor | None:
-    """Returns the gradient of the mean or sum in each row's loss, (), as autograd will compute it; None: unknown."""
-    if reduction == "none" or torch.compiler.is_compiling():
+def _row_gradient(
+    student: Tensor, weights: Tensor | None, count: int | float | Tensor | None, backend: str
+) -> Tensor | None:
+    """Returns the gradient of the mean or sum in each row's loss, () or (*), as autograd will compute it; None:
+    unknown."""
+    if torch.compiler.is_compiling():
         return None
     # Plain torch takes None for 1. It compares the weight with the gradient that arrives, a host sync on a device.
-    if backend == "torch" and (count is None or student.device.type != "cpu"):
+    if backend == "torch" and ((count is None and weights is None) or student.device.type != "cpu"):
         return None
     one = torch.ones((), dtype=torch.promote_types(student.dtype, torch.float32), device=student.device)
-    return _rows.reduced(one, count)
+    row_gradient = _rows.reduced(one, count)
+    return row_gradient if weights is None else row_gradient * weights

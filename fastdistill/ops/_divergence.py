@@ -7,8 +7,17 @@ and E_t are means under p_s and p_t:
     soft_cross_entropy  log Z_s - E_t[x_s] / T                       (p_s - p_t) / T
     kl_div              E_t[x_t - x_s] / T - log(Z_t / Z_s)          (p_s - p_t) / T
     reverse_kl          E_s[c] / T - log(Z_s / Z_t)                  p_s (c - E_s[c]) / T^2           c = x_s - x_t
-    jsd                 beta E_t[log(p_t / m)] + (1 - beta) E_s[c]   (1 - beta) p_s (c - E_s[c]) / T  c = log(p_s / m)
+    jsd                 w_t E_t[log(p_t / m)] + w_s E_s[log(p_s / m)]  p_s (c - E_s[c]) / T           c: below
     tvd                 sum |p_s - p_t| / 2                          p_s (c - E_s[c]) / 2T            c = sgn(p_s - p_t)
+
+"jsd" is the family w_t KL(p_t || m) + w_s KL(p_s || m), with w_t = `teacher_kl` and w_s = `student_kl`: JSD has beta
+and 1 - beta, and skewed KL has one of the two alone. With d = p_t - p_s and bend = (1 - beta) w_t - beta w_s, up to a
+constant,
+
+    c = -w_s log(m / p_s) - (1 - beta) bend d / m
+
+`bend sum d` is 0 but for rounding and is subtracted from the loss, which keeps the digits of a student that is close to
+its teacher. JSD has bend 0.
 
 The gradient is the only tensor of the logits' size. Differences are taken class by class before they are summed, and
 the largest e of a row is exactly 1, so the loss keeps its digits where the student is close to its teacher or nearly
@@ -62,7 +71,7 @@ def divergence(
             _centred(student_x, student_e, mean, slope * unit / student_sum, out)
     elif kind == "jsd":
         student_p, teacher_p = student_e.mul_(1 / student_sum), teacher_e.mul_(1 / teacher_sum)
-        loss = _jsd(student_p, teacher_p, options.beta, slope, out, b, d)
+        loss = _mixture(options, student_p, teacher_p, slope, out, b, d)
     else:
         # The gradient's factor goes into p, which saves one more product.
         factor = slope / 2
@@ -71,20 +80,34 @@ def divergence(
     return loss.clamp_(min=0).mul_(options.soft_weight)  # rounding may leave -1e-8 of a loss that is 0
 
 
-def _jsd(
-    student_p: Tensor, teacher_p: Tensor, beta: float, slope: float, out: Tensor | None, b: Tensor, d: Tensor
+def _mixture(
+    options: RowOptions, student_p: Tensor, teacher_p: Tensor, slope: float, out: Tensor | None, b: Tensor, d: Tensor
 ) -> Tensor:
+    beta, teacher_kl, student_kl = options.beta, options.teacher_kl, options.student_kl
+    bend = (1 - beta) * teacher_kl - beta * student_kl
     # Adding the smallest normal number makes the ratios of the two finite, and 1 where both probabilities are 0.
     tiny = torch.finfo(student_p.dtype).tiny
     student_q, teacher_q = torch.add(student_p, tiny, out=b), teacher_p.add_(tiny)
     difference = torch.sub(teacher_q, student_q, out=d)
-    # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
-    student_log = torch.div(difference, student_q, out=b).mul_(beta).log1p_()
-    teacher_log = difference.div_(teacher_q).mul_(beta - 1).log1p_()
-    mean = student_log.mul_(student_p).sum(-1, keepdim=True)
-    if out is not None:
-        _centred(student_log, student_p, mean, slope * (beta - 1), out)
-    return (beta - 1) * mean - beta * teacher_log.mul_(teacher_q).sum(-1, keepdim=True)
+    loss = difference.sum(-1, keepdim=True).mul_(-bend) if bend else torch.zeros_like(student_p[:, :1])
+    if bend and out is not None:
+        m = torch.add(student_q, difference, alpha=beta, out=out)
+        torch.div(difference, m, out=out).mul_(student_p).mul_((1 - beta) * bend)
+    if student_kl:
+        # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
+        value = torch.div(difference, student_q, out=b).mul_(beta).log1p_().mul_(student_p)
+        mean = value.sum(-1, keepdim=True)
+        loss -= student_kl * mean
+        if bend and out is not None:
+            out.add_(value, alpha=student_kl)
+        elif out is not None:
+            _centred(value, student_p, mean, -slope * student_kl, out)
+    if bend and out is not None:
+        _centred(out, student_p, out.sum(-1, keepdim=True), -slope, out)
+    if teacher_kl:
+        teacher_log = difference.div_(teacher_q).mul_(beta - 1).log1p_()
+        loss -= teacher_kl * teacher_log.mul_(teacher_q).sum(-1, keepdim=True)
+    return loss
 
 
 def _tvd(

@@ -90,17 +90,17 @@ def row_max(logits: Tensor) -> Tensor:  # (n, V) -> (n, 1)
     return torch.maximum(logits[:, :whole].amax(-1, keepdim=True), logits[:, -32:].amax(-1, keepdim=True))
 
 
-def capped(logits: Tensor, softcap: float | None, buffer: Tensor | None) -> Tensor:
-    """Copies logits into `buffer` in its dtype and applies the softcap, which keeps -inf.
+def capped(logits: Tensor, softcap: float | None, buffer: Tensor | None, scale: float = 1.0) -> Tensor:
+    """Copies logits into `buffer` in its dtype and applies the scale, then the softcap; both keep -inf.
 
-    Without a buffer it returns the logits unchanged: they need neither a cast nor a softcap.
+    Without a buffer it returns the logits unchanged: they need no cast, no scale and no softcap.
     """
     if buffer is None:
         return logits
     if softcap is None:
-        return buffer.copy_(logits)
+        return buffer.copy_(logits) if scale == 1 else buffer.copy_(logits).mul_(scale)
     impossible = logits == -math.inf
-    return buffer.copy_(logits).div_(softcap).tanh_().mul_(softcap).masked_fill_(impossible, -math.inf)
+    return buffer.copy_(logits).mul_(scale / softcap).tanh_().mul_(softcap).masked_fill_(impossible, -math.inf)
 
 
 def row_blocks(shape: Sequence[int], limit: int, first: int = 0) -> Iterator[tuple[Index, slice]]:

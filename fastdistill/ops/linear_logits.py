@@ -5,8 +5,9 @@ leaves the gradient G in the place of the student's logits, from which
 
     dX = G W        dW += G^T X        db += sum G
 
-That makes four products in all, the minimum. For a reduced loss every token has the same weight: the forward computes
-the gradients and the backward scales them. Losses per token wait for their weights: the backward runs the chunks again.
+That makes four products in all, the minimum. For a reduced loss the forward knows each token's weight up to a common
+factor: it computes the gradients and the backward scales them. Losses per token wait for their weights: the backward
+runs the chunks again. Tokens that do not count are left out before the products (_counted.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _common, _rows
+from fastdistill.ops._counted import Selection, select
 from fastdistill.ops._rows import BUFFERS, RowOptions, Target, at, capped, checked_labels
 from fastdistill.ops._topk import listed, sorted_list
 from fastdistill.ops.logits import kernels_of, row_loss
@@ -43,6 +45,7 @@ class Inputs(NamedTuple):
     labels: Tensor | None  # (N), or (N, 1) once they are checked
     counted: Tensor | None  # (N)
     row_weight: Tensor | None  # (N), of each row's gradient; None: 1
+    dense: bool  # whether nearly all rows are expected to count
     needs_student: bool
     needs_weight: bool
     needs_bias: bool
@@ -52,12 +55,32 @@ class Inputs(NamedTuple):
 INPUTS = len(Inputs._fields)
 
 
-def linear_row_losses(*tensors: Tensor | None, per_row: bool, options: RowOptions) -> Tensor:  # (N) or ()
-    """Takes the tensors of `Inputs` up to `counted`."""
+def linear_row_losses(
+    *tensors: Tensor | None,  # of `Inputs`, up to `counted`
+    item_weights: Tensor | None = None,  # (N), factors of the rows' losses; rows of weight 0 do not count
+    dense: bool = False,  # whether nearly all rows are expected to count: a GPU then multiplies all of them
+    per_row: bool,
+    options: RowOptions,
+) -> Tensor:  # (N) or ()
     *others, labels, counted = tensors
+    labels = labels if options.hard_weight else None
     # Losses per row wait for their weights.
     needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
-    return _op(*others, labels if options.hard_weight else None, counted, None, *needs, per_row, *options)[0]
+    weights, scale = None, None
+    if item_weights is not None:
+        weights, counted = _weights(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
+        # For a reduced loss the forward computes G with the weights, and G may be float16.
+        weights, scale = (None, weights) if per_row else _common.unit(weights)
+    loss = _op(*others, labels, counted, weights, dense and item_weights is None, *needs, per_row, *options)[0]
+    return loss if scale is None else loss * scale
+
+
+def _weights(item_weights: Tensor, counted: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (N), (N)
+    """Returns the weights, 0 for rows that are masked out, and which rows count."""
+    weights = item_weights.detach().to(dtype)
+    if counted is not None:
+        weights = weights.where(counted, 0)
+    return weights, weights != 0
 
 
 # Loss (N) or (), dX (N, d_s), dW (>= V, d_s), db (>= V); empty where not needed.
@@ -67,40 +90,56 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 def _forward(*flat: Any) -> Outputs:
     """Takes `Inputs` and `RowOptions`, field by field."""
     inputs, options = Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS:])
-    student, classes, counted = inputs.student, options.classes, inputs.counted
-    loss, d_student, d_weight, d_bias = _outputs(inputs)
-    dtype = loss.dtype
-    size = _chunk_size(student, classes, dtype)
+    student, classes = inputs.student, options.classes
+    losses, d_student, d_weight, d_bias = _outputs(inputs)
+    chosen = select(student.shape[0], inputs.counted, inputs.dense, options.backend)
+    inputs = _selected(inputs, chosen, classes)
+    loss = losses.new_empty(chosen.size)
+    size = _chunk_size(chosen.size, student, classes, loss.dtype)
     unit = _unit(student, options)
     wanted = inputs.needs_student or inputs.needs_weight or inputs.needs_bias
-    weight = inputs.student_weight[:classes]
-    inputs = inputs._replace(student_weight=weight, labels=checked_labels(inputs.labels, counted, classes))
     make_rows = _in_blocks if options.backend == "torch" else _in_one_launch
-    rows = make_rows(options, inputs, _teacher(options, inputs, size, dtype), size, unit, loss)
+    rows = make_rows(options, inputs, chosen, size, unit, loss)
     with _common.no_autocast(student):
-        for start in range(0, student.shape[0], size):
-            chunk = slice(start, min(start + size, student.shape[0]))
-            x = _clean(student, chunk, counted)
+        for start in range(0, chosen.size, size):
+            chunk = slice(start, min(start + size, chosen.size))
+            x = _clean(student, chunk, chosen)
             gradient = rows(chunk, x, wanted)
             if gradient is None:
                 continue
             if inputs.needs_bias:
-                d_bias[:classes] += gradient.sum(0, dtype=dtype)
+                d_bias[:classes] += gradient[:, :classes].sum(0, dtype=loss.dtype)
             if inputs.needs_weight:
-                _common.add_mm_(d_weight[:classes], gradient.mT, x)
+                _add_d_weight(d_weight[:classes], gradient, x, chosen, chunk)
             if inputs.needs_student:
-                d_student[chunk] = _times_weight(gradient, weight, dtype)
+                chosen.put(d_student, chunk, _times_weight(gradient, inputs.student_weight, loss.dtype, chosen, chunk))
     if unit != 1:
         for total in (d_student, d_weight, d_bias):
             total *= 1 / unit
-    return loss if inputs.per_row else loss.sum(), d_student, d_weight, d_bias
+    if inputs.per_row:
+        chosen.put(losses, slice(None), loss)
+    elif inputs.row_weight is not None:
+        loss *= inputs.row_weight
+    return losses if inputs.per_row else loss.sum(), d_student, d_weight, d_bias
+
+
+def _selected(inputs: Inputs, chosen: Selection, classes: int) -> Inputs:
+    """Returns the inputs with the classes in use, and all but the hidden states with the chosen rows alone."""
+    labels, row_weight, indices = (
+        None if x is None else chosen.take(x) for x in (inputs.labels, inputs.row_weight, inputs.indices)
+    )
+    return inputs._replace(
+        student_weight=inputs.student_weight[:classes],
+        teacher=inputs.teacher if indices is None else chosen.take(inputs.teacher), indices=indices,
+        labels=checked_labels(labels, chosen.counted, classes), counted=chosen.counted, row_weight=row_weight,
+    )  # fmt: skip
 
 
 def _outputs(inputs: Inputs) -> Outputs:
     """Allocates the losses and the sums over chunks in the wide dtype: the backward rounds once, when it scales."""
     student, weight = inputs.student, inputs.student_weight
-    loss = student.new_empty(student.shape[0], dtype=_common.compute_dtype(student, inputs.teacher))
-    d_student = loss.new_empty(student.shape if inputs.needs_student else 0)
+    loss = student.new_zeros(student.shape[0], dtype=_common.compute_dtype(student, inputs.teacher))
+    d_student = loss.new_zeros(student.shape if inputs.needs_student else 0)
     d_weight = loss.new_zeros(weight.shape if inputs.needs_weight else 0)
     d_bias = loss.new_zeros(weight.shape[0] if inputs.needs_bias else 0)
     return loss, d_student, d_weight, d_bias
@@ -113,7 +152,9 @@ def _outputs(inputs: Inputs) -> Outputs:
 Rows = Callable[[slice, Tensor, bool], Tensor | None]
 
 
-def _teacher(options: RowOptions, inputs: Inputs, size: int, dtype: torch.dtype) -> Callable[[slice], Target]:
+def _teacher(
+    options: RowOptions, inputs: Inputs, chosen: Selection, size: int, dtype: torch.dtype
+) -> Callable[[slice], Target]:
     """Returns the function from a chunk to what its student is compared with. Kernels add bias and softcap."""
     teacher, counted = inputs.teacher, inputs.counted
     on_torch = options.backend == "torch"
@@ -124,34 +165,34 @@ def _teacher(options: RowOptions, inputs: Inputs, size: int, dtype: torch.dtype)
         return lambda chunk: tuple(x[chunk] for x in whole)
     assert inputs.teacher_weight is not None
     head = inputs.teacher_weight[: options.classes]
-    buffer = teacher.new_empty(size, options.classes, dtype=dtype)
+    buffer = teacher.new_empty(size, _row_length(options, chosen), dtype=dtype)
 
     def logits(chunk: slice) -> Target:
-        if not on_torch:  # the kernels skip rows that are masked out
-            return (_logits(teacher[chunk], head, None, buffer),)
-        z = _logits(_clean(teacher, chunk, counted), head, inputs.teacher_bias, buffer)
-        return (capped(z, options.teacher_softcap, z),)
+        if not on_torch:  # the row kernels skip rows that are masked out
+            return (_logits(chosen.take(teacher, chunk), head, None, buffer, chosen, chunk),)
+        z = _logits(_clean(teacher, chunk, chosen), head, inputs.teacher_bias, buffer, chosen, chunk)
+        return (capped(z, options.teacher_softcap, z, options.teacher_scale),)
 
     return logits
 
 
-def _in_blocks(
-    options: RowOptions, inputs: Inputs, teacher_of: Callable[[slice], Target], size: int, unit: float, loss: Tensor
-) -> Rows:
+def _in_blocks(options: RowOptions, inputs: Inputs, chosen: Selection, size: int, unit: float, loss: Tensor) -> Rows:
     classes, labels, counted = options.classes, inputs.labels, inputs.counted
+    teacher_of = _teacher(options, inputs, chosen, size, loss.dtype)
     weights = _rows.row_weights(inputs.row_weight, counted, loss.dtype)
     buffer = loss.new_empty(size, classes)
     block_rows = _rows.rows_of_a_block(size, classes, BUFFERS + 1, buffer)
     work = buffer.new_empty(BUFFERS + 1, block_rows, classes)
 
     def rows(chunk: slice, x: Tensor, wanted: bool) -> Tensor | None:
-        logits = _logits(x, inputs.student_weight, inputs.student_bias, buffer)  # overwritten with G
+        # Overwritten with G.
+        logits = _logits(x, inputs.student_weight, inputs.student_bias, buffer, chosen, chunk)
         target = teacher_of(chunk)
         for _, block in _rows.row_blocks(logits.shape[:1], block_rows):
             here = slice(chunk.start + block.start, chunk.start + block.stop)
             *buffers, gradient = work[:, : block.stop - block.start].unbind()
             z = logits[block]
-            capped(z, options.student_softcap, z)
+            capped(z, options.student_softcap, z, options.student_scale)
             out = gradient if wanted else None
             loss[here] = row_loss(options, z, tuple(t[block] for t in target), at(labels, here), out, buffers)
             if out is not None:
@@ -169,7 +210,7 @@ def _in_blocks(
 
 
 def _in_one_launch(
-    options: RowOptions, inputs: Inputs, teacher_of: Callable[[slice], Target], size: int, unit: float, loss: Tensor
+    options: RowOptions, inputs: Inputs, chosen: Selection, size: int, unit: float, loss: Tensor
 ) -> Rows:
     """As `_in_blocks`. The kernel rounds G of 16-bit operands as it writes it; else G takes the place of the logits."""
     weight, row_weight = inputs.student_weight, inputs.row_weight
@@ -177,11 +218,12 @@ def _in_one_launch(
         row_weight = torch.full_like(loss, unit) if row_weight is None else row_weight * unit
     labels, counted, row_weight = _rows.contiguous(inputs.labels, inputs.counted, row_weight)
     student_bias, teacher_bias = _rows.contiguous(inputs.student_bias, inputs.teacher_bias)
-    buffer = loss.new_empty(size, options.classes)
+    teacher_of = _teacher(options, inputs, chosen, size, loss.dtype)
+    buffer = loss.new_empty(size, _row_length(options, chosen))
     narrow = torch.empty_like(buffer, dtype=weight.dtype) if _common.narrow(weight) else None
 
     def rows(chunk: slice, x: Tensor, wanted: bool) -> Tensor | None:
-        logits = _logits(x, weight, None, buffer)
+        logits = _logits(x, weight, None, buffer, chosen, chunk)
         gradient = None
         if wanted:
             gradient = logits if narrow is None else narrow[: x.shape[0]]
@@ -200,34 +242,57 @@ def _unit(student: Tensor, options: RowOptions) -> float:
     if student.dtype != torch.float16:
         return 1.0
     slope = options.soft_weight / options.temperature ** (2 if options.kind == "reverse_kl" else 1)
-    return 2.0 ** (11 - math.ceil(math.log2(max(slope + options.hard_weight, 1e-30))))
+    largest = options.student_scale * (slope + options.hard_weight)
+    return 2.0 ** (11 - math.ceil(math.log2(max(largest, 1e-30))))
 
 
-def _chunk_size(student: Tensor, classes: int, dtype: torch.dtype) -> int:
-    tokens = student.shape[0]
+def _chunk_size(tokens: int, student: Tensor, classes: int, dtype: torch.dtype) -> int:
     limit = CPU_CHUNK_BYTES if student.device.type == "cpu" else GPU_CHUNK_BYTES
     limit = max(min(CHUNK, limit // (classes * dtype.itemsize)), 1)
     chunks = max(-(-tokens // limit), 1)
     return max(-(-tokens // chunks), 1)  # even chunks
 
 
-def _clean(x: Tensor, chunk: slice, counted: Tensor | None) -> Tensor:
-    """Returns the tokens of a chunk with masked-out ones set to 0: a NaN in them would reach dW even times 0."""
-    return x[chunk] if counted is None else x[chunk].masked_fill(~counted[chunk].unsqueeze(-1), 0)
+def _row_length(options: RowOptions, chosen: Selection) -> int:
+    """Returns the length of a row of logits and of G."""
+    return chosen.products.padded(options.classes) if chosen.products else options.classes
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """Computes x W^T + b in the wide dtype, in the buffer's first rows."""
+def _clean(x: Tensor, chunk: slice, chosen: Selection) -> Tensor:
+    """Returns the tokens of a chunk, with 0 for masked-out ones that are multiplied: NaN times 0 would reach dW."""
+    x = chosen.take(x, chunk)
+    if chosen.counted is None or chosen.products:
+        return x
+    return x.masked_fill(~chosen.counted[chunk].unsqueeze(-1), 0)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, chosen: Selection, chunk: slice) -> Tensor:
+    """Computes x W^T + b in the wide dtype, in the buffer's first rows. Row kernels add b themselves."""
     out = buffer[: x.shape[0]]
+    if chosen.products:
+        chosen.products.logits(x, weight, chosen.number, chunk.start, out)
+        return out
     for classes, block in _operand_blocks(weight, out.dtype):
         _common.wide_mm(x, block.mT, out.dtype, out=out[:, classes])
     return out if bias is None else out.add_(bias[: weight.shape[0]])
 
 
-def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype, chosen: Selection, chunk: slice) -> Tensor:
     """Computes G W in the wide dtype."""
+    if chosen.products:
+        assert chosen.counted is not None
+        product = chosen.products.d_hidden(gradient, weight, chosen.number, chunk.start, dtype)
+        return product.masked_fill_(~chosen.counted[chunk].unsqueeze(-1), 0)
     parts = (_common.wide_mm(gradient[:, classes], block, dtype) for classes, block in _operand_blocks(weight, dtype))
     return reduce(Tensor.add_, parts)
+
+
+def _add_d_weight(total: Tensor, gradient: Tensor, x: Tensor, chosen: Selection, chunk: slice) -> None:
+    """Adds G^T X to total."""
+    if chosen.products:
+        chosen.products.add_d_weight(gradient, x, chosen.number, chunk.start, total)
+    else:
+        _common.add_mm_(total, gradient.mT, x)
 
 
 def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -251,9 +316,10 @@ def _fake(*flat):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, _ = inputs[: INPUTS - 4]  # row_weight is None
-    *ctx.in_forward, ctx.per_row = inputs[INPUTS - 4 : INPUTS]
-    ctx.options = inputs[INPUTS:]
+    given, ctx.options = Inputs(*inputs[:INPUTS]), inputs[INPUTS:]
+    tensors = given[: Inputs._fields.index("row_weight")]
+    ctx.in_forward = given.needs_student, given.needs_weight, given.needs_bias
+    ctx.dense, ctx.per_row = given.dense, given.per_row
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
@@ -273,7 +339,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         # G may be float16: the rows' weights are scaled to about 1 for it, and the sums are scaled back.
         weights = grad_loss if counted is None else grad_loss.masked_fill(~counted, 0)
         weights, scale = _common.unit(weights)
-        _, *gradients = _op(*saved, weights, *needs, True, *ctx.options)
+        _, *gradients = _op(*saved, weights, ctx.dense, *needs, True, *ctx.options)
     learned = [
         _common.scaled(g, scale, dtype) if need else None
         for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)

@@ -6,9 +6,9 @@ loss,
     dX = (2 / d_t) r R W        dW = (2 / d_t) (r R)^T X        db = (2 / d_t) sum r R
 
 so a chunk that is still in the cache yields loss and gradients in three products, the minimum. For a reduced loss r is
-the same for every token: the forward computes the products with r = 1, and the backward scales them. For per-token
-losses r arrives with the backward, which runs the same chunks again. The factor 2 / d_t always comes last: R fits the
-range of float16, while R / 1000 would underflow.
+known up to a common factor: the forward computes the products with r = 1, or with the item weights, and the backward
+scales them. For per-token losses r arrives with the backward, which runs the same chunks again. The factor 2 / d_t
+always comes last: R fits the range of float16, while R / 1000 would underflow.
 """
 
 from __future__ import annotations
@@ -50,11 +50,22 @@ class _Call(NamedTuple):
         return self._replace(student=student, teacher=teacher, mask=mask, token_weight=token_weight)
 
 
-def linear_mse(*tensors: Tensor | None, per_token: bool, backend: str) -> Tensor:  # (N) or ()
-    """Takes the tensors of `_Call` up to `mask`."""
-    # The weights of per-token losses are known in the backward only, which computes the residual again.
-    needs = [not per_token and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-    return _linear_mse(*tensors, None, per_token, needs[0], needs[1], needs[3], backend)[0]
+def linear_mse(
+    student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None, mask: Tensor | None,  # as in `_Call`
+    *, item_weights: Tensor | None, per_token: bool, backend: str,  # (N), factors of the tokens' losses
+) -> Tensor:  # (N) or () # fmt: skip
+    # The gradients of per-token losses are known in the backward only, which computes the residual again.
+    learned = (student, weight, bias)
+    needs = [not per_token and torch.is_grad_enabled() and x is not None and x.requires_grad for x in learned]
+    if item_weights is None:
+        return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *needs, backend)[0]
+    weights = item_weights.to(_common.compute_dtype(student, weight, teacher, bias))
+    weights = weights if mask is None else weights.where(mask, 0)
+    mask = weights != 0
+    if per_token:
+        return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *needs, backend)[0] * weights
+    weights, unit = _common.unit(weights)  # the residual times its weight may be float16
+    return _linear_mse(student, weight, teacher, bias, mask, weights, per_token, *needs, backend)[0] * unit
 
 
 @torch.library.custom_op(
@@ -70,7 +81,9 @@ def _linear_mse(*inputs):  # type: ignore[no-untyped-def]
     with _common.no_autocast(call.student):
         (_with_kernel if backend == "triton" else _in_chunks)(call, loss, *gradients)
     loss /= call.teacher.shape[1]
-    return loss if call.per_token else loss.sum(), *gradients
+    if call.per_token:
+        return loss, *gradients
+    return loss.sum() if call.token_weight is None else (loss * call.token_weight).sum(), *gradients
 
 
 def _in_chunks(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:

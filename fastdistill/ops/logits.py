@@ -36,7 +36,7 @@ def row_losses(
     indices: Tensor | None,  # (*, k)
     labels: Tensor | None,  # (*)
     counted: Tensor | None,  # (*)
-    row_gradient: Tensor | None,  # (), the factor that each row's loss is expected to get; None: unknown
+    row_gradient: Tensor | None,  # () or (*), the factor that each row's loss is expected to get; None: unknown
     options: RowOptions,
 ) -> Tensor:  # (*)
     if indices is not None:
@@ -63,7 +63,7 @@ def _gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: 
         return None, False
     if row_gradient is None if backend in ("triton", "cuda") else _common.narrow(student):
         return None, False
-    return None if row_gradient is None else row_gradient.expand(student.shape[:-1].numel()), True
+    return None if row_gradient is None else row_gradient.expand(student.shape[:-1]).reshape(-1), True
 
 
 # -- portable ------------------------------------------------------------------------------------------------
@@ -71,10 +71,10 @@ def _gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: 
 
 def row_loss(
     options: RowOptions,
-    student: Tensor,  # (n, V), wide and capped; overwritten where there is a softcap
+    student: Tensor,  # (n, V), wide, scaled and capped; overwritten where there is a softcap
     target: Target,
     labels: Tensor | None,  # (n, 1)
-    out: Tensor | None,  # (n, V), for the gradient of each row's loss in its logits before the softcap
+    out: Tensor | None,  # (n, V), for the gradient of each row's loss in its logits before scale and softcap
     work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
 ) -> Tensor:  # (n)
     student_max = _rows.row_max(student)
@@ -98,7 +98,9 @@ def row_loss(
             out.masked_fill_(student == -math.inf, 0)
         if options.student_softcap is not None:
             tanh_squared = student.div_(options.student_softcap).square_().clamp_(max=1)  # slope 0 where -inf was kept
-            out *= tanh_squared.neg_().add_(1)
+            out *= tanh_squared.mul_(-options.student_scale).add_(options.student_scale)
+        elif options.student_scale != 1:
+            out *= options.student_scale
     return loss[:, 0]
 
 
@@ -108,17 +110,18 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
     classes, dtype = options.classes, loss.dtype
     labels = checked_labels(labels, counted, classes)
     weight = _rows.row_weights(weight, counted, dtype)
-    logits = [(student, options.student_softcap)]
+    logits = [(student, options.student_softcap, options.student_scale)]
     whole_list: Target | None = None
     if options.soft_weight == 0:
         whole_list = ()
     elif indices is not None:
         whole_list = listed(options, teacher, indices, counted, dtype)
     else:
-        logits.append((teacher, options.teacher_softcap))
-    # Short rows are stored by columns, which vectorises every step; that takes copies, as casts and softcaps do.
+        logits.append((teacher, options.teacher_softcap, options.teacher_scale))
+    # Short rows are stored by columns, which vectorises every step; like casts, scales and softcaps, that takes copies.
     short = classes < SHORT
-    copies = short or any(cap is not None or x.dtype != dtype or x.stride(-1) != 1 for x, cap in logits)
+    shaped = any(cap is not None or scale != 1 for _, cap, scale in logits)
+    copies = short or shaped or any(x.dtype != dtype or x.stride(-1) != 1 for x, *_ in logits)
     count = BUFFERS + 3 * copies
     limit = _rows.rows_of_a_block(loss.numel(), classes, count, loss)
     memory = loss.new_empty(count, classes, limit).mT if short else loss.new_empty(count, limit, classes)
@@ -130,9 +133,11 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
         work = whole if size == limit else [buffer[:size] for buffer in whole]
         if copies:
             *work, student_buffer, teacher_buffer, wide = work
-        block = capped(_rows.rows_at(student, index, classes), options.student_softcap, student_buffer)
+        block = _rows.rows_at(student, index, classes)
+        block = capped(block, options.student_softcap, student_buffer, options.student_scale)
         if whole_list is None:
-            target: Target = (capped(_rows.rows_at(teacher, index, classes), options.teacher_softcap, teacher_buffer),)
+            there = _rows.rows_at(teacher, index, classes)
+            target: Target = (capped(there, options.teacher_softcap, teacher_buffer, options.teacher_scale),)
         else:
             target = tuple(x[rows] for x in whole_list)
         here = None if d_rows is None else _rows.rows_at(d_rows, (rows,), classes)
@@ -226,7 +231,7 @@ def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
         loss, _ = _outputs(inputs.student, inputs.teacher, False)
         _launch(options, inputs, loss, gradient, expected=ctx.weight)
     elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
-        ratio = grad_loss if ctx.weight is None else grad_loss / ctx.weight
+        ratio = grad_loss if ctx.weight is None else (grad_loss / ctx.weight).masked_fill_(ctx.weight == 0, 0)
         gradient.view(-1, gradient.shape[-1]).mul_(_rows.row_weights(ratio, inputs.counted, ratio.dtype))
     return gradient, *nothing
 

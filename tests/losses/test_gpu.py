@@ -135,10 +135,16 @@ def test_more_than_two_to_the_31_numbers_of_queries_and_hidden_states() -> None:
     torch.testing.assert_close(per_token[-5:], expected, rtol=1e-3, atol=0)
 
 
+def maybe_masked(op: Op, masked: bool) -> dict[str, Any]:
+    inputs = op.make()
+    return {**inputs, **op.some_masked(inputs)} if masked else inputs
+
+
 @every_op
-def test_cuda_graphs(op: Op, kernels: str) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_cuda_graphs(op: Op, kernels: str, masked: bool) -> None:
     """A captured step is replayed on other values: it may have no host sync, and may not depend on values."""
-    first, second = op.make(), op.make()
+    first, second = maybe_masked(op, masked), maybe_masked(op, masked)
     static = {name: x.clone() if isinstance(x, Tensor) else x for name, x in first.items()}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -173,9 +179,10 @@ def test_two_streams(op: Op, kernels: str) -> None:
 
 
 @every_op
-def test_no_host_syncs(op: Op, kernels: str) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_host_syncs(op: Op, kernels: str, masked: bool) -> None:
     """Neither forward nor backward has a host sync."""
-    inputs = op.make()
+    inputs = maybe_masked(op, masked)
     evaluate(op, inputs, op.learned, backend=kernels)
     leaves = {name: inputs[name].clone().requires_grad_() for name in op.learned}
     torch.cuda.synchronize()

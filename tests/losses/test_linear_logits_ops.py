@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +20,11 @@ from _cases import (
     with_labels,
     without_ties,
 )
-from _oracle import assert_same, cast, evaluate
+from _oracle import assert_accurate, assert_same, cast, error, evaluate
+from torch import Tensor
 
 import fastdistill
+from fastdistill.ops import _common, linear_logits
 from fastdistill.ops.linear_logits import CHUNK
 
 OPS = [op for op in LINEAR_LOGITS_OPS if "vocab_size" not in op.options]
@@ -140,6 +145,30 @@ def test_options(op: Op, backend: str) -> None:
         op.assert_accurate({**inputs, **options}, backend=backend, reduction="none")
 
 
+def scaled(op: Op, backend: str, student_scale: float, teacher_scale: float, **inputs: Any) -> Tensor:
+    """Computes the textbook's loss with scales in the heads: c (x W^T + b) = x (c W)^T + c b."""
+    for side, scale in (("student", student_scale), ("teacher", teacher_scale)):
+        inputs |= {name: inputs[name] * scale for name in (f"{side}_weight", f"{side}_bias") if name in inputs}
+    return op.textbook(backend=backend, **inputs)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0625, 4.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logit_scales(op: Op, dtype: torch.dtype, scale: float, softcap: float | None, backend: str) -> None:
+    inputs = cast(with_labels(make(op, (12,), 37), 37), dtype)
+    inputs["student_weight"] /= scale
+    both = {"teacher_logit_scale": 0.5} if op in OPS else {}
+    options = {"alpha": 0.6, "student_softcap": softcap, "reduction": "sum"}
+    outcome = evaluate(op, inputs, op.learned, backend=backend, student_logit_scale=scale, **both, **options)
+    truth, textbook = (
+        evaluate(partial(scaled, op, name, scale, 0.5), values, op.learned, **options)
+        for values, name in ((cast(inputs, torch.float64), "reference"), (inputs, backend))
+    )
+    assert_accurate(outcome, truth, textbook)
+
+
 @every_divergence
 @pytest.mark.parametrize("student,teacher,vocab_size", [(40, 40, 33), (48, 40, 40), (40, 48, 40)])
 def test_padded_vocabularies(op: Op, student: int, teacher: int, vocab_size: int, backend: str) -> None:
@@ -189,6 +218,236 @@ def test_saturated_logits(op: Op, size: float, backend: str) -> None:
     inputs = make(op, (20,), 37)
     inputs["teacher_weight"] = inputs["teacher_weight"].sign() * size
     op.assert_accurate(inputs, backend=backend)
+
+
+# -- rows that do not count ------------------------------------------------------------------------------------
+
+Chunks = Callable[[int], None]
+
+
+@pytest.fixture
+def chunks_of(monkeypatch: pytest.MonkeyPatch) -> Chunks:
+    """Returns a function that sets the most tokens of a chunk, so that few tokens make several chunks."""
+    return lambda tokens: monkeypatch.setattr(linear_logits, "CHUNK", tokens)
+
+
+def counting(rows: int, number: int) -> Tensor:
+    """Returns a mask in which `number` rows count, neither sorted nor evenly spread."""
+    mask = torch.zeros(rows, dtype=torch.bool)
+    mask[torch.randperm(rows)[:number]] = True
+    return mask
+
+
+def poisoned(op: Op, inputs: dict[str, Any], counted: Tensor) -> dict[str, Any]:
+    return op.overwrite_masked(inputs, {"mask": counted}, float("nan"))
+
+
+@every_op
+@pytest.mark.parametrize("number", [0, 1, 8, 30])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_masked_out_rows_are_left_out(op: Op, number: int, reduction: str, chunks_of: Chunks, backend: str) -> None:
+    chunks_of(8)
+    inputs, mask = make(op, (30,), 37), counting(30, number)
+    keywords = {"backend": backend, "reduction": reduction, "upstream": torch.rand(30) if reduction == "none" else None}
+    clean = op.assert_accurate({**inputs, "mask": mask}, **keywords)
+    for name in ("student", *(["value"] if reduction == "none" else [])):
+        assert (clean[name][~mask] == 0).all()
+    assert_same(evaluate(op, {**poisoned(op, inputs, mask), "mask": mask}, op.learned, **keywords), clean)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_masked_out_rows_of_every_dtype(
+    op: Op, dtype: torch.dtype, reduction: str, chunks_of: Chunks, backend: str
+) -> None:
+    """Some rows are masked out, others have a label that is ignored."""
+    chunks_of(8)
+    inputs = cast(with_labels(make(op, (30,), 37), 37), dtype)
+    inputs["labels"][torch.randperm(30)[:12]] = -100
+    mask = counting(30, 20)
+    keywords = {"backend": backend, "reduction": reduction, "alpha": 0.5, "student_softcap": 9.0}
+    clean = op.assert_accurate({**inputs, "mask": mask}, **keywords)
+    inputs = poisoned(op, inputs, mask & (inputs["labels"] != -100))
+    assert_same(evaluate(op, {**inputs, "mask": mask}, op.learned, **keywords), clean)
+
+
+def weighted(op: Op, weights: Tensor, reduction: str, **inputs: Any) -> Tensor:
+    """Computes the textbook's loss; rows of weight 0 count in the mean."""
+    items, counted = op.items(**{**op.options, **inputs})
+    items = torch.where(counted & (weights > 0), items, 0) * weights
+    return items if reduction == "none" else items.sum() / counted.sum()
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_item_weights(
+    op: Op, dtype: torch.dtype, masked: bool, reduction: str, chunks_of: Chunks, backend: str
+) -> None:
+    """Weights of 0 leave their rows out, even if these hold NaN."""
+    chunks_of(8)
+    inputs = cast(make(op, (30,), 37), dtype)
+    weights = torch.rand(30).masked_fill(~counting(30, 20), 0)
+    mask = counting(30, 25) if masked else None
+    counted = weights > 0 if mask is None else mask & (weights > 0)
+    upstream = torch.rand(30) if reduction == "none" else None
+    given = poisoned(op, inputs, counted)
+    if mask is not None:
+        given["item_weights"] = weights.where(mask, float("nan"))
+    outcome = evaluate(
+        op, {"item_weights": weights, **given}, op.learned, backend=backend, reduction=reduction, mask=mask,
+        upstream=upstream,
+    )  # fmt: skip
+    keywords = {"mask": mask, "upstream": upstream}
+    truth, textbook = (
+        evaluate(partial(weighted, op, x, reduction), values, op.learned, **keywords, **options)
+        for x, values, options in (
+            (weights.double(), cast(inputs, torch.float64), {}),
+            (weights, inputs, {"narrow": backend == "triton"}),
+        )
+    )
+    assert_accurate(outcome, truth, textbook)
+    assert (outcome["student"][~counted] == 0).all()
+
+
+@every_op
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_small_item_weights_do_not_underflow(op: Op, reduction: str, backend: str) -> None:
+    inputs, weights = cast(make(op, (20,), 37), torch.float16), torch.rand(20)
+    expected, scaled = (
+        evaluate(
+            op, inputs, op.learned, backend=backend, reduction=reduction, item_weights=weights * unit,
+            upstream=torch.full((20,) if reduction == "none" else (), 1 / unit),
+        )
+        for unit in (1.0, 2.0**-30)
+    )  # fmt: skip
+    del expected["value"], scaled["value"]
+    assert_same(scaled, expected)
+
+
+@pytest.mark.parametrize("number", [0, 1, 20, 200])
+def test_work_is_that_of_the_rows_that_count(
+    number: int, monkeypatch: pytest.MonkeyPatch, chunks_of: Chunks, backend: str
+) -> None:
+    chunks_of(64)
+    inputs = {**linear((200,), 37), "mask": counting(200, number)}
+    if backend == "torch":
+        rows = [0]
+        for name, operand in (("wide_mm", 0), ("add_mm_", 2)):
+            product = getattr(_common, name)
+
+            def count(*operands: Any, product: Any = product, operand: int = operand, **keywords: Any) -> Any:
+                rows[0] += len(operands[operand])
+                return product(*operands, **keywords)
+
+            monkeypatch.setattr(_common, name, count)
+        evaluate(fastdistill.linear_kl_div, inputs, ("student", "student_weight"), backend=backend)
+        assert rows[0] == 4 * number  # both sides' logits, dX and dW
+        return
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter counts the products")
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dots = [0]
+    multiply = InterpreterBuilder.create_dot
+
+    def count_dots(*operands: Any) -> Any:
+        dots[0] += 1
+        return multiply(*operands)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", count_dots)
+    evaluate(fastdistill.linear_kl_div, inputs, ("student", "student_weight"), backend=backend)
+    chunk = 50  # four even chunks, each one tile
+    assert dots[0] == 4 * -(-number // chunk)
+
+
+@pytest.mark.parametrize("op", LINEAR_TOPK_OPS, ids=str)
+def test_products_without_a_mask_are_whole(op: Op, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """Nearly every list has a possible class, so looking for lists without one must not choose slower products."""
+    inputs = make(op, (20,), 37)
+    counted = torch.arange(20) != 3
+    expected = evaluate(op, {**inputs, "mask": counted}, op.learned, backend=backend)
+    inputs["topk_logprobs"][3], inputs["student"][3] = float("-inf"), float("nan")
+    if backend == "triton":
+        from fastdistill.kernels import counted_mm
+
+        monkeypatch.setattr(counted_mm, "logits", lambda *_: pytest.fail("the rows were sorted"))
+    assert_same(evaluate(op, inputs, op.learned, backend=backend), expected, within=2e-6)
+
+
+@every_op
+def test_a_device_is_never_waited_for(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the op's code on the meta device: like a host that does not wait for its GPU, it sees no numbers."""
+    from fastdistill.kernels import counted_mm, logits, topk
+
+    calls = []
+    registered = linear_logits._op
+    monkeypatch.setattr(linear_logits, "_op", lambda *inputs: calls.append(inputs) or registered(*inputs))
+    inputs = with_labels(make(op, (150,), 37), 37)
+    inputs |= {"mask": counting(150, 30), "item_weights": torch.rand(150)}
+    for reduction in ("mean", "none"):
+        evaluate(op, inputs, op.learned, backend="torch", reduction=reduction, alpha=0.5)
+    assert len(calls) == 3  # losses per row run again in the backward
+
+    launched = set()
+    for module, name in ((logits, "rows"), (topk, "rows"), (counted_mm, "logits"), (counted_mm, "add_d_weight")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: launched.add(name))
+
+    def d_hidden(gradient: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        launched.add("d_hidden")
+        return gradient.new_empty(len(gradient), weight.shape[1])
+
+    monkeypatch.setattr(counted_mm, "d_hidden", d_hidden)
+    monkeypatch.setattr(_common, "no_autocast", lambda x: nullcontext())  # autocast does not know the meta device
+    for *arguments, _ in calls:
+        wanted = linear_logits.Inputs(*arguments[: linear_logits.INPUTS]).needs_weight
+        on_meta = [x.detach().to("meta") if isinstance(x, Tensor) else x for x in arguments]
+        for backend in ("torch", "triton"):
+            launched.clear()
+            assert all(x.is_meta for x in linear_logits._forward(*on_meta, backend))
+            products = {"d_hidden", "add_d_weight"} if wanted else set()
+            assert launched == (products | {"logits", "rows"} if backend == "triton" else set())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [40, 41, 240, 1000])
+@pytest.mark.parametrize("d,classes", [(6, 37), (300, 37), (24, 600)])
+def test_products_of_the_rows_that_count(
+    dtype: torch.dtype, count: int, d: int, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows beyond the count are neither read nor written. At 600 classes dX is summed in parts."""
+    counted_mm = pytest.importorskip("fastdistill.kernels.counted_mm", reason="needs triton")
+    monkeypatch.setattr(counted_mm, "LEAST_DEPTH", 16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        check_products(counted_mm, dtype, count, d, classes)
+
+
+def check_products(counted_mm: Any, dtype: torch.dtype, count: int, d: int, classes: int) -> None:
+    tokens, start = 300, 40
+    counted = min(max(count - start, 0), tokens)
+    x, weight = torch.randn(tokens, d).to(dtype), torch.randn(d, classes).to(dtype).mT  # columns are contiguous
+    gradient = torch.zeros(tokens, counted_mm.padded(classes)).to(dtype)
+    gradient[:, :classes] = torch.randn(tokens, classes)
+    sums = torch.randn(classes, d).to(torch.promote_types(dtype, torch.float32))
+    logits = torch.full_like(gradient, float("nan"), dtype=sums.dtype)
+    exact = {"logits": x.double() @ weight.double().mT, "d_hidden": gradient[:, :classes].double() @ weight.double()}
+    exact = {name: product[:counted] for name, product in exact.items()}
+    exact["sums"] = sums + gradient[:counted, :classes].double().mT @ x[:counted].double()
+    x[counted:] = gradient[counted:] = float("nan")
+
+    device_count = torch.tensor(count)
+    counted_mm.logits(x, weight, device_count, start, logits)
+    d_hidden = counted_mm.d_hidden(gradient, weight, device_count, start, sums.dtype)
+    counted_mm.add_d_weight(gradient, x, device_count, start, sums)
+
+    assert logits[counted:].isnan().all()
+    assert (logits[:counted, classes:] == 0).all()
+    within = 1e-14 if dtype == torch.float64 else 2e-6
+    for out, name in ((logits[:counted, :classes], "logits"), (d_hidden[:counted], "d_hidden"), (sums, "sums")):
+        assert out.dtype == sums.dtype
+        assert error(out, exact[name]) < within
 
 
 # -- errors ----------------------------------------------------------------------------------------------------

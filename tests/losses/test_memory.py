@@ -178,3 +178,18 @@ def test_linear_losses_grow_by_hidden_states_alone(op: Op, reduction: str, backe
         peaks.append(peak(op, inputs, op.learned, backend=backend, reduction=reduction, upstream=upstream))
     gradient_of_a_token = 4 * 64
     assert peaks[1] - peaks[0] < 4096 * (2 * gradient_of_a_token + 128)
+
+
+@pytest.mark.parametrize("op", LINEAR, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_masks_of_linear_losses_need_no_copies(op: Op, reduction: str, backend: str) -> None:
+    """Rows that count are gathered chunk by chunk, never all hidden states at once."""
+    tokens, upstream = 4096, torch.rand(4096) if reduction == "none" else None
+    inputs, few = vocabulary(op, tokens, 2000), torch.rand(tokens) < 0.8
+    keywords = {"backend": backend, "reduction": reduction, "upstream": upstream}
+    plain = peak(op, inputs, op.learned, **keywords)
+    if backend == "torch":
+        assert peak(op, {**inputs, "mask": few | True}, op.learned, **keywords) < plain + 32 * tokens
+    chunk = size(*(inputs[name][:1024] for name in ("student", "teacher") if name in inputs))
+    lists = size(*(inputs[name] for name in inputs if name.startswith("topk")))
+    assert peak(op, {**inputs, "mask": few}, op.learned, **keywords) < plain + chunk + lists + 64 * tokens
