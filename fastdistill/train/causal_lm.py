@@ -73,6 +73,7 @@ class Options(NamedTuple):
     num_items: int | float | Tensor | None
     return_parts: bool
     backend: str
+    tail: str = "renormalize"  # of a cached teacher
 
 
 def causal_lm_loss(
@@ -130,15 +131,8 @@ def causal_lm_loss(
     def compute(logits: Logits) -> CausalLMLoss:
         return losses(logits, target, topk, labels, counted, options)
 
-    if head.linear is None:
-        output = student(**inputs)
-        found = compute(Logits(output.logits))
-        loss = found.loss
-    else:
-        with replaced(head.linear, lambda x, linear: student_carrier(x, linear, head, compute)) as seen:
-            output = student(**inputs)
-        (found,) = seen
-        loss = found.loss.detach() + output.logits.sum()
+    output, found = student_losses(student, inputs, head, compute)
+    loss = found.loss
     balance = getattr(output, "aux_loss", None)  # of a mixture of experts, where its config asks for it
     if balance is not None:
         loss = loss + unwrapped(student).router_aux_loss_coef * balance
@@ -239,7 +233,8 @@ def divergence(
         tensors.append(student.weight)
         keywords["student_bias"] = student.bias
     if topk is not None:
-        loss = getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")(*tensors, *topk, **keywords)
+        op = getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")
+        loss = op(*tensors, *topk, tail=options.tail, **keywords)
         return loss - teacher_entropy(topk[0], keywords) if options.divergence == "kl" else loss
     assert teacher is not None
     tensors.append(teacher.hidden)
@@ -357,11 +352,22 @@ def replaced(linear: nn.Linear, function: Callable[[Tensor, nn.Linear], tuple[Te
             linear.forward = before  # type: ignore[method-assign]
 
 
-def student_carrier(
-    x: Tensor, linear: nn.Linear, head: Head, compute: Callable[[Logits], CausalLMLoss]
-) -> tuple[Tensor, CausalLMLoss]:
-    found = compute(Logits(x * head.scale, linear.weight, linear.bias, head.softcap))
-    return ((found.loss - found.loss.detach()) / head.scale).view(1, 1, 1), found
+def student_losses(
+    student: Callable[..., Any], inputs: dict[str, Any], head: Head, compute: Callable[[Logits], CausalLMLoss]
+) -> tuple[Any, CausalLMLoss]:
+    """Runs the student with the loss in place of its head's product; returns its output as well."""
+    if head.linear is None:
+        output = student(**inputs)
+        return output, compute(Logits(output.logits))
+
+    def carrier(x: Tensor, linear: nn.Linear) -> tuple[Tensor, CausalLMLoss]:
+        found = compute(Logits(x * head.scale, linear.weight, linear.bias, head.softcap))
+        return ((found.loss - found.loss.detach()) / head.scale).view(1, 1, 1), found
+
+    with replaced(head.linear, carrier) as seen:
+        output = student(**inputs)
+    (found,) = seen
+    return output, found._replace(loss=found.loss.detach() + output.logits.sum())
 
 
 @torch.no_grad()
