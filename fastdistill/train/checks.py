@@ -6,20 +6,22 @@ from typing import Any
 
 
 def check_vocabularies(student: Any, teacher: Any, tokenizer: Any = None, *, whose: str = "the teacher's") -> None:
-    """Raises ValueError if the two configs differ in vocab_size, or if the tokenizer has more tokens than that.
+    """Raises ValueError if the tokenizer has more tokens than either config's vocab_size, or if the two differ.
 
-    `whose` says in the message whose config `teacher` is.
+    They may differ with a tokenizer whose tokens both have: the rest is padding. `whose` says in the message whose
+    config `teacher` is.
     """
-    if student.vocab_size != teacher.vocab_size:
+    sizes = student.vocab_size, teacher.vocab_size
+    if tokenizer is None and sizes[0] != sizes[1]:
         raise ValueError(
-            f"the student's vocabulary has {student.vocab_size} tokens, {whose} {teacher.vocab_size}; both should be "
-            "one vocabulary, since both models read the same token ids: give the student the teacher's tokenizer and "
-            "vocab_size. If one tokenizer's vocabulary was padded to two sizes, "
-            f"student.resize_token_embeddings({teacher.vocab_size}) makes them equal"
+            f"the student's vocabulary has {sizes[0]} tokens, {whose} {sizes[1]}; both should be one vocabulary, since "
+            "both models read the same token ids: give the student the teacher's tokenizer and vocab_size. If one "
+            "vocabulary was padded to two sizes, pass its tokenizer as processing_class"
         )
-    if tokenizer is not None and len(tokenizer) > student.vocab_size:
+    if tokenizer is not None and len(tokenizer) > min(sizes):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the models {student.vocab_size}; use the teacher's tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, the student's vocabulary {sizes[0]}, {whose} {sizes[1]}; both "
+            "models should have all of them: use the teacher's tokenizer, and a student of its vocabulary"
         )
 
 
