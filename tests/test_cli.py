@@ -578,14 +578,15 @@ FLAGS = {
     ),
     "task": (
         "teacher! student! init task! data augmented method layer-map projection parity terms teacher-layer "
-        "relation-heads temperature labels intermediate-epochs intermediate-learning-rate intermediate-batch-size "
+        "relation-heads temperature t-squared divergence alpha labels "
+        "intermediate-epochs intermediate-learning-rate intermediate-batch-size "
         "prediction-epochs learning-rates batch-sizes seeds bf16 max-steps trust-remote-code output! "
         "overwrite resume"
     ),
     "cache": ("teacher! data! task top-k hidden max-length batch-size bf16 trust-remote-code output! overwrite resume"),
     "train-cached": (
-        "cache! student! teacher init terms layer-map projection temperature tail verify workers epochs "
-        "batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
+        "cache! student! teacher init terms layer-map projection temperature t-squared divergence alpha tail "
+        "verify workers epochs batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
     ),
     "finetune": (
         "model! teacher init layer-map task! data epochs learning-rates batch-sizes seeds bf16 max-steps "
@@ -613,6 +614,8 @@ DEFAULTS = {
         "layer_map": "uniform",
         "parity": "masked",
         "temperature": 1.0,
+        "divergence": "soft_cross_entropy",
+        "alpha": 1.0,
         "labels": "teacher",
         "seeds": [42],
     },
@@ -620,6 +623,8 @@ DEFAULTS = {
     "train-cached": {
         "layer_map": "uniform",
         "temperature": 1.0,
+        "divergence": "soft_cross_entropy",
+        "alpha": 1.0,
         "tail": "renormalize",
         "epochs": 3,
         "batch_size": 256,

@@ -186,7 +186,9 @@ def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[
         check_packed(model, positions, takes_positions)
     if takes_positions and mask is not None and mask.dim() == 2:
         if positions is None:
-            return {**found, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+            first = mask.long().argmax(-1, keepdim=True)  # (B, 1)
+            places = torch.arange(mask.shape[1], device=mask.device)
+            return {**found, "position_ids": (places - first).clamp(min=0)}
         # transformers tells packed sequences apart in a batch without a mask only. Each padding token, at position 0,
         # becomes a sequence of its own, which no other token sees.
         del found["attention_mask"]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST_PADDING = 1024  # models round their vocabulary up to a multiple of 64 to 1024
+
 
 def check_vocabularies(student: Any, teacher: Any, tokenizer: Any = None, *, whose: str = "the teacher's") -> None:
     """Raises ValueError if the tokenizer has more tokens than either config's vocab_size, or if the two differ.
 
-    They may differ with a tokenizer whose tokens both have: the rest is padding. `whose` says in the message whose
-    config `teacher` is.
+    They may differ a little with a tokenizer whose tokens both have: the rest is padding. `whose` says in the
+    message whose config `teacher` is.
     """
     sizes = student.vocab_size, teacher.vocab_size
-    if tokenizer is None and sizes[0] != sizes[1]:
+    if sizes[0] != sizes[1] and (tokenizer is None or max(sizes) > len(tokenizer) + MOST_PADDING):
         raise ValueError(
             f"the student's vocabulary has {sizes[0]} tokens, {whose} {sizes[1]}; both should be one vocabulary, since "
-            "both models read the same token ids: give the student the teacher's tokenizer and vocab_size. If one "
-            "vocabulary was padded to two sizes, pass its tokenizer as processing_class"
+            "both models read the same token ids: give the student the teacher's tokenizer and vocab_size. Two "
+            f"paddings of one vocabulary may differ, by at most {MOST_PADDING} tokens beyond a tokenizer that is given"
         )
     if tokenizer is not None and len(tokenizer) > min(sizes):
         raise ValueError(

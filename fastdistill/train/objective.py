@@ -188,6 +188,8 @@ def check_method_options(method: Any = "tinybert", **options: Any) -> None:
         raise ValueError(f"temperature is {given.temperature!r}; it should be above 0")
     if not 0 <= given.alpha <= 1:
         raise ValueError(f"alpha is {given.alpha!r}; it should be from 0 to 1")
+    if given.alpha < 1 and given.parity == "official":
+        raise ValueError(f"alpha is {given.alpha}; parity 'official' has no labels in its loss: use 'masked'")
     if given.tail == "bucket" and given.divergence == "kl":
         raise ValueError(
             "divergence is 'kl' and tail 'bucket'; use 'soft_cross_entropy', which has the same gradient, or the tail "
