@@ -29,7 +29,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 if TYPE_CHECKING:
     from fastdistill.train.causal_lm import Logits
 
-__all__ = ["LayerAttention", "States", "capturable", "capture", "forward_arguments"]
+__all__ = ["LayerAttention", "States", "capturable", "capture", "check_packed", "forward_arguments"]
 
 NAME = "fastdistill"
 LABELS = ("labels", "start_positions", "end_positions")
@@ -183,7 +183,7 @@ def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[
         return found
     takes_positions = passes_all or "position_ids" in names
     if positions is not None:
-        check_packed(model, positions, takes_positions)
+        check_positions(model, positions, takes_positions)
     if takes_positions and mask is not None and mask.dim() == 2:
         if positions is None:
             first = mask.long().argmax(-1, keepdim=True)  # (B, 1)
@@ -201,8 +201,8 @@ def is_causal(model: torch.nn.Module) -> bool:
     return next((bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")), False)
 
 
-def check_packed(model: Any, positions: Tensor, takes_positions: bool) -> None:
-    """Raises ValueError if a model would ignore `position_ids`, or read packed sequences as one."""
+def check_positions(model: Any, positions: Tensor, takes_positions: bool) -> None:
+    """Raises ValueError if a model takes no `position_ids`, or its attention tells no sequences of a batch apart."""
     if not takes_positions:
         raise ValueError(
             f"the batch has position_ids, which {type(model).__name__} does not take, so that packed sequences would "
@@ -212,6 +212,31 @@ def check_packed(model: Any, positions: Tensor, takes_positions: bool) -> None:
         raise ValueError(
             f"the batch has {positions.shape[0]} rows with position_ids; flash attention tells packed sequences apart "
             'in a batch of one row only: use batches of one row, or load the model with attn_implementation="sdpa"'
+        )
+
+
+@torch.no_grad()
+def check_packed(model: PreTrainedModel) -> None:
+    """Raises ValueError if a causal model reads packed sequences as one. It runs on two sequences of two tokens."""
+    if not is_causal(model):
+        return
+    training = [module for module in model.modules() if module.training]
+    ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    try:
+        for module in training:
+            module.training = False
+        packed, alone = (
+            capture(model.base_model, {"input_ids": ids[:, start:], "position_ids": ids[:, start:] % 2}, hidden=[1])
+            for start in (0, 2)
+        )
+    finally:
+        for module in training:
+            module.training = True
+    found, expected = packed.hidden[1][:, 2:], alone.hidden[1]
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ValueError(
+            f"the rows are packed (position_ids), and {type(model).__name__} reads the sequences of a row as one; pack "
+            "no rows, and leave the column position_ids out"
         )
 
 

@@ -64,9 +64,8 @@ class DistillationModel(nn.Module):
         *, labels: Tensor | None, teacher_logits: Tensor | None, topk: tuple[Tensor, Tensor] | None,
     ) -> tuple[States, Tensor]:  # fmt: skip
         """Runs the student by `run()`, with the loss in its head. Returns its states and that loss."""
-        options = prediction_options(
-            self.objective.options, None if num_items is None else Counts(*num_items.unbind()).next_tokens
-        )
+        items = None if num_items is None else Counts(*num_items.unbind()).next_tokens
+        options = prediction_options(self.objective.options, items, is_cached=topk is not None)
         target: Logits | None = None
         if topk is None:
             logits = teacher_logits if teacher_logits is not None or teacher is None else teacher.logits

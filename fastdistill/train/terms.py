@@ -360,7 +360,7 @@ class Prediction(Term):
     def compared(
         self, logits: Tensor, targets: Tensor | None, batch: Batch, mask: Tensor | None, num_items: Any
     ) -> Tensor:
-        options = prediction_options(self.options, num_items)
+        options = prediction_options(self.options, num_items, is_cached=batch.topk is not None)
         shared = options._asdict()
         keywords = {name: shared[name] for name in ("temperature", "t_squared", "num_items")}
         if options.alpha < 1:
@@ -373,8 +373,12 @@ class Prediction(Term):
         return divergence(Logits(logits), teacher, batch.topk, options, mask=mask, **keywords)
 
 
-def prediction_options(options: ObjectiveOptions, num_items: Any = None) -> Options:
-    """Returns what `causal_lm_loss` calls its options. A cached teacher's are checked by the objective."""
+def prediction_options(options: ObjectiveOptions, num_items: Any = None, is_cached: bool = False) -> Options:
+    """Returns the options of `causal_lm_loss`. Raises ValueError for a divergence that a cached teacher cannot have."""
+    if is_cached and options.divergence not in ("kl", "soft_cross_entropy"):
+        raise ValueError(
+            f"divergence is {options.divergence!r}; a cached teacher has 'kl' and 'soft_cross_entropy': pass a teacher"
+        )
     return Options(
         divergence=options.divergence, temperature=options.temperature, t_squared=options.t_squared,
         alpha=options.alpha, beta=0.5, reverse=False, vocab_size=None, num_items=num_items, return_parts=False,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
+from fastdistill.train.capture import States, capturable, check_packed, refuse_reentrant_checkpointing
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
 from fastdistill.train.model import DistillationModel, predicts_next_tokens, teacher_states
@@ -212,6 +212,10 @@ class DistillationTrainer(ResumableTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             model.to(self.args.device)  # to the teacher; Trainer moves it only when it shards it
         batch = self._prepare_inputs(batch)
+        if "position_ids" in batch:
+            for each in (self.student, self.teacher):
+                if each is not None:
+                    check_packed(each)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             model.train()
