@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import gc
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
+    BloomConfig,
+    BloomForCausalLM,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -29,8 +31,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from bench import measure
 from fastdistill.train.cache import read_cache, write_cache
-from fastdistill.train.capture import States, capture
+from fastdistill.train.capture import States, capturable, capture
 from fastdistill.train.data import PaddingCollator
 from fastdistill.train.model import DistillationModel, teacher_states
 from fastdistill.train.objective import Objective
@@ -196,7 +199,7 @@ def test_one_forward_serves_hidden_states_attention_and_prediction() -> None:
     student.register_forward_hook(lambda *_: calls.append(1))
     terms, batch = ("embedding", "hidden", "attention", "prediction"), collated(chats(), "left")
     objective = Objective(student.config, teacher.config, terms=terms)
-    with capturable_both(student, teacher):
+    with capturable(student, teacher):
         states = teacher_states(teacher, student, objective, batch, has_logits=False)
         found = DistillationModel(student, objective)(**batch, teacher=states)
     assert calls == [1]
@@ -215,12 +218,6 @@ def test_one_forward_serves_hidden_states_attention_and_prediction() -> None:
     both = found["hidden"] + found["prediction"]
     assert_right(both, student, hidden / tokens + prediction, exact)
     assert torch.isfinite(found["loss"])
-
-
-def capturable_both(*models: Any) -> Any:
-    from fastdistill.train.capture import capturable
-
-    return capturable(*models)
 
 
 class Doubled(nn.Module):
@@ -284,8 +281,6 @@ def test_packed_rows_are_refused_where_they_would_be_read_as_one() -> None:
     with pytest.raises(ValueError, match="flash attention tells packed sequences apart in a batch of one row only"):
         capture(student, batch)
     torch.manual_seed(0)
-    from transformers import BloomConfig, BloomForCausalLM
-
     bloom = BloomForCausalLM(BloomConfig(vocab_size=CLASSES, hidden_size=16, n_layer=1, n_head=2))
     bloom.transformer.h[0].self_attention.is_causal = True
     with pytest.raises(ValueError, match="position_ids, which BloomForCausalLM does not take"):
@@ -308,8 +303,6 @@ QUICK = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "report_to":
 
 
 def logged(folder: Path) -> dict[str, float]:
-    import json
-
     return json.loads((folder / "trainer_state.json").read_text())["log_history"][0]
 
 
@@ -413,29 +406,27 @@ def step_bytes(student: Any, teacher: Any, batch: dict[str, Tensor], in_factors:
     """Returns the most bytes of CPU tensors that a step holds at once, beyond what it begins with."""
     objective = Objective(student.config, terms=("prediction",))
     model = DistillationModel(student, objective)
-    model(**batch, teacher=teacher_states(teacher, student, objective, batch, False))["loss"].backward()  # warm up
-    gc.collect()
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+
+    def step() -> list[Tensor]:
         with torch.no_grad():
             states = (
                 teacher_states(teacher, student, objective, batch, False) if in_factors else capture(teacher, batch)
             )
         model(**batch, teacher=states)["loss"].backward()
-    now = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+        return []
+
+    step()  # looks at the heads, and makes room for the gradients
+    return measure.peak_bytes(step)[0]
 
 
-def test_a_step_with_a_live_teacher_builds_no_logits() -> None:
-    classes, batch = 20_000, {"input_ids": torch.randint(3, 20_000, (1, 2048))}
-    student, teacher = (language_model(vocab_size=classes, seed=seed, max_position_embeddings=2048) for seed in (0, 1))
+def test_a_step_with_a_live_teacher_builds_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdistill.ops.linear_logits.CPU_CHUNK_BYTES", 1 << 20)
+    classes, batch = 5000, {"input_ids": torch.randint(3, 5000, (4, 256))}
+    student, teacher = (language_model(vocab_size=classes, seed=seed, max_position_embeddings=256) for seed in (0, 1))
     lean, full = (step_bytes(student, teacher, batch, in_factors) for in_factors in (True, False))
-    logits = 2048 * classes * 4
+    logits = 4 * 256 * classes * 4
     assert full > 2 * logits  # the measure sees them
-    assert lean < logits / 2
+    assert lean < logits / 4
 
 
 # -- other models ------------------------------------------------------------------------------------------------
