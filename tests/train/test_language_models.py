@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bench import measure
+from bench import live_teacher
 from fastdistill.train.cache import read_cache, write_cache
 from fastdistill.train.capture import States, capturable, capture
 from fastdistill.train.data import PaddingCollator
@@ -402,31 +402,15 @@ def test_left_and_right_padding_train_alike(tmp_path: Path) -> None:
 # -- memory ----------------------------------------------------------------------------------------------------
 
 
-def step_bytes(student: Any, teacher: Any, batch: dict[str, Tensor], in_factors: bool) -> int:
-    """Returns the most bytes of CPU tensors that a step holds at once, beyond what it begins with."""
-    objective = Objective(student.config, terms=("prediction",))
-    model = DistillationModel(student, objective)
-
-    def step() -> list[Tensor]:
-        with torch.no_grad():
-            states = (
-                teacher_states(teacher, student, objective, batch, False) if in_factors else capture(teacher, batch)
-            )
-        model(**batch, teacher=states)["loss"].backward()
-        return []
-
-    step()  # looks at the heads, and makes room for the gradients
-    return measure.peak_bytes(step)[0]
-
-
 def test_a_step_with_a_live_teacher_builds_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdistill.ops.linear_logits.CPU_CHUNK_BYTES", 1 << 20)
-    classes, batch = 5000, {"input_ids": torch.randint(3, 5000, (4, 256))}
-    student, teacher = (language_model(vocab_size=classes, seed=seed, max_position_embeddings=256) for seed in (0, 1))
-    lean, full = (step_bytes(student, teacher, batch, in_factors) for in_factors in (True, False))
-    logits = 4 * 256 * classes * 4
+    monkeypatch.setattr("fastdistill.ops.linear_logits.CPU_CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(live_teacher, "CLASSES", 5000)
+    lean, full, difference = live_teacher.peaks(tokens=1024, width=16)
+    logits = 1024 * 5000 * 4
     assert full > 2 * logits  # the measure sees them
-    assert lean < logits / 4
+    assert lean < logits / 2
+    assert lean < live_teacher.GOAL * full
+    assert difference < 1e-5
 
 
 # -- other models ------------------------------------------------------------------------------------------------
