@@ -59,6 +59,7 @@ class DistillationModel(nn.Module):
         found = objective(states, teacher, mask=batch.get("attention_mask"), num_items=num_items, **targets)
         return {"loss": torch.stack(list(found.values())).sum(), **found, "logits": states.logits}
 
+    @torch.compiler.disable  # the head's forward is another function in each step
     def _next_tokens(
         self, run: Callable[[], States], batch: Mapping[str, Tensor], teacher: States | None, num_items: Tensor | None,
         *, labels: Tensor | None, teacher_logits: Tensor | None, topk: tuple[Tensor, Tensor] | None,
