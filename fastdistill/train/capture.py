@@ -189,10 +189,9 @@ def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[
             first = mask.long().argmax(-1, keepdim=True)  # (B, 1)
             places = torch.arange(mask.shape[1], device=mask.device)
             return {**found, "position_ids": (places - first).clamp(min=0)}
-        # transformers tells packed sequences apart in a batch without a mask only. Each padding token, at position 0,
-        # becomes a sequence of its own, which no other token sees.
+        # transformers tells packed sequences apart in a batch without a mask only. Padding, at positions that do not
+        # lead to a sequence's first, 0, is then a sequence of its own, which no token of another sees.
         del found["attention_mask"]
-        found["position_ids"] = positions * mask
     return found
 
 
