@@ -25,7 +25,7 @@ from torch import Tensor
 from fastdistill.train.cache import file_identity, read_cache, read_manifest, write_cache
 from fastdistill.train.capture import capture
 from fastdistill.train.data import PaddingCollator, pack_corpus
-from fastdistill.train.model import DistillationModel, has_linear_head
+from fastdistill.train.model import DistillationModel, teacher_states
 from fastdistill.train.objective import Objective
 
 CHECKED = 16  # rows whose rounding is checked
@@ -128,14 +128,11 @@ class Bench:
             student = small(self.teacher)
             models[name] = DistillationModel(student, Objective(student.config, terms=("prediction",))).train()
             optimizers[name] = torch.optim.AdamW(models[name].parameters(), lr=1e-4)
-        is_linear = has_linear_head(models["cached"].student, self.fetch(self.rows, [0, 1]))
-        models["cached"].linear_head = is_linear
 
         def train(name: str, numbers: list[int]) -> None:
             batch, states = self.fetch(self.rows if name == "cached" else self.blocks, numbers), None
             if name == "live":
-                with torch.no_grad():
-                    states = capture(self.teacher, batch)
+                states = teacher_states(self.teacher, models[name].student, models[name].objective, batch, False)
             models[name](**batch, teacher=states)["loss"].backward()
             optimizers[name].step()
             optimizers[name].zero_grad()
@@ -145,8 +142,8 @@ class Bench:
                 found.append(seconds(partial(train, name, self.batches[i % len(self.batches)])))
         live, cached = (statistics.median(found[1:]) for found in took.values())
         return (
-            f"training step: {1000 * live:.0f} ms with the live teacher, {1000 * cached:.0f} ms from the cache "
-            f"{'without' if is_linear else 'on'} the student's logits: {live / cached:.2f}x"
+            f"training step: {1000 * live:.0f} ms with the live teacher, {1000 * cached:.0f} ms from the cache: "
+            f"{live / cached:.2f}x"
         )
 
 

@@ -286,6 +286,19 @@ class TestMethodsAndAblations:
             assert cli.main(argv) == 0
             assert (tmp_path / name / "projections.safetensors").exists() == (name == "all")
 
+    def test_the_options_of_the_prediction_reach_its_stage(self, files, tmp_path, capsys):
+        options = ("--temperature", 2, "--t-squared", "--divergence", "jsd", "--alpha", 0.5)
+        short = ("--intermediate-epochs", 0, "--prediction-epochs", 1, "--max-steps", 1)
+        assert cli.main(arguments(files, "task", tmp_path / "out", *short, *options)) == 0
+        found = json.loads((tmp_path / "out" / "objective.json").read_text())
+        expected = {"temperature": 2.0, "t_squared": True, "divergence": "jsd", "alpha": 0.5}
+        assert {name: found[name] for name in expected} == expected
+        assert cli.main(arguments(files, "task", tmp_path / "gold", "--labels", "gold", "--alpha", 0.5)) == 2
+        assert "--alpha is 0.5; --labels gold has no teacher's predictions" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.main(arguments(files, "task", tmp_path / "wrong", "--alpha", 1.5))
+        assert "--alpha is 1.5; it should be from 0 to 1" in capsys.readouterr().err
+
     def test_all_terms_in_one_stage(self, files, tmp_path):
         terms = ("embedding", "hidden", "attention", "prediction")
         options = ("--terms", *terms, "--intermediate-epochs", 4, "--prediction-epochs", 0, "--batch-sizes", 8)
@@ -578,14 +591,15 @@ FLAGS = {
     ),
     "task": (
         "teacher! student! init task! data augmented method layer-map projection parity terms teacher-layer "
-        "relation-heads temperature labels intermediate-epochs intermediate-learning-rate intermediate-batch-size "
+        "relation-heads temperature t-squared divergence alpha labels "
+        "intermediate-epochs intermediate-learning-rate intermediate-batch-size "
         "prediction-epochs learning-rates batch-sizes seeds bf16 max-steps trust-remote-code output! "
         "overwrite resume"
     ),
     "cache": ("teacher! data! task top-k hidden max-length batch-size bf16 trust-remote-code output! overwrite resume"),
     "train-cached": (
-        "cache! student! teacher init terms layer-map projection temperature tail verify workers epochs "
-        "batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
+        "cache! student! teacher init terms layer-map projection temperature t-squared divergence alpha tail "
+        "verify workers epochs batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
     ),
     "finetune": (
         "model! teacher init layer-map task! data epochs learning-rates batch-sizes seeds bf16 max-steps "
@@ -613,6 +627,8 @@ DEFAULTS = {
         "layer_map": "uniform",
         "parity": "masked",
         "temperature": 1.0,
+        "divergence": "soft_cross_entropy",
+        "alpha": 1.0,
         "labels": "teacher",
         "seeds": [42],
     },
@@ -620,6 +636,8 @@ DEFAULTS = {
     "train-cached": {
         "layer_map": "uniform",
         "temperature": 1.0,
+        "divergence": "soft_cross_entropy",
+        "alpha": 1.0,
         "tail": "renormalize",
         "epochs": 3,
         "batch_size": 256,

@@ -32,6 +32,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a positive integer", lambda x: x >= 1, "batch_size batch_sizes intermediate_batch_size max_length"),
     ("a positive integer", lambda x: x >= 1 or x == -1, "max_steps"),
     ("a number above 0", lambda x: 0 < x < inf, "epochs learning_rate learning_rates temperature"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha"),
     ("a number above 0", lambda x: 0 < x < inf, "intermediate_learning_rate"),
     ("0 or more", lambda x: 0 <= x < inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
@@ -77,8 +78,24 @@ class Losses(ObjectiveOptions):
     projection: Literal["shared", "per_layer"] | None = flag(  # type: ignore[assignment]
         "of hidden states (default: as the student's folder brings them, else shared)", None
     )
+    # Flags of the commands that train the head.
     temperature: float = 1.0
+    t_squared: bool = False
+    divergence: Literal["soft_cross_entropy", "kl", "jsd", "tvd"] = "soft_cross_entropy"
+    alpha: float = 1.0
     tail: Literal["renormalize", "bucket"] = "renormalize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionLoss(Losses):
+    """Inner losses, and the prediction loss."""
+
+    temperature: float = flag("of predictions", 1.0)
+    t_squared: bool = flag("multiply the prediction loss by temperature^2", False)
+    divergence: Literal["soft_cross_entropy", "kl", "jsd", "tvd"] = flag(
+        "of the student's predictions from the teacher's", "soft_cross_entropy"
+    )
+    alpha: float = flag("weight of the teacher's predictions; gold labels get the rest", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +164,11 @@ class AugmentOptions(Data, Output, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions(Models, Data, Losses, Grid, Training, Output):
+class TaskOptions(Models, Data, PredictionLoss, Grid, Training, Output):
     """Stage 2: intermediate, prediction, evaluation on a task."""
 
     augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
     terms: list[str] | None = flag(INNER + "; and prediction", None, metavar="TERM")
-    temperature: float = flag("of predictions", 1.0)
     labels: Literal["teacher", "gold"] = flag("learn the teacher's predictions, or gold labels alone", "teacher")
     intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None)
     intermediate_learning_rate: float | None = flag(f"default: {RECIPE}", None)
@@ -175,7 +191,7 @@ class CacheOptions(Output, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedOptions(Losses, Schedule, Training, Output, Loading):
+class CachedOptions(PredictionLoss, Schedule, Training, Output, Loading):
     """Distil from a cache of teacher outputs; no teacher runs."""
 
     cache: Path = flag("folder that the command cache wrote")
@@ -183,7 +199,6 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
     init: Literal["random", "teacher"] | None = flag("weights of a preset (default: --teacher's, if given)", None)
     terms: list[str] | None = flag("default: all that the cache serves", None, metavar="TERM")
-    temperature: float = flag("of the prediction", 1.0)
     tail: Literal["renormalize", "bucket"] = flag("other classes: left out, or taken as one", "renormalize")
     verify: bool = flag("compare every file's SHA-256 first", False)
     workers: int = flag("processes that read the cache for each one that trains; with 0 it reads for itself", 0)

@@ -404,7 +404,8 @@ def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, t
     manifest = read_manifest(folder)
     if student is not None:
         teacher, config = manifest["teacher"], teacher_config(folder)
-        check_vocabularies(student.config, config, whose=f"that of {folder} ({teacher['class']} {teacher['name']})")
+        whose = f"that of {folder} ({teacher['class']} {teacher['name']})"
+        check_vocabularies(student.config, config, tokenizer, whose=whose)
         if LOGITS in manifest["columns"]:
             check_classes(student.config, config)
     theirs = manifest["tokenizer"]

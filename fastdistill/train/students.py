@@ -60,6 +60,7 @@ def build_student(
     layer_map: str | Sequence[int | None] = "uniform",
     calibration: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
+    tokenizer: Any = None,
 ) -> PreTrainedModel:
     """Makes a student with the teacher's kind of head, vocabulary and labels (names and order).
 
@@ -72,6 +73,7 @@ def build_student(
             preset or a config. A checkpoint brings its own weights and takes None only; its classifier is made anew if
             the teacher has another number of labels.
         trust_remote_code: run the model code that a checkpoint brings along.
+        tokenizer: the teacher's; with it the two vocabularies may be padded to different sizes.
 
     Returns a float32 model in eval mode, on the CPU. Raises OSError for a folder without a model or an unknown name.
     """
@@ -83,7 +85,7 @@ def build_student(
         options |= {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
     if is_config(spec):
         config = read_config(spec, teacher, **options)
-        check_vocabularies(config, teacher.config)
+        check_vocabularies(config, teacher.config, tokenizer)
         if type(config) is type(teacher.config):
             student = type(teacher)(config).float()
         else:
@@ -94,7 +96,7 @@ def build_student(
         if init is not None:
             raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
         student = read_student(spec, kind, **options)
-        check_vocabularies(student.config, teacher.config)
+        check_vocabularies(student.config, teacher.config, tokenizer)
     return student.eval()
 
 
