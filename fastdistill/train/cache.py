@@ -413,12 +413,15 @@ def terms_served(folder: str | Path) -> list[str]:
     return [term for term, is_served in served.items() if is_served]
 
 
-def weightless_teacher(folder: str | Path) -> PreTrainedModel:
+def weightless_teacher(folder: str | Path) -> PreTrainedModel | None:
     """Returns a model of the teacher's class and config on the device "meta", without weights.
 
     `fastdistill.train.students.build_student` needs no more of a teacher for a student that does not start from it.
+    None: the cache was made from log-probabilities alone.
     """
-    name = read_manifest(folder)["teacher"]["class"]
+    name = read_manifest(folder)["teacher"].get("class")
+    if name is None:
+        return None
     if not hasattr(transformers, name):
         raise ValueError(f"{folder}: the teacher is a {name}, which transformers does not have; load it yourself")
     with torch.device("meta"):
@@ -426,20 +429,25 @@ def weightless_teacher(folder: str | Path) -> PreTrainedModel:
 
 
 def teacher_config(folder: str | Path) -> Any:
-    """Returns the transformers config of the teacher that a cache was made from."""
-    return AutoConfig.from_pretrained(folder)
+    """Returns the transformers config of a cache's teacher; None if it was made from log-probabilities alone."""
+    return AutoConfig.from_pretrained(folder) if "class" in read_manifest(folder)["teacher"] else None
 
 
 def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
     """Raises ValueError if a student or a tokenizer has another vocabulary than a cache, or a student other classes."""
     manifest = read_manifest(folder)
-    if student is not None:
-        teacher, config = manifest["teacher"], teacher_config(folder)
+    teacher, config = manifest["teacher"], teacher_config(folder)
+    if student is not None and config is not None:
         check_vocabularies(student.config, config, whose=f"that of {folder} ({teacher['class']} {teacher['name']})")
         if LOGITS in manifest["columns"]:
             check_classes(student.config, config)
+    elif student is not None and student.config.vocab_size < manifest["classes"]:
+        raise ValueError(
+            f"the student's vocabulary has {student.config.vocab_size} tokens, that of {folder} {manifest['classes']}; "
+            "both should be one vocabulary: give the student the teacher's tokenizer and vocab_size"
+        )
     theirs = manifest["tokenizer"]
-    if tokenizer is not None and (ours := vocabulary(tokenizer)) != theirs:
+    if tokenizer is not None and theirs is not None and (ours := vocabulary(tokenizer)) != theirs:
         raise ValueError(
             f"the tokenizer's vocabulary ({ours['tokens']} tokens, SHA-256 {ours['sha256'][:12]}) is not that of "
             f"{folder} ({theirs['tokens']} tokens, SHA-256 {theirs['sha256'][:12]}); use the tokenizer saved there"

@@ -648,8 +648,9 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_two_processes_share_the_shards(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; import test_cache; test_cache.write(Path(sys.argv[1]), top_k=4)"
-    (tmp_path / "main.py").write_text(f"{code}\n")
+    lines = ["import sys; from pathlib import Path; import test_cache"]
+    lines.append("test_cache.write(Path(sys.argv[1]), top_k=4, shard_bytes=1000)")
+    (tmp_path / "main.py").write_text("\n".join(lines))
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*run, tmp_path / "main.py", tmp_path / "two"],
@@ -661,4 +662,4 @@ def test_two_processes_share_the_shards(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(read_manifest(tmp_path / "two")["shards"]) > 2
-    assert read_manifest(tmp_path / "two") == read_manifest(write(tmp_path / "one", top_k=4))
+    assert read_manifest(tmp_path / "two") == read_manifest(write(tmp_path / "one", top_k=4, shard_bytes=1000))
