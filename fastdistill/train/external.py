@@ -32,8 +32,8 @@ def rows_from_vllm(outputs: Source) -> Iterator[Row]:
     """Yields rows for `write_cache_from` from the outputs of vLLM, one for each prompt and completion.
 
     A row is the prompt and, where the completion has `logprobs`, the completion. vLLM gives the distribution of a token
-    at the token's own position; here it moves to the position before, which predicts the token. Positions without one
-    (the last; the prompt's without `prompt_logprobs`) do not count.
+    at the token's own position; here it moves to the position before, which predicts the token. Tokens without one (the
+    first; the prompt's without `prompt_logprobs`) do not count: their label is -100.
 
     Args:
         outputs: what `LLM.generate` returns, or JSONL files or parsed responses of `vllm serve` (/v1/completions or
@@ -78,7 +78,7 @@ def rows_from_openai(responses: Source, tokenizer: Any) -> Iterator[Row]:
 
     The API names tokens by their text, and the tokenizer finds their ids; it must be the teacher's own. Alternatives
     that it does not have are left out, and so are answers with such a token; a warning counts both. The distribution
-    of a token moves to the position before, which predicts it. Positions of the prompt do not count.
+    of a token moves to the position before, which predicts it. Tokens of the prompt have the label -100.
 
     Args:
         responses: JSONL files or parsed responses, of chat completions (`logprobs` and `top_logprobs` requested) or of
@@ -89,7 +89,9 @@ def rows_from_openai(responses: Source, tokenizer: Any) -> Iterator[Row]:
     find, lost_entries, lost_rows, number = token_finder(tokenizer), 0, 0, -1
     for number, response in enumerate(records(responses)):
         body = (response.get("response") or {}).get("body") or response
-        for choice in body.get("choices") or ():
+        if not body.get("choices"):
+            raise ValueError(f"response {number} has no choices; leave it out")
+        for choice in body["choices"]:
             given = choice.get("logprobs") or {}
             entries = given.get("content") or legacy_entries(given)
             if not entries:
@@ -180,11 +182,12 @@ BYTES = byte_names()
 
 
 def shifted(ids: Sequence[Any], tokens: Sequence[Listed]) -> Row:
-    """Returns a row, given the distribution that each token was drawn from."""
-    following = [{i: x for i, x in (token or {}).items() if x > UNKNOWN} for token in tokens[1:]]
-    following.append({})
+    """Returns a row, given the distribution that each token was drawn from. Tokens without one are no labels."""
+    listed = [{i: x for i, x in (token or {}).items() if x > UNKNOWN} for token in tokens]
+    following = [*listed[1:], {}]
     return {
         "input_ids": list(ids),
+        "labels": [token if known else -100 for token, known in zip(ids, [{}, *listed[1:]], strict=True)],
         "topk_logprobs": [list(x.values()) for x in following],
         "topk_indices": [list(x) for x in following],
     }
@@ -212,8 +215,7 @@ def is_token_id(text: str) -> bool:
 
 def records(source: Source) -> Iterator[Any]:
     """Yields the objects of an iterable, or those of JSONL files."""
-    paths = [source] if isinstance(source, (str, Path)) else source
-    for item in paths:
+    for item in [source] if isinstance(source, (str, Path, Mapping)) else source:
         if not isinstance(item, (str, Path)):
             yield item
             continue
