@@ -209,10 +209,20 @@ class PaddingCollator(DataCollatorWithPadding):
         batch = kind(tokenizer, self.padding, self.max_length, self.pad_to_multiple_of)(plain)
         for name in cached:
             dtype = torch.int64 if name == "topk_indices" else torch.float32
-            rows = [torch.tensor(np.asarray(row[name]), dtype=dtype) for row in features]
+            rows = [torch.tensor(x, dtype=dtype) for x in of_one_width(name, [row[name] for row in features])]
             padded = pad_sequence(rows, batch_first=True)  # (B, longest row, n)
             batch[name] = F.pad(padded, (0, 0, 0, batch["input_ids"].shape[1] - padded.shape[1]))
         return without_full_mask(batch)
+
+
+def of_one_width(name: str, rows: list[Any]) -> list[np.ndarray]:
+    """Returns a column's rows as arrays (L, n). Shorter lists, and None, are filled: a free place has probability 0."""
+    if name.startswith("hidden") or all(isinstance(row, np.ndarray) for row in rows):
+        return [np.asarray(row) for row in rows]
+    widest = max(1, *(0 if entries is None else len(entries) for row in rows for entries in row))
+    fill = [-np.inf if name == "topk_logprobs" else 0]
+    lists = [[[] if entries is None else list(entries) for entries in row] for row in rows]
+    return [np.array([entries + fill * (widest - len(entries)) for entries in row]) for row in lists]
 
 
 class OwnRows(TorchIterableDataset[Any]):

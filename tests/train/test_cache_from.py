@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from _oracle import error
+from datasets import Dataset
 from test_cache import QUICK, causal, command, distribution, history, rows
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
@@ -201,6 +202,19 @@ def test_log_probabilities_at_the_wrong_position_are_noticed(
         caplog.clear()
         write_from(tmp_path / "cache", given, overwrite=True)
         assert ("move both columns by one" in caplog.text) is is_noticed
+
+
+def test_rows_made_by_hand_are_padded() -> None:
+    """Rows that `write_cache_from` never saw, with lists of any length, as datasets hands them out."""
+    given = [
+        {"input_ids": [4, 5], "topk_logprobs": [[-1.0, -0.5], None], "topk_indices": [[7, 3], None]},
+        {"input_ids": [6], "topk_logprobs": [[-2.0]], "topk_indices": [[9]]},
+    ]
+    batch = PaddingCollator(_tiny.tokenizer())(list(Dataset.from_list(given)))
+    assert batch["topk_indices"].tolist() == [[[7, 3], [0, 0]], [[9, 0], [0, 0]]]
+    nothing = -np.inf
+    assert batch["topk_logprobs"].tolist() == [[[-1.0, -0.5], [nothing] * 2], [[-2.0, nothing], [0, 0]]]
+    assert not batch["attention_mask"][1, 1]  # the last position is padding
 
 
 # -- training ------------------------------------------------------------------------------------------------
