@@ -103,6 +103,17 @@ def test_positions_may_have_any_number_of_entries(tmp_path: Path) -> None:
     assert read_manifest(folder)["missing"] == 2
 
 
+def test_bytes_of_a_token(tmp_path: Path) -> None:
+    """Everything is counted: files and offsets of Arrow, input_ids and labels, 50 of 151936 classes."""
+    rng, row = np.random.default_rng(0), {"input_ids": [7] * 1024, "labels": [7] * 1024}
+    row["topk_logprobs"] = np.log(rng.dirichlet(np.ones(50), 1024))
+    row["topk_indices"] = np.stack([rng.choice(151936, 50, replace=False) for _ in range(1024)])
+    for bits, most in ((8, 160), (16, 210)):
+        write_cache_from([row] * 8, 151936, tmp_path / f"{bits}", top_k=50, logprobs_bits=bits)
+        size = sum(shard["bytes"] for shard in read_manifest(tmp_path / f"{bits}")["shards"])
+        assert size / (8 * 1024) < most
+
+
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     write_cache_from(scored(), 60, tmp_path / "cache", top_k=2)
     assert read_manifest(tmp_path / "cache")["tokenizer"] is None
