@@ -217,7 +217,7 @@ class PaddingCollator(DataCollatorWithPadding):
 
 def of_one_width(name: str, rows: list[Any]) -> list[np.ndarray]:
     """Returns a column's rows as arrays (L, n). Shorter lists, and None, are filled: a free place has probability 0."""
-    if name.startswith("hidden") or all(isinstance(row, np.ndarray) for row in rows):
+    if name not in ("topk_logprobs", "topk_indices") or all(isinstance(row, np.ndarray) for row in rows):
         return [np.asarray(row) for row in rows]
     widest = max(1, *(0 if entries is None else len(entries) for row in rows for entries in row))
     fill = [-np.inf if name == "topk_logprobs" else 0]
