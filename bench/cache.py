@@ -26,6 +26,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from fastdistill.train.cache import file_identity, read_cache, read_manifest, write_cache
+from fastdistill.train.cache_from import write_cache_from
 from fastdistill.train.capture import capture
 from fastdistill.train.data import PaddingCollator, pack_corpus
 from fastdistill.train.model import DistillationModel, has_linear_head
@@ -178,7 +179,27 @@ def codec(k: int = 50, classes: int = 151936, tokens: int = 20_000, row: int = 5
             lost = divergence(logp, of_logprobs.decode(of_logprobs.encode(logp)))
             mode = np.exp(logp[:, 0]).mean()
             print(f"{bits} bits, probability of the first {mode:.2f}: KL {lost.mean():.1e}, at most {lost.max():.1e}")
-        print(rates(f"log-probabilities, {bits} bits", of_logprobs, np.tile(logp, (tokens // 500, 1)), row))
+        logprobs = np.tile(logp, (tokens // 500, 1))
+        print(rates(f"log-probabilities, {bits} bits", of_logprobs, logprobs, row))
+        print(f"{bits} bits, {whole_cache(logprobs, indices, classes, bits, row)}")
+
+
+def whole_cache(logprobs: np.ndarray, indices: np.ndarray, classes: int, bits: int, row: int) -> str:
+    given = [
+        {"input_ids": [0] * row, "topk_logprobs": logprobs[i : i + row], "topk_indices": indices[i : i + row]}
+        for i in range(0, len(indices) - row, row)
+    ]
+    tokens = len(given) * row
+    with tempfile.TemporaryDirectory() as work:
+        folder, k = Path(work) / "cache", indices.shape[1]
+        writing = seconds(lambda: write_cache_from(given, classes, folder, top_k=k, logprobs_bits=bits))
+        rows, stored = read_cache(folder), sum(shard["bytes"] for shard in read_manifest(folder)["shards"])
+        batches = np.random.default_rng(0).permutation(len(rows))[: len(rows) // 8 * 8].reshape(-1, 8).tolist()
+        reading = min(seconds(lambda: [rows.__getitems__(batch) for batch in batches]) for _ in range(3))
+    return (
+        f"a whole cache: {stored / tokens:.0f} bytes a token with input_ids; write_cache_from {tokens / writing:,.0f}, "
+        f"read_cache in shuffled batches of 8 {8 * row * len(batches) / reading:,.0f} tokens a second"
+    )
 
 
 def rates(name: str, feature: Any, values: np.ndarray, row: int) -> str:

@@ -216,37 +216,37 @@ def most_probable(
     if (counts != others).any():
         at = int((counts != others).argmax())
         raise ValueError(f"position {at} has {counts[at]} topk_logprobs and {others[at]} topk_indices")
-    listed = np.full((len(counts), size), -np.inf, np.float32)
-    classes_listed = np.full((len(counts), size), classes, np.int64)
-    if not counts.any():
-        return listed, classes_listed
-    values, chosen = (np.concatenate([np.asarray(x) for x in lists if x is not None]) for lists in (logprobs, indices))
-    values, chosen = values.astype(np.float64), chosen.astype(np.int64)
-    place = np.repeat(np.arange(len(counts)), counts)
-    check_entries(values, chosen, place, classes)
-    order = np.lexsort((chosen, -values, place))
-    rank = np.arange(len(place)) - np.repeat(offsets(counts)[:-1], counts)
-    kept = rank < size
-    listed[place[kept], rank[kept]] = values[order][kept]
-    classes_listed[place[kept], rank[kept]] = chosen[order][kept]
-    return ascending(listed, classes_listed)
+    shape = len(counts), max(size, int(counts.max()))
+    values, chosen = np.full(shape, -np.inf), np.full(shape, classes, np.int64)
+    if counts.any():
+        is_used = np.arange(shape[1]) < counts[:, None]
+        values[is_used] = np.concatenate([np.asarray(x, np.float64) for x in logprobs if x is not None])
+        chosen[is_used] = np.concatenate([np.asarray(x, np.int64) for x in indices if x is not None])
+        check_entries(values, chosen, is_used, classes)
+    values, chosen = ascending(values, chosen)
+    if (twice := (np.diff(chosen, axis=1) == 0) & (chosen[:, 1:] < classes)).any():
+        at, place = np.argwhere(twice)[0]
+        raise ValueError(f"position {at} has class {chosen[at, place]} twice")
+    if shape[1] > size:
+        best = np.sort(np.argsort(-values, axis=1, kind="stable")[:, :size], axis=1)
+        values, chosen = np.take_along_axis(values, best, 1), np.take_along_axis(chosen, best, 1)
+    return values.astype(np.float32), chosen
 
 
-def check_entries(values: np.ndarray, chosen: np.ndarray, place: np.ndarray, classes: int) -> None:
-    """Raises ValueError for entries of positions `place` that are no log-probabilities of different classes."""
-    for wrong, message in (
-        (~((values <= 1e-3) | np.isneginf(values)), "has the log-probability {}; it should be at most 0"),
-        ((chosen < 0) | (chosen >= classes), f"has the class {{}}; it should be 0 to {classes - 1}"),
+def check_entries(values: np.ndarray, chosen: np.ndarray, is_used: np.ndarray, classes: int) -> None:  # (L, n) each
+    """Raises ValueError for entries that are no log-probabilities of classes."""
+    for x, wrong, message in (
+        (values, ~(values <= 1e-3), "has the log-probability {}; it should be at most 0"),
+        (
+            chosen,
+            is_used & ((chosen < 0) | (chosen >= classes)),
+            f"has the class {{}}; it should be 0 to {classes - 1}",
+        ),
     ):
         if wrong.any():
-            at = int(wrong.argmax())
-            raise ValueError(f"position {place[at]} {message.format((values, chosen)['class' in message][at])}")
-    order = np.lexsort((chosen, place))
-    twice = (np.diff(place[order]) == 0) & (np.diff(chosen[order]) == 0)
-    if twice.any():
-        at = order[int(twice.argmax())]
-        raise ValueError(f"position {place[at]} has class {chosen[at]} twice")
-    total = np.bincount(place, np.exp(values))
+            at = tuple(np.argwhere(wrong)[0])
+            raise ValueError(f"position {at[0]} {message.format(x[at])}")
+    total = np.exp(values).sum(1)
     if total.max() > 1.05:
         raise ValueError(
             f"the probabilities of position {total.argmax()} sum to {total.max():.3g}; topk_logprobs should be natural "
