@@ -72,10 +72,14 @@ def write_cache_from(
     check_storage(logprobs_bits, shard_bytes)
     classes = tokenizer if isinstance(tokenizer, int) else token_ids(tokenizer)
     writer = _Writer(topk_features(top_k, classes, logprobs_bits), shard_bytes)
-    about: dict[str, Any] = {"format": FORMAT, "teacher": {"name": teacher, "vocab_size": classes}, "top_k": top_k,
-                  "classes": classes, "hidden": [], "tokenizer": None}  # fmt: skip
-    if not isinstance(tokenizer, int):
-        about["tokenizer"] = vocabulary(tokenizer)
+    about = {
+        "format": FORMAT,
+        "teacher": {"name": teacher, "vocab_size": classes},
+        "tokenizer": None if isinstance(tokenizer, int) else vocabulary(tokenizer),
+        "top_k": top_k,
+        "classes": classes,
+        "hidden": [],
+    }
     on_main(lambda: _write(rows, writer, Path(output), about, tokenizer, overwrite))
 
 
@@ -153,8 +157,9 @@ class _Writer:
             raise ValueError(f"it has the columns {sorted(row)}; it should have {', '.join(lacking)}")
         columns = {name: x.tolist() if hasattr(x, "tolist") else x for name, x in row.items() if name not in TOPK}
         columns.pop("length", None)
-        if self.columns and columns.keys() != self.columns.keys():
-            raise ValueError(f"it has the columns {sorted(columns)}; the rows before have {sorted(self.columns)}")
+        before = self.columns or self.own or columns
+        if columns.keys() != before.keys():
+            raise ValueError(f"it has the columns {sorted(columns)}; the rows before have {sorted(before)}")
         length, classes = len(columns["input_ids"]), self.features["topk_indices"].classes
         for name in {*TOPK, "labels", "position_ids", "attention_mask"} & row.keys():
             if not np.isscalar(row[name]) and len(row[name]) != length:

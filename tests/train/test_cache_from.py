@@ -187,6 +187,8 @@ def test_columns_that_change_their_type(tmp_path: Path) -> None:
     for shard_bytes in (1, 10_000):  # in different files, and in one
         with pytest.raises(ValueError, match=r"rows \d to 1: their columns have different types"):
             write_from(tmp_path / "cache", given, shard_bytes=shard_bytes)
+        with pytest.raises(ValueError, match=r"row 1: it has the columns \['input_ids'\]; the rows before have .*note"):
+            write_from(tmp_path / "cache", [given[0], position([-1.0], [2])], shard_bytes=shard_bytes)
 
 
 def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
