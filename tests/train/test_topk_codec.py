@@ -56,14 +56,15 @@ def test_any_log_probabilities_come_back_within_a_step(data: Any, bits: int) -> 
     k = data.draw(st.integers(1, 9))
     entry = st.one_of(st.floats(-60, 10, width=32), st.just(-np.inf))
     raw = np.array(data.draw(st.lists(st.lists(entry, min_size=k, max_size=k), min_size=1, max_size=4)), np.float32)
-    exact = raw - np.where(np.isfinite(raw), raw, -np.inf).max(1, keepdims=True, initial=-100)  # the highest is 0
+    highest = data.draw(st.floats(-20, 0, width=32))
+    exact = raw - np.where(np.isfinite(raw), raw, -np.inf).max(1, keepdims=True, initial=-100) + np.float32(highest)
     found = TopkLogprobs(k, bits).decode(TopkLogprobs(k, bits).encode(exact))
     assert found.dtype == np.float32
     finite = np.isfinite(exact)
     assert (np.isneginf(found) == ~finite).all()
-    kept = np.where(finite, np.maximum(exact, -RANGE), 0)
+    kept = np.where(finite, np.maximum(exact, highest - RANGE), highest)
     step = 1.5 * (kept.max(1) - kept.min(1)).clip(2**-14) * 1.001 / (2**bits - 2)
-    assert (np.abs(np.where(finite, found, 0) - kept) <= step[:, None] + 1e-5).all()
+    assert (np.abs(np.where(finite, found, highest) - kept) <= step[:, None] + 1e-5).all()
     with np.errstate(divide="ignore"):
         masses = [np.exp(x.astype(np.float64)).sum(1) for x in (exact, found)]
     np.testing.assert_allclose(masses[1], masses[0], rtol=1e-5)
