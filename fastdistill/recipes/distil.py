@@ -98,6 +98,10 @@ def cached_teacher(options: CachedOptions, name: str) -> Any:
     A bare encoder is not compared, because its pooler may be random.
     """
     theirs = cache.read_manifest(options.cache)["teacher"]
+    if "class" not in theirs:
+        raise ValueError(
+            f"--teacher is {name}; cache {options.cache} was made elsewhere, without a teacher: leave it out"
+        )
     teacher, _ = load_model(name, theirs["class"], trust_remote_code=options.trust_remote_code)
     if teacher.base_model is teacher:
         return teacher
@@ -287,6 +291,10 @@ def make_student(
 ) -> Any:
     """Returns the student. `rows` fold one from the teacher, which leaves its first projections in `scratch`."""
     torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
+    if teacher is None:  # of a cache that was made elsewhere
+        if is_config(spec):
+            raise ValueError(f"--student is {spec}; a cache made elsewhere has no teacher's config: pass a checkpoint")
+        return load_model(spec, trust_remote_code=options.trust_remote_code)[0]
     init = "random" if is_config(spec) else options.init
     student = build_student(
         spec, teacher, init=init, trust_remote_code=options.trust_remote_code, tokenizer=tokenizer

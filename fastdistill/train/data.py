@@ -210,12 +210,24 @@ class PaddingCollator(DataCollatorWithPadding):
         batch = kind(tokenizer, self.padding, self.max_length, self.pad_to_multiple_of)(plain)
         for name in cached:
             dtype = torch.int64 if name in ("topk_indices", "position_ids") else torch.float32
-            rows = [torch.tensor(np.asarray(row[name]), dtype=dtype) for row in features]
+            given = [row[name] for row in features]
+            lists = given if name == "position_ids" else of_one_width(name, given)
+            rows = [torch.tensor(x, dtype=dtype) for x in lists]
             padded = pad_sequence(rows, batch_first=True, padding_side=side)  # (B, longest row) or (B, longest row, n)
             more = batch["input_ids"].shape[1] - padded.shape[1]
             of_length = (more, 0) if side == "left" else (0, more)
             batch[name] = F.pad(padded, (0, 0, *of_length) if padded.dim() == 3 else of_length)
         return without_full_mask(batch)
+
+
+def of_one_width(name: str, rows: list[Any]) -> list[np.ndarray]:
+    """Returns a column's rows as arrays (L, n). Shorter lists, and None, are filled: a free place has probability 0."""
+    if name not in ("topk_logprobs", "topk_indices") or all(isinstance(row, np.ndarray) for row in rows):
+        return [np.asarray(row) for row in rows]
+    widest = max(1, *(0 if entries is None else len(entries) for row in rows for entries in row))
+    fill = [-np.inf if name == "topk_logprobs" else 0]
+    lists = [[[] if entries is None else list(entries) for entries in row] for row in rows]
+    return [np.array([entries + fill * (widest - len(entries)) for entries in row]) for row in lists]
 
 
 class OwnRows(TorchIterableDataset[Any]):
