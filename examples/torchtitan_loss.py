@@ -42,7 +42,7 @@ class RandomTokens:
 
 # [distil]
 class Distiller(DistillationMixin, Trainer):
-    distillation = {"divergence": "kl", "alpha": 0.5, "temperature": 2.0}  # noqa: RUF012
+    distillation = {"divergence": "kl", "alpha": 0.5, "temperature": 2.0}
 
     def build_teacher(self):
         teacher = Transformer(SIZES["teacher"])

@@ -1,0 +1,166 @@
+"""Every example runs as it stands; the loops also on two processes, with their steps against float64.
+
+torchrun starts this file twice, on the CPU with gloo, and runs the loops there.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+EXAMPLES = ROOT / "examples"
+RATE = 1.0
+ALPHA = 0.5  # of the examples
+
+
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    """Runs an example as a script; returns its globals."""
+    sys.argv = [f"{name}.py", *arguments]
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+
+
+# -- one process -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("tiny", "torchtitan_loss")),
+)
+def test_an_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch and its packages in this process. Each trains a student, which changes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [])
+    found = run(name)
+    student = found["trainer"].model if "student" not in found else found["student"]
+    begun = reloaded(found)
+    student = getattr(student, "module", student)
+    assert any(not torch.equal(p.cpu(), q) for p, q in zip(student.parameters(), begun.parameters(), strict=True))
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+def reloaded(found: dict[str, Any]) -> Any:
+    if name := found.get("SentenceTransformer"):
+        return name(found["STUDENT"])
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(found["STUDENT"])
+
+
+# -- the page "In your trainer" ----------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_examples() -> None:
+    """Each fenced block after `<!-- examples/FILE.py NAME -->` is the part of that file between `# [NAME]` and
+    `# [end]`, and every example that runs is shown."""
+    page = (ROOT / "docs" / "in_your_trainer.md").read_text()
+    shown = re.findall(r"<!-- examples/(\w+\.py) (\w+) -->\n```python\n(.*?)```", page, re.DOTALL)
+    for file, part, block in shown:
+        (code,) = re.findall(rf"# \[{part}\]\n(.*?)# \[end\]", (EXAMPLES / file).read_text(), re.DOTALL)
+        assert block.strip() == code.strip(), f"{file} {part}"
+    assert {file for file, *_ in shown} == {path.name for path in EXAMPLES.glob("*.py")} - {"tiny.py"}
+
+
+# -- two processes -----------------------------------------------------------------------------------------------
+
+
+class PlainSGD(torch.optim.SGD):
+    """Takes the place of AdamW in the examples, so that the step of the weights is the gradient."""
+
+    def __init__(self, parameters: Any, *_: Any, **__: Any) -> None:
+        super().__init__(parameters, RATE)
+
+
+def right_step(student: Any, teacher: Any, step: list[dict[str, Tensor]]) -> None:
+    """Steps `student` by SGD on the mean over all labels of the batches, from full logits in float64."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for batch in step:
+        mask = batch["attention_mask"]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
+        counted = batch["labels"][:, 1:] != -100
+        z_s, z_t = (model(**inputs).logits[:, :-1][counted] for model in (student, teacher))
+        log_s, log_t = z_s.log_softmax(-1), z_t.detach().log_softmax(-1)
+        soft = (log_t.exp() * (log_t - log_s)).sum()
+        hard = nn.functional.cross_entropy(z_s, batch["labels"][:, 1:][counted], reduction="sum")
+        total, count = total + ALPHA * soft + (1 - ALPHA) * hard, count + int(counted.sum())
+    (total / count).backward()
+    with torch.no_grad():
+        for p in student.parameters():
+            p -= RATE * p.grad
+            p.grad = None
+
+
+def check_steps(found: dict[str, Any], student: nn.Module, steps: list[list[dict[str, Tensor]]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    right, teacher = (AutoModelForCausalLM.from_pretrained(found[name]).double() for name in ("STUDENT", "TEACHER"))
+    begun = copy.deepcopy(right)
+    for step in steps:
+        right_step(right, teacher, step)
+    for (name, p), q, start in zip(student.named_parameters(), right.parameters(), begun.parameters(), strict=True):
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        error = (whole.double() - q).norm() / (q - start).norm()
+        assert error < 1e-4, f"{found['__file__']} {name}: {error}"
+        first = whole.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, whole), f"{found['__file__']} {name} differs between the processes"
+
+
+def loops() -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    torch.optim.AdamW = PlainSGD  # type: ignore[misc, assignment]
+    import lightning
+    from tiny import batches
+    from transformers import AutoTokenizer
+
+    def run_and_check(name: str, *arguments: str, micro_batches: int = 1, **changed: Any) -> None:
+        found = run(name, *arguments)
+        rows = batches(AutoTokenizer.from_pretrained(found["STUDENT"]))
+        size = 2 * micro_batches
+        steps = [rows[i : i + size] for i in range(0, len(rows), size)]
+        student = found["student"]
+        check_steps(found, getattr(student, "module", student), steps[: changed.get("steps")])
+
+    run_and_check("bare_loop", "ddp")
+    run_and_check("bare_loop", "fsdp2")
+    run_and_check("accelerate_loop", micro_batches=2)
+    run_and_check("lightning_module", steps=2)
+    assert lightning.Trainer().world_size == dist.get_world_size() == 2
+
+
+def titan() -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    import _torchtitan_cpu  # noqa: F401 - before torchtitan
+
+    run("torchtitan_loss", "--model.name", "tiny", "--model.flavor", "student", "--training.steps", "2",
+        "--training.seq_len", "16", "--training.local_batch_size", "2", "--job.dump_folder", os.getcwd())  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["loops", "titan"])
+def test_two_processes(what: str, tmp_path: Path) -> None:
+    import _processes
+
+    done = _processes.run([*_processes.TORCHRUN, __file__, what, tmp_path], tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+if __name__ == "__main__":
+    what, folder = sys.argv[1:]
+    os.chdir(folder)
+    {"loops": loops, "titan": titan}[what]()
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
