@@ -4,8 +4,8 @@ from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
-from tiny import batches, language_models
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import language_models, rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from fastdistill.integrations import causal_lm_loss
 
@@ -16,7 +16,9 @@ accelerator = Accelerator()
 student = AutoModelForCausalLM.from_pretrained(STUDENT).train()
 teacher = AutoModelForCausalLM.from_pretrained(TEACHER).eval().to(accelerator.device)
 optimizer = torch.optim.AdamW(student.parameters(), 1e-4)
-loader = torch.utils.data.DataLoader(batches(AutoTokenizer.from_pretrained(STUDENT)), batch_size=None)
+tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+collator = DataCollatorForSeq2Seq(tokenizer)  # pads labels with -100
+loader = torch.utils.data.DataLoader(rows(tokenizer), batch_size=4, collate_fn=collator)
 student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
 
 # [distil]

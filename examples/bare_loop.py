@@ -10,10 +10,10 @@ import sys
 
 import torch
 import torch.distributed as dist
-from tiny import batches, language_models
+from tiny import language_models, rows
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from fastdistill.integrations import causal_lm_loss
 
@@ -32,10 +32,13 @@ if processes > 1:
     else:
         student = DistributedDataParallel(student)
 optimizer = torch.optim.AdamW(student.parameters(), 1e-4)
+tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+collator = DataCollatorForSeq2Seq(tokenizer)  # pads labels with -100
+loader = torch.utils.data.DataLoader(rows(tokenizer)[rank::processes], batch_size=4, collate_fn=collator)
 
 # [distil]
-for batch in batches(AutoTokenizer.from_pretrained(STUDENT))[rank::processes]:
-    batch = {name: x.to(device) for name, x in batch.items()}
+for batch in loader:
+    batch = batch.to(device)
     num_items = (batch["labels"][:, 1:] != -100).sum()
     if processes > 1:
         dist.all_reduce(num_items)

@@ -2,8 +2,8 @@
 
 import lightning
 import torch
-from tiny import batches, language_models
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import language_models, rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 from fastdistill.integrations import causal_lm_loss
 
@@ -34,6 +34,8 @@ class Distiller(lightning.LightningModule):
 
 if __name__ == "__main__":
     student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in (STUDENT, TEACHER))
-    loader = torch.utils.data.DataLoader(batches(AutoTokenizer.from_pretrained(STUDENT)), batch_size=None)
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT)
+    collator = DataCollatorForSeq2Seq(tokenizer)  # pads labels with -100
+    loader = torch.utils.data.DataLoader(rows(tokenizer), batch_size=4, collate_fn=collator)
     trainer = lightning.Trainer(max_steps=2, logger=False, enable_checkpointing=False)
     trainer.fit(Distiller(student.train(), teacher), loader)

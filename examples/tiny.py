@@ -1,5 +1,6 @@
 """Makes what the examples run on: random models of a few thousand weights, a tokenizer and chats of random words."""
 
+import functools
 import random
 import tempfile
 
@@ -14,6 +15,7 @@ CHAT_TEMPLATE = (
 )
 
 
+@functools.cache
 def language_models():
     """Returns folders with a student and a teacher, for AutoModelForCausalLM and AutoTokenizer."""
     common = {"vocab_size": len(WORDS), "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0,
@@ -56,15 +58,10 @@ def chats(count=16):
     ]
 
 
-def batches(tokenizer, count=8, rows=4):
-    """Returns batches of chats whose prompts and padding are labelled -100."""
+def rows(tokenizer, count=32):
+    """Returns tokenised chats whose prompts are labelled -100, for DataCollatorForSeq2Seq, which pads them."""
     found = []
-    for start in range(0, count * rows, rows):
-        prompts, completions = (texts(count * rows, seed)[start : start + rows] for seed in (0, 1))
-        chats = [f"{prompt} {completion}" for prompt, completion in zip(prompts, completions, strict=True)]
-        batch = tokenizer(chats, padding=True, return_tensors="pt")
-        lengths = torch.tensor([len(tokenizer(prompt).input_ids) for prompt in prompts])[:, None]
-        position = batch["attention_mask"].cumsum(-1)  # from 1 on, after the padding
-        labels = batch["input_ids"].masked_fill(position <= lengths, -100)
-        found.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels})
+    for prompt, completion in zip(texts(count), texts(count, seed=1), strict=True):
+        a, b = tokenizer(prompt).input_ids, tokenizer(completion).input_ids
+        found.append({"input_ids": a + b, "labels": [-100] * len(a) + b})
     return found

@@ -4,7 +4,6 @@ torchrun --nproc-per-node 1 examples/torchtitan_loss.py --model.name tiny --mode
 """
 
 import dataclasses
-import sys
 
 import torch
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
@@ -58,5 +57,4 @@ if __name__ == "__main__":
     spec = get_train_spec("llama3")
     tiny = {"model_args": SIZES, "build_tokenizer_fn": None, "build_dataloader_fn": RandomTokens}
     register_train_spec("tiny", dataclasses.replace(spec, **tiny))
-    sys.argv += [] if len(sys.argv) > 1 else ["--model.name", "tiny", "--model.flavor", "student"]
     main(Distiller)

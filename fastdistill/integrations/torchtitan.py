@@ -75,7 +75,7 @@ class DistillationMixin:
 
             def carrier(x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
                 loss = self.loss_of_rows(x, head.weight, hidden, weight, student_bias=head.bias, **others)
-                return (loss - loss.detach()).view(1, 1, 1), loss.detach()
+                return loss.new_zeros(1, 1, 1) + (loss - loss.detach()), loss.detach()  # no view: FSDP warns of them
 
             with replaced(head_of(self.model_parts[0]), carrier) as seen:
                 output = self.model_parts[0](inputs, **arguments)
