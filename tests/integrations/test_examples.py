@@ -98,42 +98,49 @@ def right_step(student: Any, teacher: Any, batch: dict[str, Tensor]) -> None:
             p.grad = None
 
 
-def check_steps(found: dict[str, Any], student: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+def check_steps(example: str, student: nn.Module, batches: list[dict[str, Tensor]]) -> None:
+    from tiny import language_models
     from transformers import AutoModelForCausalLM
 
-    right, teacher = (AutoModelForCausalLM.from_pretrained(found[name]).double() for name in ("STUDENT", "TEACHER"))
+    right, teacher = (AutoModelForCausalLM.from_pretrained(name).double() for name in language_models())
     begun = copy.deepcopy(right)
     for batch in batches:
         right_step(right, teacher, batch)
     for (name, p), q, start in zip(student.named_parameters(), right.parameters(), begun.parameters(), strict=True):
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         error, step = (whole.double() - q).norm(), (q - start).norm()
-        assert error < 1e-4 * step + 2e-7 * q.norm(), f"{found['__file__']} {name}: {error / step}"
+        assert error < 1e-4 * step + 2e-7 * q.norm(), f"{example} {name}: {error / step}"
         first = whole.detach().clone()
         dist.broadcast(first, 0)
-        assert torch.equal(first, whole), f"{found['__file__']} {name} differs between the processes"
+        assert torch.equal(first, whole), f"{example} {name} differs between the processes"
 
 
 def loops() -> None:
     sys.path.insert(0, str(EXAMPLES))
     os.environ["ACCELERATE_USE_CPU"] = "1"  # as `accelerate launch --cpu` does
     torch.optim.AdamW = PlainSGD  # type: ignore[misc, assignment]
-    import lightning
-    from tiny import rows
-    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+    from tiny import language_models, rows
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
-    def run_and_check(name: str, *arguments: str, size: int = 8, steps: int | None = None) -> None:
-        found = run(name, *arguments)
-        student, tokenizer = found["student"], AutoTokenizer.from_pretrained(found["STUDENT"])
-        data, collator = rows(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+    student_name, teacher_name = language_models()
+    tokenizer = AutoTokenizer.from_pretrained(student_name)
+    data, collator = rows(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+    for name, arguments, size in (("bare_loop", ["ddp"], 8), ("bare_loop", ["fsdp2"], 8), ("accelerate_loop", [], 16)):
+        student = run(name, *arguments)["student"]
         batches = [collator(data[i : i + size]) for i in range(0, len(data), size)]
-        check_steps(found, getattr(student, "module", student), batches[:steps])
+        check_steps(name, getattr(student, "module", student), batches)
 
-    run_and_check("bare_loop", "ddp")
-    run_and_check("bare_loop", "fsdp2")
-    run_and_check("accelerate_loop", size=16)
-    run_and_check("lightning_module", steps=2)
-    assert lightning.Trainer().world_size == dist.get_world_size() == 2
+    import lightning
+
+    example = runpy.run_path(str(EXAMPLES / "lightning_module.py"))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(name) for name in (student_name, teacher_name))
+    sampler = torch.utils.data.DistributedSampler(data, shuffle=False)  # Lightning's own would shuffle
+    loader = torch.utils.data.DataLoader(data, 4, sampler=sampler, collate_fn=collator)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 2}
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", **quiet)
+    trainer.fit(example["Distiller"](student.train(), teacher), loader)
+    check_steps("lightning_module", student, [collator(data[:8]), collator(data[8:16])])
+    assert dist.get_world_size() == 2
 
 
 def titan() -> None:
