@@ -26,15 +26,16 @@ from trl import SFTConfig, SFTTrainer
 from fastdistill.integrations.transformers import CausalLMDistillationMixin
 from fastdistill.recipes.distil import finish, finished, trainer_arguments
 from fastdistill.recipes.lm_rows import read_and_tokenize
-from fastdistill.recipes.options import Divergence, LMOptions
+from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
 from fastdistill.train.cache import check_cache, read_cache, weightless_teacher
 from fastdistill.train.checkpoints import check_folder, load_model
 from fastdistill.train.data import PaddingCollator
 from fastdistill.train.objective import resolve_layer_map
+from fastdistill.train.options import Schedule
 from fastdistill.train.outputs import claim, last_checkpoint, working_folder, write_whole
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.resumable import ResumableTrainer, training_arguments
-from fastdistill.train.students import build_student, is_config, positions
+from fastdistill.train.students import auto_name, build_student, is_config, positions
 
 __all__ = ["LMTrainer", "distil_lm"]
 
@@ -55,9 +56,9 @@ def distil_lm(options: LMOptions) -> dict[str, float]:
     checkpoint = on_main(lambda: last_checkpoint(working_folder(output))) if options.resume else None
     if checkpoint is not None:
         on_main(lambda: check_settings(working_folder(output), run.settings))
+    trainer = run.trainer()
     on_main(lambda: claim(output, resume=options.resume, overwrite=options.overwrite))
     on_main(lambda: write_whole(working_folder(output) / SETTINGS, json.dumps(run.settings, indent=2) + "\n"))
-    trainer = run.trainer()
     trainer.train_whole(run.student, output, checkpoint)
     finish(output)
     return held_out(trainer.state.log_history)
@@ -159,16 +160,24 @@ class LMRun:
         return train, held
 
     def trainer(self) -> LMTrainer:
-        options, args = self.options, self.args
+        """Returns the trainer. If it refuses the models or options, no working folder is left."""
+        options, args, work = self.options, self.args, Path(self.args.output_dir)
         args.assistant_only_loss = False  # SFTTrainer refuses it for rows that are tokenised
+        args.remove_unused_columns = False  # it would remove the cached teacher's
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         is_live = options.cache is None and options.alpha > 0
-        return LMTrainer(
-            self.student, args, train_dataset=self.train_rows, eval_dataset=self.eval_rows,
-            processing_class=self.tokenizer, peft_config=lora_config(options),
-            data_collator=None if options.cache is None else CachedCollator(self.tokenizer),
-            teacher=self.teacher if is_live else None, distillation=self.distillation, base=self.make_student,
-        )  # fmt: skip
+        is_new = not work.exists()
+        try:
+            return LMTrainer(
+                self.student, args, train_dataset=self.train_rows, eval_dataset=self.eval_rows,
+                processing_class=self.tokenizer, peft_config=lora_config(options),
+                data_collator=None if options.cache is None else CachedCollator(self.tokenizer),
+                teacher=self.teacher if is_live else None, distillation=self.distillation, base=self.make_student,
+            )  # fmt: skip
+        except Exception:
+            if is_new and work.is_dir() and not any(work.iterdir()):
+                work.rmdir()
+            raise
 
 
 def load_teacher(options: LMOptions) -> tuple[Any, Any]:
@@ -193,6 +202,17 @@ def check_causal(name: str, trust_remote_code: bool) -> None:
     kinds = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)]
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise ValueError(f"{name}: a {', '.join(kinds)}; it should be a causal language model")
+
+
+def rows_for_cache(options: CacheOptions, teacher: PreTrainedModel, tokenizer: Any) -> Dataset:
+    """Returns the tokenised rows of files for `cache_teacher`, with the labels that `distil_lm` would give them."""
+    if auto_name(teacher) != "AutoModelForCausalLM":
+        raise ValueError(f"teacher is a {type(teacher).__name__}; rows of a language model need a causal one")
+    own = {"completion_only_loss": options.completion_only, "assistant_only_loss": options.assistant_only}
+    most = positions(teacher)
+    length = options.max_length or min(1024, most)
+    args = training_arguments(options.output, Schedule(), SFTConfig, max_length=length, bf16=False, **own)
+    return read_and_tokenize([str(path) for path in options.data], tokenizer, args, flag="data")
 
 
 def cached_rows(folder: Path) -> Dataset:

@@ -24,6 +24,7 @@ __all__ = ["READERS", "count_labels", "read_rows", "tokenize_rows"]
 
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 CHAT = ("messages", "conversations")  # the second has the keys from and value, which TRL renames
+TOKENIZED = ("input_ids", "labels", "seq_lengths")
 BESIDE = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
 
 
@@ -164,7 +165,7 @@ def tokenize_rows(
             f"--{flag}: no token counts: prompts fill all {args.max_length} tokens of their rows, or rows have one "
             "token alone; use a larger --max-length"
         )
-    return found
+    return found.select_columns([name for name in found.column_names if name in TOKENIZED])
 
 
 def check_tokenizer(tokenizer: Any, args: SFTConfig, is_chat: bool, is_read: bool) -> None:

@@ -167,11 +167,16 @@ class CacheOptions(Output, Loading):
     """Precompute a teacher's outputs on a data set."""
 
     teacher: str = flag("checkpoint: folder or hub name")
-    data: list[Path] = flag("text files, a paragraph a line; with --task the folder of its tsv files")
+    data: list[Path] = flag(
+        "text files, a paragraph a line; or JSONL or Parquet files of rows, as lm takes; with --task the folder of its "
+        "tsv files"
+    )
     task: str | None = flag("GLUE task whose training rows a classifier reads, instead of plain text", None)
     top_k: int | None = flag("classes of each token that a language model keeps", None)
     hidden: list[int] = flag("hidden states; 0: the embedding output", [])
-    max_length: int = flag("tokens in a block of text", 128)
+    max_length: int | None = flag("tokens in a block of text (default: 128) or in a row (default: 1024)", None)
+    completion_only: bool | None = flag("rows: learn completions alone (default: where they have a prompt)", None)
+    assistant_only: bool = flag("rows: learn the assistant's messages alone", False)
     batch_size: int = flag("rows at a time", 16)
     bf16: bool = flag("bfloat16 autocast", False)
 
