@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # the library raises these for bad input; anything else is a bug
         message = as_flags(str(error), type(options))
     except ModuleNotFoundError as error:
-        extra = "lm" if error.name in ("trl", "peft") else "train"
+        extra = "train,lm" if error.name in ("trl", "peft") else "train"
         message = f"{error.name} is not installed; the command needs pip install 'fastdistill[{extra}]'"
     except KeyboardInterrupt:
         way_on = "; run the same command with --resume to go on from the last checkpoint"

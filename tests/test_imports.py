@@ -114,7 +114,12 @@ def extras() -> dict[str, set[str]]:
 
 
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
-BROUGHT = {"pyarrow": "datasets", "pyyaml": "transformers"}  # installed with another distribution of the extra
+LM = ("fastdistill.recipes.lm", "fastdistill.recipes.lm_rows", "fastdistill.cli")  # what `fastdistill lm` imports
+BROUGHT = {
+    "pyarrow": "datasets",
+    "pyyaml": "transformers",
+    "jinja2": "torch",
+}  # installed with another distribution of the extra
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
@@ -124,7 +129,7 @@ def test_a_wing_needs_only_its_extra(module: str) -> None:
     if wing == "kernels":
         allowed |= extras()["triton"]
     elif wing not in LOSSES and module != "fastdistill":
-        allowed |= extras()["train"]
+        allowed |= extras()["train"] | (extras()["lm"] if module in LM else set())
     outside = {found.split(".")[0] for found in IMPORTS[module]} - set(sys.stdlib_module_names) - {"fastdistill"}
     needed = {DISTRIBUTIONS.get(name, name) for name in outside}
     assert {BROUGHT.get(name, name) for name in needed} <= allowed

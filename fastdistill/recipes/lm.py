@@ -28,9 +28,9 @@ from fastdistill.recipes.distil import finish, finished, trainer_arguments
 from fastdistill.recipes.lm_rows import read_and_tokenize
 from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
 from fastdistill.train.cache import check_cache, read_cache, weightless_teacher
+from fastdistill.train.causal_lm import check_options
 from fastdistill.train.checkpoints import check_folder, load_model
 from fastdistill.train.data import PaddingCollator
-from fastdistill.train.objective import resolve_layer_map
 from fastdistill.train.options import Schedule
 from fastdistill.train.outputs import claim, last_checkpoint, working_folder, write_whole
 from fastdistill.train.processes import on_main, processes
@@ -69,9 +69,11 @@ class LMRun:
 
     def __init__(self, options: LMOptions) -> None:
         self.options = options
-        self.distillation = {f.name: getattr(options, f.name) for f in fields(Divergence)}
+        loss = {f.name: getattr(options, f.name) for f in fields(Divergence)}
+        self.distillation = {f.name: loss[f.name] for f in fields(Divergence) if loss[f.name] != f.default}
+        check_options(**self.distillation)
         self.settings = {
-            **self.distillation, "teacher": options.teacher, "student": options.student, "seed": options.seed,
+            **loss, "teacher": options.teacher, "student": options.student, "seed": options.seed,
             "cache": None if options.cache is None else str(options.cache), "dataset": options.dataset,
             "lora": options.lora,
         }  # fmt: skip
@@ -80,6 +82,9 @@ class LMRun:
         self.teacher, self.tokenizer = load_teacher(options)
         self.student = self.make_student()
         self.check_tokenizer()
+        classes = min(model.config.vocab_size for model in (self.student, self.teacher) if model is not None)
+        if (options.vocab_size or 0) > classes:
+            raise ValueError(f"vocab_size is {options.vocab_size}; the models have {classes} classes")
         self.args = self.arguments()
         self.train_rows, self.eval_rows = self.rows()
 
@@ -184,9 +189,10 @@ def load_teacher(options: LMOptions) -> tuple[Any, Any]:
     """Returns the teacher and its tokenizer: a cache's without weights, none (and the student's) for labels alone."""
     trust = options.trust_remote_code
     if options.cache is not None:
+        teacher = weightless_teacher(options.cache)
         tokenizer = AutoTokenizer.from_pretrained(options.cache)
         check_cache(options.cache, tokenizer=tokenizer)
-        return weightless_teacher(options.cache), tokenizer
+        return teacher, tokenizer
     if options.teacher is None:
         if is_config(options.student):
             raise ValueError(f"student is {options.student}, a config file; --teacher gives it a tokenizer")
@@ -246,8 +252,10 @@ def lora_config(options: LMOptions) -> LoraConfig | None:
 def copy_decoder(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Copies every weight from a teacher of the same width, and its layers evenly spaced, the last one included."""
     ours, theirs = (layers_of(model) for model in (student, teacher))
-    numbers = resolve_layer_map("uniform", teacher.config.num_hidden_layers, student.config.num_hidden_layers)
-    places = [number - 1 for number in numbers[1:] if number is not None]
+    count, most = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    if count > most:
+        raise ValueError(f"init is teacher, which has {most} layers; the student has {count}: use --init random")
+    places = [(i + 1) * most // count - 1 for i in range(count)]
     source = teacher.state_dict()
     for name, x in student.state_dict().items():
         if name.startswith(ours):
@@ -286,7 +294,7 @@ class LMTrainer(CausalLMDistillationMixin, ResumableTrainer, SFTTrainer):
         self.held_out = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.training and self.distillation["alpha"] > 0:
+        if model.training and self.distillation.get("alpha", 1.0) > 0:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return SFTTrainer.compute_loss(self, model, inputs, *args, **kwargs)
 

@@ -7,6 +7,7 @@ the length of a row, packing.
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,11 @@ def tokenize_rows(
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
-    args = copy.copy(args)
+    model, args = LlamaForCausalLM(config), copy.copy(args)
     args.packing, args.eval_strategy = packing, "no"
     try:
-        found = SFTTrainer(LlamaForCausalLM(config), args, train_dataset=rows, processing_class=tokenizer).train_dataset
+        with tempfile.TemporaryDirectory() as args.output_dir:  # a trainer makes the folder
+            found = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train_dataset
     except (TemplateError, RuntimeError) as error:
         raise ValueError(f"--{flag}: {template_fault(rows, tokenizer) or error}") from error
     if not len(found) or not count_labels(found):

@@ -36,6 +36,7 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("0 or more", lambda x: 0 <= x < inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha beta"),
+    ("0 or more, and less than 1", lambda x: 0 <= x < 1, "skew lora_dropout"),
     ("a positive integer", lambda x: x >= 1, "vocab_size lora lora_alpha"),
 )
 
@@ -175,7 +176,9 @@ class CacheOptions(Output, Loading):
     top_k: int | None = flag("classes of each token that a language model keeps", None)
     hidden: list[int] = flag("hidden states; 0: the embedding output", [])
     max_length: int | None = flag("tokens in a block of text (default: 128) or in a row (default: 1024)", None)
-    completion_only: bool | None = flag("rows: learn completions alone (default: where they have a prompt)", None)
+    completion_only: bool | None = flag(
+        "rows: learn completions alone (default: where they have a prompt)", None, nargs="?", const=True
+    )
     assistant_only: bool = flag("rows: learn the assistant's messages alone", False)
     batch_size: int = flag("rows at a time", 16)
     bf16: bool = flag("bfloat16 autocast", False)
@@ -237,7 +240,9 @@ class Rows:
     dataset_config: str | None = flag("of a data set", None)
     split: str = flag("of a data set", "train")
     max_length: int | None = flag("tokens of a row (default: 1024, or fewer if the models take fewer)", None)
-    completion_only: bool | None = flag("learn completions alone (default: where rows have a prompt)", None)
+    completion_only: bool | None = flag(
+        "learn completions alone (default: where rows have a prompt)", None, nargs="?", const=True
+    )
     assistant_only: bool = flag("learn the assistant's messages alone", False)
 
 
@@ -251,6 +256,7 @@ class Divergence:
     alpha: float = flag("weight of the divergence; the labels get the rest. 0: labels alone, no teacher", 1.0)
     beta: float = flag("weight of the teacher in the mixture of jsd", 0.5)
     reverse: bool = flag("reverse kl: of the student from the teacher", False)
+    skew: float = flag("of kl: the share of the other distribution in the one it is measured against", 0.0)
     vocab_size: int | None = flag("classes that take part (default: those that both models have)", None)
 
 
