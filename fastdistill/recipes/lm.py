@@ -92,7 +92,7 @@ class LMRun:
         """Returns the student. Each call makes the same one."""
         options = self.options
         torch.manual_seed(options.seed)
-        if self.teacher is None:  # labels alone
+        if self.teacher is None:  # labels alone, or a cache that was made elsewhere
             check_causal(options.student, options.trust_remote_code)
             return load_model(options.student, "AutoModelForCausalLM", trust_remote_code=options.trust_remote_code)[0]
         copies = options.init == "teacher" and is_config(options.student)
@@ -194,8 +194,7 @@ def load_teacher(options: LMOptions) -> tuple[Any, Any]:
         check_cache(options.cache, tokenizer=tokenizer)
         return teacher, tokenizer
     if options.teacher is None:
-        if is_config(options.student):
-            raise ValueError(f"student is {options.student}, a config file; --teacher gives it a tokenizer")
+        check_causal(options.student, trust)
         return None, load_model(options.student, "AutoModelForCausalLM", trust_remote_code=trust)[1]
     check_causal(options.teacher, trust)
     return load_model(options.teacher, "AutoModelForCausalLM", trust_remote_code=trust, dtype=options.teacher_dtype)
@@ -203,6 +202,8 @@ def load_teacher(options: LMOptions) -> tuple[Any, Any]:
 
 def check_causal(name: str, trust_remote_code: bool) -> None:
     """Raises ValueError if the checkpoint `name` is of another kind than a causal language model."""
+    if is_config(name):
+        raise ValueError(f"{name}: a config file; without a teacher it should be a checkpoint")
     check_folder(name)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     kinds = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)]

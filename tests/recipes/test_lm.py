@@ -228,6 +228,16 @@ class TestSteps:
         gradient = expected_step(files, rows_of(files, "chat.jsonl"), 0.0)
         assert error_of_step(files, tmp_path / "out", gradient) < 1e-4
 
+    def test_options_of_trl_and_a_config_file(self, files: Path, tmp_path: Path) -> None:
+        """Rows that run into each other (packing_strategy wrapped) have one loss more for each seam."""
+        (tmp_path / "run.yaml").write_text("packing_strategy: wrapped\nmax_length: 64\npacking: true\nalpha: 0.9\n")
+        options = ("--config", tmp_path / "run.yaml", "--batch-size", 50, "--alpha", 1)
+        assert cli.main(command(files, tmp_path / "out", *PLAIN_STEP, *options, data="text.txt")) == 0
+        joined = "".join(text for text, _ in rows_of(files, "text.txt"))
+        rows = [(joined[i : i + 64], "x" * 64) for i in range(0, len(joined), 64)]
+        rows = [(text, mask[: len(text)]) for text, mask in rows]
+        assert error_of_step(files, tmp_path / "out", expected_step(files, rows)) < 1e-4
+
     def test_cached_teacher(self, files: Path, tmp_path: Path) -> None:
         """A cache of all classes gives the live step, up to the rounding of its log-probabilities."""
         argv = ["cache", "--teacher", files / "teacher", "--data", files / "chat.jsonl", "--assistant-only"]
@@ -421,6 +431,9 @@ class TestBadInput:
             ("chat.jsonl", ("--alpha", 1.5), "--alpha is 1.5; it should be from 0 to 1"),
             ("chat.jsonl", ("--lora", 0), "--lora is 0; it should be a positive integer"),
             ("chat.jsonl", ("--vocab-size", 1000), "--vocab-size is 1000; the models have 99 classes"),
+            ("chat.jsonl", ("--divergence", "tvd", "--temperature", 0), "--temperature is 0.0; it should be"),
+            ("chat.jsonl", ("--output_dir", "x"), "this command sets --output_dir itself; use --output"),
+            ("chat.jsonl", ("--packing_strategy", "best"), "invalid choice: 'best'"),
             (None, (), "--dataset is missing"),
             (None, ("--cache", "folder"), "manifest.json: no such file"),
             ("chat.jsonl", ("--cache", "folder"), "leave out --dataset"),
