@@ -118,7 +118,7 @@ class LMRun:
             return
         theirs = self.tokenizer.get_vocab()
         if ours != theirs:
-            token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[1])))
+            token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[::-1])))
             raise ValueError(
                 f"student is {self.options.student}, whose tokenizer differs from the teacher's ({token[0]!r} is not "
                 f"token {token[1]} of both); both models should read the same token ids: choose a student of the "
