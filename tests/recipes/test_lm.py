@@ -463,6 +463,7 @@ def test_two_processes_learn_what_one_does(files: Path, tmp_path: Path) -> None:
     from _processes import TORCHRUN, run
 
     options = ("--assistant-only", "--epochs", 2, "--learning-rate", 1e-2, "--eval", files / "chat.jsonl")
+    options += ("--per_device_eval_batch_size", 5)  # 12 rows: some are repeated to fill the last batches
     assert cli.main(command(files, tmp_path / "one", *options, "--batch-size", 4)) == 0
     done = run([*TORCHRUN, __file__, *command(files, tmp_path / "two", *options, "--batch-size", 2)], tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
