@@ -291,6 +291,8 @@ class LMTrainer(CausalLMDistillationMixin, ResumableTrainer, SFTTrainer):
 
     def __init__(self, *args: Any, base: Callable[[], PreTrainedModel], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("fsdp is set; accelerate shards on accelerators only: leave it out on a CPU")
         self.base = base
         self.held_out = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
 

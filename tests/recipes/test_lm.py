@@ -459,12 +459,16 @@ class TestBadInput:
 # -- two processes: torchrun starts this file twice ------------------------------------------------------------
 
 
-def test_two_processes_learn_what_one_does(files: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes_learn_what_one_does(files: Path, tmp_path: Path, sharded: bool) -> None:
     from _processes import TORCHRUN, run
 
     options = ("--assistant-only", "--epochs", 2, "--learning-rate", 1e-2, "--eval", files / "chat.jsonl")
     options += ("--per_device_eval_batch_size", 5)  # 12 rows: some are repeated to fill the last batches
     assert cli.main(command(files, tmp_path / "one", *options, "--batch-size", 4)) == 0
+    if sharded:
+        config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+        options += ("--fsdp", "full_shard", "--fsdp_config", json.dumps(config), "--gradient_checkpointing", "false")
     done = run([*TORCHRUN, __file__, *command(files, tmp_path / "two", *options, "--batch-size", 2)], tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
@@ -476,6 +480,10 @@ def test_two_processes_learn_what_one_does(files: Path, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
+    from _processes import shard_on_cpu
+
+    if "--fsdp" in sys.argv:
+        shard_on_cpu()
     code = cli.main(sys.argv[1:])
     torch.distributed.barrier()
     sys.stdout.flush()
