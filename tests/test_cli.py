@@ -596,7 +596,16 @@ FLAGS = {
         "prediction-epochs learning-rates batch-sizes seeds bf16 max-steps trust-remote-code output! "
         "overwrite resume"
     ),
-    "cache": ("teacher! data! task top-k hidden max-length batch-size bf16 trust-remote-code output! overwrite resume"),
+    "cache": (
+        "teacher! data! task top-k hidden max-length completion-only assistant-only batch-size bf16 trust-remote-code "
+        "output! overwrite resume"
+    ),
+    "lm": (
+        "teacher student! init cache teacher-dtype dataset dataset-config split eval eval-split max-length "
+        "completion-only assistant-only packing divergence temperature t-squared alpha beta reverse skew vocab-size "
+        "lora lora-alpha lora-dropout lora-targets epochs batch-size learning-rate seed bf16 max-steps "
+        "trust-remote-code output! overwrite resume"
+    ),
     "train-cached": (
         "cache! student! teacher init terms layer-map projection temperature t-squared divergence alpha tail "
         "verify workers epochs batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
@@ -632,7 +641,21 @@ DEFAULTS = {
         "labels": "teacher",
         "seeds": [42],
     },
-    "cache": {"max_length": 128, "batch_size": 16},
+    "cache": {"batch_size": 16},
+    "lm": {
+        "teacher_dtype": "auto",
+        "split": "train",
+        "divergence": "kl",
+        "temperature": 1.0,
+        "alpha": 1.0,
+        "beta": 0.5,
+        "skew": 0.0,
+        "lora_dropout": 0.0,
+        "epochs": 3,
+        "batch_size": 8,
+        "learning_rate": 2e-05,
+        "seed": 42,
+    },
     "train-cached": {
         "layer_map": "uniform",
         "temperature": 1.0,
@@ -655,7 +678,7 @@ class TestFlags:
         found = {action.dest: action.required for action in parser._actions if action.dest not in ("help", "config")}
         expected = {flag.rstrip("!").replace("-", "_"): flag.endswith("!") for flag in FLAGS[command].split()}
         schedule = {"warmup": False, "scheduler": False, "weight_decay": False}  # options of the Python API
-        assert found == {**expected, **(schedule if command in ("general", "train-cached") else {})}
+        assert found == {**expected, **(schedule if command in ("general", "train-cached", "lm") else {})}
         for field in fields(kind):
             if expected.get(field.name) is False:
                 default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -711,7 +734,7 @@ class TestFlags:
             ("finetune", ("--seed", "1"), "this command sets --seed itself; use --seeds"),
             ("finetune", ("--learnin_rates", "1"), "unrecognized arguments: --learnin_rates 1"),
             ("general", ("--eval_delay", "x"), "argument --eval_delay/--eval-delay: invalid float value: 'x'"),
-            ("finetune", ("--eval_strategy", "steps"), "--eval_strategy is for task alone"),
+            ("finetune", ("--eval_strategy", "steps"), "--eval_strategy is for task and lm"),
             ("general", ("stray",), "unrecognized arguments: stray"),
         ],
     )

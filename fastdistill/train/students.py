@@ -114,7 +114,7 @@ def read_student(spec: str | Path, kind: str, *, trust_remote_code: bool, **labe
 
 
 def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
-    """Returns a checkpoint as a float32 model of an Auto class, and the names of its weights that are random.
+    """Returns a checkpoint as a model of an Auto class, float32 by default, and the names of its random weights.
 
     Random weights are those that the checkpoint lacks, and a head's if `options` change its `num_labels`. Raises
     ValueError if weights of the encoder are missing, or if any other weight has another shape than the config says.
@@ -123,7 +123,7 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     report.addFilter(is_no_load_report)
     try:
         model, loaded = kind.from_pretrained(
-            str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            str(name), output_loading_info=True, ignore_mismatched_sizes=True, **{"dtype": torch.float32, **options}
         )
     finally:
         report.removeFilter(is_no_load_report)
