@@ -26,9 +26,9 @@ def floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}; it should be floating point: cast it with .float()")
         if hasattr(x, "full_tensor"):
             raise TypeError(
-                f"{name} is a DTensor; it should be a plain tensor. Under FSDP, where each process has data of its own, "
+                f"{name} is a DTensor; it should be a plain tensor. Under FSDP, where each process has its own data, "
                 "call the op inside the forward of the module that FSDP wraps, or pass "
-                f'{name}.full_tensor(grad_placements=[Partial("avg")]), which averages its gradient over the processes. '
+                f'{name}.full_tensor(grad_placements=[Partial("avg")]), which averages its gradient over processes. '
                 f"Under tensor parallelism, where the processes share their data, pass {name}.full_tensor(): the op does "
                 "not work on shards of a vocabulary"
             )

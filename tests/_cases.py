@@ -467,9 +467,8 @@ ALL_OPTIONS = {
     "vocab_size": 31,
     "student_softcap": 5.0,
     "teacher_softcap": 7.0,
-    "student_logit_scale": 0.8,
-    "teacher_logit_scale": 1.3,
 }
+SKEWED = {"skew": 0.2, "student_logit_scale": 0.8, "teacher_logit_scale": 1.3}  # csrc has none of these
 SOFT = {"soft_cross_entropy": soft_ce_rows, "kl_div": kl_rows, "jsd": jsd_rows, "tvd": tvd_rows}
 
 
@@ -506,7 +505,7 @@ def _class_ops(
         )
         for name, soft, own in (("kl_div", kl_rows, {"reverse": True}), ("jsd", jsd_rows, {"beta": 0.2}))
     ]  # fmt: skip
-    skewed = Op(f"{prefix}kl_div", make, items(kl_rows), learned, masks, {"skew": 0.2}, f"{prefix}kl_div-skewed")
+    skewed = Op(f"{prefix}kl_div", make, items(kl_rows), learned, masks, SKEWED, f"{prefix}kl_div-skewed")
     return [*plain, reverse, skewed, *everything]
 
 

@@ -310,7 +310,7 @@ def test_item_weights_multiply_each_items_loss(op: Op, dtype: torch.dtype, backe
     weights = 3 * torch.rand(3, 5)
     weights.view(-1)[2] = 0
     masks["mask"].view(-1)[2] = True
-    per_item = op.truth({**inputs, **masks}, (), reduction="none")["value"]
+    per_item = op.truth({**inputs, **masks}, reduction="none")["value"]
     weighted = {**inputs, **masks, "item_weights": weights}
     poisoned = op.overwrite_masked(weighted, {"mask": weights != 0}, float("nan"))
     for reduction in op.reductions:
