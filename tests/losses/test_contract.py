@@ -716,6 +716,7 @@ _ATTENTION = (
 _CLASSES = "temperature t_squared labels alpha ignore_index mask vocab_size student_softcap"
 _SCALES = "teacher_softcap student_logit_scale teacher_logit_scale item_weights"
 _END = "reduction num_items backend"
+_TOPK = f"tail reverse {_CLASSES} student_logit_scale item_weights {_END}"
 _LOGITS = f"student_logits teacher_logits * {{}}{_CLASSES} {_SCALES} {_END}"
 _LINEAR = f"student student_weight teacher teacher_weight * student_bias teacher_bias {{}}{_CLASSES} {_SCALES} {_END}"
 SIGNATURES = {
@@ -730,10 +731,8 @@ SIGNATURES = {
     "linear_kl_div": _LINEAR.format("reverse skew "),
     "linear_jsd": _LINEAR.format("beta "),
     "linear_tvd": _LINEAR.format(""),
-    "topk_soft_cross_entropy": f"student_logits topk_logprobs topk_indices * tail reverse {_CLASSES} student_logit_scale item_weights {_END}",
-    "linear_topk_soft_cross_entropy": (
-        f"student student_weight topk_logprobs topk_indices * student_bias tail reverse {_CLASSES} student_logit_scale item_weights {_END}"
-    ),
+    "topk_soft_cross_entropy": f"student_logits topk_logprobs topk_indices * {_TOPK}",
+    "linear_topk_soft_cross_entropy": (f"student student_weight topk_logprobs topk_indices * student_bias {_TOPK}"),
 }
 DEFAULTS = {
     "bias": None, "mask": None, "reduction": "mean", "num_items": None, "backend": "auto",
