@@ -62,8 +62,9 @@ void rows(
     std::optional<Tensor> expected,    // (N) float32
     Tensor loss,                       // (N) float32, written
     std::optional<Tensor> gradient,    // (*, >= V), contiguous, written
-    int64_t kind, int64_t classes, double temperature, double beta, double soft_weight, double hard_weight,
-    double student_softcap, double teacher_softcap) {
+    int64_t kind, int64_t classes, double temperature, double beta, double teacher_kl, double student_kl,
+    double soft_weight, double hard_weight, double student_scale, double teacher_scale, double student_softcap,
+    double teacher_softcap) {
   const int64_t count = loss.numel();
   if (count == 0) return;
   const Element element = element_of(student);
@@ -95,8 +96,9 @@ void rows(
       per_row<float>(expected, "expected", ScalarType::Float, count),
       const_cast<float*>(per_row<float>(loss, "loss", ScalarType::Float, count)),
       gradient ? gradient->mutable_data_ptr() : nullptr,
-      student_rows, teacher_rows, count, width, classes, float(temperature), float(beta), float(soft_weight),
-      float(hard_weight), float(student_softcap), float(teacher_softcap)};
+      student_rows, teacher_rows, count, width, classes, float(temperature), float(beta), float(teacher_kl),
+      float(student_kl), float(soft_weight), float(hard_weight), float(student_scale), float(teacher_scale),
+      float(student_softcap), float(teacher_softcap)};
   launch_rows(call, element, int(kind), stream);
 }
 
@@ -106,7 +108,8 @@ STABLE_TORCH_LIBRARY(fastdistill_cuda, library) {
   library.def(
       "rows(Tensor student, Tensor teacher, Tensor? labels, Tensor? counted, Tensor? weight, Tensor? expected, "
       "Tensor(a!) loss, Tensor(b!)? gradient, int kind, int classes, float temperature, float beta, "
-      "float soft_weight, float hard_weight, float student_softcap, float teacher_softcap) -> ()");
+      "float teacher_kl, float student_kl, float soft_weight, float hard_weight, float student_scale, "
+      "float teacher_scale, float student_softcap, float teacher_softcap) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdistill_cuda, CUDA, library) { library.impl("rows", TORCH_BOX(&rows)); }

@@ -20,7 +20,8 @@ struct Call {
   Rows student_rows, teacher_rows;
   int64_t count;  // N
   int64_t width, classes;
-  float temperature, beta, soft_weight, hard_weight, student_softcap, teacher_softcap;
+  float temperature, beta, teacher_kl, student_kl, soft_weight, hard_weight;
+  float student_scale, teacher_scale, student_softcap, teacher_softcap;  // a softcap of 0: none
 };
 
 // Returns whether every row of the call starts at a multiple of 16 bytes. Other rows may touch one vector more than

@@ -75,7 +75,7 @@ __global__ __launch_bounds__(MOST_THREADS, 2) void streamed_rows(const __grid_co
 static_assert(sizeof(Held<float>) == own_bytes(true, 4) && sizeof(Held<__half>) == own_bytes(true, 2));
 static_assert(sizeof(Vector<float>) == own_bytes(false, 4) && sizeof(Vector<__half>) == own_bytes(false, 2));
 
-const char* const KINDS[] = {"soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd"};
+const char* const KINDS[] = {"soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd", "mixture"};
 
 struct Launch {
   const Call& call;
@@ -110,7 +110,8 @@ void launch_as(Launch launch, cudaStream_t stream) {
   const Problem<T> problem{
       static_cast<const T*>(c.student), static_cast<const T*>(c.teacher), c.labels, c.counted, c.weight, c.expected,
       c.loss, static_cast<T*>(c.gradient), c.student_rows, c.teacher_rows, int(c.width), int(c.classes), c.temperature,
-      c.beta, c.soft_weight, c.hard_weight, c.student_softcap, c.teacher_softcap};
+      {c.beta, c.teacher_kl, c.student_kl}, c.soft_weight, c.hard_weight, {c.student_scale, c.student_softcap},
+      {c.teacher_scale, c.teacher_softcap}, c.student_scale};
   Device device = current_device(launch);
   for (;;) {
     Plan& plan = launch.plan = ::plan(c.classes, sizeof(T), aligned(c, sizeof(T)), device);
@@ -160,6 +161,7 @@ void launch_kind(const Launch& launch, cudaStream_t stream) {
     case Kind::reverse_kl: return launch_as<Kind::reverse_kl, T>(launch, stream);
     case Kind::jsd: return launch_as<Kind::jsd, T>(launch, stream);
     case Kind::tvd: return launch_as<Kind::tvd, T>(launch, stream);
+    case Kind::mixture: return launch_as<Kind::mixture, T>(launch, stream);
   }
 }
 

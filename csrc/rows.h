@@ -11,9 +11,14 @@
 //     jsd                 sum of -beta p_t log(m / p_t) + (1 - beta) p_s c           (1 - beta) p_s (c - E_s[c]) / T
 //                                                            c = -log(m / p_s)
 //     tvd                 sum of |p_s - p_t| / 2             c = sgn(p_s - p_t)      p_s (c - E_s[c]) / 2T
+//     mixture             sum of -w_t p_t log(m / p_t) - w_s p_s log(m / p_s) - bend d
+//                                                                                    p_s (c - E_s[c]) / T
+//                                                            c = -w_s log(m / p_s) - (1 - beta) bend d / m
 //
-// where m = beta p_t + (1 - beta) p_s. Each class's difference is taken before the sum, so a student near its teacher
-// keeps its digits.
+// where m = beta p_t + (1 - beta) p_s, d = p_t - p_s and bend = (1 - beta) w_t - beta w_s. jsd is the mixture with
+// w_t = beta and w_s = 1 - beta, so bend = 0. `bend d` is the part of a term that is linear in d; over the classes it
+// adds up to 0, so it is left out of the sum. Each class's difference is taken before the sum, so a student near its
+// teacher keeps its digits.
 //
 // `held_row` is a thread's work on a row that its cluster of blocks holds on chip; `streamed_row` its work on a longer
 // row, which its block reads two or three times. Both are templates over the cluster, which provides threads, blocks,
@@ -34,7 +39,20 @@
 #define IN_KERNEL inline
 #endif
 
-enum class Kind { soft_cross_entropy, kl_div, reverse_kl, jsd, tvd };
+enum class Kind { soft_cross_entropy, kl_div, reverse_kl, jsd, tvd, mixture };
+
+struct Mixture {
+  float beta, teacher_kl, student_kl;  // w_t, w_s
+};
+
+// How a side's logits follow from the stored ones: scale, then softcap.
+struct Shape {
+  float gain;     // scale / softcap, or the scale; 0: logits are as stored
+  float softcap;  // 0: none
+
+  Shape(float scale, float softcap)
+      : gain(softcap != 0 ? scale / softcap : scale != 1 ? scale : 0), softcap(softcap) {}
+};
 
 template <class T>
 struct Problem {
@@ -49,8 +67,11 @@ struct Problem {
   Rows student_rows, teacher_rows;
   int width;    // of a row of the gradient; zero from V on
   int classes;  // V
-  float temperature, beta, soft_weight, hard_weight;
-  float student_softcap, teacher_softcap;  // 0: none
+  float temperature;
+  Mixture mixture;
+  float soft_weight, hard_weight;
+  Shape student_shape, teacher_shape;
+  float student_scale;
 };
 
 constexpr float INFINITE = __builtin_huge_valf();
@@ -108,8 +129,10 @@ IN_KERNEL void narrow(float x, float& y) { y = x; }
 IN_KERNEL void narrow(float x, __half& y) { y = __float2half_rn(x); }
 IN_KERNEL void narrow(float x, __nv_bfloat16& y) { y = __float2bfloat16_rn(x); }
 
-// Applies the softcap. -inf stays -inf: the class has probability 0.
-IN_KERNEL float capped(float z, float softcap) { return z == -INFINITE ? z : softcap * tanhf(quotient(z, softcap)); }
+// Applies scale and softcap, of which there is at least one. -inf stays -inf: the class has probability 0.
+IN_KERNEL float shaped(float z, const Shape& shape) {
+  return z == -INFINITE ? z : shape.softcap != 0 ? shape.softcap * tanhf(z * shape.gain) : z * shape.gain;
+}
 
 // Returns log(a / b), to the last digit where they are close; `excess` is a - b, summed class by class.
 IN_KERNEL float log_ratio(float excess, float a, float b) {
@@ -308,14 +331,14 @@ IN_KERNEL bool settled(Cluster& cluster, const Problem<T>& p, int row, Vector<T>
   return true;
 }
 
-// Reads four of a vector's logits, with the softcap applied.
+// Reads four of a vector's logits, with scale and softcap applied.
 template <class T>
-IN_KERNEL void logits(const Vector<T>& v, int from, float softcap, float (&z)[4]) {
+IN_KERNEL void logits(const Vector<T>& v, int from, const Shape& shape, float (&z)[4]) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) z[k] = wide(v.element[from + k]);
-  if (softcap != 0) {
+  if (shape.gain != 0) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) z[k] = capped(z[k], softcap);
+    for (int k = 0; k < 4; ++k) z[k] = shaped(z[k], shape);
   }
 }
 
@@ -334,7 +357,8 @@ struct Sums {
 };
 
 template <Kind KIND>
-constexpr bool COMPARES = KIND == Kind::jsd || KIND == Kind::tvd;  // a class's term of the loss needs p_s and p_t
+constexpr bool COMPARES =  // a class's term of the loss needs p_s and p_t
+    KIND == Kind::jsd || KIND == Kind::tvd || KIND == Kind::mixture;
 template <Kind KIND>
 constexpr bool CENTRED = KIND == Kind::reverse_kl || COMPARES<KIND>;  // the gradient needs E_s[c]
 
@@ -357,14 +381,24 @@ IN_KERNEL float weigh(float student_x, float teacher_x, float student_e, float t
 
 // Adds a class, with its probabilities, to the loss and to E_s[c]; returns p_s c.
 template <Kind KIND>
-IN_KERNEL float compare(float student_p, float teacher_p, float beta, float& loss, float& mean) {
+IN_KERNEL float compare(float student_p, float teacher_p, const Mixture& mixture, float& loss, float& mean) {
   float value;
-  if (KIND == Kind::jsd) {
+  if (KIND == Kind::jsd || KIND == Kind::mixture) {
+    const float beta = mixture.beta;
     // TINY keeps ratios of the two finite, and 1 where both probabilities are 0.
     const float student_q = student_p + TINY, teacher_q = teacher_p + TINY;
     const float difference = teacher_q - student_q;
     value = -student_p * log_of_1_plus(beta * quotient(difference, student_q));
-    loss += (1 - beta) * value - beta * teacher_q * log_of_1_plus((beta - 1) * quotient(difference, teacher_q));
+    const float teacher_value = -teacher_q * log_of_1_plus((beta - 1) * quotient(difference, teacher_q));
+    if (KIND == Kind::jsd) {
+      loss += (1 - beta) * value + beta * teacher_value;
+    } else {
+      const float bent = ((1 - beta) * mixture.teacher_kl - beta * mixture.student_kl) * difference;
+      const float of_student = (1 - beta) * student_q;
+      value *= mixture.student_kl;
+      loss += value + mixture.teacher_kl * teacher_value - bent;
+      value -= bent * quotient(of_student, beta * teacher_q + of_student);
+    }
   } else {
     const float difference = student_p - teacher_p;
     loss += 0.5f * fabsf(difference);
@@ -390,14 +424,15 @@ IN_KERNEL float soft_loss(const float (&sums)[5], float temperature, float soft_
 template <Kind KIND>
 IN_KERNEL float soft_loss(float loss, float mean, float temperature, float beta, float soft_weight, Scales& scales) {
   scales.mean = mean;
-  scales.slope = quotient(soft_weight * (KIND == Kind::jsd ? 1 - beta : 0.5f), temperature);
+  const float factor = KIND == Kind::jsd ? 1 - beta : KIND == Kind::tvd ? 0.5f : 1;
+  scales.slope = quotient(soft_weight * factor, temperature);
   return loss;
 }
 
 // Rounding may turn a loss of 0 into -1e-8.
 IN_KERNEL float not_negative(float loss) { return loss < 0 ? 0 : loss; }
 
-// Returns the gradient of the soft loss in a class's capped logit; `other` is p_t, c or p_s c.
+// Returns the gradient of the soft loss in a class's logit after the softcap; `other` is p_t, c or p_s c.
 template <Kind KIND>
 IN_KERNEL float slope(float student_p, float other, const Scales& scales) {
   if (!CENTRED<KIND>) return (student_p - other) * scales.slope;
@@ -405,15 +440,15 @@ IN_KERNEL float slope(float student_p, float other, const Scales& scales) {
   return (other - student_p * scales.mean) * scales.slope;
 }
 
-// Turns it into the gradient of the row's loss in the uncapped logit, whose capped value is z.
+// Turns it into the gradient of the row's loss before the softcap; z is the logit after it.
 template <class T>
 IN_KERNEL float finish(float gradient, float z, bool is_label, const Problem<T>& p, const Scales& scales) {
   if (p.labels) {
     const float hard_p = power_of_2((z - scales.student_max) * LOG2E) * scales.hard;
     gradient += p.hard_weight * (is_label ? hard_p - 1 : hard_p);
   }
-  if (p.student_softcap != 0) {
-    const float ratio = quotient(z, p.student_softcap);
+  if (p.student_shape.softcap != 0) {
+    const float ratio = quotient(z, p.student_shape.softcap);
     gradient *= 1 - ratio * ratio;
   }
   // Where the target or the label is a class of probability 0, the loss is infinite and the class has gradient 0.
@@ -428,10 +463,10 @@ IN_KERNEL int label_of(const Problem<T>& p, int row) {
 
 // Returns z_s[label]; NaN if the label is out of range.
 template <class T>
-IN_KERNEL float capped_label(const Problem<T>& p, const Place<T>& place, int label) {
+IN_KERNEL float label_logit(const Problem<T>& p, const Place<T>& place, int label) {
   if (label < 0) return NAN;
   const float z = wide(place.student[label]);
-  return p.student_softcap != 0 ? capped(z, p.student_softcap) : z;
+  return p.student_shape.gain != 0 ? shaped(z, p.student_shape) : z;
 }
 
 // Writes zeros from V on, where the gradient is wider than the classes that take part.
@@ -495,8 +530,8 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
     held.student[v].whole = student[v].whole;
 #pragma unroll
     for (int j = 0; j < SIZE; j += 4) {
-      logits(student[v], j, p.student_softcap, z);
-      logits(teacher[v], j, p.teacher_softcap, other);
+      logits(student[v], j, p.student_shape, z);
+      logits(teacher[v], j, p.teacher_shape, other);
       put(&held.other[v][j], other);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -517,7 +552,7 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
   for (int v = 0; v < HELD; ++v) {
 #pragma unroll
     for (int j = 0; j < SIZE; j += 4) {
-      logits(held.student[v], j, p.student_softcap, z);
+      logits(held.student[v], j, p.student_shape, z);
       get(&held.other[v][j], other);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -532,7 +567,7 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
       put(&held.other[v][j], other);
     }
   }
-  const float likely = p.labels ? capped_label(p, place, label) : 0;
+  const float likely = p.labels ? label_logit(p, place, label) : 0;
   reduce<Sum, 1>(cluster, sums.of);
   scales.student = quotient(1, sums.of[Sums::STUDENT]);
   scales.teacher = quotient(1, sums.of[Sums::TEACHER]);
@@ -549,19 +584,19 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
     for (int v = 0; v < HELD; ++v) {
 #pragma unroll
       for (int j = 0; j < SIZE; j += 4) {
-        logits(held.student[v], j, p.student_softcap, z);
+        logits(held.student[v], j, p.student_shape, z);
         get(&held.other[v][j], other);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float student_e = power_of_2((z[k] - scales.student_max) * scales.exponent);
           const float student_p = product(student_e, scales.student), teacher_p = product(other[k], scales.teacher);
-          other[k] = compare<KIND>(student_p, teacher_p, p.beta, means[0], means[1]);
+          other[k] = compare<KIND>(student_p, teacher_p, p.mixture, means[0], means[1]);
         }
         put(&held.other[v][j], other);
       }
     }
     reduce<Sum, 2>(cluster, means);
-    soft = soft_loss<KIND>(means[0], means[1], p.temperature, p.beta, p.soft_weight, scales);
+    soft = soft_loss<KIND>(means[0], means[1], p.temperature, p.mixture.beta, p.soft_weight, scales);
   } else {
     soft = soft_loss<KIND>(sums.of, p.temperature, p.soft_weight, scales);
   }
@@ -569,14 +604,14 @@ IN_KERNEL void held_row(Cluster& cluster, const Problem<T>& p, int row) {
   if (!p.gradient) return;
 
   // 4. The gradient.
-  const float weight = p.weight ? p.weight[row] : 1;
+  const float weight = p.weight ? p.weight[row] * p.student_scale : p.student_scale;
 #pragma unroll 1
   for (int v = 0; v < HELD; ++v) {
     const int column = first + v * STEP;
     Vector<T> gradient;
 #pragma unroll
     for (int j = 0; j < SIZE; j += 4) {
-      logits(held.student[v], j, p.student_softcap, z);
+      logits(held.student[v], j, p.student_shape, z);
       get(&held.other[v][j], other);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -632,8 +667,8 @@ IN_KERNEL void streamed_row(Cluster& cluster, const Problem<T>& p, int row) {
   if (settled(cluster, p, row, scratch)) return;
   const Place<T> place(p, row);
   const int label = p.labels ? label_of(p, row) : -1;
-  const float likely = p.labels ? capped_label(p, place, label) : 0;
-  const float weight = p.weight ? p.weight[row] : 1;
+  const float likely = p.labels ? label_logit(p, place, label) : 0;
+  const float weight = p.weight ? p.weight[row] * p.student_scale : p.student_scale;
   const Columns columns{0, p.classes};
 
   // 1. Maxima and sums of exponentials.
@@ -645,9 +680,9 @@ IN_KERNEL void streamed_row(Cluster& cluster, const Problem<T>& p, int row) {
     const Both<T> both(p, place, place.column(i));
 #pragma unroll
     for (int j = 0; j < SIZE; j += 4) {
-      logits(both.student, j, p.student_softcap, student_z);
+      logits(both.student, j, p.student_shape, student_z);
       student.add(student_z, scales.exponent, p.labels);
-      logits(both.teacher, j, p.teacher_softcap, teacher_z);
+      logits(both.teacher, j, p.teacher_shape, teacher_z);
       teacher.add(teacher_z, scales.exponent, false);
     }
   }
@@ -675,8 +710,8 @@ IN_KERNEL void streamed_row(Cluster& cluster, const Problem<T>& p, int row) {
       Vector<T> gradient;
 #pragma unroll
       for (int j = 0; j < SIZE; j += 4) {
-        logits(both.student, j, p.student_softcap, student_z);
-        logits(both.teacher, j, p.teacher_softcap, teacher_z);
+        logits(both.student, j, p.student_shape, student_z);
+        logits(both.teacher, j, p.teacher_shape, teacher_z);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           const float student_x = student_z[k] - scales.student_max, teacher_x = teacher_z[k] - scales.teacher_max;
@@ -685,7 +720,7 @@ IN_KERNEL void streamed_row(Cluster& cluster, const Problem<T>& p, int row) {
           const float student_p = product(student_e, scales.student), teacher_p = product(teacher_e, scales.teacher);
           float other = teacher_p;
           if constexpr (COMPARES<KIND>) {
-            other = compare<KIND>(student_p, teacher_p, p.beta, means[0], means[1]);
+            other = compare<KIND>(student_p, teacher_p, p.mixture, means[0], means[1]);
           } else {
             const float c = weigh<KIND>(student_x, teacher_x, student_e, teacher_e, sums.of);
             if (KIND == Kind::reverse_kl) other = c;
@@ -702,7 +737,7 @@ IN_KERNEL void streamed_row(Cluster& cluster, const Problem<T>& p, int row) {
     float soft;
     if constexpr (COMPARES<KIND>) {
       reduce<Sum, 2>(cluster, means);
-      soft = soft_loss<KIND>(means[0], means[1], p.temperature, p.beta, p.soft_weight, scales);
+      soft = soft_loss<KIND>(means[0], means[1], p.temperature, p.mixture.beta, p.soft_weight, scales);
     } else {
       reduce<Sum, 2>(cluster, sums.of);
       sums.of[Sums::STUDENT] = of_exponentials[0];

@@ -139,7 +139,8 @@ void simulate_as(const Call& c, const Plan& plan, bool backwards) {
   const Problem<T> problem{
       static_cast<const T*>(c.student), static_cast<const T*>(c.teacher), c.labels, c.counted, c.weight, c.expected,
       c.loss, static_cast<T*>(c.gradient), c.student_rows, c.teacher_rows, int(c.width), int(c.classes), c.temperature,
-      c.beta, c.soft_weight, c.hard_weight, c.student_softcap, c.teacher_softcap};
+      {c.beta, c.teacher_kl, c.student_kl}, c.soft_weight, c.hard_weight, {c.student_scale, c.student_softcap},
+      {c.teacher_scale, c.teacher_softcap}, c.student_scale};
   const std::unique_ptr<char[]> stacks(new char[size_t(plan.cluster) * plan.threads * STACK_BYTES]);
   for (int row = 0; row < c.count; ++row)
     run_row(Task<KIND, T>{problem, plan.held, row}, plan, backwards, stacks.get());
@@ -153,6 +154,7 @@ void simulate_kind(const Call& c, int kind, const Plan& plan, bool backwards) {
     case Kind::reverse_kl: return simulate_as<Kind::reverse_kl, T>(c, plan, backwards);
     case Kind::jsd: return simulate_as<Kind::jsd, T>(c, plan, backwards);
     case Kind::tvd: return simulate_as<Kind::tvd, T>(c, plan, backwards);
+    case Kind::mixture: return simulate_as<Kind::mixture, T>(c, plan, backwards);
   }
 }
 

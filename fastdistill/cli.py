@@ -37,13 +37,14 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "task": (of.TaskOptions, "distil_task"),
     "cache": (of.CacheOptions, "cache_teacher"),
     "train-cached": (of.CachedOptions, "distil_cached"),
+    "lm": (of.LMOptions, "distil_lm"),
     "finetune": (of.FinetuneOptions, "finetune_task"),
     "evaluate": (of.EvaluateOptions, "evaluate_task"),
     "info": (InfoOptions, ""),
 }
 
 CPUINFO = Path("/proc/cpuinfo")
-PRINTERS = {"task": "print_results", "finetune": "print_results", "evaluate": "print_figures"}
+PRINTERS = {"task": "print_results", "finetune": "print_results", "evaluate": "print_figures", "lm": "print_held_out"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # the library raises these for bad input; anything else is a bug
         message = as_flags(str(error), type(options))
     except ModuleNotFoundError as error:
-        message = f"{error.name} is not installed; the commands need pip install 'fastdistill[train]'"
+        extra = "train,lm" if error.name in ("trl", "peft") else "train"
+        message = f"{error.name} is not installed; the command needs pip install 'fastdistill[{extra}]'"
     except KeyboardInterrupt:
         way_on = "; run the same command with --resume to go on from the last checkpoint"
         print("interrupted" + (way_on if hasattr(options, "resume") else ""), file=sys.stderr)
@@ -101,6 +103,7 @@ def warn_of_slow_bf16(options: Any) -> None:
 ALIASES = {
     "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size", "warmup": "warmup_steps",
     "scheduler": "lr_scheduler_type", "workers": "dataloader_num_workers",
+    "completion_only": "completion_only_loss", "assistant_only": "assistant_only_loss",
 }  # fmt: skip
 # The TrainingArguments that a command sets itself, and the flags to use for them.
 DECIDED = {
@@ -108,7 +111,7 @@ DECIDED = {
     "learning_rate": "--learning-rates", "per_device_train_batch_size": "--batch-sizes",
     "num_train_epochs": "--intermediate-epochs and --prediction-epochs",
 }  # fmt: skip
-EPILOG = "All transformers.TrainingArguments are options too, such as --report_to; names may be written with - or _."
+EPILOG = "All of {} are options too, such as --report_to; names may be written with - or _."
 # Read before any other flag: the file may hold the required ones.
 CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by their names; flags win over it")
@@ -132,8 +135,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         values = vars(found)
         if rest and is_training:
             values["arguments"], rest = training_arguments(command, rest)
-            if command != "task" and "eval_strategy" in values["arguments"]:
-                raise ValueError("--eval_strategy is for task alone, which evaluates on a dev set while it trains")
+            if command not in ("task", "lm") and "eval_strategy" in values["arguments"]:
+                raise ValueError("--eval_strategy is for task and lm, which evaluate while they train")
         if rest:
             raise ValueError(f"unrecognized arguments: {' '.join(rest)}")
         return command, kind(**values)
@@ -145,7 +148,8 @@ def flags_of(command: str, options: type) -> Any:
     """Returns a parser of a command's flags, whose help and messages show one spelling of each."""
     from transformers.hf_argparser import HfArgumentParser
 
-    more: dict[str, Any] = {"parents": [CONFIG], "epilog": EPILOG} if issubclass(options, of.Training) else {}
+    epilog = EPILOG.format("trl.SFTConfig" if command == "lm" else "transformers.TrainingArguments")
+    more: dict[str, Any] = {"parents": [CONFIG], "epilog": epilog} if issubclass(options, of.Training) else {}
     more.update(prog=f"fastdistill {command}", description=options.__doc__, formatter_class=argparse.HelpFormatter)
     parser = HfArgumentParser(groups(options), allow_abbrev=False, **more)
     parser.usage = "%(prog)s"
@@ -206,8 +210,13 @@ def training_arguments(command: str, argv: list[str]) -> tuple[dict[str, Any], l
     """Returns the TrainingArguments among flags, and the other flags. Raises ValueError for those in DECIDED."""
     from transformers import HfArgumentParser, TrainingArguments
 
+    kind = TrainingArguments
+    if command == "lm":
+        from trl import SFTConfig
+
+        kind = SFTConfig
     own = {"prog": f"fastdistill {command}", "usage": argparse.SUPPRESS, "allow_abbrev": False}
-    parser = HfArgumentParser(TrainingArguments, **own)
+    parser = HfArgumentParser(kind, **own)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # returns those alone that are given
     found, rest = parser.parse_known_args(argv)

@@ -31,7 +31,7 @@ SOURCES = _INSIDE if _INSIDE.is_dir() else Path(__file__).parent.parent / "csrc"
 UNITS = ("rows.cu", "binding.cpp")
 HEADERS = ("plan.h", "launch.h", "rows.h")
 
-KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
+KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd", "mixture")  # as in rows.h
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Architectures built ahead of time: machine code, and PTX (compute_90), which cards after Hopper compile on loading.
@@ -85,10 +85,14 @@ def rows(
     kind, soft_weight = options.kind, options.soft_weight
     if not target:  # KL of the student from itself: 0, and so is its gradient
         target, kind, soft_weight = (student,), "kl_div", 0.0
+        options = options._replace(teacher_scale=options.student_scale, teacher_softcap=options.student_softcap)
+    if kind == "jsd" and (1 - options.beta) * options.teacher_kl != options.beta * options.student_kl:
+        kind = "mixture"
     library(student.device).rows(
         student, *target, None if labels is None else labels.long(), counted,
         None if weight is None else weight.float(), None if expected is None else expected.float(), loss, gradient,
-        KINDS.index(kind), options.classes, options.temperature, options.beta, soft_weight, options.hard_weight,
+        KINDS.index(kind), options.classes, options.temperature, options.beta, options.teacher_kl, options.student_kl,
+        soft_weight, options.hard_weight, options.student_scale, options.teacher_scale,
         options.student_softcap or 0.0, options.teacher_softcap or 0.0,
     )  # fmt: skip
 

@@ -228,7 +228,6 @@ def _rows(
             if REVERSE:
                 is_listed = listed_p != -float("inf")
                 soft += tl.sum(tl.where(is_listed, _divergence(x / temperature - log_sum, listed_p), 0), 0)
-                mass += tl.sum(tl.exp(listed_p), 0)
             else:
                 soft += tl.sum(tl.where(listed_p == 0, 0, listed_p * (log_sum - x / temperature)), 0)
                 mass += tl.sum(listed_p, 0)
@@ -237,8 +236,7 @@ def _rows(
             rest_x = (rest_max - student_max) / temperature
         if HAS_REST and REVERSE:
             rest_log = rest_x + tl.log(rest_sum) - log_sum
-            # Where the student has no bucket, the teacher's probabilities need not add up to 1 without it.
-            soft += tl.where(rest_sum > 0, _divergence(rest_log, rest_p), 1 - mass)
+            soft += _divergence(rest_log, rest_p)
             rest_c = tl.where(rest_sum > 0, rest_log - rest_p, 0)
         elif HAS_REST:
             soft += tl.where(rest_p == 0, 0, rest_p * (log_sum - (rest_x + tl.log(rest_sum))))

@@ -19,9 +19,10 @@ from typing import Any
 import _tiny
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
 from fastdistill.cli import main
 from fastdistill.train.data import add_teacher_logits
@@ -192,6 +193,7 @@ def commands(folder: Path) -> None:
     teacher_logits(folder)
     finetuned(folder)
     ddp(folder)
+    next_tokens(folder)
     streams(folder)
     terminated(folder / "terminated")
 
@@ -240,6 +242,42 @@ UNEVEN = {"accelerator_config": {"even_batches": False}}  # the last batch is sh
 def ddp(folder: Path) -> None:
     leave(learn(folder / "work", INNER_TERMS, 11, **UNEVEN), folder / f"inner{rank()}.pt")
     leave(learn(folder / "work", ("prediction",), 10), folder / f"prediction{rank()}.pt")
+
+
+def chat(row: list[int]) -> list[int]:
+    """Returns the labels of a row: its prompt, from nothing to all of it, has -100."""
+    prompt = row[1] % (len(row) + 1)
+    return [-100] * prompt + row[prompt:]
+
+
+def language_models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Returns the same student and teacher at every call."""
+    found = []
+    for layers, width in ((2, 16), (4, 24)):
+        torch.manual_seed(layers)
+        found.append(AutoModelForCausalLM.from_config(_tiny.config("llama", layers, width)).eval())
+    return found[0], found[1]
+
+
+LM_OPTIONS: dict[str, Any] = {"divergence": "kl", "alpha": 0.5, "temperature": 2.0, "t_squared": True}
+
+
+def next_tokens(folder: Path) -> None:
+    """Trains a language model for two steps of two micro-batches, whose numbers of labels differ."""
+    student, teacher = language_models()
+    rows = [{"input_ids": row, "labels": chat(row)} for row in _tiny.dataset(16)["input_ids"]]
+    arguments = TrainingArguments(
+        str(folder / "work"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
+        logging_steps=1, save_strategy="no", optim="sgd", learning_rate=RATE, lr_scheduler_type="constant",
+        max_grad_norm=1e9, report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Recording(
+        student, teacher, Objective(student.config, terms=("prediction",), **LM_OPTIONS), arguments,
+        processing_class=_tiny.tokenizer(), train_dataset=Dataset.from_list(rows),
+    )  # fmt: skip
+    trainer.seen = []
+    trainer.train()
+    leave(trainer, folder / f"next_tokens{rank()}.pt")
 
 
 LINES = 20

@@ -39,7 +39,8 @@ class Call(ctypes.Structure):  # as in launch.h
         ("student_rows", Rows), ("teacher_rows", Rows),
         *((name, ctypes.c_int64) for name in ("count", "width", "classes")),
         *((name, ctypes.c_float) for name in (
-            "temperature", "beta", "soft_weight", "hard_weight", "student_softcap", "teacher_softcap",
+            "temperature", "beta", "teacher_kl", "student_kl", "soft_weight", "hard_weight", "student_scale",
+            "teacher_scale", "student_softcap", "teacher_softcap",
         )),
     ]  # fmt: skip
 
@@ -96,7 +97,7 @@ def _rows(
     gradient: Tensor | None,
     kind: int,
     classes: int,
-    *numbers: float,  # temperature, beta, weights, softcaps
+    *numbers: float,  # as the rest of Call
 ) -> None:
     """Stands in for `torch.ops.fastdistill_cuda.rows` and repeats binding.cpp's checks of the arguments."""
     count = loss.numel()

@@ -286,6 +286,19 @@ class TestMethodsAndAblations:
             assert cli.main(argv) == 0
             assert (tmp_path / name / "projections.safetensors").exists() == (name == "all")
 
+    def test_the_options_of_the_prediction_reach_its_stage(self, files, tmp_path, capsys):
+        options = ("--temperature", 2, "--t-squared", "--divergence", "jsd", "--alpha", 0.5)
+        short = ("--intermediate-epochs", 0, "--prediction-epochs", 1, "--max-steps", 1)
+        assert cli.main(arguments(files, "task", tmp_path / "out", *short, *options)) == 0
+        found = json.loads((tmp_path / "out" / "objective.json").read_text())
+        expected = {"temperature": 2.0, "t_squared": True, "divergence": "jsd", "alpha": 0.5}
+        assert {name: found[name] for name in expected} == expected
+        assert cli.main(arguments(files, "task", tmp_path / "gold", "--labels", "gold", "--alpha", 0.5)) == 2
+        assert "--alpha is 0.5; --labels gold has no teacher's predictions" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            cli.main(arguments(files, "task", tmp_path / "wrong", "--alpha", 1.5))
+        assert "--alpha is 1.5; it should be from 0 to 1" in capsys.readouterr().err
+
     def test_all_terms_in_one_stage(self, files, tmp_path):
         terms = ("embedding", "hidden", "attention", "prediction")
         options = ("--terms", *terms, "--intermediate-epochs", 4, "--prediction-epochs", 0, "--batch-sizes", 8)
@@ -578,14 +591,24 @@ FLAGS = {
     ),
     "task": (
         "teacher! student! init task! data augmented method layer-map projection parity terms teacher-layer "
-        "relation-heads temperature labels intermediate-epochs intermediate-learning-rate intermediate-batch-size "
+        "relation-heads temperature t-squared divergence alpha labels "
+        "intermediate-epochs intermediate-learning-rate intermediate-batch-size "
         "prediction-epochs learning-rates batch-sizes seeds bf16 max-steps trust-remote-code output! "
         "overwrite resume"
     ),
-    "cache": ("teacher! data! task top-k hidden max-length batch-size bf16 trust-remote-code output! overwrite resume"),
+    "cache": (
+        "teacher! data! task top-k hidden max-length completion-only assistant-only batch-size bf16 trust-remote-code "
+        "output! overwrite resume"
+    ),
+    "lm": (
+        "teacher student! init cache teacher-dtype dataset dataset-config split eval eval-split max-length "
+        "completion-only assistant-only packing divergence temperature t-squared alpha beta reverse skew vocab-size "
+        "lora lora-alpha lora-dropout lora-targets epochs batch-size learning-rate seed bf16 max-steps "
+        "trust-remote-code output! overwrite resume"
+    ),
     "train-cached": (
-        "cache! student! teacher init terms layer-map projection temperature tail verify workers epochs "
-        "batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
+        "cache! student! teacher init terms layer-map projection temperature t-squared divergence alpha tail "
+        "verify workers epochs batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
     ),
     "finetune": (
         "model! teacher init layer-map task! data epochs learning-rates batch-sizes seeds bf16 max-steps "
@@ -613,13 +636,31 @@ DEFAULTS = {
         "layer_map": "uniform",
         "parity": "masked",
         "temperature": 1.0,
+        "divergence": "soft_cross_entropy",
+        "alpha": 1.0,
         "labels": "teacher",
         "seeds": [42],
     },
-    "cache": {"max_length": 128, "batch_size": 16},
+    "cache": {"batch_size": 16},
+    "lm": {
+        "teacher_dtype": "auto",
+        "split": "train",
+        "divergence": "kl",
+        "temperature": 1.0,
+        "alpha": 1.0,
+        "beta": 0.5,
+        "skew": 0.0,
+        "lora_dropout": 0.0,
+        "epochs": 3,
+        "batch_size": 8,
+        "learning_rate": 2e-05,
+        "seed": 42,
+    },
     "train-cached": {
         "layer_map": "uniform",
         "temperature": 1.0,
+        "divergence": "soft_cross_entropy",
+        "alpha": 1.0,
         "tail": "renormalize",
         "epochs": 3,
         "batch_size": 256,
@@ -637,7 +678,7 @@ class TestFlags:
         found = {action.dest: action.required for action in parser._actions if action.dest not in ("help", "config")}
         expected = {flag.rstrip("!").replace("-", "_"): flag.endswith("!") for flag in FLAGS[command].split()}
         schedule = {"warmup": False, "scheduler": False, "weight_decay": False}  # options of the Python API
-        assert found == {**expected, **(schedule if command in ("general", "train-cached") else {})}
+        assert found == {**expected, **(schedule if command in ("general", "train-cached", "lm") else {})}
         for field in fields(kind):
             if expected.get(field.name) is False:
                 default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -693,7 +734,7 @@ class TestFlags:
             ("finetune", ("--seed", "1"), "this command sets --seed itself; use --seeds"),
             ("finetune", ("--learnin_rates", "1"), "unrecognized arguments: --learnin_rates 1"),
             ("general", ("--eval_delay", "x"), "argument --eval_delay/--eval-delay: invalid float value: 'x'"),
-            ("finetune", ("--eval_strategy", "steps"), "--eval_strategy is for task alone"),
+            ("finetune", ("--eval_strategy", "steps"), "--eval_strategy is for task and lm"),
             ("general", ("stray",), "unrecognized arguments: stray"),
         ],
     )

@@ -24,13 +24,11 @@ ROOT = Path(__file__).parent.parent
 ALPHA, TEMPERATURE, CLASSES, RATE = 0.5, 2.0, 61, 1.0
 
 
-def example() -> Any:
-    """Returns the trainer class of the README's example."""
+def example(names: dict[str, Any]) -> None:
+    """Runs the README's example of a Trainer on the models, arguments and rows in `names`."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (code,) = [block for block in blocks if "linear_kl_div" in block]
-    names: dict[str, Any] = {}
+    (code,) = [block for block in blocks if "CausalLMDistillationMixin" in block]
     exec(code, names)
-    return names["DistillationTrainer"]
 
 
 def language_model(width: int, layers: int, seed: int) -> Any:
@@ -89,16 +87,11 @@ def readme(folder: str) -> None:
         ddp_find_unused_parameters=False,
     )  # fmt: skip
     rows = chats(8, seed=3)
-
-    def collate(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        return {name: torch.tensor([row[name] for row in batch]) for name in batch[0]}
-
-    trainer = example()(student, arguments, train_dataset=rows, data_collator=collate)
-    trainer.teacher = teacher
-    trainer.train()
+    example({"student": student, "teacher": teacher, "args": arguments, "rows": rows})
     assert dist.get_world_size() == 2
 
-    total, count = expected_sum(right, right_teacher, collate(rows))
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    total, count = expected_sum(right, right_teacher, batch)
     (total / count).backward()
     for name, parameter in right.named_parameters():
         step = (before[name].double() - dict(student.named_parameters())[name].detach().double()) / RATE

@@ -12,6 +12,7 @@ from typing import Any
 # The module of each function, which is imported when the function is asked for.
 _MODULES = {
     "augment_task": "prepare", "cache_teacher": "prepare", "run_demo": "prepare", "evaluate_task": "evaluate",
+    "distil_lm": "lm", "print_held_out": "lm",
     "distil_cached": "distil", "distil_general": "distil", "distil_task": "distil", "finetune_task": "distil",
     "print_figures": "evaluate", "print_results": "search",
 }  # fmt: skip

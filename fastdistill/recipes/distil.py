@@ -98,6 +98,10 @@ def cached_teacher(options: CachedOptions, name: str) -> Any:
     A bare encoder is not compared, because its pooler may be random.
     """
     theirs = cache.read_manifest(options.cache)["teacher"]
+    if "class" not in theirs:
+        raise ValueError(
+            f"--teacher is {name}; cache {options.cache} was made elsewhere, without a teacher: leave it out"
+        )
     teacher, _ = load_model(name, theirs["class"], trust_remote_code=options.trust_remote_code)
     if teacher.base_model is teacher:
         return teacher
@@ -134,6 +138,8 @@ class TaskRun:
     def __init__(self, options: TaskOptions, task: Any) -> None:
         self.options, self.task, self.objective = options, task, objective_options(options)
         self.has_prediction = options.prediction_epochs != 0
+        names = ("parity", "temperature", "t_squared", "divergence", "alpha")
+        self.prediction = {name: getattr(options, name) for name in names}
         epochs = options.intermediate_epochs
         self.intermediate = {
             "epochs": task.intermediate_epochs if epochs is None else epochs,
@@ -165,6 +171,8 @@ class TaskRun:
         self.student = make_student(options, options.student, self.teacher, self.tokenizer, rows, seed, scratch)
         check_rows(task, self.tokenizer, self.student)
         self.projections = projections_folder(options.student, scratch)
+        if self.has_prediction and options.labels == "teacher":
+            objective.Objective(self.student.config, terms=("prediction",), **self.prediction)
         if self.intermediate["epochs"]:
             checked = objective.Objective(self.student.config, self.teacher.config, **self.objective)
             if self.projections is not None and len(checked.projections):
@@ -195,7 +203,7 @@ class TaskRun:
         schedule["epochs"] = options.prediction_epochs or self.task.prediction_epochs
         if options.labels == "gold":
             return finetune(model, self.rows, self.tokenizer, folder, **schedule, resume=True)
-        stage = PredictionStage(dataset=self.rows, parity=options.parity, temperature=options.temperature, **schedule)
+        stage = PredictionStage(dataset=self.rows, **self.prediction, **schedule)
         return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
 
 
@@ -209,6 +217,10 @@ def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
             )
         if options.labels == "gold":
             raise ValueError("--labels gold is for the prediction stage, which --prediction-epochs 0 leaves out")
+    if options.alpha < 1 and task.auto_class == "AutoModelForQuestionAnswering":
+        raise ValueError(f"--alpha is {options.alpha}; the prediction of {task.name} takes no labels: leave it out")
+    if options.alpha < 1 and options.labels == "gold":
+        raise ValueError(f"--alpha is {options.alpha}; --labels gold has no teacher's predictions: leave one out")
     if "prediction" in terms and task.is_regression and options.augmented:
         raise ValueError(
             f"--terms prediction learns the gold scores of {task.name}, which changed words change; leave out "
@@ -279,8 +291,14 @@ def make_student(
 ) -> Any:
     """Returns the student. `rows` fold one from the teacher, which leaves its first projections in `scratch`."""
     torch.manual_seed(seed)  # seeds the weights that no checkpoint brings
+    if teacher is None:  # of a cache that was made elsewhere
+        if is_config(spec):
+            raise ValueError(f"--student is {spec}; a cache made elsewhere has no teacher's config: pass a checkpoint")
+        return load_model(spec, trust_remote_code=options.trust_remote_code)[0]
     init = "random" if is_config(spec) else options.init
-    student = build_student(spec, teacher, init=init, trust_remote_code=options.trust_remote_code)
+    student = build_student(
+        spec, teacher, init=init, trust_remote_code=options.trust_remote_code, tokenizer=tokenizer
+    )  # fmt: skip
     if not is_config(spec) or options.init == "random" or rows is None:
         return student
     rows = rows.select_columns([name for name in tokenizer.model_input_names if name in rows.column_names])

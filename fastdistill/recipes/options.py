@@ -32,9 +32,13 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a positive integer", lambda x: x >= 1, "batch_size batch_sizes intermediate_batch_size max_length"),
     ("a positive integer", lambda x: x >= 1 or x == -1, "max_steps"),
     ("a number above 0", lambda x: 0 < x < inf, "epochs learning_rate learning_rates temperature"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha"),
     ("a number above 0", lambda x: 0 < x < inf, "intermediate_learning_rate"),
     ("0 or more", lambda x: 0 <= x < inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
+    ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha beta"),
+    ("0 or more, and less than 1", lambda x: 0 <= x < 1, "skew lora_dropout"),
+    ("a positive integer", lambda x: x >= 1, "vocab_size lora lora_alpha"),
 )
 
 
@@ -77,8 +81,24 @@ class Losses(ObjectiveOptions):
     projection: Literal["shared", "per_layer"] | None = flag(  # type: ignore[assignment]
         "of hidden states (default: as the student's folder brings them, else shared)", None
     )
+    # Flags of the commands that train the head.
     temperature: float = 1.0
+    t_squared: bool = False
+    divergence: Literal["soft_cross_entropy", "kl", "jsd", "tvd"] = "soft_cross_entropy"
+    alpha: float = 1.0
     tail: Literal["renormalize", "bucket"] = "renormalize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionLoss(Losses):
+    """Inner losses, and the prediction loss."""
+
+    temperature: float = flag("of predictions", 1.0)
+    t_squared: bool = flag("multiply the prediction loss by temperature^2", False)
+    divergence: Literal["soft_cross_entropy", "kl", "jsd", "tvd"] = flag(
+        "of the student's predictions from the teacher's", "soft_cross_entropy"
+    )
+    alpha: float = flag("weight of the teacher's predictions; gold labels get the rest", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +167,11 @@ class AugmentOptions(Data, Output, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions(Models, Data, Losses, Grid, Training, Output):
+class TaskOptions(Models, Data, PredictionLoss, Grid, Training, Output):
     """Stage 2: intermediate, prediction, evaluation on a task."""
 
     augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
     terms: list[str] | None = flag(INNER + "; and prediction", None, metavar="TERM")
-    temperature: float = flag("of predictions", 1.0)
     labels: Literal["teacher", "gold"] = flag("learn the teacher's predictions, or gold labels alone", "teacher")
     intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None)
     intermediate_learning_rate: float | None = flag(f"default: {RECIPE}", None)
@@ -165,17 +184,24 @@ class CacheOptions(Output, Loading):
     """Precompute a teacher's outputs on a data set."""
 
     teacher: str = flag("checkpoint: folder or hub name")
-    data: list[Path] = flag("text files, a paragraph a line; with --task the folder of its tsv files")
+    data: list[Path] = flag(
+        "text files, a paragraph a line; or JSONL or Parquet files of rows, as lm takes; with --task the folder of its "
+        "tsv files"
+    )
     task: str | None = flag("GLUE task whose training rows a classifier reads, instead of plain text", None)
     top_k: int | None = flag("classes of each token that a language model keeps", None)
     hidden: list[int] = flag("hidden states; 0: the embedding output", [])
-    max_length: int = flag("tokens in a block of text", 128)
+    max_length: int | None = flag("tokens in a block of text (default: 128) or in a row (default: 1024)", None)
+    completion_only: bool | None = flag(
+        "rows: learn completions alone (default: where they have a prompt)", None, nargs="?", const=True
+    )
+    assistant_only: bool = flag("rows: learn the assistant's messages alone", False)
     batch_size: int = flag("rows at a time", 16)
     bf16: bool = flag("bfloat16 autocast", False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedOptions(Losses, Schedule, Training, Output, Loading):
+class CachedOptions(PredictionLoss, Schedule, Training, Output, Loading):
     """Distil from a cache of teacher outputs; no teacher runs."""
 
     cache: Path = flag("folder that the command cache wrote")
@@ -183,7 +209,6 @@ class CachedOptions(Losses, Schedule, Training, Output, Loading):
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
     init: Literal["random", "teacher"] | None = flag("weights of a preset (default: --teacher's, if given)", None)
     terms: list[str] | None = flag("default: all that the cache serves", None, metavar="TERM")
-    temperature: float = flag("of the prediction", 1.0)
     tail: Literal["renormalize", "bucket"] = flag("other classes: left out, or taken as one", "renormalize")
     verify: bool = flag("compare every file's SHA-256 first", False)
     workers: int = flag("processes that read the cache for each one that trains; with 0 it reads for itself", 0)
@@ -217,3 +242,85 @@ class EvaluateOptions(Data, Loading):
     against: str | None = flag("compare with this model: size, speed, share kept", None)
     json: Path | None = flag("write the figures there as well", None)
     overwrite: bool = flag("replace that file", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of a language model: `messages`, `prompt` and `completion`, or `text`."""
+
+    dataset: list[str] | None = flag(
+        "JSONL, Parquet or .txt files (a text a line), or a data set: the folder that datasets saved, or its hub name",
+        None, metavar="FILE",
+    )  # fmt: skip
+    dataset_config: str | None = flag("of a data set", None)
+    split: str = flag("of a data set", "train")
+    max_length: int | None = flag("tokens of a row (default: 1024, or fewer if the models take fewer)", None)
+    completion_only: bool | None = flag(
+        "learn completions alone (default: where rows have a prompt)", None, nargs="?", const=True
+    )
+    assistant_only: bool = flag("learn the assistant's messages alone", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """The loss of a language model: the keywords of `fastdistill.integrations.causal_lm_loss`."""
+
+    divergence: Literal["kl", "jsd", "tvd", "soft_cross_entropy"] = flag("between teacher and student", "kl")
+    temperature: float = flag("of both distributions", 1.0)
+    t_squared: bool = flag("multiply the divergence by temperature^2", False)
+    alpha: float = flag("weight of the divergence; the labels get the rest. 0: labels alone, no teacher", 1.0)
+    beta: float = flag("weight of the teacher in the mixture of jsd", 0.5)
+    reverse: bool = flag("reverse kl: of the student from the teacher", False)
+    skew: float = flag("of kl: the share of the other distribution in the one it is measured against", 0.0)
+    vocab_size: int | None = flag("classes that take part (default: those that both models have)", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """LoRA, by PEFT."""
+
+    lora: int | None = flag("rank; trains LoRA adapters of the student alone, and merges them into the output", None)
+    lora_alpha: int | None = flag("LoRA's alpha (default: twice the rank)", None)
+    lora_dropout: float = flag("in the adapters", 0.0)
+    lora_targets: list[str] | None = flag("names of modules (default: all linear layers but the head)", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading):
+    """Distil a causal language model on chat, prompt-completion or plain text."""
+
+    teacher: str | None = flag("checkpoint: folder or hub name", None)
+    student: str = flag("checkpoint, or a JSON config file: all of it, or what differs from the teacher's")
+    init: Literal["random", "teacher"] | None = flag("weights of a config file (default: random)", None)
+    cache: Path | None = flag(
+        "rows and teacher outputs that the command cache wrote, for --teacher and --dataset", None
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto: as its checkpoint", "auto")
+    eval: list[str] | None = flag("held-out files or data set, as --dataset", None, metavar="FILE")
+    eval_split: str | None = flag("held-out split of --dataset", None)
+    packing: bool = flag("fill rows of --max-length tokens with several", False)
+    epochs: float = flag("passes over the data", 3)
+    batch_size: int = flag("rows of each process and step", 8)
+    learning_rate: float = flag("peak learning rate", 2e-5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cache is not None and (self.teacher is not None or self.dataset is not None):
+            other = "teacher" if self.teacher is not None else "dataset"
+            raise ValueError(
+                f"cache is {self.cache}, which brings the rows and the teacher's outputs; leave out --{other}"
+            )
+        if self.cache is None and self.dataset is None:
+            raise ValueError("--dataset is missing: pass files, a data set, or --cache")
+        if self.cache is None and self.teacher is None and self.alpha > 0:
+            raise ValueError("--teacher is missing: pass one, or --cache, or --alpha 0 for the labels alone")
+        if self.cache is not None and self.alpha == 0:
+            raise ValueError("alpha is 0, labels alone; a cache is for its teacher: pass --dataset instead of --cache")
+        if self.cache is not None and self.divergence not in ("kl", "soft_cross_entropy"):
+            raise ValueError(f"divergence is {self.divergence}; a cached teacher has kl and soft_cross_entropy")
+        if self.cache is not None and self.packing:
+            raise ValueError("packing is for --dataset; the rows of a cache are as the teacher read them")
+        if self.eval_split is not None and (self.eval is not None or self.cache is not None):
+            raise ValueError(
+                f"eval_split is {self.eval_split}, a split of --dataset; leave it out, or --eval or --cache"
+            )

@@ -67,7 +67,12 @@ def rows_to_cache(options: CacheOptions) -> tuple[Any, Any, Any]:
     if not options.task:
         kind = "AutoModel" if options.top_k is None else None
         teacher, tokenizer = load_model(options.teacher, kind, trust_remote_code=trust)
-        return main_first(lambda: pack_corpus(options.data, tokenizer, options.max_length)), teacher, tokenizer
+        if all(path.suffix == ".txt" or not path.suffix for path in options.data):
+            blocks = main_first(lambda: pack_corpus(options.data, tokenizer, options.max_length or 128))
+            return blocks, teacher, tokenizer
+        from fastdistill.recipes.lm import rows_for_cache  # needs TRL
+
+        return rows_for_cache(options, teacher, tokenizer), teacher, tokenizer
     task = get_task(options.task)
     if not isinstance(task, Task):
         raise ValueError(f"--task is {task.name}; it should be one of GLUE's, whose classifiers' logits are kept")

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastdistill.train.cache import read_cache, write_cache
+    from fastdistill.train.cache_from import write_cache_from
     from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus, read_corpus
+    from fastdistill.train.external import rows_from_openai, rows_from_vllm
     from fastdistill.train.model import DistillationModel
     from fastdistill.train.objective import Objective
     from fastdistill.train.options import ObjectiveOptions, Schedule
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
 # `capture` and `finetune` are functions of the modules of these names: import them from there.
 _NAMES = {
     "cache": ("read_cache", "write_cache"),
+    "cache_from": ("write_cache_from",),
     "data": ("PaddingCollator", "add_teacher_logits", "pack_corpus", "read_corpus"),
+    "external": ("rows_from_openai", "rows_from_vllm"),
     "model": ("DistillationModel",),
     "objective": ("Objective",),
     "options": ("ObjectiveOptions", "Schedule"),

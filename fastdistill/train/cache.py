@@ -6,7 +6,8 @@
 
 Rows keep their order and their columns. Those of the teacher are added, for a row of L tokens: `topk_logprobs` and
 `topk_indices` (L, k), `hidden_i` (L, d), and `teacher_logits` (C) of a sequence classifier. docs/cache.md describes the
-columns, how they are stored, the files, and the error that rounding brings.
+columns, how they are stored, the files, and the error that rounding brings. `fastdistill.train.external` writes caches
+from log-probabilities that were made elsewhere.
 """
 
 from __future__ import annotations
@@ -24,23 +25,36 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import transformers
 from datasets import Array2D, Dataset, Features, Value
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
+from fastdistill.train.cache_files import (
+    FORMAT,
+    MANIFEST,
+    SHARD_BYTES,
+    TOPK,
+    begin,
+    check_storage,
+    drop_entries,
+    entry,
+    file_identity,
+    finish,
+    offsets,
+    token_ids,
+    topk_features,
+    vocabulary,
+    write_shard,
+)
 from fastdistill.train.capture import States
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import batches_by_length, predict
-from fastdistill.train.outputs import check, whole_output, write_arrow, write_whole
+from fastdistill.train.outputs import check, whole_output
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.students import positions
 
 __all__ = ["check_cache", "read_cache", "read_manifest", "write_cache"]
 
-FORMAT = 1  # of the files; a reader refuses any other
-MANIFEST = "manifest.json"
 LOGITS = "teacher_logits"  # the only column with one entry a row; the others have one for each token
-SHARD_BYTES = 1 << 28  # 256 MB: the work an interruption can cost, and the memory a writer needs
 
 
 def write_cache(
@@ -54,6 +68,7 @@ def write_cache(
     files: Sequence[str | Path] = (),
     batch_size: int = 16,
     bf16: bool = False,
+    logprobs_bits: int = 16,
     shard_bytes: int = SHARD_BYTES,
     resume: bool = False,
     overwrite: bool = False,
@@ -64,7 +79,8 @@ def write_cache(
     `accelerate launch` share the shards. Each batch holds rows of similar length; the output keeps the data's order.
 
     Args:
-        dataset: tokenised rows with `input_ids`, such as `fastdistill.train.data.pack_corpus` returns.
+        dataset: tokenised rows with `input_ids`, such as `fastdistill.train.data.pack_corpus` returns. Where rows
+            pack documents, `position_ids` start from 0 in each, and the teacher reads each by itself.
         teacher: a transformers model, on the device to run on. `top_k` needs a causal or masked language model. The
             logits of a sequence classifier are always kept.
         tokenizer: the teacher's. Logits beyond its vocabulary, which some models add as padding, are left out.
@@ -72,8 +88,9 @@ def write_cache(
             log-softmax over the whole vocabulary.
         hidden: hidden states to keep, from 0, the embedding output, to the number of layers.
         files: the text files that the rows were read from, for the manifest.
-        batch_size: rows in a batch of the teacher.
+        batch_size: rows in a batch of the teacher; documents, where rows are packed.
         bf16: run the teacher under bfloat16 autocast.
+        logprobs_bits: of each log-probability in the files, 16 or 8. docs/cache.md has the error of both.
         shard_bytes: the approximate size of a file, at most 2 GB.
         resume: continue an interrupted run at its first missing shard; do nothing if `output` is whole.
         overwrite: replace `output`, and drop an interrupted run.
@@ -87,32 +104,19 @@ def write_cache(
     on_main(lambda: check(output, resume=resume, overwrite=overwrite))
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
-    if not 1 <= shard_bytes <= 1 << 31:  # Arrow counts a file's numbers in int32
-        raise ValueError(f"shard_bytes is {shard_bytes}; it should be 1 to {1 << 31}")
+    check_storage(logprobs_bits, shard_bytes)
     lengths, digest = measure(dataset, positions(teacher))
-    columns = TeacherColumns(dataset, lengths, teacher, tokenizer, top_k, sorted(set(hidden)), batch_size, bf16)
+    states = sorted(set(hidden))
+    columns = TeacherColumns(dataset, lengths, teacher, tokenizer, top_k, states, batch_size, bf16, logprobs_bits)
     manifest = columns.manifest([file_identity(Path(path)) for path in files], digest, shard_bytes)
     shards = columns.shards(shard_bytes)
     with whole_output(output, resume=resume, overwrite=overwrite) as work:
         on_main(lambda: begin(work, manifest))
         write_shards(work, columns, shards)
         processes().wait_for_everyone()
-        on_main(lambda: finish(work, manifest, columns, len(shards)))
-    if processes().is_main_process:
-        for number in range(len(shards)):
-            entry(output, number).unlink()
-
-
-def begin(work: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest of a new run. Raises ValueError if `work` holds an interrupted run of something else."""
-    path = work / MANIFEST
-    if not path.exists():
-        write_whole(path, json.dumps(manifest, indent=2) + "\n")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if different := [name for name, value in manifest.items() if found.get(name) != value]:
-        raise ValueError(
-            f"{work} holds an interrupted run with another {', '.join(different)}; pass overwrite=True to drop it"
-        )
+        on_main(lambda: columns.save(work))
+        on_main(lambda: finish(work, manifest, len(shards)))
+    on_main(lambda: drop_entries(output, len(shards)))
 
 
 def write_shards(work: Path, columns: TeacherColumns, shards: Sequence[range]) -> None:
@@ -120,32 +124,18 @@ def write_shards(work: Path, columns: TeacherColumns, shards: Sequence[range]) -
     state, schema = processes(), columns.schema()
     mine = range(state.process_index, len(shards), state.num_processes)
     todo = [number for number in mine if not entry(work, number).exists()]
-    options = {"desc": "Teacher", "unit": " rows", "disable": not state.is_main_process}
-    with logging.tqdm(total=sum(len(shards[number]) for number in todo), **options) as bar:
+    tokens = {number: int(columns.lengths[shards[number]].sum()) for number in todo}
+    options = {"desc": "Teacher", "unit": " tokens", "unit_scale": True, "disable": not state.is_main_process}
+    with logging.tqdm(total=sum(tokens.values()), **options) as bar:
         for number in todo:
-            path = work / f"{number:05}.arrow"
-            write_arrow(path, schema, [columns.record_batch(shards[number], schema, bar)])
-            write_whole(entry(work, number), json.dumps({**file_identity(path), "rows": len(shards[number])}))
-
-
-def finish(work: Path, manifest: Mapping[str, Any], columns: TeacherColumns, shards: int) -> None:
-    """Saves the teacher's config and tokenizer, and describes the shards in the manifest."""
-    columns.teacher.config.save_pretrained(work)
-    columns.tokenizer.save_pretrained(work)
-    entries = [json.loads(entry(work, number).read_text(encoding="utf-8")) for number in range(shards)]
-    write_whole(work / MANIFEST, json.dumps({**manifest, "shards": entries}, indent=2) + "\n")
-
-
-def entry(work: Path, number: int) -> Path:
-    """Returns the path of the file that describes a shard. It exists once the shard is whole."""
-    return work / f"{number:05}.json"
+            write_shard(work, number, columns.record_batch(shards[number], schema, bar))
 
 
 @dataclass
 class TeacherColumns:
     """The columns that are kept of a teacher, and their values for any rows. Its arguments are those of `write_cache`.
 
-    The constructor runs one row to see what the teacher returns.
+    The constructor runs one document to see what the teacher returns.
     """
 
     dataset: Dataset
@@ -156,12 +146,13 @@ class TeacherColumns:
     hidden: list[int]
     batch_size: int
     bf16: bool
+    logprobs_bits: int
     classes: int | None = None  # V, the number of classes that the k are chosen from; None without `top_k`
-    sizes: dict[str, tuple[int, str]] = field(default_factory=dict)  # of a column: the numbers in an entry, and dtype
+    features: dict[str, Any] = field(default_factory=dict)  # of each column
 
     def __post_init__(self) -> None:
         teacher, top_k, name = self.teacher, self.top_k, type(self.teacher).__name__
-        tokens = max(self.tokenizer.get_vocab().values()) + 1
+        tokens = token_ids(self.tokenizer)
         if tokens > teacher.config.vocab_size:
             raise ValueError(
                 f"tokenizer has token ids up to {tokens - 1}, the teacher {teacher.config.vocab_size} of them; they "
@@ -170,7 +161,8 @@ class TeacherColumns:
         # Padding on the right, whatever the tokenizer's side: positions count from the first token, and a causal model
         # never sees the padding.
         self.options: dict[str, Any] = {"hidden": self.hidden, "bf16": self.bf16, "padding_side": "right"}
-        _, states, _ = next(predict(teacher, self.dataset, self.tokenizer, [[0]], **self.options))
+        first, _ = self.documents(self.dataset.select([0]), self.lengths[:1])
+        _, states, _ = next(predict(teacher, first, self.tokenizer, [[0]], **self.options))
         shape = () if states.logits is None else tuple(states.logits.shape)
         self.model = teacher
         if top_k is not None:
@@ -180,15 +172,14 @@ class TeacherColumns:
                     "a language model, whose are (B, L, V)"
                 )
             self.classes = min(shape[2], tokens)
-            if not 1 <= top_k <= self.classes:
-                raise ValueError(f"top_k is {top_k}; it should be 1 to {self.classes}, the teacher's classes")
-            self.sizes |= {"topk_logprobs": (top_k, "float16"), "topk_indices": (top_k, index_dtype(self.classes))}
+            self.features = topk_features(top_k, self.classes, self.logprobs_bits)
         elif len(shape) == 2:
-            self.sizes[LOGITS] = shape[1], "float32"
+            self.features[LOGITS] = datasets.Sequence(Value("float32"))
         else:
             self.model = teacher.base_model  # nobody needs the logits
-        self.sizes |= {f"hidden_{i}": (states.hidden[i].shape[2], "float16") for i in self.hidden}
-        if not self.sizes:
+        self.widths = {f"hidden_{i}": states.hidden[i].shape[2] for i in self.hidden}
+        self.features |= {name: Array2D((None, width), "float16") for name, width in self.widths.items()}
+        if not self.features:
             raise ValueError(
                 f"top_k is None and hidden is empty, and {name} is no sequence classifier; give top_k for a language "
                 "model, hidden, or both"
@@ -204,111 +195,156 @@ class TeacherColumns:
             "top_k": self.top_k,
             "classes": self.classes,
             "hidden": self.hidden,
-            "columns": {name: {"size": size, "dtype": dtype} for name, (size, dtype) in self.sizes.items()},
+            "columns": json.loads(json.dumps(Features(self.features).to_dict())),  # tuples become lists
             "bf16": self.bf16,
             "shard_bytes": shard_bytes,
             "rows": len(self.lengths),
             "tokens": int(self.lengths.sum()),
         }
 
+    def save(self, work: Path) -> None:
+        """Saves the teacher's config and tokenizer."""
+        self.teacher.config.save_pretrained(work)
+        self.tokenizer.save_pretrained(work)
+
     def schema(self) -> Any:
         """Returns the Arrow schema of a shard."""
-        added = {
-            name: datasets.Sequence(Value(dtype)) if name == LOGITS else Array2D((None, size), dtype)
-            for name, (size, dtype) in self.sizes.items()
-        }
-        return Features({**self.dataset.features, "length": Value("int64"), **added}).arrow_schema
+        return Features({**self.dataset.features, "length": Value("int64"), **self.features}).arrow_schema
 
     def shards(self, shard_bytes: int) -> list[range]:
         """Returns the rows of each shard. A row is in the shard that its first byte falls into."""
-        of_tokens = [kept for name, kept in self.sizes.items() if name != LOGITS]
-        # A token takes about 4 bytes more in each column, and 8 for the data's own.
-        row_bytes = self.lengths * (8 + sum(4 + size * np.dtype(dtype).itemsize for size, dtype in of_tokens))
+        of_topk = sum(feature.token_bytes for name, feature in self.features.items() if name in TOPK)
+        of_hidden = sum(4 + 2 * width for width in self.widths.values())
+        row_bytes = self.lengths * (8 + of_topk + of_hidden)  # the data's own columns take about 8 bytes a token
         shard = (np.cumsum(row_bytes) - row_bytes) // shard_bytes
         starts = np.flatnonzero(np.diff(shard, prepend=-1)).tolist()
         return [range(start, stop) for start, stop in zip(starts, [*starts[1:], len(shard)], strict=True)]
 
     def record_batch(self, shard: range, schema: Any, bar: Any) -> Any:
-        """Returns the rows' own columns and the teacher's as one Arrow batch. `bar` counts the rows."""
+        """Returns the rows' own columns and the teacher's as one Arrow batch. `bar` counts the tokens."""
         rows, lengths = self.dataset.select(shard), self.lengths[shard.start : shard.stop]
+        starts = offsets(lengths)
         table = rows.with_format("arrow")[:]
         arrays = {name: table[name].combine_chunks() for name in table.column_names} | {"length": pa.array(lengths)}
         for name, x in self.values(rows, lengths, shard.start, bar).items():  # (entries, n)
+            if name in TOPK:
+                arrays[name] = self.features[name].arrow(x, starts)
+                continue
             ends = np.arange(0, x.size + 1, x.shape[1], dtype=np.int32)
             arrays[name] = pa.ListArray.from_arrays(pa.array(ends), pa.array(x.reshape(-1)))
             if name != LOGITS:
-                nested = pa.ListArray.from_arrays(pa.array(offsets(lengths), pa.int32()), arrays[name])
+                nested = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), arrays[name])
                 arrays[name] = pa.ExtensionArray.from_storage(schema.field(name).type, nested)
         return pa.RecordBatch.from_arrays([arrays[name] for name in schema.names], schema=schema)
 
     def values(self, rows: Dataset, lengths: np.ndarray, first: int, bar: Any) -> dict[str, np.ndarray]:
-        """Returns the values (entries, n) of each column for `rows`, of which `first` is the number of the first."""
-        starts = {name: offsets(np.ones_like(lengths) if name == LOGITS else lengths) for name in self.sizes}
-        found = {name: np.empty((starts[name][-1], size), dtype) for name, (size, dtype) in self.sizes.items()}
-        batches = batches_by_length(lengths, self.batch_size)
-        for chosen, states, _ in predict(self.model, rows, self.tokenizer, batches, **self.options):
-            for place, row in enumerate(chosen):
-                for name, x in self.kept(states, place, lengths[row]).items():
-                    found[name][starts[name][row] : starts[name][row + 1]] = x.cpu().numpy()
-            bar.update(len(chosen))
-        for name, values in found.items():
-            # A log-probability may be -inf: the class is impossible.
-            wrong = np.isnan(values) if name == "topk_logprobs" else ~np.isfinite(values)
-            if wrong.any():
-                place = int(np.flatnonzero(wrong.any(1))[0])
-                row = first + int(np.searchsorted(starts[name], place, "right")) - 1
-                hint = "; float16 holds numbers up to 65504" if name.startswith("hidden") else ""
-                raise ValueError(f"row {row}: {name} of the teacher is {values[place][wrong[place]][0]}{hint}")
+        """Returns what is stored of each column (entries, n). `first` is the number of the first of `rows`."""
+        documents, lengths_read = self.documents(rows, lengths)
+        starts = offsets(lengths_read)
+        found: dict[str, np.ndarray] = {}
+        wrong: dict[int, str] = {}  # by token
+        batches = batches_by_length(lengths_read, self.batch_size)
+        for chosen, states, _ in predict(self.model, documents, self.tokenizer, batches, **self.options):
+            for place, document in enumerate(chosen):
+                start, stop = starts[document], starts[document + 1]
+                for name, x in self.kept(states, place, lengths_read[document]).items():
+                    if (message := fault(name, x)) is not None:
+                        wrong[start] = message
+                        continue
+                    stored = self.features[name].encode(x) if name in TOPK else x
+                    if name not in found:
+                        entries = len(rows) if name == LOGITS else starts[-1]
+                        found[name] = np.empty((entries, stored.shape[1]), stored.dtype)
+                    found[name][document if name == LOGITS else slice(start, stop)] = stored
+            bar.update(int(lengths_read[chosen].sum()))
+        if wrong:
+            token = min(wrong)
+            row = first + int(np.searchsorted(offsets(lengths), token, "right")) - 1
+            raise ValueError(f"row {row}: {wrong[token]}")
         return found
 
-    def kept(self, states: States, place: int, length: int) -> dict[str, Tensor]:
-        """Returns the columns of one row, `length` tokens at `place` in the batch."""
+    def documents(self, rows: Dataset, lengths: np.ndarray) -> tuple[Dataset, np.ndarray]:
+        """Returns rows of one document each for the teacher to read, and their lengths. All tokens keep their order."""
+        if "position_ids" not in rows.column_names or LOGITS in self.features:
+            return rows, lengths
+        columns = [name for name in self.tokenizer.model_input_names if name in rows.column_names]
+        table = rows.with_format("arrow")[:]
+        lengths = document_lengths(table["position_ids"].combine_chunks(), lengths)
+        ends = pa.array(offsets(lengths), pa.int32())
+        flat = {name: table[name].combine_chunks().flatten() for name in columns if name != "position_ids"}
+        return Dataset(pa.table({name: pa.ListArray.from_arrays(ends, x) for name, x in flat.items()})), lengths
+
+    def kept(self, states: States, place: int, length: int) -> dict[str, np.ndarray]:
+        """Returns the columns of one document, `length` tokens at `place` in the batch."""
         columns = {f"hidden_{i}": x[place, :length].half() for i, x in states.hidden.items()}  # (L, d)
         if states.logits is not None and self.top_k is not None:
             logits = states.logits[place, :length, : self.classes].float()  # (L, V)
-            highest, columns["topk_indices"] = logits.topk(self.top_k)
-            columns["topk_logprobs"] = (highest - logits.logsumexp(-1, keepdim=True)).half()
+            highest, indices = logits.topk(self.top_k)
+            columns["topk_indices"], order = indices.sort(-1)
+            columns["topk_logprobs"] = highest.gather(-1, order) - logits.logsumexp(-1, keepdim=True)
         elif states.logits is not None:
             columns[LOGITS] = states.logits[place : place + 1].float()  # (1, C)
-        return columns
+        return {name: x.cpu().numpy() for name, x in columns.items()}
 
 
-def index_dtype(classes: int) -> str:
-    return "uint16" if classes <= 1 << 16 else "int32"
+def fault(name: str, values: np.ndarray) -> str | None:
+    """Returns what is wrong with values of the teacher. A log-probability may be -inf: the class is impossible."""
+    wrong = np.isnan(values) if name in TOPK else ~np.isfinite(values)
+    if not wrong.any():
+        return None
+    hint = "; float16 holds numbers up to 65504" if name.startswith("hidden") else ""
+    return f"{name} of the teacher is {values[wrong][0]}{hint}"
 
 
 def measure(dataset: Dataset, most: int) -> tuple[np.ndarray, str]:
-    """Returns the number of tokens of each row, int64, and the SHA-256 of all token ids. A row has at most `most`."""
+    """Returns the number of tokens of each row, int64, and the SHA-256 of all that the teacher reads.
+
+    A row, or each of its documents, has at most `most` tokens.
+    """
     if "input_ids" not in dataset.column_names:
         raise ValueError(f"dataset has the columns {dataset.column_names}; it should have input_ids: tokenise it")
     if not len(dataset):
         raise ValueError("dataset has no rows")
-    found, digest = [], hashlib.sha256()
-    for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000):
+    found, digest, before = [], hashlib.sha256(), 0
+    columns = [name for name in ("input_ids", "position_ids") if name in dataset.column_names]
+    for table in dataset.select_columns(columns).with_format("arrow").iter(10_000):
         ids = table["input_ids"].combine_chunks()
-        found.append(ids.value_lengths().to_numpy().astype(np.int64))
-        digest.update(found[-1])
+        lengths = read = ids.value_lengths().to_numpy().astype(np.int64)
+        if not lengths.all():
+            raise ValueError(f"row {before + int(lengths.argmin())} has no tokens; leave it out")
+        digest.update(lengths)
         digest.update(ids.flatten().to_numpy().astype(np.int64))
-    lengths = np.concatenate(found)
-    shortest, longest = int(lengths.argmin()), int(lengths.argmax())
-    if lengths[shortest] < 1:
-        raise ValueError(f"row {shortest} has no tokens; leave it out")
-    if lengths[longest] > most:
-        raise ValueError(f"row {longest} has {lengths[longest]} tokens; the teacher takes {most}: cut the rows")
-    return lengths, digest.hexdigest()
+        if "position_ids" in columns:
+            positions = table["position_ids"].combine_chunks()
+            read = document_lengths(positions, lengths, before)
+            digest.update(positions.flatten().to_numpy().astype(np.int64))
+        if read.max() > most:
+            row = before + int(np.searchsorted(offsets(lengths), offsets(read)[read.argmax()], "right")) - 1
+            raise ValueError(f"row {row} has {read.max()} tokens; the teacher takes {most}: cut the rows")
+        found.append(lengths)
+        before += len(lengths)
+    return np.concatenate(found), digest.hexdigest()
 
 
-def offsets(lengths: np.ndarray) -> np.ndarray:
-    """Returns where each row begins among all tokens, and last where the last row ends."""
-    return np.concatenate([[0], np.cumsum(lengths)])
+def document_lengths(positions: Any, lengths: np.ndarray, first: int = 0) -> np.ndarray:
+    """Returns the tokens of each document of packed rows, whose `positions` (Arrow lists) start from 0 in each.
 
-
-def file_identity(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    `first` is the number of the first row, for errors.
+    """
+    if (different := positions.value_lengths().to_numpy() != lengths).any():
+        row = int(different.argmax())
+        raise ValueError(f"row {first + row}: position_ids has not one entry for each of its {lengths[row]} input_ids")
+    flat = positions.flatten().to_numpy()
+    is_start = np.diff(flat, prepend=0) != 1
+    is_start[offsets(lengths)[:-1]] = True
+    starts = np.flatnonzero(is_start)
+    if (late := flat[starts] != 0).any():
+        token = starts[late.argmax()]
+        row = int(np.searchsorted(offsets(lengths), token, "right")) - 1
+        raise ValueError(
+            f"row {first + row}: position_ids go on at {flat[token]}; they should count from 0 in each document"
+        )
+    return np.diff(starts, append=len(flat))
 
 
 def identity(teacher: PreTrainedModel) -> dict[str, Any]:
@@ -330,11 +366,6 @@ def identity(teacher: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def vocabulary(tokenizer: Any) -> dict[str, Any]:
-    tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
-    return {"tokens": len(tokens), "sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()}
-
-
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Returns the content of `manifest.json`: teacher, tokenizer, data, columns, rows, tokens, shards."""
     path = Path(folder) / MANIFEST
@@ -353,9 +384,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def read_cache(folder: str | Path, *, verify: bool = False) -> Dataset:
     """Returns the rows of a cache in numpy format, mapped into memory: nothing is read before it is used.
 
-    The columns are the data's own, `length`, and the teacher's. Floating-point numbers arrive as
-    float32, integers as int64, (L, n) a row. `verify` reads every file and compares its SHA-256; sizes are always
-    compared. Raises FileNotFoundError or ValueError for a file that is missing or is not what was written.
+    The columns are the data's own, `length`, and the teacher's. Floating-point numbers arrive as float32, integers as
+    int64, (L, n) a row; the k classes of a token ascend. `verify` reads every file and compares its SHA-256; sizes
+    are always compared. Raises FileNotFoundError or ValueError for a file that is missing or is not what was written.
     """
     shards, parts = read_manifest(folder)["shards"], []
     mend = "copy it again, or write the cache again"
@@ -382,12 +413,15 @@ def terms_served(folder: str | Path) -> list[str]:
     return [term for term, is_served in served.items() if is_served]
 
 
-def weightless_teacher(folder: str | Path) -> PreTrainedModel:
+def weightless_teacher(folder: str | Path) -> PreTrainedModel | None:
     """Returns a model of the teacher's class and config on the device "meta", without weights.
 
     `fastdistill.train.students.build_student` needs no more of a teacher for a student that does not start from it.
+    None: the cache was made from log-probabilities alone.
     """
-    name = read_manifest(folder)["teacher"]["class"]
+    name = read_manifest(folder)["teacher"].get("class")
+    if name is None:
+        return None
     if not hasattr(transformers, name):
         raise ValueError(f"{folder}: the teacher is a {name}, which transformers does not have; load it yourself")
     with torch.device("meta"):
@@ -395,20 +429,26 @@ def weightless_teacher(folder: str | Path) -> PreTrainedModel:
 
 
 def teacher_config(folder: str | Path) -> Any:
-    """Returns the transformers config of the teacher that a cache was made from."""
-    return AutoConfig.from_pretrained(folder)
+    """Returns the transformers config of a cache's teacher; None if it was made from log-probabilities alone."""
+    return AutoConfig.from_pretrained(folder) if "class" in read_manifest(folder)["teacher"] else None
 
 
 def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
     """Raises ValueError if a student or a tokenizer has another vocabulary than a cache, or a student other classes."""
     manifest = read_manifest(folder)
-    if student is not None:
-        teacher, config = manifest["teacher"], teacher_config(folder)
-        check_vocabularies(student.config, config, whose=f"that of {folder} ({teacher['class']} {teacher['name']})")
+    teacher, config = manifest["teacher"], teacher_config(folder)
+    if student is not None and config is not None:
+        whose = f"that of {folder} ({teacher['class']} {teacher['name']})"
+        check_vocabularies(student.config, config, tokenizer, whose=whose)
         if LOGITS in manifest["columns"]:
             check_classes(student.config, config)
+    elif student is not None and student.config.vocab_size < manifest["classes"]:
+        raise ValueError(
+            f"the student's vocabulary has {student.config.vocab_size} tokens, that of {folder} {manifest['classes']}; "
+            "both should be one vocabulary: give the student the teacher's tokenizer and vocab_size"
+        )
     theirs = manifest["tokenizer"]
-    if tokenizer is not None and (ours := vocabulary(tokenizer)) != theirs:
+    if tokenizer is not None and theirs is not None and (ours := vocabulary(tokenizer)) != theirs:
         raise ValueError(
             f"the tokenizer's vocabulary ({ours['tokens']} tokens, SHA-256 {ours['sha256'][:12]}) is not that of "
             f"{folder} ({theirs['tokens']} tokens, SHA-256 {theirs['sha256'][:12]}); use the tokenizer saved there"

@@ -14,17 +14,15 @@ wrapper's own output.
 from __future__ import annotations
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 import fastdistill
+from fastdistill.functional._dispatch import mean
+from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
@@ -41,21 +39,14 @@ class CausalLMLoss(NamedTuple):
     entropy: Tensor  # of the student
 
 
-class Head(NamedTuple):
-    """How a model makes its logits: `cap * tanh(scale * (x @ W.T + b) / cap)`. `linear` is None if in another way."""
-
-    linear: nn.Linear | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-
 class Logits(NamedTuple):
-    """Logits in factors: `hidden @ weight.T + bias`, softcapped. `weight` None: `hidden` are the logits."""
+    """Logits in factors: `scale * (hidden @ weight.T + bias)`, softcapped. `weight` None: `hidden` are the logits."""
 
     hidden: Tensor  # (B, L, d)
     weight: Tensor | None = None  # (V, d)
     bias: Tensor | None = None  # (V)
     softcap: float | None = None
+    scale: float = 1.0
 
     @property
     def classes(self) -> int:
@@ -73,6 +64,9 @@ class Options(NamedTuple):
     num_items: int | float | Tensor | None
     return_parts: bool
     backend: str
+    skew: float = 0.0
+    item_weights: Tensor | None = None  # (B, L), shifted as the labels
+    tail: str = "renormalize"  # of a cached teacher
 
 
 def causal_lm_loss(
@@ -86,7 +80,9 @@ def causal_lm_loss(
     alpha: float = 1.0,
     beta: float = 0.5,
     reverse: bool = False,
+    skew: float = 0.0,
     vocab_size: int | None = None,
+    item_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     return_parts: bool = False,
     backend: str = "auto",
@@ -102,55 +98,62 @@ def causal_lm_loss(
             `(B, L, k)` each.
         batch: what a collator returns; `labels` `(B, L)` are shifted here.
         divergence: "kl", "jsd", "tvd" or "soft_cross_entropy".
-        temperature, t_squared, alpha, beta, reverse, backend: as in `fastdistill.linear_kl_div` and its siblings.
+        temperature, t_squared, alpha, backend: as in `fastdistill.linear_kl_div`.
+        beta: of "jsd".
+        reverse, skew: of "kl"; a cached teacher has no skew.
         vocab_size: only the first so many classes take part; None: those that both models have.
+        item_weights: `(B, L)`, at least 0; the loss that has `labels[:, i]` as its target is multiplied by
+            `item_weights[:, i]`. The mean still divides by the number of positions that count.
         num_items: the number of positions to divide by in place of those counted here, such as `num_items_in_batch`
             of transformers divided by the number of processes whose gradients are averaged.
         return_parts: return a `CausalLMLoss`; its parts cost three more products of the head.
 
+    The auxiliary loss of a mixture of experts is added with the coefficient of the config, if the config asks for it.
+    With `num_items` it is weighted by `counted / num_items`, so that micro-batches add up to its mean.
+
     Raises:
-        ValueError: an unknown divergence, a teacher that is the student itself or in training mode, neither a teacher
-            nor top-k columns, a divergence that a cached teacher does not have, and what the losses raise.
+        ValueError: an unknown divergence, an option of another divergence, a teacher that is or shares what the student
+            trains or is in training mode, neither a teacher nor top-k columns, a divergence that a cached teacher does
+            not have, an encoder-decoder, and what the losses raise.
     """
-    check_options(divergence=divergence)
-    options = Options(
-        divergence, temperature, t_squared, alpha, beta, reverse, vocab_size, num_items, return_parts, backend
-    )
+    check_options(divergence=divergence, beta=beta, reverse=reverse, skew=skew)
+    check_models(student, teacher)
     labels, counted = targets(batch)
+    options = Options(divergence, temperature, t_squared, alpha, beta, reverse, vocab_size, num_items, return_parts,
+                      backend, skew, shifted(item_weights, batch))  # fmt: skip
     topk = None if teacher is not None else cached_teacher(batch, options)
     inputs = model_inputs(student, batch)
-    head = head_of(student)
+    head = head_of(student, inputs)
     target: Logits | None = None
     if teacher is not None:
-        check_teacher(student, teacher)
         target = teacher_logits(teacher, model_inputs(teacher, batch), linear=head.linear is not None)
-        if target.weight is None and head.linear is not None:  # the ops take both sides in factors or neither
+        if target.weight is None:  # the ops take both sides in factors or neither
             head = Head()
 
     def compute(logits: Logits) -> CausalLMLoss:
         return losses(logits, target, topk, labels, counted, options)
 
-    if head.linear is None:
-        output = student(**inputs)
-        found = compute(Logits(output.logits))
-        loss = found.loss
-    else:
-        with replaced(head.linear, lambda x, linear: student_carrier(x, linear, head, compute)) as seen:
-            output = student(**inputs)
-        (found,) = seen
-        loss = found.loss.detach() + output.logits.sum()
-    balance = getattr(output, "aux_loss", None)  # of a mixture of experts, where its config asks for it
+    output, found = student_losses(student, inputs, head, compute)
+    balance = getattr(output, "aux_loss", None)
     if balance is not None:
-        loss = loss + unwrapped(student).router_aux_loss_coef * balance
-    return found._replace(loss=loss) if return_parts else loss
+        found = found._replace(loss=found.loss + balance_weight(student, counted, num_items) * balance)
+    return found if return_parts else found.loss
 
 
-def check_options(divergence: str = "kl", **others: Any) -> None:
-    unknown = others.keys() - inspect.signature(causal_lm_loss).parameters.keys()
+def check_options(
+    divergence: str = "kl", beta: float = 0.5, reverse: bool = False, skew: float = 0.0, **others: Any
+) -> None:
+    parameters = inspect.signature(causal_lm_loss).parameters.values()
+    unknown = others.keys() - {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     if unknown:
         raise TypeError(f"causal_lm_loss has no option {', '.join(sorted(unknown))}")
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; it should be one of {', '.join(map(repr, DIVERGENCES))}")
+    for name, value, default, owner in (
+        ("beta", beta, 0.5, "jsd"), ("reverse", reverse, False, "kl"), ("skew", skew, 0.0, "kl")
+    ):  # fmt: skip
+        if value != default and divergence != owner:
+            raise ValueError(f"{name} is {value} and divergence {divergence!r}; {name} is an option of {owner!r} alone")
 
 
 # -- the batch -----------------------------------------------------------------------------------------------
@@ -171,12 +174,27 @@ def targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (B, L) each
     return nn.functional.pad(ids[:, 1:], (0, 1)), counted
 
 
+def shifted(item_weights: Tensor | None, batch: Mapping[str, Any]) -> Tensor | None:
+    if item_weights is None:
+        return None
+    rows = tuple(batch["input_ids"].shape)
+    if tuple(item_weights.shape) != rows:
+        raise ValueError(f"item_weights has shape {tuple(item_weights.shape)}; it should be {rows}, as the labels")
+    return nn.functional.pad(item_weights[:, 1:], (0, 1))
+
+
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the columns that the model takes. Positions of rows padded on the left start at their first token."""
     inputs = {name: x for name, x in batch.items() if name not in NOT_INPUTS}
     takes = inspect.signature(type(unwrapped(model)).forward).parameters  # wrappers replace an instance's
     mask = inputs.get("attention_mask")
-    if mask is not None and "position_ids" not in inputs and "position_ids" in takes:
+    prompted = takes_virtual_tokens(model)
+    if prompted and "position_ids" in inputs:
+        raise ValueError(
+            "batch has position_ids, and the model is a PEFT model with virtual tokens, which ignores them: leave "
+            "position_ids out (and do not pack rows), or use another adapter"
+        )
+    if mask is not None and not prompted and "position_ids" not in inputs and "position_ids" in takes:
         inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return {**inputs, "use_cache": False} if "use_cache" in takes else inputs
 
@@ -187,9 +205,12 @@ def cached_teacher(batch: Mapping[str, Any], options: Options) -> tuple[Tensor, 
             f"teacher is None and batch has the columns {sorted(batch)}; pass a teacher, or topk_logprobs and "
             "topk_indices, which fastdistill.train.write_cache writes"
         )
-    if options.divergence not in ("kl", "soft_cross_entropy") or options.reverse:
-        asked = "reverse=True" if options.reverse else repr(options.divergence)
-        raise ValueError(f"divergence is {asked}; a cached teacher has 'kl' and 'soft_cross_entropy': pass a teacher")
+    if options.divergence not in ("kl", "soft_cross_entropy"):
+        raise ValueError(
+            f"divergence is {options.divergence!r}; a cached teacher has 'kl' and 'soft_cross_entropy': pass a teacher"
+        )
+    if options.skew:
+        raise ValueError(f"skew is {options.skew}; a cached teacher has none: pass a teacher, or leave skew at 0.0")
     return batch["topk_logprobs"], batch["topk_indices"]
 
 
@@ -204,12 +225,15 @@ def losses(
     counted: Tensor,  # (B, L)
     options: Options,
 ) -> CausalLMLoss:
+    length = labels.shape[1]  # PEFT may have put virtual tokens before the rows
+    student = student._replace(hidden=student.hidden[:, -length:])
+    teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[:, -length:])
     classes = options.vocab_size
     if classes is None and teacher is not None and teacher.classes != student.classes:
         classes = min(student.classes, teacher.classes)
     shared = {
-        "mask": counted, "vocab_size": classes, "num_items": options.num_items, "backend": options.backend,
-        "student_softcap": student.softcap,
+        "mask": counted, "vocab_size": classes, "item_weights": options.item_weights, "num_items": options.num_items,
+        "student_logit_scale": student.scale, "student_softcap": student.softcap, "backend": options.backend,
     }  # fmt: skip
     soft = {"temperature": options.temperature, "t_squared": options.t_squared}
     hard = {"labels": labels, "alpha": options.alpha} if options.alpha < 1 else {}
@@ -239,145 +263,112 @@ def divergence(
         tensors.append(student.weight)
         keywords["student_bias"] = student.bias
     if topk is not None:
-        loss = getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")(*tensors, *topk, **keywords)
-        return loss - teacher_entropy(topk[0], keywords) if options.divergence == "kl" else loss
+        op = getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")
+        loss = op(*tensors, *topk, tail=options.tail, reverse=options.reverse, **keywords)
+        if options.divergence != "kl" or options.reverse:
+            return loss
+        return loss - teacher_entropy(topk[0], options.tail, **keywords)
     assert teacher is not None
     tensors.append(teacher.hidden)
-    keywords["teacher_softcap"] = teacher.softcap
+    keywords |= {"teacher_logit_scale": teacher.scale, "teacher_softcap": teacher.softcap}
     if teacher.weight is not None:
         tensors.append(teacher.weight)
         keywords["teacher_bias"] = teacher.bias
     name = {"kl": "kl_div"}.get(options.divergence, options.divergence)
-    own: dict[str, Any] = {"kl": {"reverse": options.reverse}, "jsd": {"beta": options.beta}}
+    own: dict[str, Any] = {
+        "kl": {"reverse": options.reverse, "skew": options.skew}, "jsd": {"beta": options.beta},
+    }  # fmt: skip
     return getattr(fastdistill, prefix + name)(*tensors, **keywords, **own.get(options.divergence, {}))
 
 
-def teacher_entropy(logprobs: Tensor, keywords: Mapping[str, Any]) -> Tensor:
-    """Computes the mean entropy of the teacher's listed classes, weighted as the soft loss is."""
-    temperature, counted = keywords.get("temperature", 1.0), keywords["mask"]
-    log_q = (logprobs.float() / temperature).log_softmax(-1)
+def teacher_entropy(
+    logprobs: Tensor,  # (B, L, k)
+    tail: str,
+    mask: Tensor,  # (B, L)
+    item_weights: Tensor | None = None,  # (B, L)
+    num_items: int | float | Tensor | None = None,
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    alpha: float = 1.0,
+    **_: Any,
+) -> Tensor:
+    """Computes the mean entropy of a cached teacher, weighted as the soft part of the loss is."""
+    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
+    if tail == "bucket":
+        rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+        log_q = torch.cat([logprobs, rest], -1)  # (B, L, k + 1)
+    else:
+        log_q = (logprobs / temperature).log_softmax(-1)
     entropy = -(log_q.exp() * log_q).nan_to_num(0.0).sum(-1)  # (B, L); a class of probability 0 adds 0
-    weight = keywords.get("alpha", 1.0) * (temperature**2 if keywords.get("t_squared") else 1.0)
-    items = counted.sum() if keywords["num_items"] is None else keywords["num_items"]
-    total = entropy.masked_fill(~counted, 0).sum() * weight
-    return total / torch.as_tensor(items, device=total.device).clamp(min=torch.finfo(total.dtype).tiny)
+    if item_weights is not None:
+        entropy = entropy * item_weights
+    counted = mask & logprobs.isfinite().any(-1)  # the rows that the loss counts
+    total = entropy.masked_fill(~counted, 0).sum() * alpha * (temperature**2 if t_squared else 1.0)
+    return mean(total, counted.sum() if num_items is None else num_items)
 
 
 # -- the models ----------------------------------------------------------------------------------------------
 
 
-def unwrapped(model: Any) -> PreTrainedModel:
-    """Returns the transformers model inside DDP, FSDP1, DeepSpeed (`module`), torch.compile (`_orig_mod`) and PEFT."""
-    while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-            continue
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
+def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
+    for model in (student, teacher):
+        if model is not None and unwrapped(model).config.is_encoder_decoder:
             raise ValueError(
-                f"the model is a {type(model).__name__}; it should be a transformers model, wrapped or not"
+                f"the model is a {type(unwrapped(model)).__name__}, an encoder-decoder, whose labels are not its "
+                "shifted input; it should be a causal language model: use fastdistill.kl_div on the logits of both"
             )
-        model = inner
-    return model
-
-
-def check_teacher(student: nn.Module, teacher: nn.Module) -> None:
+    if teacher is None:
+        return
     if unwrapped(student) is unwrapped(teacher):
-        raise ValueError("teacher is the student itself; it should be another model, or a deep copy made beforehand")
-    if teacher.training:
+        raise ValueError(
+            "teacher is the student itself; it should be another model, or a copy.deepcopy made beforehand (before "
+            "peft.get_peft_model, where the student gets adapters)"
+        )
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    shared = [name for name, p in teacher.named_parameters() if id(p) in trained]
+    if shared:
+        raise ValueError(f"teacher shares {shared[0]} with the student, which trains it; make it a copy.deepcopy")
+    if unwrapped(teacher).training:
         raise ValueError("teacher is in training mode; it should be in eval mode: call teacher.eval()")
 
 
-def linear_head(model: PreTrainedModel) -> nn.Linear | None:
-    """Returns the nn.Linear whose forward makes the logits; None if something else does (a LoRA, 8 bits)."""
-    head: Any = model.get_output_embeddings()
-    saved = getattr(head, "modules_to_save", None)  # PEFT's copy of a module that is trained whole
-    if isinstance(saved, nn.ModuleDict) and not getattr(head, "disable_adapters", False):
-        (name,) = head.active_adapters
-        head = saved[name]
-    plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
-    return head if plain else None
+def student_losses(
+    student: Callable[..., Any], inputs: dict[str, Any], head: Head, compute: Callable[[Logits], CausalLMLoss]
+) -> tuple[Any, CausalLMLoss]:
+    """Runs the student with the loss in place of its head's product; returns its output as well."""
+    if head.linear is None:
+        output = student(**inputs)
+        return output, compute(Logits(output.logits))
 
+    def carrier(x: Tensor, linear: nn.Linear) -> tuple[Tensor, CausalLMLoss]:
+        found = compute(Logits(x, linear.weight, linear.bias, head.softcap, head.scale))
+        return ((found.loss - found.loss.detach()) / head.scale).view(1, 1, 1), found
 
-HEADS: weakref.WeakKeyDictionary[nn.Module, Head] = weakref.WeakKeyDictionary()
-
-
-def head_of(model: nn.Module) -> Head:
-    """Returns how the model makes its logits: as its config says, if a forward of 4 tokens agrees with it."""
-    base = unwrapped(model)
-    linear = linear_head(base)
-    if linear is None:
-        return Head()
-    if linear not in HEADS:
-        HEADS[linear] = judged(model, base, linear)
-    return HEADS[linear]
-
-
-@torch.no_grad()
-def judged(model: Any, base: PreTrainedModel, linear: nn.Linear) -> Head:
-    if hasattr(model, "_orig_mod"):
-        model = model._orig_mod  # no graph is compiled for a look at the head
-    config = base.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    made: list[Tensor] = []
-    hook = linear.register_forward_hook(lambda _module, _inputs, output: made.append(output))
-    device = next(base.parameters()).device
-    try:
-        logits = model(input_ids=torch.arange(4, device=device)[None] % config.vocab_size).logits
-    finally:
-        hook.remove()
-    if len(made) != 1 or made[0].shape != logits.shape:
-        return Head()
-    expected = made[0] * scale
-    if softcap:
-        expected = torch.tanh(expected / softcap) * softcap
-    agrees = torch.allclose(expected.to(logits.dtype), logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
-    return Head(linear, scale, softcap or None) if agrees else Head()
-
-
-@contextmanager
-def replaced(linear: nn.Linear, function: Callable[[Tensor, nn.Linear], tuple[Tensor, Any]]) -> Iterator[list[Any]]:
-    """Replaces the module's forward by `function` within the block; yields the list of the second things it returns."""
-    seen: list[Any] = []
-
-    def forward(x: Tensor) -> Tensor:
-        output, found = function(x, linear)
-        seen.append(found)
-        return output
-
-    before: Any = linear.__dict__.get("forward")
-    linear.forward = forward  # type: ignore[assignment, method-assign]
-    try:
-        yield seen
-    finally:
-        if before is None:
-            del linear.forward
-        else:
-            linear.forward = before  # type: ignore[method-assign]
-
-
-def student_carrier(
-    x: Tensor, linear: nn.Linear, head: Head, compute: Callable[[Logits], CausalLMLoss]
-) -> tuple[Tensor, CausalLMLoss]:
-    found = compute(Logits(x * head.scale, linear.weight, linear.bias, head.softcap))
-    return ((found.loss - found.loss.detach()) / head.scale).view(1, 1, 1), found
+    with replaced(head.linear, carrier) as seen:
+        output = student(**inputs)
+    (found,) = seen
+    return output, found._replace(loss=found.loss.detach() + output.logits.sum())
 
 
 @torch.no_grad()
 def teacher_logits(teacher: nn.Module, inputs: dict[str, Any], linear: bool) -> Logits:
-    head = head_of(teacher) if linear else Head()
+    head = head_of(teacher, inputs) if linear else Head()
     if head.linear is None:
         return Logits(teacher(**inputs).logits)
-    # FSDP and DeepSpeed free the whole weight after the head's forward, so that a copy must be kept.
-    is_sharded = isinstance(head.linear.weight, DTensor) or any(hasattr(p, "ds_id") for p in head.linear.parameters())
+    copied = is_sharded(teacher, head.linear)
 
     def keep(x: Tensor, module: nn.Linear) -> tuple[Tensor, Logits]:
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
-        if is_sharded:
+        if copied:
             weight, bias = weight.clone(), None if bias is None else bias.clone()
-        return x.new_zeros(1, 1, 1), Logits(x * head.scale, weight, bias, head.softcap)
+        return x.new_zeros(1, 1, 1), Logits(x, weight, bias, head.softcap, head.scale)
 
     with replaced(head.linear, keep) as seen:
         teacher(**inputs)
     return seen[0]
+
+
+def balance_weight(student: nn.Module, counted: Tensor, num_items: int | float | Tensor | None) -> float | Tensor:
+    """Returns the factor of a mixture's auxiliary loss: its coefficient, times this batch's share of `num_items`."""
+    coefficient = unwrapped(student).config.get_text_config().router_aux_loss_coef
+    return coefficient if num_items is None else coefficient * mean(counted.sum().float(), num_items)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+MOST_PADDING = 1024  # models round their vocabulary up to a multiple of 64 to 1024
+
 
 def check_vocabularies(student: Any, teacher: Any, tokenizer: Any = None, *, whose: str = "the teacher's") -> None:
-    """Raises ValueError if the two configs differ in vocab_size, or if the tokenizer has more tokens than that.
+    """Raises ValueError if the tokenizer has more tokens than either config's vocab_size, or if the two differ.
 
-    `whose` says in the message whose config `teacher` is.
+    They may differ a little with a tokenizer whose tokens both have: the rest is padding. `whose` says in the
+    message whose config `teacher` is.
     """
-    if student.vocab_size != teacher.vocab_size:
+    sizes = student.vocab_size, teacher.vocab_size
+    if sizes[0] != sizes[1] and (tokenizer is None or max(sizes) > len(tokenizer) + MOST_PADDING):
         raise ValueError(
-            f"the student's vocabulary has {student.vocab_size} tokens, {whose} {teacher.vocab_size}; both should be "
-            "one vocabulary, since both models read the same token ids: give the student the teacher's tokenizer and "
-            "vocab_size. If one tokenizer's vocabulary was padded to two sizes, "
-            f"student.resize_token_embeddings({teacher.vocab_size}) makes them equal"
+            f"the student's vocabulary has {sizes[0]} tokens, {whose} {sizes[1]}; both should be one vocabulary, since "
+            "both models read the same token ids: give the student the teacher's tokenizer and vocab_size. Two "
+            f"paddings of one vocabulary may differ, by at most {MOST_PADDING} tokens beyond a tokenizer that is given"
         )
-    if tokenizer is not None and len(tokenizer) > student.vocab_size:
+    if tokenizer is not None and len(tokenizer) > min(sizes):
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the models {student.vocab_size}; use the teacher's tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, the student's vocabulary {sizes[0]}, {whose} {sizes[1]}; both "
+            "models should have all of them: use the teacher's tokenizer, and a student of its vocabulary"
         )
 
 

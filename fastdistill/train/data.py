@@ -132,7 +132,7 @@ def predict(
     """
     model.eval()
     device = next(model.parameters()).device
-    columns = [name for name in tokenizer.model_input_names if name in dataset.column_names]
+    columns = [name for name in (*tokenizer.model_input_names, "position_ids") if name in dataset.column_names]
     inputs = dataset.with_format("torch", columns=columns)
     for rows in batches:
         batch, mask = pad_inputs(inputs[rows], tokenizer, padding_side or tokenizer.padding_side)
@@ -194,25 +194,40 @@ def add_teacher_logits(
 class PaddingCollator(DataCollatorWithPadding):
     """Pads a batch to its longest row, and labels of tokens with -100. Drops an `attention_mask` that masks nothing.
 
-    The columns of an offline teacher, (L, n) a row, are padded with zeros to (B, L, n). Their rows are padded on the
-    right, as they were when the teacher read them: with padding on the left, GPT-2 counts other positions.
+    `position_ids` are padded with 0, and the columns of an offline teacher, (L, n) a row, with zeros to (B, L, n).
+    Rows with such columns are padded on the right, as they were when the teacher read them.
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        cached = [name for name in features[0] if TOKEN_COLUMN.fullmatch(name)]
+        cached = [name for name in features[0] if TOKEN_COLUMN.fullmatch(name) or name == "position_ids"]
         plain = [{name: x for name, x in row.items() if name not in cached} for row in features]
         are_tags = all(np.shape(row.get("labels", 0)) == np.shape(row["input_ids"]) for row in features)
         kind = DataCollatorForTokenClassification if are_tags else DataCollatorWithPadding
         tokenizer = copy.copy(self.tokenizer)
-        if cached:
+        if any(name != "position_ids" for name in cached):
             tokenizer.padding_side = "right"
+        side = tokenizer.padding_side
         batch = kind(tokenizer, self.padding, self.max_length, self.pad_to_multiple_of)(plain)
         for name in cached:
-            dtype = torch.int64 if name == "topk_indices" else torch.float32
-            rows = [torch.tensor(np.asarray(row[name]), dtype=dtype) for row in features]
-            padded = pad_sequence(rows, batch_first=True)  # (B, longest row, n)
-            batch[name] = F.pad(padded, (0, 0, 0, batch["input_ids"].shape[1] - padded.shape[1]))
+            dtype = torch.int64 if name in ("topk_indices", "position_ids") else torch.float32
+            given = [row[name] for row in features]
+            lists = given if name == "position_ids" else of_one_width(name, given)
+            rows = [torch.tensor(x, dtype=dtype) for x in lists]
+            padded = pad_sequence(rows, batch_first=True, padding_side=side)  # (B, longest row) or (B, longest row, n)
+            more = batch["input_ids"].shape[1] - padded.shape[1]
+            of_length = (more, 0) if side == "left" else (0, more)
+            batch[name] = F.pad(padded, (0, 0, *of_length) if padded.dim() == 3 else of_length)
         return without_full_mask(batch)
+
+
+def of_one_width(name: str, rows: list[Any]) -> list[np.ndarray]:
+    """Returns a column's rows as arrays (L, n). Shorter lists, and None, are filled: a free place has probability 0."""
+    if name not in ("topk_logprobs", "topk_indices") or all(isinstance(row, np.ndarray) for row in rows):
+        return [np.asarray(row) for row in rows]
+    widest = max(1, *(0 if entries is None else len(entries) for row in rows for entries in row))
+    fill = [-np.inf if name == "topk_logprobs" else 0]
+    lists = [[[] if entries is None else list(entries) for entries in row] for row in rows]
+    return [np.array([entries + fill * (widest - len(entries)) for entries in row]) for row in lists]
 
 
 class OwnRows(TorchIterableDataset[Any]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,23 +12,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdistill.train.capture import States, capture
+from fastdistill.train.causal_lm import Logits, losses, student_losses
+from fastdistill.train.heads import Head, head_of, replaced
 from fastdistill.train.objective import Objective
+from fastdistill.train.terms import Counts, next_tokens, prediction_options
 
-__all__ = ["DistillationModel", "has_linear_head"]
+__all__ = ["DistillationModel", "predicts_next_tokens", "teacher_states"]
 
 
 class DistillationModel(nn.Module):
     """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}.
 
-    `linear_head` says whether the loss against an offline teacher may take the student's last hidden state and head
-    instead of its logits, which then never exist (`has_linear_head`).
+    The prediction loss of a causal language model is computed inside its head (`fastdistill.train.causal_lm`), so that
+    its logits never exist; "logits" is then None.
     """
 
     accepts_loss_kwargs = True  # losses are divided by num_items, not again by the accumulation steps
 
     def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
-        self.student, self.objective, self.linear_head = student, objective, False
+        self.student, self.objective = student, objective
+        if predicts_next_tokens(student, objective) and objective.options.parity == "official":
+            raise ValueError(
+                "parity is 'official', which counts padding; the prediction term of a causal language model counts "
+                "next tokens: use 'masked'"
+            )
 
     def forward(
         self, teacher: States | None = None, teacher_logits: Tensor | None = None,
@@ -37,20 +47,40 @@ class DistillationModel(nn.Module):
         if not with_loss:
             return {"logits": capture(self.student, batch).logits}
         topk = None if topk_logprobs is None or topk_indices is None else (topk_logprobs, topk_indices)
-        layer = self.student.get_output_embeddings() if self.linear_head and topk and objective.needs_logits else None
+        targets: dict[str, Any] = {"labels": labels, "teacher_logits": teacher_logits, "topk": topk}
         # The head of a student that learns inner states only would compute logits that nobody reads.
-        student = self.student if objective.needs_logits and layer is None else self.student.base_model
-        last = self.student.config.num_hidden_layers  # the hidden state that a head takes
-        states = capture(
-            student, batch, hidden=set(objective.hidden) if layer is None else {*objective.hidden, last},
-            attention=objective.attention, values=objective.needs_values,
+        run = partial(
+            capture, self.student if objective.needs_logits else self.student.base_model, batch,
+            hidden=set(objective.hidden), attention=objective.attention, values=objective.needs_values,
         )  # fmt: skip
-        losses = objective(
-            states, teacher, mask=batch.get("attention_mask"), num_items=num_items,
-            labels=labels, teacher_logits=teacher_logits, topk=topk,
-            head=None if layer is None else (states.hidden[last], layer.weight, layer.bias),
-        )  # fmt: skip
-        return {"loss": torch.stack(list(losses.values())).sum(), **losses, "logits": states.logits}
+        if predicts_next_tokens(self.student, objective):
+            states, targets["next_token_loss"] = self._next_tokens(run, batch, teacher, num_items, **targets)
+        else:
+            states = run()
+        found = objective(states, teacher, mask=batch.get("attention_mask"), num_items=num_items, **targets)
+        return {"loss": torch.stack(list(found.values())).sum(), **found, "logits": states.logits}
+
+    @torch.compiler.disable  # the head's forward is another function in each step
+    def _next_tokens(
+        self, run: Callable[[], States], batch: Mapping[str, Tensor], teacher: States | None, num_items: Tensor | None,
+        *, labels: Tensor | None, teacher_logits: Tensor | None, topk: tuple[Tensor, Tensor] | None,
+    ) -> tuple[States, Tensor]:  # fmt: skip
+        """Runs the student by `run()`, with the loss in its head. Returns its states and that loss."""
+        items = None if num_items is None else Counts(*num_items.unbind()).next_tokens
+        options = prediction_options(self.objective.options, items, is_cached=topk is not None)
+        target: Logits | None = None
+        if topk is None:
+            logits = teacher_logits if teacher_logits is not None or teacher is None else teacher.logits
+            target = Logits(logits) if logits is not None else None if teacher is None else teacher.factors
+            if target is None:
+                raise ValueError("there are no teacher logits; give a teacher with a head, or a cache with top_k")
+        # The ops take both sides in factors or neither.
+        head = Head() if target is not None and target.weight is None else head_of(self.student)
+        following, counted = next_tokens({**batch, "labels": labels})
+        states, found = student_losses(
+            run, {}, head, lambda logits: losses(logits, target, topk, following, counted, options)
+        )
+        return states if head.linear is None else replace(states, logits=None), found.loss
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self.student.activation_checkpointing_enable(*args, **kwargs)
@@ -60,28 +90,38 @@ class DistillationModel(nn.Module):
         self.student.gradient_checkpointing_enable(*args, **kwargs)
 
 
-@torch.no_grad()
-def has_linear_head(student: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
-    """Returns whether the student's logits are exactly its last hidden state times the head's weight, plus its bias.
+def predicts_next_tokens(student: PreTrainedModel, objective: Objective) -> bool:
+    """Returns whether the objective has the prediction term and the student is a causal language model."""
+    return objective.needs_logits and student.can_generate() and not student.config.is_encoder_decoder
 
-    A forward pass decides: the head's input must be the last hidden state, and its output the logits, to the bit.
-    A softcap, a scale, or a transform before the head makes them differ, whatever the config calls it.
+
+@torch.no_grad()
+def teacher_states(
+    teacher: PreTrainedModel, student: PreTrainedModel, objective: Objective, batch: Mapping[str, Any], has_logits: bool
+) -> States | None:
+    """Runs a teacher on a batch and returns what the terms read of it; None if nothing, in which case it does not run.
+
+    `has_logits` says that the batch brings the teacher's prediction. A causal language model's logits are returned in
+    factors, if the student can learn from those.
     """
-    head = student.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return False
-    seen: list[tuple[Tensor, Tensor]] = []
-    hook = head.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output.clone())))
-    was_training = student.training
-    student.eval()
-    last = student.config.num_hidden_layers
-    try:
-        logits = capture(student, batch).logits
-        hidden = capture(student.base_model, batch, hidden=[last]).hidden[last]
-    finally:
-        hook.remove()
-        student.train(was_training)
-    if not seen or logits is None:
-        return False
-    given, made = seen[0]  # a base model that is the student itself calls the head again
-    return torch.equal(given, hidden) and torch.equal(made.to(logits.dtype), logits)
+    needs_logits = objective.needs_teacher_logits and not has_logits
+    if not (objective.hidden or objective.attention or needs_logits):
+        return None
+    run = partial(
+        capture, teacher if needs_logits else teacher.base_model, batch,
+        hidden=set(objective.hidden.values()), attention=set(objective.attention.values()),
+        values=objective.needs_values,
+    )  # fmt: skip
+    if not (needs_logits and predicts_next_tokens(student, objective) and head_of(student).linear is not None):
+        return run()
+    head = head_of(teacher)
+    if head.linear is None:
+        return run()
+
+    def keep(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Logits]:
+        bias = None if linear.bias is None else linear.bias.detach()
+        return x.new_zeros(1, 1, 1), Logits(x, linear.weight.detach(), bias, head.softcap, head.scale)
+
+    with replaced(head.linear, keep) as seen:
+        states = run()
+    return replace(states, logits=None, factors=seen[0])

@@ -92,7 +92,8 @@ class Objective(nn.Module):
             student, teacher: captured states; a regression needs no teacher.
             mask: `(B, L)`, 1 or True = a token, 0 or False = padding; None: no padding.
             num_items: the sum of `count` over everything that makes one optimiser step; None: this batch alone.
-            targets: `labels`, `teacher_logits`, `topk` and `head`, the fields of `fastdistill.train.terms.Batch`.
+            targets: `labels`, `teacher_logits`, `topk` and `next_token_loss`, fields of
+                `fastdistill.train.terms.Batch`.
         """
         if teacher is None and (self.hidden or self.attention):
             raise ValueError(f"teacher is None; the terms {self.terms} need the teacher's states")
@@ -185,6 +186,15 @@ def check_method_options(method: Any = "tinybert", **options: Any) -> None:
             raise ValueError(f"{name} is {value!r}; it should be one of {choices}")
     if not given.temperature > 0:
         raise ValueError(f"temperature is {given.temperature!r}; it should be above 0")
+    if not 0 <= given.alpha <= 1:
+        raise ValueError(f"alpha is {given.alpha!r}; it should be from 0 to 1")
+    if given.alpha < 1 and given.parity == "official":
+        raise ValueError(f"alpha is {given.alpha}; parity 'official' has no labels in its loss: use 'masked'")
+    if given.tail == "bucket" and given.divergence == "kl":
+        raise ValueError(
+            "divergence is 'kl' and tail 'bucket'; use 'soft_cross_entropy', which has the same gradient, or the tail "
+            "'renormalize'"
+        )
     if given.tail == "bucket" and given.temperature != 1:
         raise ValueError(f"temperature is {given.temperature}; tail 'bucket' needs 1, where its mass is known")
     if method == "tinybert" and given.teacher_layer is not None:

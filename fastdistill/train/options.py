@@ -39,7 +39,14 @@ class ObjectiveOptions:
         "masked: padding never counts; official: as TinyBERT's published code computes it, padding counted in the "
         "denominators of the inner losses, the prediction's mean over rows and classes (spans and tags: as masked)",
     )
-    temperature: float = option(1.0, "temperature of the prediction loss; there is no factor temperature^2")
+    temperature: float = option(1.0, "temperature of the prediction loss")
+    t_squared: bool = option(False, "multiply the prediction loss by temperature^2")
+    divergence: Literal["soft_cross_entropy", "kl", "jsd", "tvd"] = option(
+        "soft_cross_entropy", "what the prediction loss computes from the teacher's distribution and the student's"
+    )
+    alpha: float = option(
+        1.0, "share of the teacher in the prediction loss; the rest is cross-entropy with the labels, at temperature 1"
+    )
     teacher_layer: int | None = option(
         None,
         "for minilm and minilmv2: the teacher's layer, from 1, that the last layer learns from (default: the last)",

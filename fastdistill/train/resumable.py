@@ -196,8 +196,10 @@ class _Checkpoint(TrainerCallback):
             raise Terminated(message)
 
 
-def training_arguments(work: Path, schedule: Schedule) -> TrainingArguments:
-    """Returns the Trainer's arguments for a schedule; `schedule.arguments` holds any others and wins."""
+def training_arguments(
+    work: Path, schedule: Schedule, kind: type[TrainingArguments] = TrainingArguments, **others: Any
+) -> Any:
+    """Returns the Trainer's arguments, of the class `kind`, for a schedule. `schedule.arguments` wins over `others`."""
     options: dict[str, Any] = {
         "output_dir": str(work), "save_total_limit": 1, "logging_steps": 50, "seed": schedule.seed,
         "num_train_epochs": schedule.epochs, "per_device_train_batch_size": schedule.batch_size,
@@ -215,7 +217,7 @@ def training_arguments(work: Path, schedule: Schedule) -> TrainingArguments:
     else:
         options["group_by_length"] = not getattr(schedule, "streaming", False)
     processes()  # before TrainingArguments, whose shorter timeout would end a process that waits for long tokenising
-    return TrainingArguments(**{**options, **schedule.arguments})
+    return kind(**{**options, **others, **schedule.arguments})
 
 
 def load_student(student: PreTrainedModel, folder: str | Path) -> None:

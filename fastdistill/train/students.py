@@ -60,6 +60,7 @@ def build_student(
     layer_map: str | Sequence[int | None] = "uniform",
     calibration: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
+    tokenizer: Any = None,
 ) -> PreTrainedModel:
     """Makes a student with the teacher's kind of head, vocabulary and labels (names and order).
 
@@ -72,6 +73,7 @@ def build_student(
             preset or a config. A checkpoint brings its own weights and takes None only; its classifier is made anew if
             the teacher has another number of labels.
         trust_remote_code: run the model code that a checkpoint brings along.
+        tokenizer: the teacher's; with it the two vocabularies may be padded to different sizes.
 
     Returns a float32 model in eval mode, on the CPU. Raises OSError for a folder without a model or an unknown name.
     """
@@ -83,7 +85,7 @@ def build_student(
         options |= {name: getattr(teacher.config, name) for name in LABEL_OPTIONS}
     if is_config(spec):
         config = read_config(spec, teacher, **options)
-        check_vocabularies(config, teacher.config)
+        check_vocabularies(config, teacher.config, tokenizer)
         if type(config) is type(teacher.config):
             student = type(teacher)(config).float()
         else:
@@ -94,7 +96,7 @@ def build_student(
         if init is not None:
             raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
         student = read_student(spec, kind, **options)
-        check_vocabularies(student.config, teacher.config)
+        check_vocabularies(student.config, teacher.config, tokenizer)
     return student.eval()
 
 
@@ -112,7 +114,7 @@ def read_student(spec: str | Path, kind: str, *, trust_remote_code: bool, **labe
 
 
 def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTrainedModel, set[str]]:
-    """Returns a checkpoint as a float32 model of an Auto class, and the names of its weights that are random.
+    """Returns a checkpoint as a model of an Auto class, float32 by default, and the names of its random weights.
 
     Random weights are those that the checkpoint lacks, and a head's if `options` change its `num_labels`. Raises
     ValueError if weights of the encoder are missing, or if any other weight has another shape than the config says.
@@ -121,7 +123,7 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     report.addFilter(is_no_load_report)
     try:
         model, loaded = kind.from_pretrained(
-            str(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            str(name), output_loading_info=True, ignore_mismatched_sizes=True, **{"dtype": torch.float32, **options}
         )
     finally:
         report.removeFilter(is_no_load_report)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from fastdistill import functional as F
 from fastdistill.train.capture import LayerAttention, States
+from fastdistill.train.causal_lm import Logits, Options, divergence, targets
 from fastdistill.train.options import ObjectiveOptions
 
-__all__ = ["METHODS", "RELATION_HEADS", "Batch", "Counts", "Setup", "Term", "count_items"]
+__all__ = ["METHODS", "RELATION_HEADS", "Batch", "Counts", "Setup", "Term", "count_items", "next_tokens",
+           "prediction_options"]  # fmt: skip
 
 RELATION_HEADS = 48  # MiniLMv2's number for teachers of BERT-base's size; the paper uses 64 for BERT-large's
 
@@ -30,23 +32,39 @@ class Counts(NamedTuple):
     tokens: Any = None
     pairs: Any = None  # a query and a key that may attend each other, counted once for all heads
     causal_pairs: Any = None  # the pairs whose key is not behind the query
-    labelled: Any = None  # the tokens that a token classifier learns from: `labels` (B, L) is not -100
+    labelled: Any = None  # `labels` that are not -100: of tokens (B, L), else of rows (B)
+    next_tokens: Any = None  # the positions whose next token a causal language model learns
 
 
-def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # (5), the fields of Counts
+def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # (6), the fields of Counts
     """Counts the items of a batch without a host sync; in "official" parity padding too, except as labelled tokens."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     counted = torch.ones_like(ids, dtype=torch.long) if mask is None or parity == "official" else mask.long()  # (B, L)
     tokens = counted.sum(1)  # (B)
-    labelled = labelled_tokens(ids.shape, mask, batch.get("labels"))
+    labels = batch.get("labels")
+    labelled = labelled_tokens(ids.shape, mask, labels)
+    if labels is not None and labels.shape == tokens.shape:
+        labelled = labels != -100
     counts = Counts(
         rows=torch.ones_like(tokens).sum(),  # a number copied from the host would wait for the device
         tokens=tokens.sum(),
         pairs=(tokens**2).sum(),
         causal_pairs=(counted * counted.cumsum(1)).sum(),
         labelled=tokens.sum() if labelled is None else labelled.sum(),
+        next_tokens=next_tokens(batch)[1].sum(),
     )
     return torch.stack(counts)
+
+
+def next_tokens(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (B, L) each
+    """Returns the token that each position of a causal language model predicts, and whether it counts.
+
+    It counts if that token's label is not -100; without labels (B, L), if it has a successor in its sequence.
+    """
+    labels = batch.get("labels")
+    if labels is None or labels.shape != batch["input_ids"].shape:
+        batch = {name: x for name, x in batch.items() if name != "labels"}
+    return targets(batch)
 
 
 def labelled_tokens(shape: torch.Size, mask: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -86,11 +104,10 @@ class Batch(NamedTuple):
     student: States
     teacher: States  # empty where there is none
     mask: Tensor | None = None  # (B, L) bool, True = a token; None: no padding
-    labels: Tensor | None = None  # (B) gold scores of a regression, or (B, L) of a token classifier
+    labels: Tensor | None = None  # (B) gold scores of a regression or classes of rows, or (B, L) classes of tokens
     teacher_logits: Tensor | None = None  # (B, C), in place of `teacher.logits`
     topk: tuple[Tensor, Tensor] | None = None  # log-probabilities and classes (B, L, k), in place of `teacher.logits`
-    # With `topk`, in place of `student.logits`: hidden state (B, L, d), weight (V, d) and bias (V) or None of the head.
-    head: tuple[Tensor, Tensor, Tensor | None] | None = None
+    next_token_loss: Tensor | None = None  # the prediction loss of a causal language model, computed in its head
     counts: Counts = Counts()
 
 
@@ -268,9 +285,12 @@ def check_relation_heads(student_config: Any, teacher_config: Any, relation_head
 class Prediction(Term):
     """Cross-entropy against the teacher's softened prediction (equation 10), or MSE against a regression's gold scores.
 
-    A sequence classifier predicts once a row, a language model once a token, and a token classifier once a labelled
-    token. A question answering model predicts twice a row, over the row's tokens: where the answer starts and where it
-    ends; the loss is the mean of both.
+    A sequence classifier predicts once a row, a masked language model once a token, and a token classifier once a
+    labelled token. A question answering model predicts twice a row, over the row's tokens: where the answer starts and
+    where it ends; the loss is the mean of both. A causal language model predicts each next token, in its head:
+    `DistillationModel` computes its loss.
+
+    With `alpha` < 1 labels take part, and what has the label -100 does not count.
     """
 
     by_default = False
@@ -278,7 +298,7 @@ class Prediction(Term):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        problem_type = getattr(setup.student, "problem_type", None)
+        problem_type, options = getattr(setup.student, "problem_type", None), setup.options
         if problem_type == "multi_label_classification":
             raise ValueError(
                 f"problem_type is {problem_type!r}; the prediction term compares softmaxes, of one class a row. "
@@ -286,41 +306,84 @@ class Prediction(Term):
             )
         self.is_regression = setup.student.num_labels == 1 or problem_type == "regression"
         self.teacher_logits = not self.is_regression
+        changed = {"divergence": "soft_cross_entropy", "alpha": 1.0, "t_squared": False}
+        for name, default in changed.items() if self.is_regression else ():
+            if getattr(options, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(options, name)!r}; a regression (num_labels 1) learns gold scores by MSE, "
+                    f"which has no such option: leave it at {default!r}"
+                )
 
     def loss(self, batch: Batch) -> Tensor:
-        if batch.topk is not None:
-            return self.topk_loss(batch, batch.topk)
-        logits, mask, counts = student_logits(batch), batch.mask, batch.counts
+        if batch.next_token_loss is not None:
+            return batch.next_token_loss
+        logits, counts = student_logits(batch), batch.counts
         if self.is_regression:
             if batch.labels is None:
                 raise ValueError("labels is None; a regression learns from gold scores (B)")
             return F.linear_mse(logits, None, batch.labels.to(logits.dtype).view(logits.shape), num_items=counts.rows)
         targets = batch.teacher.logits if batch.teacher_logits is None else batch.teacher_logits
-        if targets is None:
+        if targets is None and batch.topk is None:
             raise ValueError("there are no teacher logits; give a teacher with a head, or teacher_logits")
-
-        if batch.student.head == "spans":  # (B, 2, L): the row's tokens are the classes, and padding is none of them
-            if mask is not None:
-                logits, targets = (x.masked_fill(~mask[:, None], -math.inf) for x in (logits, targets))
-            mask, items = None, None if counts.rows is None else 2 * counts.rows
-        elif batch.student.head == "tags":  # (B, L, C)
-            mask, items = labelled_tokens(logits.shape[:2], mask, batch.labels), counts.labelled
-        else:  # (B, L, V) of a language model, or (B, C)
-            is_classifier = logits.dim() == 2
-            mask, items = None if is_classifier else mask, counts.rows if is_classifier else counts.tokens
-            if self.is_official:  # the mean over rows and classes, padding included
-                mask, items = None, logits.shape[-1] * (logits.shape[:-1].numel() if items is None else items)
-        return F.soft_cross_entropy(logits, targets, temperature=self.options.temperature, mask=mask, num_items=items)
-
-    def topk_loss(self, batch: Batch, topk: tuple[Tensor, Tensor]) -> Tensor:
-        if self.is_official:
+        if batch.topk is not None and self.is_official:
             raise ValueError("parity is 'official', which counts padding, for which topk holds nothing; use 'masked'")
-        options: Any = {"tail": self.options.tail, "temperature": self.options.temperature}
-        options |= {"mask": batch.mask, "num_items": batch.counts.tokens}
-        if batch.head is None:
-            return F.topk_soft_cross_entropy(student_logits(batch), *topk, **options)
-        hidden, weight, bias = batch.head
-        return F.linear_topk_soft_cross_entropy(hidden, weight, *topk, student_bias=bias, **options)
+        if batch.student.head == "spans":  # (B, 2, L): the row's tokens are the classes, and padding is none of them
+            assert targets is not None
+            return self.span_loss(logits, targets, batch)
+        mask, items = self.counted(logits, batch)
+        return self.compared(logits, targets, batch, mask, items)
+
+    def counted(self, logits: Tensor, batch: Batch) -> tuple[Tensor | None, Any]:
+        """Returns the mask of what counts, and the number of items of the optimiser step; None: this batch's own."""
+        counts, is_classifier = batch.counts, logits.dim() == 2
+        if batch.student.head == "tags" or self.options.alpha < 1:
+            if is_classifier:
+                return None, counts.labelled
+            return labelled_tokens(logits.shape[:2], batch.mask, batch.labels), counts.labelled
+        mask, items = None if is_classifier else batch.mask, counts.rows if is_classifier else counts.tokens
+        if not self.is_official:
+            return mask, items
+        # The mean over rows and classes, padding included.
+        return None, logits.shape[-1] * (logits.shape[:-1].numel() if items is None else items)
+
+    def span_loss(self, logits: Tensor, targets: Tensor, batch: Batch) -> Tensor:
+        if self.options.alpha < 1:
+            raise ValueError(
+                f"alpha is {self.options.alpha}; the prediction term of a question answering model takes no labels: "
+                "leave alpha at 1.0"
+            )
+        if batch.mask is not None:
+            logits, targets = (x.masked_fill(~batch.mask[:, None], -math.inf) for x in (logits, targets))
+        rows = batch.counts.rows
+        return self.compared(logits, targets, batch, None, None if rows is None else 2 * rows)
+
+    def compared(
+        self, logits: Tensor, targets: Tensor | None, batch: Batch, mask: Tensor | None, num_items: Any
+    ) -> Tensor:
+        options = prediction_options(self.options, num_items, is_cached=batch.topk is not None)
+        shared = options._asdict()
+        keywords = {name: shared[name] for name in ("temperature", "t_squared", "num_items")}
+        if options.alpha < 1:
+            keywords |= {"alpha": options.alpha, "labels": batch.labels}
+        teacher = None if targets is None or batch.topk is not None else Logits(targets)
+        if teacher is not None and teacher.classes != logits.shape[-1]:
+            keywords["vocab_size"] = min(teacher.classes, logits.shape[-1])
+        if mask is None and batch.topk is not None:
+            mask = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+        return divergence(Logits(logits), teacher, batch.topk, options, mask=mask, **keywords)
+
+
+def prediction_options(options: ObjectiveOptions, num_items: Any = None, is_cached: bool = False) -> Options:
+    """Returns the options of `causal_lm_loss`. Raises ValueError for a divergence that a cached teacher cannot have."""
+    if is_cached and options.divergence not in ("kl", "soft_cross_entropy"):
+        raise ValueError(
+            f"divergence is {options.divergence!r}; a cached teacher has 'kl' and 'soft_cross_entropy': pass a teacher"
+        )
+    return Options(
+        divergence=options.divergence, temperature=options.temperature, t_squared=options.t_squared,
+        alpha=options.alpha, beta=0.5, reverse=False, vocab_size=None, num_items=num_items, return_parts=False,
+        backend="auto", tail=options.tail,
+    )  # fmt: skip
 
 
 def student_logits(batch: Batch) -> Tensor:

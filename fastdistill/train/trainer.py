@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from fastdistill.train.capture import States, capturable, capture, refuse_reentrant_checkpointing
+from fastdistill.train.capture import States, capturable, check_packed, refuse_reentrant_checkpointing
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
-from fastdistill.train.model import DistillationModel, has_linear_head
+from fastdistill.train.model import DistillationModel, predicts_next_tokens, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.resumable import ResumableTrainer, load_student
 
@@ -82,15 +82,8 @@ class DistillationTrainer(ResumableTrainer):
         if self.teacher is None:
             hidden = {i: inputs[f"hidden_{i}"] for i in objective.hidden.values()}
             return States(hidden, {}, None) if hidden else None
-        needs_logits = objective.needs_teacher_logits and not _holds_logits(inputs)
-        if not (objective.hidden or objective.attention or needs_logits):
-            return None
-        with torch.no_grad(), self.accelerator.autocast():
-            return capture(
-                self.teacher if needs_logits else self.teacher.base_model, inputs,
-                hidden=set(objective.hidden.values()), attention=set(objective.attention.values()),
-                values=objective.needs_values,
-            )  # fmt: skip
+        with self.accelerator.autocast():
+            return teacher_states(self.teacher, self.student, objective, inputs, _holds_logits(inputs))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -159,6 +152,11 @@ class DistillationTrainer(ResumableTrainer):
                 "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "
                 "use 'masked'"
             )
+        if predicts_next_tokens(student, objective) and getattr(student.config, "output_router_logits", False):
+            raise ValueError(
+                "the student's config has output_router_logits; the objective has no load-balancing loss: set it to "
+                "False, or use fastdistill.integrations.causal_lm_loss, which adds that loss"
+            )
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -214,10 +212,12 @@ class DistillationTrainer(ResumableTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             model.to(self.args.device)  # to the teacher; Trainer moves it only when it shards it
         batch = self._prepare_inputs(batch)
+        if "position_ids" in batch:
+            for each in (self.student, self.teacher):
+                if each is not None:
+                    check_packed(each)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            if "topk_logprobs" in batch and self.objective.needs_logits:
-                model.linear_head = has_linear_head(self.student, batch)
             model.train()
             with self.accelerator.autocast():
                 loss = model(**batch, teacher=self._teacher_states(batch))["loss"]

@@ -1,153 +1,39 @@
-"""causal_lm_loss as trainers call it, against float64 on full logits: value and every gradient.
-
-torchrun starts this file twice for the cases of two processes, on the CPU with gloo.
-"""
+"""causal_lm_loss against float64 on full logits: model families, inputs, options, heads, refusals."""
 
 from __future__ import annotations
 
 import copy
-import os
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import gc
+import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
+from _causal import (
+    ALPHA,
+    CLASSES,
+    FAMILIES,
+    OPTIONS,
+    TEMPERATURE,
+    WIDE,
+    assert_right,
+    chats,
+    check,
+    divergence,
+    gradients,
+    language_model,
+    one_by_one,
+    padded,
+    right_sum,
+)  # fmt: skip
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastdistill.integrations import causal_lm_loss
-from fastdistill.integrations.transformers import CausalLMDistillationMixin
-from fastdistill.train.causal_lm import head_of
+from fastdistill.train.heads import head_of
 
-CLASSES, TEMPERATURE, ALPHA = 61, 2.0, 0.5
-OPTIONS = {"alpha": ALPHA, "temperature": TEMPERATURE, "t_squared": True}
-WIDE = {"layers": 3, "width": 24, "seed": 2}
-
-# Family -> what its config needs beyond the common part.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 8},
-    "Mistral": {"sliding_window": 4},
-    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
-    "Gemma3": {"head_dim": 8},
-    "Cohere": {"logit_scale": 0.25},
-    "Granite": {"logits_scaling": 3.0},
-    "GPT2": {},
-    "OPT": {},
-}
-
-
-def language_model(family: str = "Llama", layers: int = 2, width: int = 16, seed: int = 1, **options: Any) -> Any:
-    torch.manual_seed(seed)
-    if family == "GPT2":
-        own = {"n_embd": width, "n_layer": layers, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2,
-               "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
-    else:
-        own = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2, "pad_token_id": 0}
-        own |= {"max_position_embeddings": 32}
-        if family == "OPT":
-            own |= {"ffn_dim": 2 * width, "word_embed_proj_dim": width, "dropout": 0.0, "init_std": 0.3}
-        else:
-            own |= {"intermediate_size": 2 * width, "num_key_value_heads": 1}
-    config_class = {"Gemma3": "Gemma3TextConfig"}.get(family, f"{family}Config")
-    model_class = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
-    common = {"vocab_size": CLASSES, "initializer_range": 0.3, "tie_word_embeddings": False}
-    config = getattr(transformers, config_class)(**common | own | FAMILIES.get(family, {}) | options)
-    return getattr(transformers, model_class)(config)
-
-
-def chats(count: int = 4, seed: int = 3, length: int = 12) -> list[dict[str, Tensor]]:
-    """Rows of different lengths whose prompts have the label -100."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for i in range(count):
-        ids = torch.randint(3, CLASSES, (length - i % 4,), generator=generator)
-        labels = ids.clone()
-        labels[: 2 + i % 5] = -100
-        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return rows
-
-
-def padded(rows: list[dict[str, Tensor]], side: str = "right") -> dict[str, Tensor]:
-    values = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {
-        name: nn.utils.rnn.pad_sequence([row[name] for row in rows], True, value, padding_side=side)
-        for name, value in values.items()
-    }
-
-
-def one_by_one(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{name: x[None] for name, x in row.items()} for row in rows]
-
-
-# -- the right value -------------------------------------------------------------------------------------------
-
-
-def divergence(log_s: Tensor, log_t: Tensor, name: str, **options: Any) -> Tensor:  # (N, V) -> (N)
-    p_s, p_t = log_s.exp(), log_t.exp()
-    if name == "soft_cross_entropy":
-        return -(p_t * log_s).sum(-1)
-    if name == "kl":
-        return (p_s * (log_s - log_t)).sum(-1) if options.get("reverse") else (p_t * (log_t - log_s)).sum(-1)
-    if name == "tvd":
-        return (p_t - p_s).abs().sum(-1) / 2
-    beta = options.get("beta", 0.5)
-    log_m = (beta * p_t + (1 - beta) * p_s).log()
-    return beta * (p_t * (log_t - log_m)).sum(-1) + (1 - beta) * (p_s * (log_s - log_m)).sum(-1)
-
-
-def right_sum(
-    student: Any, teacher: Any, batches: list[dict[str, Tensor]], name: str = "kl", **options: Any
-) -> tuple[Tensor, int]:
-    """The sum over counted positions, from full logits in float64, and their number."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for batch in batches:
-        inputs = {key: x for key, x in batch.items() if key != "labels"}
-        labels = batch["labels"][:, 1:]
-        counted = labels != -100
-        z_s = student(**inputs).logits[:, :-1][counted].double()
-        z_t = teacher(**inputs).logits[:, :-1][counted].detach().double()
-        log_s, log_t = (z_s / TEMPERATURE).log_softmax(-1), (z_t / TEMPERATURE).log_softmax(-1)
-        hard = nn.functional.cross_entropy(z_s, labels[counted], reduction="sum")
-        soft = divergence(log_s, log_t, name, **options).sum() * TEMPERATURE**2
-        total, count = total + ALPHA * soft + (1 - ALPHA) * hard, count + int(counted.sum())
-    return total, count
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_right(
-    loss: Tensor, found: Mapping[str, Tensor], right_loss: Tensor, right: Mapping[str, Tensor], bound: float = 1e-4
-) -> None:
-    assert abs(loss.double() - right_loss) <= bound * abs(right_loss)
-    assert found.keys() == right.keys()
-    scale = max(x.norm() for x in right.values())
-    for name, x in right.items():
-        difference = (found[name].double() - x).norm()
-        if x.norm() < 1e-12 * scale:  # 0 in theory, as that of a bias of the keys
-            assert difference < 1e-6 * scale, name
-        else:
-            assert difference < bound * x.norm(), f"{name}: {difference / x.norm()}"
-
-
-def check(
-    student: Any, teacher: Any, batch: dict[str, Tensor], batches: Any = None, wrap: Any = None, **options: Any
-) -> None:
-    right, right_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
-    loss = causal_lm_loss(wrap(student) if wrap else student, teacher, batch, **OPTIONS, **options)
-    loss.backward()
-    how = {"name" if key == "divergence" else key: value for key, value in options.items()}
-    total, count = right_sum(right, right_teacher, batches or [batch], **how)
-    (total / count).backward()
-    assert_right(loss, gradients(student), total / count, gradients(right))
-
+PROBE = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
 
 # -- families, inputs, options -----------------------------------------------------------------------------------
 
@@ -157,7 +43,7 @@ def check(
 def test_families_without_logits(family: str, tied: bool) -> None:
     student = language_model(family, tie_word_embeddings=tied)
     teacher = language_model(family, **WIDE).eval()
-    assert head_of(student).linear is not None
+    assert head_of(student, PROBE).linear is not None
     check(student, teacher, padded(chats()), one_by_one(chats()))
 
 
@@ -180,6 +66,8 @@ def test_left_padding_where_a_wrapper_replaced_the_forward() -> None:
     "options",
     [
         {"divergence": "kl", "reverse": True},
+        {"divergence": "kl", "skew": 0.3},
+        {"divergence": "kl", "skew": 0.3, "reverse": True},
         {"divergence": "jsd", "beta": 0.3},
         {"divergence": "tvd"},
         {"divergence": "soft_cross_entropy"},
@@ -188,6 +76,14 @@ def test_left_padding_where_a_wrapper_replaced_the_forward() -> None:
 )
 def test_divergences(options: dict[str, Any]) -> None:
     check(language_model(), language_model(**WIDE).eval(), padded(chats()), **options)
+
+
+@pytest.mark.parametrize("family", ["Llama", "odd"])
+def test_item_weights(family: str) -> None:
+    """The weight at `i` belongs to the loss whose target is the label at `i`."""
+    student = odd(language_model()) if family == "odd" else language_model()
+    weights = torch.rand(4, 12, generator=torch.Generator().manual_seed(4)) * (torch.arange(12) % 3 > 0)
+    check(student, language_model(**WIDE).eval(), padded(chats()), item_weights=weights)
 
 
 def test_a_mixture_of_experts_adds_its_balance() -> None:
@@ -203,6 +99,33 @@ def test_a_mixture_of_experts_adds_its_balance() -> None:
     total, count = right_sum(right, right_teacher, [batch])
     balance = right(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss
     expected = total / count + 0.5 * balance
+    expected.backward()
+    assert_right(loss, gradients(student), expected, gradients(right))
+
+
+def test_the_balance_of_micro_batches_is_their_mean() -> None:
+    """With num_items the auxiliary loss of a micro-batch weighs as many positions as count in it."""
+    options = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    student, teacher = language_model("Mixtral", **options), language_model(**WIDE).eval()
+    student.set_experts_implementation("eager")
+    right, right_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    packed = {
+        "input_ids": torch.cat([row["input_ids"] for row in chats(2)])[None],
+        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in chats(2)])[None],
+        "labels": torch.cat([row["labels"] for row in chats(2)])[None],
+    }
+    batches = [padded(chats(3, seed=8)), packed]
+    number = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    loss = torch.zeros(())
+    for batch in batches:
+        part = causal_lm_loss(student, teacher, batch, num_items=number, **OPTIONS)
+        part.backward()
+        loss += part.detach()
+    expected = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        total, count = right_sum(right, right_teacher, [batch])
+        balance = right(**{name: x for name, x in batch.items() if name != "labels"}, use_cache=False).aux_loss
+        expected = expected + (total + count * 0.5 * balance) / number
     expected.backward()
     assert_right(loss, gradients(student), expected, gradients(right))
 
@@ -252,22 +175,81 @@ def test_vocabularies_padded_to_two_sizes() -> None:
     assert abs(loss - divergence(log_s, log_t, "kl").mean()) < 1e-5 * loss
 
 
-@pytest.mark.parametrize("divergence", ["kl", "soft_cross_entropy"])
-@pytest.mark.parametrize("num_items", [None, 7])
-def test_a_cached_teacher(divergence: str, num_items: int | None) -> None:
-    student, teacher, batch = language_model(), language_model(**WIDE).eval(), padded(chats())
+def cached(teacher: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with 6 classes a row; some rows have fewer, and one that would count has none."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logprobs, indices = teacher(**inputs).logits.detach().log_softmax(-1).topk(CLASSES)
-    options = {**OPTIONS, "divergence": divergence, "num_items": num_items}
-    cached = causal_lm_loss(student, None, {**batch, "topk_logprobs": logprobs, "topk_indices": indices}, **options)
-    live = causal_lm_loss(student, teacher, batch, **options)
-    assert abs(cached - live) < 1e-5 * live
+    logprobs, indices = teacher(**inputs).logits.detach().log_softmax(-1).topk(6)
+    logprobs[:, ::2, 4:] = -torch.inf
+    logprobs[0, 8] = -torch.inf
+    assert batch["labels"][0, 9] != -100
+    return {**batch, "topk_logprobs": logprobs, "topk_indices": indices}
 
 
-@pytest.mark.parametrize("options", [{"divergence": "jsd"}, {"divergence": "tvd"}, {"reverse": True}], ids=str)
-def test_a_cached_teacher_has_two_divergences(options: dict[str, Any]) -> None:
+def right_cached(student: Any, batch: dict[str, Tensor], kind: str, weights: Tensor) -> tuple[Tensor, int]:
+    logits = student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for b, i in (batch["labels"][:, 1:] != -100).nonzero().tolist():
+        listed = batch["topk_logprobs"][b, i].isfinite()
+        if not listed.any():
+            continue
+        classes = batch["topk_indices"][b, i][listed]
+        log_t = (batch["topk_logprobs"][b, i][listed].double() / TEMPERATURE).log_softmax(-1)
+        if kind == "reverse":  # both sides have the listed classes alone
+            log_s = (logits[b, i][classes] / TEMPERATURE).log_softmax(-1)
+            soft = (log_s.exp() * (log_s - log_t)).sum()
+        else:
+            log_s = (logits[b, i] / TEMPERATURE).log_softmax(-1)[classes]
+            soft = (log_t.exp() * ((log_t if kind == "kl" else 0) - log_s)).sum()
+        hard = nn.functional.cross_entropy(logits[b, i], batch["labels"][b, i + 1])
+        total = total + weights[b, i + 1] * (ALPHA * TEMPERATURE**2 * soft + (1 - ALPHA) * hard)
+        count += 1
+    return total, count
+
+
+@pytest.mark.parametrize("kind", ["kl", "soft_cross_entropy", "reverse"])
+@pytest.mark.parametrize("num_items", [None, 7, 7.5, torch.tensor(7)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_cached_teacher(kind: str, num_items: Any, weighted: bool) -> None:
+    student, teacher = language_model(), language_model(**WIDE).eval()
+    right, batch = copy.deepcopy(student).double(), cached(teacher, padded(chats()))
+    weights = torch.rand(4, 12, generator=torch.Generator().manual_seed(4)) if weighted else torch.ones(4, 12)
+    options = {"divergence": "kl", "reverse": True} if kind == "reverse" else {"divergence": kind}
+    options |= {"item_weights": weights} if weighted else {}
+    loss = causal_lm_loss(student, None, batch, num_items=num_items, **OPTIONS, **options)
+    loss.backward()
+    total, count = right_cached(right, batch, kind, weights)
+    expected = total / (count if num_items is None else num_items)
+    expected.backward()
+    assert_right(loss, gradients(student), expected, gradients(right))
+
+
+@pytest.mark.parametrize("kind", ["kl", "soft_cross_entropy", "reverse"])
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=str)
+def test_a_cached_teacher_where_nothing_counts(kind: str, num_items: Any) -> None:
+    options = {"divergence": "kl", "reverse": True} if kind == "reverse" else {"divergence": kind}
+    student, batch = language_model(), cached(language_model(**WIDE).eval(), padded(chats()))
+    for nothing in (
+        {"labels": torch.full_like(batch["labels"], -100)},
+        {"topk_logprobs": torch.full_like(batch["topk_logprobs"], -torch.inf)},
+    ):
+        loss = causal_lm_loss(student, None, {**batch, **nothing}, num_items=num_items, **OPTIONS, **options)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(not p.grad.any() for p in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "jsd"}, r"^divergence is 'jsd'; a cached teacher has 'kl' and 'soft_cross_entropy'"),
+        ({"divergence": "tvd"}, r"^divergence is 'tvd'; a cached teacher has 'kl' and 'soft_cross_entropy'"),
+        ({"skew": 0.1}, r"^skew is 0\.1; a cached teacher has none: pass a teacher, or leave skew at 0\.0"),
+    ],
+    ids=str,
+)
+def test_what_a_cached_teacher_does_not_have(options: dict[str, Any], message: str) -> None:
     batch = {**padded(chats()), "topk_logprobs": torch.zeros(4, 12, 1), "topk_indices": torch.zeros(4, 12, 1).long()}
-    with pytest.raises(ValueError, match=r"^divergence is .*; a cached teacher has 'kl' and 'soft_cross_entropy'"):
+    with pytest.raises(ValueError, match=message):
         causal_lm_loss(language_model(), None, batch, **options)
 
 
@@ -318,83 +300,101 @@ def test_an_unknown_transform_of_the_logits_is_seen() -> None:
     plain = language_model()
     student = Shifted(plain.config)
     student.load_state_dict(plain.state_dict())
-    assert head_of(student).linear is None
+    assert head_of(student, PROBE).linear is None
     check(student, language_model(**WIDE).eval(), padded(chats()))
 
 
-# -- wrappers ----------------------------------------------------------------------------------------------------
+class Scaled(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.config.lm_head_multiplier
+        return output
 
 
-def test_activation_checkpointing() -> None:
+def like(model: Any, kind: Any) -> Any:
+    other = kind(model.config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("value", [0.3, 5.0])
+def test_a_scale_of_another_name(value: float) -> None:
+    student = like(language_model(lm_head_multiplier=value), Scaled)
+    assert head_of(student, PROBE).scale == value
+    check(student, language_model(**WIDE).eval(), padded(chats()))
+
+
+def test_a_softcap_that_the_model_does_not_apply() -> None:
+    """Small logits look alike with and without it, so that the head is judged on large ones."""
+    student = language_model(final_logit_softcapping=30.0, initializer_range=0.02)
+    assert head_of(student, PROBE).softcap is None
+    check(student, language_model(**WIDE).eval(), padded(chats()))
+
+
+def test_a_look_at_the_head_changes_nothing() -> None:
+    student = language_model(attention_dropout=0.5).train()
+    student.model.norm.eval()
+    modes = [module.training for module in student.modules()]
+    state = torch.get_rng_state()
+    head_of(student, PROBE)
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [module.training for module in student.modules()]
+    assert "forward" not in vars(student.lm_head)
+    seen: list[Any] = []
+    student.model.register_forward_hook(lambda *_: seen.append(1))
+    head_of(student, PROBE)
+    assert not seen  # the second look remembers the first
+
+
+def test_a_head_that_changes_after_the_first_call() -> None:
+    student, teacher = language_model("Cohere"), language_model(**WIDE).eval()
+    check(student, teacher, padded(chats()))
+    student.logit_scale = student.config.logit_scale = 0.5
+    student.zero_grad()
+    check(student, teacher, padded(chats()))
+    student.resize_token_embeddings(CLASSES + 3, mean_resizing=False)
+    student.zero_grad()
+    check(student, teacher, padded(chats()), vocab_size=CLASSES)
+    student.lm_head = nn.Linear(16, CLASSES)
+    student.zero_grad()
+    check(copy.deepcopy(student), teacher, padded(chats()))
+    check(odd(student), teacher, padded(chats()))
+
+
+def test_a_model_is_not_kept_alive() -> None:
     student = language_model()
-    student.gradient_checkpointing_enable({"use_reentrant": False})
-    student.train()
-    check(student, language_model(**WIDE).eval(), padded(chats()))
+    causal_lm_loss(student, language_model(**WIDE).eval(), padded(chats()))
+    gone = weakref.ref(student)
+    del student
+    gc.collect()
+    assert gone() is None
 
 
-@pytest.mark.slow
-def test_torch_compile() -> None:
-    check(language_model(), language_model(**WIDE).eval(), padded(chats()), wrap=torch.compile)
-
-
-@pytest.mark.parametrize("by", ["user", "accelerate"])
-def test_autocast(by: str) -> None:
-    """16-bit products: the error is within twice that of the same loss on eager logits under the same autocast."""
-    from accelerate import Accelerator
-
-    student, teacher, batch = language_model(), language_model(**WIDE).eval(), padded(chats())
-    right, right_teacher, eager = (
-        copy.deepcopy(student).double(),
-        copy.deepcopy(teacher).double(),
-        copy.deepcopy(student),
-    )
-    if by == "user":
-        with torch.autocast("cpu", torch.bfloat16):
-            causal_lm_loss(student, teacher, batch, **OPTIONS).backward()
-    else:
-        model = Accelerator(cpu=True, mixed_precision="bf16").prepare(copy.deepcopy(student))
-        causal_lm_loss(model, teacher, batch, **OPTIONS).backward()
-        student = model
-    total, count = right_sum(right, right_teacher, [batch])
-    (total / count).backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        total, count = right_sum(eager, teacher, [batch])
-    (total / count).backward()
-
-    def error(model: nn.Module) -> float:
-        pairs = [(p.grad.double(), q.grad) for p, q in zip(model.parameters(), right.parameters(), strict=True)]
-        flat, expected = (torch.cat([x[i].flatten() for x in pairs]) for i in (0, 1))
-        return float((flat - expected).norm() / expected.norm())
-
-    assert error(student) < 2 * error(eager)
-
-
-LORA: dict[str, dict[str, Any]] = {
-    "inside": {"target_modules": "all-linear"},
-    "head-saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "on-the-head": {"target_modules": ["q_proj", "lm_head"]},
-    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3, 4, 5]}},
-}
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", LORA)
-def test_lora(kind: str, tied: bool) -> None:
-    peft = pytest.importorskip("peft")
-    if tied and kind == "head-saved":
-        pytest.skip("a copy of the head is not tied to the embeddings")
-    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False, **LORA[kind])
-    student = peft.get_peft_model(language_model(tie_word_embeddings=tied), config)
-    teacher = language_model(**WIDE).eval()
-    right, right_teacher, batch = copy.deepcopy(student).double(), copy.deepcopy(teacher).double(), padded(chats())
-    loss = causal_lm_loss(student, teacher, batch, **OPTIONS)
-    loss.backward()
-    total, count = right_sum(right, right_teacher, [batch])
-    (total / count).backward()
-    assert_right(loss, gradients(student), total / count, gradients(right))
+def test_whole_logits_are_announced_once() -> None:
+    student, teacher, batch = odd(language_model()), language_model(**WIDE).eval(), padded(chats())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            causal_lm_loss(student, teacher, batch)
+    found = [str(x.message) for x in caught if "causal_lm_loss" in str(x.message)]
+    assert len(found) == 1
+    assert "builds the whole logits of LlamaForCausalLM" in found[0]
+    assert "OddHead" in found[0]
 
 
 # -- refused -----------------------------------------------------------------------------------------------------
+
+
+def encoder_decoder() -> Any:
+    config = transformers.T5Config(vocab_size=CLASSES, d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def sharing(student: Any) -> Any:
+    teacher = language_model(layers=1).eval()
+    if isinstance(student, transformers.LlamaForCausalLM):
+        teacher.model.embed_tokens = student.model.embed_tokens
+    return teacher
 
 
 @pytest.mark.parametrize(
@@ -405,6 +405,13 @@ def test_lora(kind: str, tied: bool) -> None:
         ({"teacher": "training"}, r"^teacher is in training mode.*teacher\.eval\(\)"),
         ({"teacher": None}, r"^teacher is None and batch has the columns.*topk_logprobs"),
         ({"student": nn.Linear(2, 2)}, r"^the model is a Linear; it should be a transformers model"),
+        ({"student": nn.DataParallel(language_model())}, r"^the model is in nn\.DataParallel.*torchrun"),
+        ({"student": encoder_decoder()}, r"^the model is a T5ForConditionalGeneration, an encoder-decoder"),
+        ({"teacher": "sharing"}, r"^teacher shares model\.embed_tokens\.weight with the student.*copy\.deepcopy"),
+        ({"beta": 0.1}, r"^beta is 0\.1 and divergence 'kl'; beta is an option of 'jsd' alone"),
+        ({"divergence": "tvd", "reverse": True}, r"^reverse is True and divergence 'tvd'"),
+        ({"divergence": "jsd", "skew": 0.1}, r"^skew is 0\.1 and divergence 'jsd'"),
+        ({"item_weights": torch.ones(4, 11)}, r"^item_weights has shape \(4, 11\); it should be \(4, 12\)"),
     ],
     ids=str,
 )
@@ -414,112 +421,8 @@ def test_refused(change: dict[str, Any], message: str) -> None:
         "student": student,
         "training": language_model(**WIDE).train(),
         None: None,
+        "sharing": sharing(student),
         "": language_model(**WIDE).eval(),
     }
     with pytest.raises(ValueError, match=message):
         causal_lm_loss(student, teachers[change.pop("teacher", "")], padded(chats()), **change)
-
-
-def test_the_mixin_refuses_an_unknown_option_at_once() -> None:
-    with pytest.raises(TypeError, match=r"^causal_lm_loss has no option temprature$"):
-        CausalLMDistillationMixin(distillation={"temprature": 2.0})
-
-
-# -- two processes -----------------------------------------------------------------------------------------------
-
-
-def wrappers(folder: str) -> None:
-    """DDP and FSDP2, the head in the root group, alone, and with the norm; teachers whole and sharded alike."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-
-    def ddp(model: Any) -> nn.Module:
-        return nn.parallel.DistributedDataParallel(model)
-
-    def sharded(model: Any, *groups: Any) -> nn.Module:
-        for group in (*model.model.layers, *groups, model):
-            fully_shard(group, mesh=mesh)
-        return model
-
-    ways: dict[str, Callable[[Any], nn.Module]] = {
-        "ddp": ddp,
-        "root": sharded,
-        "alone": lambda model: sharded(model, model.lm_head),
-        "norm": lambda model: sharded(model, [model.model.norm, model.lm_head]),
-    }
-    batch = padded(chats(seed=10 + dist.get_rank()))
-    for way, wrap in ways.items():
-        for family, tied in (("Llama", False), ("Cohere", way in ("ddp", "root"))):
-            for teacher_is_sharded in (False, True):
-                student, teacher = (
-                    language_model(family, tie_word_embeddings=tied),
-                    language_model(family, **WIDE).eval(),
-                )
-                right, right_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
-                model = wrap(student)
-                if teacher_is_sharded:
-                    sharded(teacher, teacher.lm_head)
-                total, number = right_sum(right, right_teacher, [batch])
-                count = torch.tensor(number)
-                dist.all_reduce(count)
-                loss = causal_lm_loss(model, teacher, batch, num_items=count / 2, **OPTIONS)
-                loss.backward()
-                (total / count).backward()
-                for p in right.parameters():
-                    dist.all_reduce(p.grad)
-                found = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients(student).items()}
-                assert_right(loss, found, total / count * 2, gradients(right))
-    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)} if dist.get_rank() else batch
-    student = language_model()
-    causal_lm_loss(ddp(student), language_model(**WIDE).eval(), nothing).backward()  # no process waits for the other
-    dist.barrier()
-    leave()
-
-
-def trainer(folder: str) -> None:
-    """One SGD step of transformers' Trainer with the mixin, 2 processes x 2 micro-batches of different lengths."""
-    from transformers import Trainer, TrainingArguments
-
-    class Distiller(CausalLMDistillationMixin, Trainer):
-        pass
-
-    student, teacher = language_model(), language_model(**WIDE).eval()
-    right, right_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    arguments = TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1, learning_rate=1.0,
-        lr_scheduler_type="constant", optim="sgd", max_grad_norm=0, weight_decay=0, use_cpu=True, ddp_backend="gloo",
-        report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=1, ddp_find_unused_parameters=False,
-    )  # fmt: skip
-    rows = chats(8)
-    running = Distiller(
-        student, arguments, train_dataset=rows, data_collator=padded, teacher=teacher, distillation=OPTIONS
-    )
-    running.train()
-    assert dist.get_world_size() == 2
-    total, count = right_sum(right, right_teacher, one_by_one(rows))
-    (total / count).backward()
-    steps = {name: before[name] - p.detach() for name, p in student.named_parameters()}
-    logged = next(entry["loss"] for entry in running.state.log_history if "loss" in entry)
-    assert_right(torch.tensor(logged), steps, total / count, gradients(right), bound=1e-3)
-    leave()
-
-
-def leave() -> None:
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
-
-
-@pytest.mark.parametrize("what", ["wrappers", "trainer"])
-def test_two_processes(what: str, tmp_path: Path) -> None:
-    import _processes
-
-    done = _processes.run([*_processes.TORCHRUN, __file__, what, tmp_path], tmp_path)
-    assert done.returncode == 0, done.stdout[-6000:]
-
-
-if __name__ == "__main__":
-    {"wrappers": wrappers, "trainer": trainer}[sys.argv[1]](sys.argv[2])

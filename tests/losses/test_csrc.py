@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import _simulated
+import _textbook
 import pytest
 import torch
 from _cases import LOGITS_OPS, Op
@@ -70,8 +71,11 @@ def simulate(
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
     vocab_size: int | None = None,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    mixture: tuple[float, float, float] | None = None,  # beta, teacher_kl, student_kl
 ) -> Outcome:
     """Simulates `cuda.rows`, with outputs allocated over NaN."""
     count, size = student[..., 0].numel(), student.element_size()
@@ -80,10 +84,12 @@ def simulate(
     if gradient is None:
         gradient = torch.full(student.shape, float("nan"), dtype=student.dtype)
     pointers = (student, teacher, labels, counted, weight, expected, loss, gradient)
+    beta = KINDS[kind][1].get("beta", 0.5) if mixture is None else None
     call = Call(
         *(None if x is None else x.data_ptr() for x in pointers),
         strides_of(simulator, student), strides_of(simulator, teacher), count, gradient.shape[-1], classes, temperature,
-        KINDS[kind][1].get("beta", 0.5), soft_weight, hard_weight, student_softcap or 0, teacher_softcap or 0,
+        *(mixture or (beta, beta, 1 - beta)), soft_weight, hard_weight, student_scale, teacher_scale,
+        student_softcap or 0, teacher_softcap or 0,
     )  # fmt: skip
     held, blocks, threads, _ = plan(simulator, classes, size, aligned=False)
     if cluster == 0:
@@ -92,7 +98,7 @@ def simulate(
         vectors = -(-(classes + 16) * size // 16)
         held, blocks, threads = True, cluster, 32 * -(-vectors // (cluster * 4 * 32))
     simulator.simulate(
-        ctypes.byref(call), DTYPES[student.dtype], list(KINDS).index(kind), held, blocks, threads, backwards
+        ctypes.byref(call), DTYPES[student.dtype], cuda.KINDS.index(kind), held, blocks, threads, backwards
     )
     return {"value": loss, "student_logits": gradient}
 
@@ -295,6 +301,88 @@ def test_the_loss_without_a_gradient(simulator: ctypes.CDLL) -> None:
     assert outcome["value"][2].isnan()
 
 
+MIXTURES = {
+    "jsd": (0.3, 0.3, 0.7),
+    "skewed": (0.1, 1.0, 0.0),
+    "skewed reverse": (0.9, 0.0, 1.0),
+    "both": (0.4, 0.7, 0.9),
+}
+
+
+def compare_mixture(
+    simulator: ctypes.CDLL,
+    name: str,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    cluster: int,
+    teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    temperature: float = 1.0,
+    **given: Any,
+) -> tuple[Outcome, Outcome, Outcome]:
+    """Returns the results of the simulation and of the textbook formula in float64 and float32."""
+    weights, weight = MIXTURES[name], torch.linspace(0.5, 2, student.shape[0])
+    alpha = given.get("alpha", 1.0)
+    outcome = simulate(
+        simulator, "jsd" if name == "jsd" else "mixture", student, teacher, cluster=cluster, weight=weight,
+        mixture=weights, temperature=temperature, labels=given.get("labels"), soft_weight=alpha, hard_weight=1 - alpha,
+        student_scale=given.get("scale", 1.0), student_softcap=given.get("softcap"), teacher_scale=teacher_scale,
+        teacher_softcap=teacher_softcap,
+    )  # fmt: skip
+
+    def textbook(dtype: torch.dtype) -> Outcome:
+        z = _textbook.shaped(teacher.to(dtype).clamp(min=_textbook.IMPOSSIBLE), teacher_scale, teacher_softcap)
+        usual = _textbook.outcome(
+            lambda x: _textbook.mixture(x, z, weights, temperature), student, weight, dtype, **given
+        )
+        return usual | ({} if dtype == torch.float64 else {"student_logits": usual["student_logits"].to(student.dtype)})
+
+    return outcome, textbook(torch.float64), textbook(torch.float32)
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_scales_and_mixtures(simulator: ctypes.CDLL, name: str, cluster: int) -> None:
+    for dtype in DTYPES:
+        inputs = logits(3, 517, dtype).values()
+        scales = {"scale": 1.7, "teacher_scale": 0.6, "temperature": 2.0}
+        assert_accurate(*compare_mixture(simulator, name, *inputs, cluster=cluster, **scales))
+        with_all = scales | {
+            "softcap": 5.0, "teacher_softcap": 4.0, "alpha": 0.7, "labels": torch.tensor([0, 516, 7]),
+        }  # fmt: skip
+        assert_accurate(*compare_mixture(simulator, name, *inputs, cluster=cluster, **with_all))
+    student, teacher = logits(3, 700, torch.float32).values()
+    student[:, ::3] = float("-inf")
+    teacher[:, ::2] = float("-inf")
+    outcome, *others = compare_mixture(simulator, name, student, teacher, cluster=cluster, scale=0.5)
+    assert_accurate(outcome, *others)
+    assert (outcome["student_logits"][:, ::3] == 0).all()
+    student, teacher = logits(3, 700, torch.float32).values()
+    outcome, truth, _ = compare_mixture(
+        simulator, name, teacher + 1e-3 * student.sign(), teacher, cluster=cluster
+    )  # the textbook formula is off by a tenth
+    assert errors(outcome, truth)["value"] < 1e-3
+    assert errors(outcome, truth)["student_logits"] < 1e-3
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scaled_logits_equal_logits_that_were_scaled_before(
+    simulator: ctypes.CDLL, kind: str, softcap: float | None
+) -> None:
+    for cluster in (0, 2):
+        student, teacher = logits(3, 517, torch.float32).values()
+        options = {"labels": torch.tensor([0, 5, 516]), "hard_weight": 0.5, "student_softcap": softcap}
+        found = simulate(
+            simulator, kind, student, teacher, cluster=cluster, student_scale=2.0, teacher_scale=2.0, **options
+        )
+        expected = simulate(
+            simulator, kind, 2 * student, 2 * teacher, cluster=cluster, weight=torch.full((3,), 2.0), **options
+        )
+        assert_same(found, expected, within=2e-6)
+
+
 MISTAKES = {
     "sums do not follow the maximum": (
         "power_of_2((top - higher) * exponent)",
@@ -397,7 +485,7 @@ def named(x: dict[str, str], part: str) -> list[str]:
 
 def test_no_kernel_spills_and_two_blocks_fit(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
     _, usage, code = kernels
-    assert len(named(usage, "held_rows")) == len(named(usage, "streamed_rows")) == 15
+    assert len(named(usage, "held_rows")) == len(named(usage, "streamed_rows")) == 18
     for name, resources in usage.items():
         count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
         assert count["REG"] <= 64, name
@@ -550,7 +638,7 @@ torch.ops.load_library(sys.argv[1])
 print(torch.ops.fastdistill_cuda.rows.default._schema)
 x = torch.zeros(2, 8)
 try:
-    torch.ops.fastdistill_cuda.rows(x, x, None, None, None, None, x[0, :2], None, 0, 8, 1, 0.5, 1, 0, 0, 0)
+    torch.ops.fastdistill_cuda.rows(x, x, None, None, None, None, x[0, :2], None, 0, 8, 1, *[0.5] * 5, 1, 1, 0, 0)
 except NotImplementedError as error:
     print("CPU" in str(error))
 """

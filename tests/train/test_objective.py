@@ -243,14 +243,19 @@ def test_counts_equal_those_worked_out_by_hand() -> None:
     objective = Objective(_tiny.config(layers=2), _tiny.config(layers=4))
     ids = torch.zeros(2, 4, dtype=torch.long)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0]])
-    # rows, tokens, pairs 16 + 4, causal pairs 10 + 3, labelled tokens
-    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 6, 20, 13, 6]
-    assert objective.count({"input_ids": ids}).tolist() == [2, 8, 32, 20, 8]
+    # rows, tokens, pairs 16 + 4, causal pairs 10 + 3, labelled tokens, tokens with a successor
+    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 6, 20, 13, 6, 4]
+    assert objective.count({"input_ids": ids}).tolist() == [2, 8, 32, 20, 8, 6]
+    packed = torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]])
+    assert objective.count({"input_ids": ids, "position_ids": packed}).tolist() == [2, 8, 32, 20, 8, 4]
+    rows = {"input_ids": ids, "labels": torch.tensor([1, -100])}  # classes of rows
+    assert objective.count(rows).tolist() == [2, 8, 32, 20, 1, 6]
     objective = Objective(_tiny.config(layers=2), _tiny.config(layers=4), parity="official")
-    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 8, 32, 20, 6]
+    assert objective.count({"input_ids": ids, "attention_mask": mask}).tolist() == [2, 8, 32, 20, 6, 4]
     labels = torch.tensor([[-100, 0, -100, 2], [1, 1, -100, 1]])  # labels on padding are not counted
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    assert objective.count(batch).tolist() == [2, 8, 32, 20, 3]
+    # a label counts where it is a target: at the second to last position
+    assert objective.count(batch).tolist() == [2, 8, 32, 20, 3, 4]
 
 
 # -- prediction ----------------------------------------------------------------------------------------------
@@ -274,7 +279,7 @@ def test_prediction_is_the_soft_cross_entropy_of_a_row(temperature: float) -> No
     assert error(found, truth) < 1e-6
 
     halves = [
-        objective(only_logits(student[rows]), only_logits(teacher[rows]), num_items=torch.tensor([5, 0, 0, 0, 0]))
+        objective(only_logits(student[rows]), only_logits(teacher[rows]), num_items=torch.tensor([5, 0, 0, 0, 0, 0]))
         for rows in (slice(0, 2), slice(2, 5))
     ]
     assert error(sum(half["prediction"] for half in halves), expected) < 1e-6
@@ -395,6 +400,9 @@ def test_saved_files_hold_settings_and_projections(tmp_path: Path) -> None:
         "projection": "per_layer",
         "parity": "masked",
         "temperature": 2.0,
+        "t_squared": False,
+        "divergence": "soft_cross_entropy",
+        "alpha": 1.0,
         "teacher_layer": None,
         "relation_heads": None,
         "tail": "renormalize",

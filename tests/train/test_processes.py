@@ -281,6 +281,41 @@ def test_ddp_with_accumulation_and_uneven_batches_learns_as_one_process(
     assert_learns_what_one_process_would(terms, ranks)
 
 
+def test_ddp_with_accumulation_and_uneven_labels_learns_a_language_model_as_one_process(launched: Path) -> None:
+    """Follows SGD in float64 over full logits, row by row."""
+    ranks = read(launched, "next_tokens")
+    student, teacher = (model.double() for model in _processes.language_models())
+    start = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for step in range(2):
+        rows = [row for rank in ranks for at, rows in rank["seen"] if at == step for row in rows]
+        assert len(rows) == 8
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for row in rows:
+            ids, following = torch.tensor([row]), torch.tensor(_processes.chat(row))[1:]
+            counted = following != -100
+            ours, theirs = (model(ids).logits[0, :-1][counted] for model in (student, teacher))
+            log_s, log_t = (ours / 2).log_softmax(-1), (theirs.detach() / 2).log_softmax(-1)
+            soft = (log_t.exp() * (log_t - log_s)).sum(-1) * 4
+            hard = F.cross_entropy(ours, following[counted], reduction="none")
+            total, count = total + (0.5 * soft + 0.5 * hard).sum(), count + int(counted.sum())
+        loss = total / count
+        gradients = torch.autograd.grad(loss, list(student.parameters()))
+        norm = torch.stack([x.norm() for x in gradients]).norm()
+        for rank in ranks:
+            assert rank["logs"][step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+            assert rank["logs"][step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        with torch.no_grad():
+            for p, gradient in zip(student.parameters(), gradients, strict=True):
+                p -= RATE * gradient
+    seen = [[[x for row in rows for x in _processes.chat(row)] for _, rows in rank["seen"]] for rank in ranks]
+    labels = [[len(found) - found.count(-100) for found in of_rank] for of_rank in seen]
+    assert labels[0] != labels[1]
+    for rank in ranks:
+        for name, p in student.named_parameters():
+            moved = p.detach() - start[name]
+            assert error(rank["weights"][f"student.{name}"].double() - start[name], moved) < 1e-3, name
+
+
 def test_one_process_gets_sigterm_and_both_stop_after_the_same_step(launched: Path) -> None:
     """SIGTERM comes in step 4 of 6, the first of the second epoch; the resumed run ends like an uninterrupted one."""
     folder = launched / "terminated"

@@ -250,8 +250,8 @@ def test_weight_decay_spares_biases_and_norms(tmp_path: Path) -> None:
 
 def test_bad_models_and_settings_are_refused_before_the_first_step(tmp_path: Path) -> None:
     student, teacher = _tiny.classifier(), _tiny.classifier(4, 24)
-    with pytest.raises(ValueError, match="student's vocabulary has 60 tokens, the teacher's 61"):
-        trainer(tmp_path, student, _tiny.classifier(4, 24, vocab_size=61)).train()
+    with pytest.raises(ValueError, match="student's vocabulary has 60 tokens, the teacher's 3000"):
+        trainer(tmp_path, student, _tiny.classifier(4, 24, vocab_size=3000)).train()
     with pytest.raises(ValueError, match=r"teacher is None; the terms .'prediction',. need one"):
         trainer(tmp_path, student, None, objective={"terms": ("prediction",)}).train()
     recompute = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
@@ -277,8 +277,13 @@ def test_a_student_that_learns_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_different_vocabularies_and_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="the tokenizer has 60 tokens, the models 59"):
-        check_vocabularies(_tiny.config(vocab_size=59), _tiny.config(vocab_size=59), _tiny.tokenizer())
+    for sizes in ((59, 59), (59, 64), (64, 59)):
+        configs = [_tiny.config(vocab_size=size) for size in sizes]
+        with pytest.raises(ValueError, match=f"the tokenizer has 60 tokens, .*vocabulary {sizes[0]}, .* {sizes[1]};"):
+            check_vocabularies(*configs, _tiny.tokenizer())
+    check_vocabularies(_tiny.config(vocab_size=64), _tiny.config(vocab_size=61), _tiny.tokenizer())  # two paddings
+    with pytest.raises(ValueError, match="vocabulary has 64 tokens, the teacher's 61; both should be one vocabulary"):
+        check_vocabularies(_tiny.config(vocab_size=64), _tiny.config(vocab_size=61))
     named = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     turned = {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}
     with pytest.raises(ValueError, match=r"orders its classes \['no', 'yes'\], the teacher \['yes', 'no'\]"):
@@ -311,7 +316,7 @@ def test_cached_teacher_logits_need_no_teacher(tmp_path: Path) -> None:
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
-def test_a_language_model_learns_every_tokens_distribution(tmp_path: Path) -> None:
+def test_a_language_model_learns_the_distribution_of_every_next_token(tmp_path: Path) -> None:
     torch.manual_seed(0)
     student, teacher = LlamaForCausalLM(_tiny.config("llama", 2, 16)), LlamaForCausalLM(_tiny.config("llama", 4)).eval()
     rows = _tiny.dataset().remove_columns("labels")
@@ -320,8 +325,8 @@ def test_a_language_model_learns_every_tokens_distribution(tmp_path: Path) -> No
     for row in rows:  # one by one, so that nothing is padded
         ids = torch.tensor([row["input_ids"]])
         with torch.no_grad():
-            soft = -(teacher(ids).logits.softmax(-1) * student(ids).logits.log_softmax(-1)).sum(-1)
-        total, tokens = total + soft.sum().item(), tokens + ids.numel()
+            soft = -(teacher(ids).logits.softmax(-1) * student(ids).logits.log_softmax(-1)).sum(-1)[:, :-1]
+        total, tokens = total + soft.sum().item(), tokens + soft.numel()
     run.args.per_device_eval_batch_size = len(rows)
     assert run.evaluate()["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
     run.train()

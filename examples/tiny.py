@@ -1,0 +1,67 @@
+"""Makes what the examples run on: random models of a few thousand weights, a tokenizer and chats of random words."""
+
+import functools
+import random
+import tempfile
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(125))]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }} [EOS] {% endfor %}"
+    "{% if add_generation_prompt %}w0 {% endif %}"
+)
+
+
+@functools.cache
+def language_models():
+    """Returns folders with a student and a teacher, for AutoModelForCausalLM and AutoTokenizer."""
+    common = {"vocab_size": len(WORDS), "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0,
+              "bos_token_id": None, "eos_token_id": 2, "max_position_embeddings": 128}  # fmt: skip
+    student = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, **common)
+    teacher = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, **common)
+    return saved(LlamaForCausalLM, student), saved(LlamaForCausalLM, teacher)
+
+
+def encoders():
+    """Returns folders with a student and a teacher of another width, for sentence_transformers."""
+    common = {"vocab_size": len(WORDS), "num_attention_heads": 2, "max_position_embeddings": 64}
+    student = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, **common)
+    teacher = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, **common)
+    return saved(BertModel, student), saved(BertModel, teacher)
+
+
+def saved(model_class, config):
+    torch.manual_seed(0)
+    folder = tempfile.mkdtemp()
+    model_class(config).save_pretrained(folder)
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "padding_side": "left"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT_TEMPLATE, **names)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def texts(count=16, seed=0):
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS[3:], k=draw.randrange(4, 12))) for _ in range(count)]
+
+
+def chats(count=16):
+    """Returns conversational rows of a prompt and a completion."""
+    return [
+        {"prompt": [{"role": "user", "content": a}], "completion": [{"role": "assistant", "content": b}]}
+        for a, b in zip(texts(count), texts(count, seed=1), strict=True)
+    ]
+
+
+def rows(tokenizer, count=32):
+    """Returns tokenised chats whose prompts are labelled -100, for DataCollatorForSeq2Seq, which pads them."""
+    found = []
+    for prompt, completion in zip(texts(count), texts(count, seed=1), strict=True):
+        a, b = tokenizer(prompt).input_ids, tokenizer(completion).input_ids
+        found.append({"input_ids": a + b, "labels": [-100] * len(a) + b})
+    return found
