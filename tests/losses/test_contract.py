@@ -820,6 +820,16 @@ def test_a_sharded_tensor_is_refused(backend: str) -> None:
                     op(**{**inputs, name: sharded}, backend=backend)
 
 
+@pytest.mark.parametrize("op", [LINEAR_MSE, *LINEAR_LOGITS_OPS, *LINEAR_TOPK_OPS], ids=str)
+def test_a_parameter_that_zero_3_has_partitioned_is_refused(op: Op, backend: str) -> None:
+    inputs = op.make()
+    name = op.learned[1]
+    inputs[name] = nn.Parameter(torch.empty(0))
+    inputs[name].ds_id = 3  # as DeepSpeed marks it
+    with pytest.raises(ValueError, match=rf"^{name} is a parameter that DeepSpeed ZeRO-3.*GatheredParameters"):
+        op(**inputs, backend=backend)
+
+
 @every_op
 def test_bad_masks(op: Op, backend: str) -> None:
     inputs = op.make()
