@@ -26,9 +26,16 @@ def floating(**tensors: Tensor) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}; it should be floating point: cast it with .float()")
         if hasattr(x, "full_tensor"):
             raise TypeError(
-                f"{name} is a DTensor; it should be a plain tensor: under FSDP call the op inside the forward of the "
-                f'module that FSDP wraps, or pass {name}.full_tensor(grad_placements=[Partial("avg")]); without '
-                "grad_placements its gradient would not be averaged over the processes"
+                f"{name} is a DTensor; it should be a plain tensor. Under FSDP, where each process has its own data, "
+                "call the op inside the forward of the module that FSDP wraps, or pass "
+                f'{name}.full_tensor(grad_placements=[Partial("avg")]), which averages its gradient over processes. '
+                f"Under tensor parallelism, where the processes share their data, pass {name}.full_tensor(): the op "
+                "does not work on shards of a vocabulary"
+            )
+        if hasattr(x, "ds_id") and x.numel() == 0:
+            raise ValueError(
+                f"{name} is a parameter that DeepSpeed ZeRO-3 has partitioned and holds no values here: call the op "
+                "inside the forward of the module that owns it, or under deepspeed.zero.GatheredParameters"
             )
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device} but {first_name} is on {first.device}; move it there")

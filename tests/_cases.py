@@ -114,6 +114,13 @@ def reverse_kl_rows(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_rows(teacher, student)
 
 
+def skewed_kl_rows(student: Tensor, teacher: Tensor, skew: float) -> Tensor:
+    """Returns KL(p_t || skew p_t + (1 - skew) p_s)."""
+    weights = torch.tensor([skew, 1 - skew], dtype=student.dtype).log()
+    both = torch.stack([teacher.log_softmax(-1), student.log_softmax(-1)], -1)  # (*, V, 2)
+    return F.kl_div((both + weights).logsumexp(-1), both[..., 0], log_target=True, reduction="none").sum(-1)
+
+
 def jsd_rows(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     weights = torch.tensor([beta, 1 - beta], dtype=student.dtype).log()
     both = torch.stack([teacher.log_softmax(-1), student.log_softmax(-1)], -1)  # (*, V, 2)
@@ -128,8 +135,15 @@ def tvd_rows(student: Tensor, teacher: Tensor) -> Tensor:
     return 0.5 * (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1)
 
 
-def topk_rows(student: Tensor, logprobs: Tensor, indices: Tensor, temperature: float, tail: str) -> Tensor:
+def topk_rows(
+    student: Tensor, logprobs: Tensor, indices: Tensor, temperature: float, tail: str, reverse: bool
+) -> Tensor:
     student_logp = student.log_softmax(-1).gather(-1, indices)
+    if reverse:
+        if tail == "renormalize":
+            return reverse_kl_rows(student_logp, logprobs / temperature)
+        both = [torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (student_logp, logprobs)]
+        return reverse_kl_rows(*both)
     if tail == "renormalize":
         return -((logprobs / temperature).softmax(-1) * student_logp).sum(-1)
     teacher_p, student_p = logprobs.exp(), student_logp.exp()
@@ -150,8 +164,11 @@ def class_items(
     vocab_size: int | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     student, teacher = wide(student_logits)[..., :vocab_size], wide(teacher_logits)[..., :vocab_size]
+    student, teacher = student * student_logit_scale, teacher * teacher_logit_scale
     if student_softcap is not None:
         student = student_softcap * torch.tanh(student / student_softcap)
     if teacher_softcap is not None:
@@ -174,12 +191,13 @@ def topk_items(
     topk_logprobs: Tensor,
     topk_indices: Tensor,
     tail: str = "renormalize",
+    reverse: bool = False,
     temperature: float = 1.0,
     vocab_size: int | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor]:
     def soft(student: Tensor, _: Tensor) -> Tensor:
-        return topk_rows(student, wide(topk_logprobs), topk_indices.long(), temperature, tail)
+        return topk_rows(student, wide(topk_logprobs), topk_indices.long(), temperature, tail, reverse)
 
     student_logits = wide(student_logits)[..., :vocab_size]
     return class_items(soft, student_logits, student_logits.detach(), temperature=temperature, **keywords)
@@ -221,8 +239,9 @@ def logits_items(soft: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Ten
     """Returns the items of a loss on logits. The options beta and reverse choose or parametrise the row formula."""
 
     def items(student_logits: Tensor, teacher_logits: Tensor, **keywords: Any) -> tuple[Tensor, Tensor]:
-        own = {name: keywords.pop(name) for name in ("beta", "reverse") if name in keywords}
+        own = {name: keywords.pop(name) for name in ("beta", "reverse", "skew") if name in keywords}
         rows = reverse_kl_rows if own.pop("reverse", False) else soft
+        rows = skewed_kl_rows if "skew" in own else rows
         return class_items(lambda s, t: rows(s, t, **own), student_logits, teacher_logits, **keywords)
 
     return items
@@ -450,6 +469,7 @@ ALL_OPTIONS = {
     "student_softcap": 5.0,
     "teacher_softcap": 7.0,
 }
+SKEWED = {"skew": 0.2, "student_logit_scale": 0.8, "teacher_logit_scale": 0.8}  # csrc has none of these
 SOFT = {"soft_cross_entropy": soft_ce_rows, "kl_div": kl_rows, "jsd": jsd_rows, "tvd": tvd_rows}
 
 
@@ -486,7 +506,8 @@ def _class_ops(
         )
         for name, soft, own in (("kl_div", kl_rows, {"reverse": True}), ("jsd", jsd_rows, {"beta": 0.2}))
     ]  # fmt: skip
-    return [*plain, reverse, *everything]
+    skewed = Op(f"{prefix}kl_div", make, items(kl_rows), learned, masks, SKEWED, f"{prefix}kl_div-skewed")
+    return [*plain, reverse, skewed, *everything]
 
 
 def _topk_ops(
@@ -494,7 +515,9 @@ def _topk_ops(
 ) -> list[Op]:
     name = f"{prefix}topk_soft_cross_entropy"
     return [
-        Op(name, make, items, learned, masks, {"tail": tail}, f"{name}-{tail}") for tail in ("renormalize", "bucket")
+        Op(name, make, items, learned, masks, {"tail": tail, **reverse}, f"{name}-{tail}" + "-reverse" * len(reverse))
+        for tail in ("renormalize", "bucket")
+        for reverse in ({}, {"reverse": True})
     ]
 
 

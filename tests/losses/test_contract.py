@@ -298,6 +298,50 @@ def test_nan_in_gives_nan_out(op: Op, backend: str) -> None:
                 assert not x.view(15, -1)[1:].isnan().any(), name
 
 
+# -- item weights ----------------------------------------------------------------------------------------------
+
+
+@every_per_item_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_item_weights_multiply_each_items_loss(op: Op, dtype: torch.dtype, backend: str) -> None:
+    """The mean divides by the number of counted items, those of weight 0 included, and these may hold anything."""
+    inputs = cast(op.make(), dtype)
+    masks = op.some_masked(inputs)
+    weights = 3 * torch.rand(3, 5)
+    weights.view(-1)[2] = 0
+    masks["mask"].view(-1)[2] = True
+    per_item = op.truth({**inputs, **masks}, reduction="none")["value"]
+    weighted = {**inputs, **masks, "item_weights": weights}
+    poisoned = op.overwrite_masked(weighted, {"mask": weights != 0}, float("nan"))
+    for reduction in op.reductions:
+        found = evaluate(op, weighted, op.learned, backend=backend, reduction=reduction)
+        # The same gradients by hand: per-item losses, each with its weight as the upstream gradient.
+        counted = op.items(**{**op.options, **inputs, **masks})[1].sum() if reduction == "mean" else 1
+        whole = op.truth({**inputs, **masks}, reduction="none", upstream=weights.double() / counted)
+        truth = {**whole, "value": per_item * weights}
+        if reduction != "none":
+            truth["value"] = truth["value"].sum() / counted
+        for name, x in truth.items():
+            assert error(found[name], x) < (1e-2 if name != "value" and dtype == torch.bfloat16 else 2e-6), name
+        assert_same(evaluate(op, poisoned, op.learned, backend=backend, reduction=reduction), found)
+        for name in op.masks["mask"]:
+            if name in op.learned:
+                assert (found[name].view(15, -1)[2] == 0).all()
+
+
+@every_per_item_op
+def test_bad_item_weights(op: Op, backend: str) -> None:
+    inputs = op.make()
+    for wrong, kind, message in (
+        (torch.ones(3, 5).long(), TypeError, "item_weights has dtype torch.int64; it should be floating point"),
+        (torch.ones(3, 4), ValueError, r"item_weights has shape \(3, 4\); it should be \(3, 5\)"),
+        (torch.ones(3, 5, device="meta"), ValueError, "item_weights is on meta; it should be on"),
+        (torch.ones(3, 5, requires_grad=True), ValueError, r"item_weights has requires_grad=True.*\.detach\(\)"),
+    ):
+        with pytest.raises(kind, match=message):
+            op(**inputs, item_weights=wrong, backend=backend)
+
+
 # -- repeatability ---------------------------------------------------------------------------------------------
 
 
@@ -670,33 +714,32 @@ _ATTENTION = (
     "attn_mask reduction num_items backend"
 )
 _CLASSES = "temperature t_squared labels alpha ignore_index mask vocab_size student_softcap"
+_SCALES = "teacher_softcap student_logit_scale teacher_logit_scale item_weights"
 _END = "reduction num_items backend"
-_LOGITS = f"student_logits teacher_logits * {{}}{_CLASSES} teacher_softcap {_END}"
-_LINEAR = (
-    f"student student_weight teacher teacher_weight * student_bias teacher_bias {{}}{_CLASSES} teacher_softcap {_END}"
-)
+_TOPK = f"tail reverse {_CLASSES} student_logit_scale item_weights {_END}"
+_LOGITS = f"student_logits teacher_logits * {{}}{_CLASSES} {_SCALES} {_END}"
+_LINEAR = f"student student_weight teacher teacher_weight * student_bias teacher_bias {{}}{_CLASSES} {_SCALES} {_END}"
 SIGNATURES = {
-    "linear_mse": f"student weight teacher bias * mask {_END}",
+    "linear_mse": f"student weight teacher bias * mask item_weights {_END}",
     "attention_mse": _ATTENTION,
     "attention_kl": _ATTENTION,
     "soft_cross_entropy": _LOGITS.format(""),
-    "kl_div": _LOGITS.format("reverse "),
+    "kl_div": _LOGITS.format("reverse skew "),
     "jsd": _LOGITS.format("beta "),
     "tvd": _LOGITS.format(""),
     "linear_soft_cross_entropy": _LINEAR.format(""),
-    "linear_kl_div": _LINEAR.format("reverse "),
+    "linear_kl_div": _LINEAR.format("reverse skew "),
     "linear_jsd": _LINEAR.format("beta "),
     "linear_tvd": _LINEAR.format(""),
-    "topk_soft_cross_entropy": f"student_logits topk_logprobs topk_indices * tail {_CLASSES} {_END}",
-    "linear_topk_soft_cross_entropy": (
-        f"student student_weight topk_logprobs topk_indices * student_bias tail {_CLASSES} {_END}"
-    ),
+    "topk_soft_cross_entropy": f"student_logits topk_logprobs topk_indices * {_TOPK}",
+    "linear_topk_soft_cross_entropy": (f"student student_weight topk_logprobs topk_indices * student_bias {_TOPK}"),
 }
 DEFAULTS = {
     "bias": None, "mask": None, "reduction": "mean", "num_items": None, "backend": "auto",
     "student_scale": None, "teacher_scale": None, "key_mask": None, "query_mask": None, "is_causal": False,
     "attn_mask": None, "temperature": 1.0, "t_squared": False, "labels": None, "alpha": 1.0, "ignore_index": -100,
     "vocab_size": None, "student_softcap": None, "teacher_softcap": None, "reverse": False, "beta": 0.5,
+    "skew": 0.0, "student_logit_scale": 1.0, "teacher_logit_scale": 1.0, "item_weights": None,
     "tail": "renormalize", "student_bias": None, "teacher_bias": None,
 }  # fmt: skip
 
@@ -775,6 +818,16 @@ def test_a_sharded_tensor_is_refused(backend: str) -> None:
                     TypeError, match=rf"^{name} is a DTensor.*FSDP.*{name}\.full_tensor\(grad_placements=\[Partial"
                 ):
                     op(**{**inputs, name: sharded}, backend=backend)
+
+
+@pytest.mark.parametrize("op", [LINEAR_MSE, *LINEAR_LOGITS_OPS, *LINEAR_TOPK_OPS], ids=str)
+def test_a_parameter_that_zero_3_has_partitioned_is_refused(op: Op, backend: str) -> None:
+    inputs = op.make()
+    name = op.learned[1]
+    inputs[name] = nn.Parameter(torch.empty(0))
+    inputs[name].ds_id = 3  # as DeepSpeed marks it
+    with pytest.raises(ValueError, match=rf"^{name} is a parameter that DeepSpeed ZeRO-3.*GatheredParameters"):
+        op(**inputs, backend=backend)
 
 
 @every_op

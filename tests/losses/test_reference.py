@@ -208,13 +208,19 @@ def jensen_shannon(beta: float, mixture: tuple[float, float]) -> float:
         (reference.soft_cross_entropy, {}, LOG2),
         (reference.kl_div, {}, FORWARD_KL),
         (reference.kl_div, {"reverse": True}, REVERSE_KL),
+        (reference.kl_div, {"skew": 0.5}, 0.75 * math.log(0.75 / (5 / 8)) + 0.25 * math.log(0.25 / (3 / 8))),
+        (
+            reference.kl_div,
+            {"skew": 0.75, "reverse": True},
+            0.5 * math.log(0.5 / (9 / 16)) + 0.5 * math.log(0.5 / (7 / 16)),
+        ),
         (reference.jsd, {}, jensen_shannon(0.5, (5 / 8, 3 / 8))),
         (reference.jsd, {"beta": 0.25}, jensen_shannon(0.25, (9 / 16, 7 / 16))),
         (reference.jsd, {"beta": 0}, FORWARD_KL),
         (reference.jsd, {"beta": 1}, REVERSE_KL),
         (reference.tvd, {}, 0.25),
     ],
-    ids=["soft_ce", "kl", "reverse", "jsd", "jsd-0.25", "jsd-0", "jsd-1", "tvd"],
+    ids=["soft_ce", "kl", "reverse", "skewed", "skewed-reverse", "jsd", "jsd-0.25", "jsd-0", "jsd-1", "tvd"],
 )
 def test_divergences_by_hand(function: Callable[..., Tensor], options: dict[str, Any], expected: float) -> None:
     def value(student: Tensor, teacher: Tensor, **more: Any) -> float:
