@@ -16,9 +16,7 @@ _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")  # Triton's own
 
 
-def pick_backend(
-    backend: str, device: torch.device, logits: tuple[torch.dtype, ...] = (), kind: str = "kl_div", plain: bool = True
-) -> str:
+def pick_backend(backend: str, device: torch.device, logits: tuple[torch.dtype, ...] = (), kind: str = "kl_div") -> str:
     """Returns the backend a call takes: `backend` itself, or for "auto" the best that can run on `device`.
 
     Args:
@@ -26,13 +24,12 @@ def pick_backend(
         device: where the student's tensors are.
         logits: the dtypes of both sides' logits, for a loss on logits; csrc/ has kernels for these alone.
         kind: the soft loss on these logits, `RowOptions.kind`.
-        plain: whether it has neither a skew nor logit scales, which csrc/ does not know.
 
     Raises:
         ValueError: the backend is unknown or cannot run here.
     """
     if backend == "auto":
-        if logits and plain and device.type == "cuda" and no_cuda(device, logits, kind, automatic=True) is None:
+        if logits and device.type == "cuda" and no_cuda(device, logits, kind, automatic=True) is None:
             return "cuda"
         return "triton" if device.type == "cuda" and no_triton(device) is None else "torch"
     if backend not in BACKENDS:
@@ -41,7 +38,7 @@ def pick_backend(
         )
     reason = no_triton(device) if backend == "triton" else None
     if backend == "cuda":
-        reason = no_cuda(device, logits, kind) if plain else "csrc has no kernel for a skew or for logit scales"
+        reason = no_cuda(device, logits, kind)
     if reason is not None:
         raise ValueError(f"backend is {backend!r}, but {reason}; use backend='auto' or 'torch'")
     return backend

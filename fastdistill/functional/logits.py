@@ -216,8 +216,7 @@ def _loss(
 ) -> Tensor:  # fmt: skip
     """Picks the backend, runs the op and reduces its losses; the arguments are checked."""
     dtypes = (student.dtype, teacher.dtype) if indices is None else ()
-    plain = not own.get("skew") and given.student_logit_scale == given.teacher_logit_scale == 1
-    backend = pick_backend(given.backend, student.device, dtypes, kind, plain)
+    backend = pick_backend(given.backend, student.device, dtypes, kind)
     with no_autocast(student):
         if backend == "reference":
             tensors = (teacher,) if indices is None else (teacher, indices)
