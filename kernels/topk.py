@@ -179,7 +179,7 @@ def _rows(
             listed, p, position = _walk(offsets, classes, first, class_row, p_row, length, REVERSE, WIDE)
         among = student
         if AMONG_LISTED:
-            among = tl.where(listed, student, -float("inf"))
+            among = tl.where(listed | (student != student), student, -float("inf"))  # NaN anywhere gives NaN
         student_max, student_sum = _sums(student_max, student_sum, among, temperature)
         if HAS_REST:
             rest = tl.where(listed, -float("inf"), student)
@@ -194,7 +194,7 @@ def _rows(
                 listed, p, position = _walk(columns, start + BLOCK, position, class_row, p_row, length, REVERSE, WIDE)
             among = student
             if AMONG_LISTED:
-                among = tl.where(listed, student, -float("inf"))
+                among = tl.where(listed | (student != student), student, -float("inf"))
             student_max, student_sum = _sums(student_max, student_sum, among, temperature)
             if HAS_REST:
                 rest = tl.where(listed, -float("inf"), student)

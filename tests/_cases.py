@@ -142,7 +142,9 @@ def topk_rows(
     if reverse:
         if tail == "renormalize":
             return reverse_kl_rows(student_logp, logprobs / temperature)
-        both = [torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (student_logp, logprobs)]
+        least = 1e-7  # of the bucket, where the rounding of a list leaves it nothing
+        rests = [(1 - x.exp().sum(-1, keepdim=True)).clamp(min=least).log() for x in (student_logp, logprobs)]
+        both = [torch.cat(parts, -1) for parts in zip((student_logp, logprobs), rests, strict=True)]
         return reverse_kl_rows(*both)
     if tail == "renormalize":
         return -((logprobs / temperature).softmax(-1) * student_logp).sum(-1)

@@ -478,7 +478,7 @@ class TestBadInput:
         (tmp_path / "student.json").write_text(json.dumps({**STUDENT, "vocab_size": 59}))
         argv = arguments(files, "general", tmp_path / "out")
         argv[argv.index("--student") + 1] = str(tmp_path / "student.json")
-        assert "vocabulary has 59 tokens, the teacher's 60" in fails(capsys, argv)
+        assert "the student's vocabulary 59, the teacher's 60" in fails(capsys, argv)
 
     def test_an_unknown_student_is_refused(self, files, tmp_path, capsys, monkeypatch):
         def offline(*args, **kwargs):

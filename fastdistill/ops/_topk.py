@@ -63,13 +63,15 @@ def _reverse(
     options: RowOptions, student: Tensor, student_max: Tensor, logprobs: Tensor, indices: Tensor, out: Tensor | None,
     scratch: Tensor,
 ) -> Tensor:  # fmt: skip
-    teacher_logp, teacher_rest = _log_probabilities(options, logprobs)
+    wide = _common.widest_dtype(logprobs)  # the list is short: its digits cost nothing
+    teacher_logp, teacher_rest = _log_probabilities(options, logprobs.to(wide))
     x = torch.sub(student, student_max, out=scratch)
-    student_logp = x.gather(1, indices).div_(options.temperature).masked_fill_(logprobs == -math.inf, -math.inf)
+    student_logp = x.gather(1, indices).to(wide).div_(options.temperature)
+    student_logp.masked_fill_(logprobs == -math.inf, -math.inf)
     rest_e = rest_sum = None
     if options.tail == "bucket":
         rest_max, rest_e, rest_sum = _rest(x, indices)
-        student_logp = torch.cat([student_logp, rest_max + rest_sum.log()], 1)  # (n, k + 1)
+        student_logp = torch.cat([student_logp, rest_max.to(wide) + rest_sum.to(wide).log()], 1)  # (n, k + 1)
         teacher_logp = torch.cat([teacher_logp, teacher_rest], 1)
     student_logp = student_logp.log_softmax(-1)
     p = student_logp.exp()
@@ -80,13 +82,13 @@ def _reverse(
         if rest_e is None or rest_sum is None:
             out.zero_()
         else:
-            torch.mul(rest_e, slope[:, -1:] / rest_sum.where(rest_sum > 0, 1), out=out)
-        out.scatter_add_(1, indices, slope[:, : indices.shape[1]])
+            torch.mul(rest_e, (slope[:, -1:] / rest_sum.where(rest_sum > 0, 1)).to(out.dtype), out=out)
+        out.scatter_add_(1, indices, slope[:, : indices.shape[1]].to(out.dtype))
     # q - p sums to 0. Added to each term it keeps the digits of a student that is close to its teacher: there it is
     # computed from c, as a difference of exponentials would be rounding.
     excess = torch.where(c.abs() < 1, p * torch.expm1(-c), teacher_logp.exp() - p)
     loss = (p * c).add_(excess).sum(-1, keepdim=True)
-    return loss.clamp_(min=0).mul_(options.soft_weight)
+    return loss.clamp_(min=0).mul_(options.soft_weight).to(student.dtype)
 
 
 def _rest(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (n, 1), (n, V), (n, 1)

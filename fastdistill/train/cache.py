@@ -436,6 +436,12 @@ def teacher_config(folder: str | Path) -> Any:
 def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, tokenizer: Any = None) -> None:
     """Raises ValueError if a student or a tokenizer has another vocabulary than a cache, or a student other classes."""
     manifest = read_manifest(folder)
+    theirs = manifest["tokenizer"]
+    if tokenizer is not None and theirs is not None and (ours := vocabulary(tokenizer)) != theirs:
+        raise ValueError(
+            f"the tokenizer's vocabulary ({ours['tokens']} tokens, SHA-256 {ours['sha256'][:12]}) is not that of "
+            f"{folder} ({theirs['tokens']} tokens, SHA-256 {theirs['sha256'][:12]}); use the tokenizer saved there"
+        )
     teacher, config = manifest["teacher"], teacher_config(folder)
     if student is not None and config is not None:
         whose = f"that of {folder} ({teacher['class']} {teacher['name']})"
@@ -446,10 +452,4 @@ def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, t
         raise ValueError(
             f"the student's vocabulary has {student.config.vocab_size} tokens, that of {folder} {manifest['classes']}; "
             "both should be one vocabulary: give the student the teacher's tokenizer and vocab_size"
-        )
-    theirs = manifest["tokenizer"]
-    if tokenizer is not None and theirs is not None and (ours := vocabulary(tokenizer)) != theirs:
-        raise ValueError(
-            f"the tokenizer's vocabulary ({ours['tokens']} tokens, SHA-256 {ours['sha256'][:12]}) is not that of "
-            f"{folder} ({theirs['tokens']} tokens, SHA-256 {theirs['sha256'][:12]}); use the tokenizer saved there"
         )

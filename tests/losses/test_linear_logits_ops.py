@@ -149,6 +149,8 @@ def scaled(op: Op, backend: str, student_scale: float, teacher_scale: float, **i
     """Computes the textbook's loss with scales in the heads: c (x W^T + b) = x (c W)^T + c b."""
     for side, scale in (("student", student_scale), ("teacher", teacher_scale)):
         inputs |= {name: inputs[name] * scale for name in (f"{side}_weight", f"{side}_bias") if name in inputs}
+        if f"{side}_logit_scale" in op.options:
+            inputs[f"{side}_logit_scale"] = 1.0
     return op.textbook(backend=backend, **inputs)
 
 

@@ -560,8 +560,8 @@ def test_bad_input_is_one_line(files: Path, tmp_path: Path, capsys: pytest.Captu
     assert "need --teacher" in fails(capsys, [*train, "--terms", "attention"])
     terms = ("--terms", "embedding", "--layer-map", "0,-")
     assert "in train_dataset the columns hidden_0" in fails(capsys, [*train, *terms])
-    (tmp_path / "wide.json").write_text(json.dumps({**STUDENT, "vocab_size": 70}))
-    assert "vocabulary has 70 tokens" in fails(capsys, [*train, "--student", str(tmp_path / "wide.json")])
+    (tmp_path / "narrow.json").write_text(json.dumps({**STUDENT, "vocab_size": 50}))
+    assert "the student's vocabulary 50" in fails(capsys, [*train, "--student", str(tmp_path / "narrow.json")])
     assert not (tmp_path / "out").exists()
 
 
