@@ -318,6 +318,8 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
             raise ValueError("alpha is 0, labels alone; a cache is for its teacher: pass --dataset instead of --cache")
         if self.cache is not None and self.divergence not in ("kl", "soft_cross_entropy"):
             raise ValueError(f"divergence is {self.divergence}; a cached teacher has kl and soft_cross_entropy")
+        if self.cache is not None and self.skew:
+            raise ValueError(f"skew is {self.skew}; a cached teacher has none: pass --teacher, or leave skew at 0")
         if self.cache is not None and self.packing:
             raise ValueError("packing is for --dataset; the rows of a cache are as the teacher read them")
         if self.eval_split is not None and (self.eval is not None or self.cache is not None):

@@ -438,6 +438,7 @@ class TestBadInput:
             (None, ("--cache", "folder"), "manifest.json: no such file"),
             ("chat.jsonl", ("--cache", "folder"), "leave out --dataset"),
             (None, ("--cache", "folder", "--divergence", "jsd"), "a cached teacher has kl and soft_cross_entropy"),
+            (None, ("--cache", "folder", "--skew", 0.1), "--skew is 0.1; a cached teacher has none"),
             (None, ("--dataset", "chat.jsonl", "folder"), "several should all be files"),
             (None, ("--dataset", "text.txt", "chat.jsonl"), "chat.jsonl: rows have no text, which the first file has"),
         ],
