@@ -327,6 +327,59 @@ class TestEvaluation:
         again = LMOptions(**{**options.__dict__, "resume": True})
         assert distil_lm(again) == figures  # reads the finished run
 
+ANSWERS = ("--max_completion_length", 8, "--gradient_checkpointing", "false")
+
+
+def prompts_of(files: Path, data: str) -> list[Any]:
+    rows = [json.loads(line) for line in (files / data).read_text().splitlines()]
+    return [row["messages"][:-1] if "messages" in row else row["prompt"] for row in rows]
+
+
+def trl_on_policy(files: Path, folder: Path, data: str, **options: Any) -> Any:
+    """Trains by TRL's own trainer and loss; returns the student."""
+    from trl import DistillationConfig, DistillationTrainer
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(files / name) for name in ("student", "teacher"))
+    common = {
+        "output_dir": str(folder), "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "seed": 42,
+        "lr_scheduler_type": "constant", "weight_decay": 0, "gradient_checkpointing": False, "use_cpu": True,
+        "bf16": False, "report_to": "none", "save_strategy": "no", "max_completion_length": 8,
+    }  # fmt: skip
+    prompts = Dataset.from_dict({"prompt": prompts_of(files, data)})
+    config, made = DistillationConfig(**common, **options), AutoTokenizer.from_pretrained(files / "teacher")
+    DistillationTrainer(student, teacher, config, train_dataset=prompts, processing_class=made).train()
+    return student
+
+
+class TestOnPolicy:
+    """The student samples answers, and the teacher judges them."""
+
+    @pytest.mark.parametrize(
+        ("data", "options", "beta"),
+        [
+            ("chat.jsonl", (), 0.0),
+            ("chat.jsonl", ("--reverse",), 1.0),
+            ("pairs.jsonl", ("--divergence", "jsd", "--beta", 0.3), 0.3),
+        ],
+    )
+    def test_steps_are_those_of_trl(
+        self, files: Path, tmp_path: Path, data: str, options: tuple[Any, ...], beta: float
+    ) -> None:
+        """Two steps; the samples of the second depend on the first."""
+        options += ("--batch-size", 3, "--gradient_accumulation_steps", 2, "--temperature", 1.3, "--top_p", 0.9)
+        argv = command(files, tmp_path / "out", "--on_policy", *PLAIN_STEP, *ANSWERS, *options, data=data)
+        argv[argv.index("--max-steps") + 1] = "2"
+        argv[argv.index("--learning-rate") + 1] = "0.1"
+        assert cli.main(argv) == 0
+        right = trl_on_policy(
+            files, tmp_path / "trl", data, beta=beta, temperature=1.3, top_p=0.9, max_steps=2,
+            per_device_train_batch_size=3, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        before, after = (load_file(folder / "model.safetensors") for folder in (files / "student", tmp_path / "out"))
+        for name, p in right.named_parameters():
+            moved = p.detach() - before[name]
+            assert float((after[name] - p).norm()) < 1e-4 * float(moved.norm()), name
+
 
 class TestResume:
     @pytest.mark.parametrize("lora", [(), ("--lora", 2)])

@@ -1,0 +1,117 @@
+"""Distils a causal language model on its own answers: TRL's DistillationTrainer samples them, and the teacher judges.
+
+The loss is TRL's generalised Jensen-Shannon divergence, computed without logits by `DistillationMixin`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jinja2 import TemplateError
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
+from trl import DistillationConfig, DistillationTrainer, maybe_convert_to_chatml
+
+from fastdistill.integrations.trl import DistillationMixin
+from fastdistill.recipes.lm_rows import BESIDE, read_rows
+from fastdistill.recipes.lm_trainers import StudentTrainer
+from fastdistill.recipes.options import LMOptions
+from fastdistill.train.data import PaddingCollator
+from fastdistill.train.processes import main_first
+
+__all__ = ["OnPolicyTrainer", "read_prompts"]
+
+
+class OnPolicyTrainer(DistillationMixin, StudentTrainer, DistillationTrainer):
+    """TRL's DistillationTrainer, which may be stopped at any moment, and which evaluates on held-out labels."""
+
+    data_collator: Any
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler[int] | None:
+        sampler: Any = super()._get_train_sampler(*args, **kwargs)
+        sampler.sampler.generator = torch.default_generator  # which EpochSampler seeds
+        return sampler
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        collator, self.data_collator = self.data_collator, PaddingCollator(self.processing_class)
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
+
+    def _prepare_inputs(self, batch: Any) -> Any:
+        """Samples answers while it trains; held-out rows bring theirs."""
+        return super()._prepare_inputs(batch) if self.model.training else Trainer._prepare_inputs(self, batch)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return model(**inputs, use_cache=False).loss
+
+
+def read_prompts(options: LMOptions, tokenizer: Any, args: DistillationConfig, positions: int) -> Dataset:
+    """Returns the prompts of the rows, in the column `prompt`: `messages` without the last answer, or `prompt`.
+
+    Raises ValueError for rows without prompts, for a prompt that the models cannot answer, and for fewer rows than one
+    optimiser step takes.
+    """
+    rows = main_first(lambda: read_rows(options.dataset or [], config=options.dataset_config, split=options.split))
+    check_columns(rows)
+    if tokenizer.eos_token is None:
+        raise ValueError("the teacher's tokenizer has no eos_token, which ends an answer: set it, and save it there")
+    step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if len(rows) < step:
+        raise ValueError(f"--dataset: {len(rows)} rows, and a step takes {step}: use a smaller --batch-size")
+
+    def prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
+        found = prompt_of(dict(row))
+        try:
+            check_prompt(found, tokenizer, args, positions)
+        except (ValueError, TemplateError) as error:
+            raise ValueError(f"--dataset: row {index + 1}: {error}") from None
+        return {"prompt": found}
+
+    return main_first(lambda: rows.map(prompt, with_indices=True, remove_columns=rows.column_names))
+
+
+def check_columns(rows: Dataset) -> None:
+    columns = rows.column_names
+    if not {"messages", "conversations", "prompt"} & set(columns):
+        raise ValueError(
+            f"--dataset: rows have {', '.join(columns)}; with --on-policy they should have messages, or prompt and "
+            "completion, since the student answers prompts"
+        )
+    for name in BESIDE:
+        if name in columns and any(rows[name]):
+            raise ValueError(f"--dataset: rows have {name}; with --on-policy all rows take one chat template alone")
+
+
+def prompt_of(row: dict[str, Any]) -> Any:
+    """Returns a text or a list of messages."""
+    if "prompt" in row:
+        return row["prompt"]
+    messages = maybe_convert_to_chatml(row)["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def check_prompt(prompt: Any, tokenizer: Any, args: DistillationConfig, positions: int) -> None:
+    """Raises ValueError for a prompt that is empty, or too long for an answer."""
+    if not prompt:
+        raise ValueError("there is no prompt before the answer")
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif not tokenizer.chat_template:
+        raise ValueError("it holds messages, and the teacher's tokenizer has no chat template: save one with it")
+    else:
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, **(args.chat_template_kwargs or {})
+        )["input_ids"]
+    if len(ids) + args.max_completion_length > positions:
+        most = positions - len(ids)
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and its answer up to {args.max_completion_length}; the models take "
+            f"{positions}: " + (f"pass --max_completion_length {most}" if most > 0 else "leave the row out")
+        )
