@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import SFTConfig
 
@@ -140,19 +140,14 @@ class LMRun:
             "per_device_eval_batch_size": options.batch_size, "trust_remote_code": options.trust_remote_code,
             "train_sampling_strategy": "random",
         }  # fmt: skip
-        kind: type[TrainingArguments] = SFTConfig
-        if options.on_policy:
-            from trl import DistillationConfig
-
-            kind = DistillationConfig
-
-            # 0 is KL(teacher || student), and 1 is KL(student || teacher).
-            beta = options.beta if options.divergence == "jsd" else float(options.reverse)
-            own.update(beta=beta, temperature=options.temperature)
-        else:
-            own.update(self.row_arguments())
         own.update(trainer_arguments(options))
-        args = training_arguments(working_folder(options.output), options, kind, **own)
+        if options.on_policy:
+            from fastdistill.recipes.lm_on_policy import on_policy_arguments
+
+            args: Any = on_policy_arguments(options, own)
+        else:
+            own = {**self.row_arguments(), **own}
+            args = training_arguments(working_folder(options.output), options, SFTConfig, **own)
         if args.eval_strategy != "no" and not evaluates:
             raise ValueError(f"--eval_strategy is {args.eval_strategy}; pass --eval or --eval-split")
         return args

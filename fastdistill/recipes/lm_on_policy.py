@@ -5,6 +5,7 @@ The loss is TRL's generalised Jensen-Shannon divergence, computed without logits
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ from fastdistill.recipes.lm_rows import BESIDE, read_rows
 from fastdistill.recipes.lm_trainers import StudentTrainer
 from fastdistill.recipes.options import LMOptions
 from fastdistill.train.data import PaddingCollator
+from fastdistill.train.outputs import working_folder
 from fastdistill.train.processes import main_first
+from fastdistill.train.resumable import training_arguments
 
-__all__ = ["OnPolicyTrainer", "read_prompts"]
+__all__ = ["OnPolicyTrainer", "on_policy_arguments", "read_prompts"]
 
 
 class OnPolicyTrainer(DistillationMixin, StudentTrainer, DistillationTrainer):
@@ -52,6 +55,16 @@ class OnPolicyTrainer(DistillationMixin, StudentTrainer, DistillationTrainer):
         return model(**inputs, use_cache=False).loss
 
 
+def on_policy_arguments(options: LMOptions, own: dict[str, Any]) -> DistillationConfig:
+    """Returns TRL's arguments: the beta 0 is KL(teacher || student), and 1 is KL(student || teacher)."""
+    beta = options.beta if options.divergence == "jsd" else float(options.reverse)
+    own = {"beta": beta, "temperature": options.temperature, **own}
+    args = training_arguments(working_folder(options.output), options, DistillationConfig, **own)
+    if args.use_vllm and find_spec("vllm") is None:
+        raise ValueError("use_vllm is True; vllm is not installed: install it, or leave --use_vllm out")
+    return args
+
+
 def read_prompts(options: LMOptions, tokenizer: Any, args: DistillationConfig, positions: int) -> Dataset:
     """Returns the prompts of the rows, in the column `prompt`: `messages` without the last answer, or `prompt`.
 
@@ -69,12 +82,13 @@ def read_prompts(options: LMOptions, tokenizer: Any, args: DistillationConfig, p
     def prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
         found = prompt_of(dict(row))
         try:
-            check_prompt(found, tokenizer, args, positions)
+            return {"prompt": found, "tokens": count_tokens(found, tokenizer, args)}
         except (ValueError, TemplateError) as error:
             raise ValueError(f"--dataset: row {index + 1}: {error}") from None
-        return {"prompt": found}
 
-    return main_first(lambda: rows.map(prompt, with_indices=True, remove_columns=rows.column_names))
+    found = main_first(lambda: rows.map(prompt, with_indices=True, remove_columns=rows.column_names))
+    check_lengths(found["tokens"][:], args.max_completion_length, positions)
+    return found.remove_columns("tokens")
 
 
 def check_columns(rows: Dataset) -> None:
@@ -97,21 +111,27 @@ def prompt_of(row: dict[str, Any]) -> Any:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def check_prompt(prompt: Any, tokenizer: Any, args: DistillationConfig, positions: int) -> None:
-    """Raises ValueError for a prompt that is empty, or too long for an answer."""
+def count_tokens(prompt: Any, tokenizer: Any, args: DistillationConfig) -> int:
+    """Returns the length of a prompt. Raises ValueError where there is none."""
     if not prompt:
         raise ValueError("there is no prompt before the answer")
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif not tokenizer.chat_template:
+        return len(tokenizer(prompt)["input_ids"])
+    if not tokenizer.chat_template:
         raise ValueError("it holds messages, and the teacher's tokenizer has no chat template: save one with it")
-    else:
-        ids = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True, **(args.chat_template_kwargs or {})
-        )["input_ids"]
-    if len(ids) + args.max_completion_length > positions:
-        most = positions - len(ids)
+    template: Any = args.chat_template_kwargs or {}
+    return len(
+        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, **template).input_ids
+    )
+
+
+def check_lengths(tokens: list[int], answer: int, positions: int) -> None:
+    """Raises ValueError if the models do not take the longest prompt and an answer."""
+    longest = max(tokens)
+    if longest + answer > positions:
+        room = positions - longest
         raise ValueError(
-            f"the prompt has {len(ids)} tokens and its answer up to {args.max_completion_length}; the models take "
-            f"{positions}: " + (f"pass --max_completion_length {most}" if most > 0 else "leave the row out")
+            f"--dataset: row {tokens.index(longest) + 1}: the prompt has {longest} tokens and its answer up to "
+            f"{answer}; the models take {positions}: "
+            + (f"pass --max_completion_length {room}" if room > 0 else "leave the row out")
         )

@@ -44,7 +44,8 @@ class StudentTrainer(ResumableTrainer):
             labels[max(state.remainder - len(labels) * self.args.process_index, 0) :] = -100
         result = super().prediction_step(model, inputs, *args, **kwargs)
         count = (labels[:, 1:] != -100).sum()
-        self.held_out += torch.stack([result[0] * count, count]).double().cpu()
+        total = (result[0] * count).masked_fill(count == 0, 0)  # the mean of no labels is NaN
+        self.held_out += torch.stack([total, count]).double().cpu()
         return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
