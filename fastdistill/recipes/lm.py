@@ -2,7 +2,8 @@
 
     distil_lm(LMOptions(teacher="teacher", student="student", dataset=["chat.jsonl"], output=Path("out")))
 
-The teacher is live, or a cache that `cache_teacher` wrote, or absent (`alpha=0`: the labels alone).
+The teacher is live, or a cache that `cache_teacher` wrote, or absent (`alpha=0`: the labels alone). With
+`on_policy=True` it judges the student's own answers (`fastdistill.recipes.lm_on_policy`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trl import SFTConfig
 
 from fastdistill.recipes.distil import finish, finished, trainer_arguments
+from fastdistill.recipes.lm_on_policy import OnPolicyTrainer, on_policy_arguments, read_prompts
 from fastdistill.recipes.lm_rows import read_and_tokenize
 from fastdistill.recipes.lm_trainers import LMTrainer, StudentTrainer
 from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
@@ -142,8 +144,6 @@ class LMRun:
         }  # fmt: skip
         own.update(trainer_arguments(options))
         if options.on_policy:
-            from fastdistill.recipes.lm_on_policy import on_policy_arguments
-
             args: Any = on_policy_arguments(options, own)
         else:
             own = {**self.row_arguments(), **own}
@@ -169,14 +169,12 @@ class LMRun:
     def rows(self) -> tuple[Dataset, Dataset | None]:
         """Returns the rows to train on, tokenised unless they are prompts, and those held out, tokenised."""
         options, args = self.options, self.args
-        if options.on_policy:
+        if options.on_policy:  # held-out rows are tokenised as without it
             work = working_folder(options.output)
             args = training_arguments(work, Schedule(), SFTConfig, bf16=False, **self.row_arguments())
         read = partial(read_and_tokenize, tokenizer=self.tokenizer, args=args)
         data_set = partial(read, options.dataset, config=options.dataset_config)
         if options.on_policy:
-            from fastdistill.recipes.lm_on_policy import read_prompts
-
             train = read_prompts(options, self.tokenizer, self.args, self.positions())
         elif options.cache is not None:
             train = cached_rows(options.cache)
@@ -202,8 +200,6 @@ class LMRun:
         }  # fmt: skip
         try:
             if self.options.on_policy:
-                from fastdistill.recipes.lm_on_policy import OnPolicyTrainer
-
                 return OnPolicyTrainer(self.student, self.teacher, **shared)
             return self.sft_trainer(**shared)
         except Exception:

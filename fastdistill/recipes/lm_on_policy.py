@@ -60,6 +60,8 @@ def on_policy_arguments(options: LMOptions, own: dict[str, Any]) -> Distillation
     beta = options.beta if options.divergence == "jsd" else float(options.reverse)
     own = {"beta": beta, "temperature": options.temperature, **own}
     args = training_arguments(working_folder(options.output), options, DistillationConfig, **own)
+    if (args.max_completion_length or 0) < 1:
+        raise ValueError(f"max_completion_length is {args.max_completion_length}; it should be a positive integer")
     if args.use_vllm and find_spec("vllm") is None:
         raise ValueError("use_vllm is True; vllm is not installed: install it, or leave --use_vllm out")
     return args

@@ -564,6 +564,8 @@ class TestBadInput:
             ("chat.jsonl", ("--on_policy", "--packing_strategy", "bfd"), "unrecognized arguments: --packing_strategy"),
             ("chat.jsonl", ("--on_policy", "--teacher_model_name_or_path", "x"), "use --teacher"),
             ("chat.jsonl", ("--on_policy", *ANSWERS, "--use_vllm"), "use_vllm is True; vllm is not installed"),
+            ("chat.jsonl", ("--on_policy", "--max_completion_length", 0), "max_completion_length is 0; it should be"),
+            (None, ("--on_policy",), "--dataset is missing: --on-policy needs it"),
             ("chat.jsonl", ("--max_completion_length", 8), "unrecognized arguments: --max_completion_length"),
         ],
     )  # fmt: skip
