@@ -338,6 +338,8 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
             raise ValueError(
                 f"cache is {self.cache}; with --on-policy a live teacher reads the answers: pass --teacher"
             )
+        if self.teacher is None or self.dataset is None:
+            raise ValueError(f"--{'teacher' if self.teacher is None else 'dataset'} is missing: --on-policy needs it")
         absent: dict[str, Any] = {"alpha": 1.0, "t_squared": False, "skew": 0.0, "vocab_size": None, "packing": False}
         for name, default in absent.items():
             if getattr(self, name) != default:
