@@ -420,11 +420,41 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     cached = [{**row, "topk_logprobs": [[0.0]] * 12, "topk_indices": [[1]] * 12} for row in chats(1)]
     with pytest.raises(ValueError, match="divergence is 'jsd'; a cached teacher has 'kl' and 'soft_cross_entropy'"):
         trainer(tmp_path, student, None, cached, divergence="jsd").train()
-    mixture = AutoModelForCausalLM.from_config(
-        MixtralConfig(**COMMON, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
-    )
-    with pytest.raises(ValueError, match="output_router_logits; the objective has no load-balancing loss"):
-        trainer(tmp_path, mixture, teacher, chats()).train()
+
+
+def mixture() -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **COMMON, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.3,
+        experts_implementation="eager",  # the others have no float64
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_mixture_of_experts_learns_its_balance_as_well(tmp_path: Path) -> None:
+    student, teacher = mixture(), language_model(seed=1)
+    exact, exact_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    batch, options = collated(chats()), {"divergence": "kl", "alpha": 0.4}
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    right = right_prediction(exact, exact_teacher, chats(), **options) + 0.3 * exact(**inputs).aux_loss
+    found = live(student, teacher, batch, **options)
+    assert_right(found["loss"], student, right, exact)
+    # Each micro-batch has the weight of its next tokens.
+    objective = Objective(student.config, teacher.config, terms=("prediction",), **options)
+    halves = [collated(rows) for rows in (chats()[:2], chats()[2:])]
+    count = objective.count(halves[0]) + objective.count(halves[1])
+    sums, balance = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+    total = int((batch["labels"][:, 1:] != -100).sum())
+    for half in halves:
+        states = teacher_states(teacher, student, objective, half, has_logits=False)
+        sums = sums + DistillationModel(student, objective)(**half, teacher=states, num_items=count)["loss"]
+        share = int((half["labels"][:, 1:] != -100).sum()) / total
+        balance = balance + 0.3 * share * exact(**{name: x for name, x in half.items() if name != "labels"}).aux_loss
+    assert_right(sums, student, right_prediction(exact, exact_teacher, chats(), **options) + balance, exact)
+    run = trainer(tmp_path, student, teacher, chats(), arguments={"per_device_train_batch_size": 6}, **options)
+    run.train()
+    assert first_loss(run, "balance") == pytest.approx(float(found["balance"].detach()), rel=1e-4)
+    assert first_loss(run) == pytest.approx(float(right), rel=1e-4)
 
 
 def test_left_and_right_padding_train_alike(tmp_path: Path) -> None:
