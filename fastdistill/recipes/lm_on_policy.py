@@ -28,7 +28,7 @@ from fastdistill.train.resumable import training_arguments
 __all__ = ["OnPolicyTrainer", "on_policy_arguments", "read_prompts"]
 
 
-class OnPolicyTrainer(DistillationMixin, StudentTrainer, DistillationTrainer):
+class OnPolicyTrainer(StudentTrainer, DistillationMixin, DistillationTrainer):
     """TRL's DistillationTrainer, which may be stopped at any moment, and which evaluates on held-out labels."""
 
     data_collator: Any

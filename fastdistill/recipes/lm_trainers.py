@@ -21,7 +21,7 @@ __all__ = ["LMTrainer", "StudentTrainer"]
 
 
 class StudentTrainer(ResumableTrainer):
-    """Evaluates a student on held-out labels, and writes it whole. Put it before one of TRL's trainers.
+    """Evaluates a student on held-out labels, and writes it whole. Put it before a loss and one of TRL's trainers.
 
     `eval_loss` is the cross-entropy of the labels per token, whatever the loss that trains.
 
@@ -83,7 +83,7 @@ class StudentTrainer(ResumableTrainer):
         self.processing_class.save_pretrained(work)
 
 
-class LMTrainer(CausalLMDistillationMixin, StudentTrainer, SFTTrainer):
+class LMTrainer(StudentTrainer, CausalLMDistillationMixin, SFTTrainer):
     """TRL's SFTTrainer with a teacher, which may be stopped at any moment."""
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
