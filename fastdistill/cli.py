@@ -110,6 +110,8 @@ DECIDED = {
     "output_dir": "--output", "resume_from_checkpoint": "--resume", "seed": "--seeds",
     "learning_rate": "--learning-rates", "per_device_train_batch_size": "--batch-sizes",
     "num_train_epochs": "--intermediate-epochs and --prediction-epochs",
+    "teacher_model_name_or_path": "--teacher", "teacher_model_revision": "--teacher",
+    "teacher_model_init_kwargs": "--teacher-dtype",
 }  # fmt: skip
 EPILOG = "All of {} are options too, such as --report_to; names may be written with - or _."
 # Read before any other flag: the file may hold the required ones.
@@ -134,7 +136,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         found, rest = parser.parse_known_args(read_config(argv[1:]) if is_training else argv[1:])
         values = vars(found)
         if rest and is_training:
-            values["arguments"], rest = training_arguments(command, rest)
+            values["arguments"], rest = training_arguments(command, rest, values.get("on_policy", False))
             if command not in ("task", "lm") and "eval_strategy" in values["arguments"]:
                 raise ValueError("--eval_strategy is for task and lm, which evaluate while they train")
         if rest:
@@ -148,7 +150,11 @@ def flags_of(command: str, options: type) -> Any:
     """Returns a parser of a command's flags, whose help and messages show one spelling of each."""
     from transformers.hf_argparser import HfArgumentParser
 
-    epilog = EPILOG.format("trl.SFTConfig" if command == "lm" else "transformers.TrainingArguments")
+    epilog = EPILOG.format(
+        "trl.SFTConfig (with --on-policy: trl.DistillationConfig)"
+        if command == "lm"
+        else "transformers.TrainingArguments"
+    )
     more: dict[str, Any] = {"parents": [CONFIG], "epilog": epilog} if issubclass(options, of.Training) else {}
     more.update(prog=f"fastdistill {command}", description=options.__doc__, formatter_class=argparse.HelpFormatter)
     parser = HfArgumentParser(groups(options), allow_abbrev=False, **more)
@@ -206,15 +212,15 @@ def read_config(argv: Sequence[str]) -> list[str]:
     return flags + rest
 
 
-def training_arguments(command: str, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+def training_arguments(command: str, argv: list[str], on_policy: bool) -> tuple[dict[str, Any], list[str]]:
     """Returns the TrainingArguments among flags, and the other flags. Raises ValueError for those in DECIDED."""
     from transformers import HfArgumentParser, TrainingArguments
 
     kind = TrainingArguments
     if command == "lm":
-        from trl import SFTConfig
+        from trl import DistillationConfig, SFTConfig
 
-        kind = SFTConfig
+        kind = DistillationConfig if on_policy else SFTConfig
     own = {"prog": f"fastdistill {command}", "usage": argparse.SUPPRESS, "allow_abbrev": False}
     parser = HfArgumentParser(kind, **own)
     for action in parser._actions:

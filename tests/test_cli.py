@@ -602,8 +602,8 @@ FLAGS = {
     ),
     "lm": (
         "teacher student! init cache teacher-dtype dataset dataset-config split eval eval-split max-length "
-        "completion-only assistant-only packing divergence temperature t-squared alpha beta reverse skew vocab-size "
-        "lora lora-alpha lora-dropout lora-targets epochs batch-size learning-rate seed bf16 max-steps "
+        "completion-only assistant-only packing on-policy divergence temperature t-squared alpha beta reverse skew "
+        "vocab-size lora lora-alpha lora-dropout lora-targets epochs batch-size learning-rate seed bf16 max-steps "
         "trust-remote-code output! overwrite resume"
     ),
     "train-cached": (

@@ -114,7 +114,8 @@ def extras() -> dict[str, set[str]]:
 
 
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "sentence_transformers": "sentence-transformers"}
-LM = ("fastdistill.recipes.lm", "fastdistill.recipes.lm_rows", "fastdistill.cli")  # what `fastdistill lm` imports
+# What `fastdistill lm` imports.
+LM = ("fastdistill.cli", *(f"fastdistill.recipes.lm{part}" for part in ("", "_on_policy", "_rows", "_trainers")))
 # Installed with another distribution of the extra.
 BROUGHT = {"pyarrow": "datasets", "pyyaml": "transformers", "jinja2": "torch"}
 

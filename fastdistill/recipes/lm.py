@@ -2,14 +2,13 @@
 
     distil_lm(LMOptions(teacher="teacher", student="student", dataset=["chat.jsonl"], output=Path("out")))
 
-The teacher is live, or a cache that `cache_teacher` wrote, or absent (`alpha=0`: the labels alone).
+The teacher is live, or a cache that `cache_teacher` wrote, or absent (`alpha=0`: the labels alone). With
+`on_policy=True` it judges the student's own answers (`fastdistill.recipes.lm_on_policy`).
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,15 +16,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from torch import Tensor, nn
+from peft import LoraConfig
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from fastdistill.integrations.transformers import CausalLMDistillationMixin
 from fastdistill.recipes.distil import finish, finished, trainer_arguments
+from fastdistill.recipes.lm_on_policy import OnPolicyTrainer, on_policy_arguments, read_prompts
 from fastdistill.recipes.lm_rows import read_and_tokenize
+from fastdistill.recipes.lm_trainers import LMTrainer, StudentTrainer
 from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
 from fastdistill.train.cache import check_cache, read_cache, weightless_teacher
 from fastdistill.train.causal_lm import check_options
@@ -34,7 +34,7 @@ from fastdistill.train.data import PaddingCollator
 from fastdistill.train.options import Schedule
 from fastdistill.train.outputs import claim, last_checkpoint, working_folder, write_whole
 from fastdistill.train.processes import on_main, processes
-from fastdistill.train.resumable import ResumableTrainer, training_arguments
+from fastdistill.train.resumable import training_arguments
 from fastdistill.train.students import auto_name, build_student, is_config, positions
 
 __all__ = ["LMTrainer", "distil_lm"]
@@ -75,7 +75,7 @@ class LMRun:
         self.settings = {
             **loss, "teacher": options.teacher, "student": options.student, "seed": options.seed,
             "cache": None if options.cache is None else str(options.cache), "dataset": options.dataset,
-            "lora": options.lora,
+            "lora": options.lora, "on_policy": options.on_policy or None,
         }  # fmt: skip
         if options.lora is not None and is_config(options.student):
             raise ValueError(f"student is {options.student}, a config file; --lora adapts the weights of a checkpoint")
@@ -85,6 +85,11 @@ class LMRun:
         classes = min(model.config.vocab_size for model in (self.student, self.teacher) if model is not None)
         if (options.vocab_size or 0) > classes:
             raise ValueError(f"vocab_size is {options.vocab_size}; the models have {classes} classes")
+        if options.on_policy and self.student.config.vocab_size != self.teacher.config.vocab_size:
+            raise ValueError(
+                f"on_policy is True, with which TRL compares all classes; the student has "
+                f"{self.student.config.vocab_size} and the teacher {self.teacher.config.vocab_size}: leave it out"
+            )
         self.args = self.arguments()
         self.train_rows, self.eval_rows = self.rows()
 
@@ -128,32 +133,50 @@ class LMRun:
                 "teacher's family"
             )
 
-    def arguments(self) -> SFTConfig:
+    def arguments(self) -> Any:
         """Returns TRL's arguments. Those given by their own names win."""
         options = self.options
-        most = min(positions(model) for model in (self.student, self.teacher) if model is not None)
-        if options.max_length is not None and options.max_length > most:
-            raise ValueError(f"max_length is {options.max_length}; the models take {most} tokens at most")
         evaluates = options.eval is not None or options.eval_split is not None
         own: dict[str, Any] = {
-            "max_length": options.max_length or min(1024, most), "packing": options.packing,
-            "completion_only_loss": options.completion_only, "assistant_only_loss": options.assistant_only,
             "logging_steps": 10, "eval_strategy": "epoch" if evaluates else "no",
             "per_device_eval_batch_size": options.batch_size, "trust_remote_code": options.trust_remote_code,
             "train_sampling_strategy": "random",
         }  # fmt: skip
         own.update(trainer_arguments(options))
-        args = training_arguments(working_folder(options.output), options, SFTConfig, **own)
+        if options.on_policy:
+            args: Any = on_policy_arguments(options, own)
+        else:
+            own = {**self.row_arguments(), **own}
+            args = training_arguments(working_folder(options.output), options, SFTConfig, **own)
         if args.eval_strategy != "no" and not evaluates:
             raise ValueError(f"--eval_strategy is {args.eval_strategy}; pass --eval or --eval-split")
         return args
 
+    def row_arguments(self) -> dict[str, Any]:
+        """Returns those of SFTConfig that say how rows are tokenised."""
+        options, most = self.options, self.positions()
+        if options.max_length is not None and options.max_length > most:
+            raise ValueError(f"max_length is {options.max_length}; the models take {most} tokens at most")
+        return {
+            "max_length": options.max_length or min(1024, most), "packing": options.packing,
+            "completion_only_loss": options.completion_only, "assistant_only_loss": options.assistant_only,
+        }  # fmt: skip
+
+    def positions(self) -> int:
+        """Returns how many tokens both models take."""
+        return min(positions(model) for model in (self.student, self.teacher) if model is not None)
+
     def rows(self) -> tuple[Dataset, Dataset | None]:
-        """Returns the tokenised rows to train on, and those held out."""
+        """Returns the rows to train on, tokenised unless they are prompts, and those held out, tokenised."""
         options, args = self.options, self.args
+        if options.on_policy:  # held-out rows are tokenised as without it
+            work = working_folder(options.output)
+            args = training_arguments(work, Schedule(), SFTConfig, bf16=False, **self.row_arguments())
         read = partial(read_and_tokenize, tokenizer=self.tokenizer, args=args)
         data_set = partial(read, options.dataset, config=options.dataset_config)
-        if options.cache is not None:
+        if options.on_policy:
+            train = read_prompts(options, self.tokenizer, self.args, self.positions())
+        elif options.cache is not None:
             train = cached_rows(options.cache)
         else:
             train = data_set(packing=args.packing, split=options.split)
@@ -167,25 +190,33 @@ class LMRun:
             print(f"{len(train)} rows to train on" + (f", {len(held)} held out" if held is not None else ""))
         return train, held
 
-    def trainer(self) -> LMTrainer:
+    def trainer(self) -> StudentTrainer:
         """Returns the trainer. If it refuses the models or options, no working folder is left."""
-        options, args, work = self.options, self.args, Path(self.args.output_dir)
-        args.assistant_only_loss = False  # SFTTrainer refuses it for rows that are tokenised
-        args.remove_unused_columns = False  # it would remove the cached teacher's
-        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        is_live = options.cache is None and options.alpha > 0
+        work = Path(self.args.output_dir)
         is_new = not work.exists()
+        shared: dict[str, Any] = {
+            "args": self.args, "train_dataset": self.train_rows, "eval_dataset": self.eval_rows,
+            "processing_class": self.tokenizer, "peft_config": lora_config(self.options), "base": self.make_student,
+        }  # fmt: skip
         try:
-            return LMTrainer(
-                self.student, args, train_dataset=self.train_rows, eval_dataset=self.eval_rows,
-                processing_class=self.tokenizer, peft_config=lora_config(options),
-                data_collator=None if options.cache is None else CachedCollator(self.tokenizer),
-                teacher=self.teacher if is_live else None, distillation=self.distillation, base=self.make_student,
-            )  # fmt: skip
+            if self.options.on_policy:
+                return OnPolicyTrainer(self.student, self.teacher, **shared)
+            return self.sft_trainer(**shared)
         except Exception:
             if is_new and work.is_dir() and not any(work.iterdir()):
                 work.rmdir()
             raise
+
+    def sft_trainer(self, args: SFTConfig, **shared: Any) -> LMTrainer:
+        options = self.options
+        args.assistant_only_loss = False  # SFTTrainer refuses it for rows that are tokenised
+        args.remove_unused_columns = False  # it would remove the cached teacher's
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        return LMTrainer(
+            self.student, args, data_collator=None if options.cache is None else CachedCollator(self.tokenizer),
+            teacher=self.teacher if options.cache is None and options.alpha > 0 else None,
+            distillation=self.distillation, **shared,
+        )  # fmt: skip
 
 
 def load_teacher(options: LMOptions) -> tuple[Any, Any]:
@@ -281,73 +312,6 @@ def layers_of(model: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return f"{name}."
     raise ValueError(f"init is teacher; {type(model).__name__} keeps its layers in no list: use --init random")
-
-
-class LMTrainer(CausalLMDistillationMixin, ResumableTrainer, SFTTrainer):
-    """TRL's SFTTrainer with a teacher, which may be stopped at any moment.
-
-    It evaluates on the labels: `eval_loss` is their cross-entropy per token, whatever the loss that trains.
-
-    Args:
-        base: makes the student again, for the output of a LoRA, which is merged.
-    """
-
-    def __init__(self, *args: Any, base: Callable[[], PreTrainedModel], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError("fsdp is set; accelerate shards on accelerators only: leave it out on a CPU")
-        self.base = base
-        self.held_out = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if model.training and self.distillation.get("alpha", 1.0) > 0:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        return SFTTrainer.compute_loss(self, model, inputs, *args, **kwargs)
-
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = self._prepare_inputs(inputs)
-        state, labels = self.accelerator.gradient_state, inputs["labels"]
-        if state.end_of_dataloader and state.remainder > 0 and not self.padding_free:
-            # accelerate fills the last batches with rows from the start
-            labels[max(state.remainder - len(labels) * self.args.process_index, 0) :] = -100
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        count = (labels[:, 1:] != -100).sum()
-        self.held_out += torch.stack([result[0] * count, count]).double().cpu()
-        return result
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "eval_loss" in logs:
-            total: Tensor = self.accelerator.reduce(self.held_out.to(self.args.device, torch.float32), "sum")
-            logs["eval_loss"] = float(total[0] / total[1])
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
-            self.held_out.zero_()
-        super().log(logs, *args, **kwargs)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, and evaluates once more if the last step was not."""
-        result = super().train(*args, **kwargs)
-        done = [entry["step"] for entry in self.state.log_history if "eval_loss" in entry]
-        if self.eval_dataset is not None and (
-            self.args.load_best_model_at_end or done[-1:] != [self.state.global_step]
-        ):
-            self.evaluate()
-        return result
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the model. The output of a LoRA is the merged model, with the adapter beside it in `adapter`."""
-        work = Path(self.args.output_dir)
-        if output_dir is not None or not isinstance(self.model, PeftModel):
-            return super().save_model(output_dir, _internal_call)
-        super().save_model(str(work / "adapter"), True)
-        self.accelerator.wait_for_everyone()
-        on_main(lambda: self.write_merged(work))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
-
-    def write_merged(self, work: Path) -> None:
-        merged = PeftModel.from_pretrained(self.base(), str(work / "adapter")).merge_and_unload()
-        merged.save_pretrained(work)
-        self.processing_class.save_pretrained(work)
 
 
 def check_settings(work: Path, settings: dict[str, Any]) -> None:

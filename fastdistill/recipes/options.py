@@ -299,12 +299,15 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
     eval: list[str] | None = flag("held-out files or data set, as --dataset", None, metavar="FILE")
     eval_split: str | None = flag("held-out split of --dataset", None)
     packing: bool = flag("fill rows of --max-length tokens with several", False)
+    on_policy: bool = flag("learn on the student's own answers to the prompts of --dataset, sampled by TRL", False)
     epochs: float = flag("passes over the data", 3)
     batch_size: int = flag("rows of each process and step", 8)
     learning_rate: float = flag("peak learning rate", 2e-5)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.on_policy:
+            self.check_on_policy()
         if self.cache is not None and (self.teacher is not None or self.dataset is not None):
             other = "teacher" if self.teacher is not None else "dataset"
             raise ValueError(
@@ -318,9 +321,33 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
             raise ValueError("alpha is 0, labels alone; a cache is for its teacher: pass --dataset instead of --cache")
         if self.cache is not None and self.divergence not in ("kl", "soft_cross_entropy"):
             raise ValueError(f"divergence is {self.divergence}; a cached teacher has kl and soft_cross_entropy")
+        if self.cache is not None and self.skew:
+            raise ValueError(f"skew is {self.skew}; a cached teacher has none: pass --teacher, or leave skew at 0")
         if self.cache is not None and self.packing:
             raise ValueError("packing is for --dataset; the rows of a cache are as the teacher read them")
         if self.eval_split is not None and (self.eval is not None or self.cache is not None):
             raise ValueError(
                 f"eval_split is {self.eval_split}, a split of --dataset; leave it out, or --eval or --cache"
             )
+
+    def check_on_policy(self) -> None:
+        """Raises ValueError for an option that TRL's DistillationTrainer does not have."""
+        if self.divergence not in ("kl", "jsd"):
+            raise ValueError(f"divergence is {self.divergence}; with --on-policy it should be kl or jsd")
+        if self.cache is not None:
+            raise ValueError(
+                f"cache is {self.cache}; with --on-policy a live teacher reads the answers: pass --teacher"
+            )
+        if self.teacher is None or self.dataset is None:
+            raise ValueError(f"--{'teacher' if self.teacher is None else 'dataset'} is missing: --on-policy needs it")
+        absent: dict[str, Any] = {"alpha": 1.0, "t_squared": False, "skew": 0.0, "vocab_size": None, "packing": False}
+        for name, default in absent.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} is {getattr(self, name)}; --on-policy has no such option: leave it out")
+        if self.eval is None and self.eval_split is None:
+            for name, default in {"max_length": None, "completion_only": None, "assistant_only": False}.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}; with --on-policy it is for held-out rows: pass --eval, or "
+                        "leave it out (--max_completion_length is the most tokens of an answer)"
+                    )

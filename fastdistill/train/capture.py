@@ -63,6 +63,7 @@ class States:
     logits: Tensor | None  # (B, C), (B, L, V), or for spans (B, 2, L), start and end; None without a head
     head: str = ""  # "spans" for question answering, "tags" for a token classifier, else ""
     factors: Logits | None = None  # of a causal language model's logits, in their place
+    balance: Tensor | None = None  # the load-balancing loss of a mixture of experts, without its coefficient
 
 
 class _Sink:  # no dataclass: FSDP hands each module a copy of a dataclass among its arguments
@@ -278,7 +279,9 @@ def capture(
     logits, head = outputs.get("logits"), "tags" if isinstance(outputs, TokenClassifierOutput) else ""
     if "start_logits" in outputs:
         logits, head = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1), "spans"
-    return States({i: outputs.hidden_states[i] for i in hidden}, sink.layers, logits, head)
+    return States(
+        {i: outputs.hidden_states[i] for i in hidden}, sink.layers, logits, head, balance=outputs.get("aux_loss")
+    )
 
 
 def _check(model: PreTrainedModel, hidden: Collection[int], attention: Collection[int]) -> None:

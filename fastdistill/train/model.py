@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdistill.train.capture import States, capture
-from fastdistill.train.causal_lm import Logits, losses, student_losses
+from fastdistill.train.causal_lm import Logits, balance_weight, losses, student_losses
 from fastdistill.train.heads import Head, head_of, replaced
 from fastdistill.train.objective import Objective
 from fastdistill.train.terms import Counts, next_tokens, prediction_options
@@ -24,7 +24,8 @@ class DistillationModel(nn.Module):
     """A student and its objective. `forward` returns {"loss", each term's loss, "logits"}.
 
     The prediction loss of a causal language model is computed inside its head (`fastdistill.train.causal_lm`), so that
-    its logits never exist; "logits" is then None.
+    its logits never exist; "logits" is then None. If its config asks for the load-balancing loss of a mixture of
+    experts, that is returned as "balance", times its coefficient, and is part of "loss".
     """
 
     accepts_loss_kwargs = True  # losses are divided by num_items, not again by the accumulation steps
@@ -53,11 +54,16 @@ class DistillationModel(nn.Module):
             capture, self.student if objective.needs_logits else self.student.base_model, batch,
             hidden=set(objective.hidden), attention=objective.attention, values=objective.needs_values,
         )  # fmt: skip
-        if predicts_next_tokens(self.student, objective):
+        learns_tokens = predicts_next_tokens(self.student, objective)
+        if learns_tokens:
             states, targets["next_token_loss"] = self._next_tokens(run, batch, teacher, num_items, **targets)
         else:
             states = run()
         found = objective(states, teacher, mask=batch.get("attention_mask"), num_items=num_items, **targets)
+        if learns_tokens and states.balance is not None:
+            counted = next_tokens({**batch, "labels": labels})[1]
+            items = None if num_items is None else Counts(*num_items.unbind()).next_tokens
+            found = {**found, "balance": balance_weight(self.student, counted, items) * states.balance}
         return {"loss": torch.stack(list(found.values())).sum(), **found, "logits": states.logits}
 
     @torch.compiler.disable  # the head's forward is another function in each step

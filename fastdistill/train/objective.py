@@ -190,11 +190,6 @@ def check_method_options(method: Any = "tinybert", **options: Any) -> None:
         raise ValueError(f"alpha is {given.alpha!r}; it should be from 0 to 1")
     if given.alpha < 1 and given.parity == "official":
         raise ValueError(f"alpha is {given.alpha}; parity 'official' has no labels in its loss: use 'masked'")
-    if given.tail == "bucket" and given.divergence == "kl":
-        raise ValueError(
-            "divergence is 'kl' and tail 'bucket'; use 'soft_cross_entropy', which has the same gradient, or the tail "
-            "'renormalize'"
-        )
     if given.tail == "bucket" and given.temperature != 1:
         raise ValueError(f"temperature is {given.temperature}; tail 'bucket' needs 1, where its mass is known")
     if method == "tinybert" and given.teacher_layer is not None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from fastdistill.train.capture import States, capturable, check_packed, refuse_reentrant_checkpointing
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
-from fastdistill.train.model import DistillationModel, predicts_next_tokens, teacher_states
+from fastdistill.train.model import DistillationModel, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.resumable import ResumableTrainer, load_student
 
@@ -31,9 +31,10 @@ class DistillationTrainer(ResumableTrainer):
     """Trains `model` to follow `teacher`. Every other argument is transformers.Trainer's.
 
     Checkpoints hold a plain transformers student (`AutoModel.from_pretrained` loads it), its tokenizer,
-    `projections.safetensors` and `objective.json`. Each loss is logged under its term's name. Losses are divided by
-    the rows, tokens or pairs of the whole optimiser step: accumulation and processes change nothing. Before the first
-    step `check` runs, then one small forward and backward pass.
+    `projections.safetensors` and `objective.json`. Each loss is logged under its term's name, and under `balance` the
+    load-balancing loss of a mixture of experts whose config has `output_router_logits`. Losses are divided by the rows,
+    tokens or pairs of the whole optimiser step: accumulation and processes change nothing. Before the first step
+    `check` runs, then one small forward and backward pass.
 
     Args:
         model: the student.
@@ -95,7 +96,7 @@ class DistillationTrainer(ResumableTrainer):
         if model.training:
             if not self._sums:
                 self._sums_start = self.state.global_step
-            for term in self.objective.terms:
+            for term in (*self.objective.terms, *({"balance"} & outputs.keys())):
                 self._sums[term] = self._sums.get(term, 0) + outputs[term].detach() * scale
         loss = outputs["loss"] * scale
         return (loss, outputs) if return_outputs else loss
@@ -151,11 +152,6 @@ class DistillationTrainer(ResumableTrainer):
             raise ValueError(
                 "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "
                 "use 'masked'"
-            )
-        if predicts_next_tokens(student, objective) and getattr(student.config, "output_router_logits", False):
-            raise ValueError(
-                "the student's config has output_router_logits; the objective has no load-balancing loss: set it to "
-                "False, or use fastdistill.integrations.causal_lm_loss, which adds that loss"
             )
         self._check_arguments()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -328,31 +329,124 @@ class TestEvaluation:
         assert distil_lm(again) == figures  # reads the finished run
 
 
-class TestResume:
-    @pytest.mark.parametrize("lora", [(), ("--lora", 2)])
-    def test_an_interrupted_run_goes_on(
-        self, files: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, lora: Any
-    ) -> None:
-        from fastdistill.recipes.lm import LMTrainer
+ANSWERS = ("--max_completion_length", 8, "--gradient_checkpointing", "false")
 
-        options = ("--epochs", 2, "--batch-size", 4, "--save_steps", 2, "--learning-rate", 1e-2, *lora)
+
+def prompts_of(files: Path, data: str) -> list[Any]:
+    rows = [json.loads(line) for line in (files / data).read_text().splitlines()]
+    return [row["messages"][:-1] if "messages" in row else row["prompt"] for row in rows]
+
+
+def trl_on_policy(files: Path, folder: Path, data: str, **options: Any) -> Any:
+    """Trains by TRL's own trainer and loss; returns the student."""
+    from trl import DistillationConfig, DistillationTrainer
+
+    student, teacher = (AutoModelForCausalLM.from_pretrained(files / name) for name in ("student", "teacher"))
+    common = {
+        "output_dir": str(folder), "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "seed": 42,
+        "lr_scheduler_type": "constant", "weight_decay": 0, "gradient_checkpointing": False, "use_cpu": True,
+        "bf16": False, "report_to": "none", "save_strategy": "no", "max_completion_length": 8,
+    }  # fmt: skip
+    prompts = Dataset.from_dict({"prompt": prompts_of(files, data)})
+    config, made = DistillationConfig(**common, **options), AutoTokenizer.from_pretrained(files / "teacher")
+    DistillationTrainer(student, teacher, config, train_dataset=prompts, processing_class=made).train()
+    return student
+
+
+def prompt_text(prompt: list[dict[str, str]]) -> str:
+    """Returns what the chat template makes of a prompt, as `rows_of` writes it."""
+    return "".join({"user": "U", "assistant": "A"}[m["role"]] + m["content"] + "|" for m in prompt) + "A"
+
+
+class TestOnPolicy:
+    """The student samples answers, and the teacher judges them."""
+
+    @pytest.mark.parametrize(
+        ("data", "options", "beta"),
+        [
+            ("chat.jsonl", (), 0.0),
+            ("chat.jsonl", ("--reverse",), 1.0),
+            ("pairs.jsonl", ("--divergence", "jsd", "--beta", 0.3), 0.3),
+        ],
+    )
+    def test_steps_are_those_of_trl(
+        self, files: Path, tmp_path: Path, data: str, options: tuple[Any, ...], beta: float
+    ) -> None:
+        """Two steps; the samples of the second depend on the first."""
+        options += ("--batch-size", 3, "--gradient_accumulation_steps", 2, "--temperature", 1.3, "--top_p", 0.9)
+        argv = command(files, tmp_path / "out", "--on_policy", *PLAIN_STEP, *ANSWERS, *options, data=data)
+        argv[argv.index("--max-steps") + 1] = "2"
+        argv[argv.index("--learning-rate") + 1] = "0.1"
+        assert cli.main(argv) == 0
+        right = trl_on_policy(
+            files, tmp_path / "trl", data, beta=beta, temperature=1.3, top_p=0.9, max_steps=2,
+            per_device_train_batch_size=3, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        before, after = (load_file(folder / "model.safetensors") for folder in (files / "student", tmp_path / "out"))
+        for name, p in right.named_parameters():
+            moved = p.detach() - before[name]
+            assert float((after[name] - p.detach()).norm()) < 1e-4 * float(moved.norm()), name
+
+    def test_held_out_labels_and_a_lora_are_as_without_it(self, files: Path, tmp_path: Path) -> None:
+        from peft import PeftModel
+
+        options = ("--lora", 2, "--learning-rate", 0.02, "--max-steps", 2, "--eval", files / "chat.jsonl")
+        options += ("--assistant-only", "--per_device_eval_batch_size", 5)
+        assert cli.main(command(files, tmp_path / "out", "--on_policy", *ANSWERS, *options)) == 0
+        student = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
+        rows = rows_of(files, "chat.jsonl")
+        with torch.no_grad():
+            losses = [x for row in rows for x in token_losses(student, student, *row, 0.0)]
+        log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+        found = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+        assert found[-1] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(files / "student")
+        before = {name: p.clone() for name, p in base.named_parameters()}
+        adapted = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter")).merge_and_unload()
+        moved = {name for name, p in adapted.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name in before if "proj" in name}
+
+    def test_the_advice_on_a_long_prompt_runs(self, files: Path, tmp_path: Path, capsys: Any) -> None:
+        argv = command(files, tmp_path / "out", "--on_policy", "--max-steps", 1)
+        room = 96 - max(len(ids_of(prompt_text(prompt))) for prompt in prompts_of(files, "chat.jsonl"))
+        advice = f"--max_completion_length {room}"
+        assert f"its answer up to 512; the models take 96: pass {advice}" in fails(capsys, argv)
+        assert advice in fails(capsys, [*argv, "--max_completion_length", str(room + 1)])
+        assert not list(tmp_path.iterdir())
+        assert cli.main([*argv, *advice.split()]) == 0
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "kind", [(), ("--lora", 2), ("--on_policy", *ANSWERS), ("--on_policy", *ANSWERS, "--batch-size", 2,
+                                                               "--gradient_accumulation_steps", 2)]
+    )  # fmt: skip
+    def test_an_interrupted_run_goes_on(
+        self, files: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, kind: Any
+    ) -> None:
+        """Also where the student's samples, and so all later steps, depend on the random state."""
+        from fastdistill.recipes.lm_on_policy import OnPolicyTrainer
+        from fastdistill.recipes.lm_trainers import LMTrainer
+
+        trainer = OnPolicyTrainer if "--on_policy" in kind else LMTrainer
+        options = ("--epochs", 2, "--batch-size", 4, "--save_steps", 2, "--learning-rate", 1e-2, *kind)
         assert cli.main(command(files, tmp_path / "whole", *options)) == 0
-        step, steps = LMTrainer.training_step, []
+        step, steps = trainer.training_step, []
 
         def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
             steps.append(self.state.global_step)
-            if len(steps) == 4:
+            if steps[-1] == 5 and steps.count(5) == 1:  # in the second epoch
                 raise KeyboardInterrupt
             return step(self, *args, **kwargs)
 
-        monkeypatch.setattr(LMTrainer, "training_step", interrupted)
+        monkeypatch.setattr(trainer, "training_step", interrupted)
         argv = command(files, tmp_path / "out", *options)
         assert cli.main(argv) == 130
         assert not (tmp_path / "out").exists()
         assert "--resume" in fails(capsys, argv)
         assert "temperature 1.0, not 2.0" in fails(capsys, [*argv, "--resume", "--temperature", "2"])
         assert cli.main([*argv, "--resume"]) == 0
-        assert steps == [0, 1, 2, 3, 2, 3, 4, 5]
+        assert [number for number, _ in itertools.groupby(steps)] == [0, 1, 2, 3, 4, 5, 4, 5]
         one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
         for name, x in one.items():
             torch.testing.assert_close(x, other[name], atol=1e-6, rtol=1e-5, msg=name)
@@ -373,6 +467,12 @@ def wrong(files: Path) -> Path:
     write_lines(files / "other.jsonl", [{"question": "red", "answer": "blue"}])
     write_lines(files / "half.jsonl", [{"prompt": "red ", "completion": [{"role": "assistant", "content": "x"}]}])
     write_lines(files / "long.jsonl", [{"prompt": "red " * 10, "completion": "blue"}])
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    write_lines(files / "answers.jsonl", [{"messages": turns[i == 1 :]} for i in range(8)])
+    write_lines(files / "tools.jsonl", [{"messages": turns, "tools": [{"name": "f"}]}] * 8)
+    long_chat = [{"messages": [{"role": "user", "content": "red " * n}, turns[1]]} for n in (1, 30)]
+    write_lines(files / "long-chat.jsonl", [long_chat[1] if i == 1 else long_chat[0] for i in range(8)])
+    save(files / "more-classes", 16, 1, 0, vocab_size=101)
     (files / "empty.jsonl").touch()
     (files / "blank.txt").write_text("\n  \n")
     (files / "rows.csv").write_text("text\nred\n")
@@ -438,8 +538,35 @@ class TestBadInput:
             (None, ("--cache", "folder"), "manifest.json: no such file"),
             ("chat.jsonl", ("--cache", "folder"), "leave out --dataset"),
             (None, ("--cache", "folder", "--divergence", "jsd"), "a cached teacher has kl and soft_cross_entropy"),
+            (None, ("--cache", "folder", "--skew", 0.1), "--skew is 0.1; a cached teacher has none"),
             (None, ("--dataset", "chat.jsonl", "folder"), "several should all be files"),
             (None, ("--dataset", "text.txt", "chat.jsonl"), "chat.jsonl: rows have no text, which the first file has"),
+            ("text.txt", ("--on_policy",), "rows have text; with --on-policy they should have messages, or prompt and"),
+            ("tools.jsonl", ("--on_policy",), "rows have tools; with --on-policy all rows take one chat template"),
+            ("answers.jsonl", ("--on_policy",), "--dataset: row 2: there is no prompt before the answer"),
+            ("long-chat.jsonl", ("--on_policy",), "row 2: the prompt has 123 tokens and its answer up to "
+             "512; the models take 96: leave the row out"),
+            ("chat.jsonl", ("--on_policy", *ANSWERS, "--batch-size", 13), "12 rows, and a step takes 13: use a"),
+            ("chat.jsonl", ("--on_policy", "--teacher", "no-template"), "row 1: it holds messages, and the teacher's"),
+            ("chat.jsonl", ("--on_policy", "--teacher", "strict"), "row 1: roles must alternate"),
+            ("chat.jsonl", ("--on_policy", "--student", "more-classes"), "the student has 101 and the teacher 99"),
+            ("chat.jsonl", ("--on_policy", "--divergence", "tvd"), "--divergence is tvd; with --on-policy it should"),
+            ("chat.jsonl", ("--on_policy", "--alpha", 0.5), "--alpha is 0.5; --on-policy has no such option: leave it"),
+            ("chat.jsonl", ("--on_policy", "--skew", 0.1), "--skew is 0.1; --on-policy has no such option"),
+            ("chat.jsonl", ("--on_policy", "--t-squared"), "--t-squared is True; --on-policy has no such option"),
+            ("chat.jsonl", ("--on_policy", "--packing"), "--packing is True; --on-policy has no such option"),
+            ("chat.jsonl", ("--on_policy", "--vocab-size", 9), "--vocab-size is 9; --on-policy has no such option"),
+            ("chat.jsonl", ("--on_policy", "--beta", 0.3), "beta is an option of 'jsd' alone"),
+            ("chat.jsonl", ("--on_policy", "--max-length", 9), "--max-length is 9; with --on-policy it is for held"),
+            ("chat.jsonl", ("--on_policy", "--completion-only", "no"), "with --on-policy it is for held-out rows"),
+            ("chat.jsonl", ("--on_policy", "--assistant-only"), "pass --eval, or leave it out (--max_completion"),
+            (None, ("--on_policy", "--cache", "folder"), "with --on-policy a live teacher reads the answers"),
+            ("chat.jsonl", ("--on_policy", "--packing_strategy", "bfd"), "unrecognized arguments: --packing_strategy"),
+            ("chat.jsonl", ("--on_policy", "--teacher_model_name_or_path", "x"), "use --teacher"),
+            ("chat.jsonl", ("--on_policy", *ANSWERS, "--use_vllm"), "use_vllm is True; vllm is not installed"),
+            ("chat.jsonl", ("--on_policy", "--max_completion_length", 0), "max_completion_length is 0; it should be"),
+            (None, ("--on_policy",), "--dataset is missing: --on-policy needs it"),
+            ("chat.jsonl", ("--max_completion_length", 8), "unrecognized arguments: --max_completion_length"),
         ],
     )  # fmt: skip
     def test_one_line_and_nothing_left(
@@ -459,14 +586,16 @@ class TestBadInput:
 # -- two processes: torchrun starts this file twice ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_learn_what_one_does(files: Path, tmp_path: Path, sharded: bool) -> None:
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2", "on policy"])
+def test_two_processes_learn_what_one_does(files: Path, tmp_path: Path, kind: str) -> None:
     from _processes import TORCHRUN, run
 
     options = ("--assistant-only", "--epochs", 2, "--learning-rate", 1e-2, "--eval", files / "chat.jsonl")
     options += ("--per_device_eval_batch_size", 5)  # 12 rows: some are repeated to fill the last batches
+    if kind == "on policy":  # two processes would draw other samples than one
+        options += ("--on_policy", *ANSWERS, "--generation_kwargs", json.dumps({"do_sample": False}))
     assert cli.main(command(files, tmp_path / "one", *options, "--batch-size", 4)) == 0
-    if sharded:
+    if kind == "FSDP2":
         config = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
         options += ("--fsdp", "full_shard", "--fsdp_config", json.dumps(config), "--gradient_checkpointing", "false")
     done = run([*TORCHRUN, __file__, *command(files, tmp_path / "two", *options, "--batch-size", 2)], tmp_path)

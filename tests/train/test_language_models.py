@@ -349,6 +349,46 @@ def test_accumulated_uneven_labels_give_the_loss_and_gradient_of_one_batch(
     assert found["grad_norm"] == pytest.approx(norm.item(), rel=bound)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+@pytest.mark.parametrize("kind", ["causal", "masked", "classifier"])
+def test_kl_to_a_bucket_of_the_other_classes(kind: str, alpha: float) -> None:
+    """A cached teacher of 4 classes and a bucket; in half of the rows the bucket holds nothing."""
+    torch.manual_seed(0)
+    student = language_model() if kind == "causal" else None
+    shape = (6, 12) if kind == "causal" else (3, 5) if kind == "masked" else (5,)
+    batch: dict[str, Any] = collated(chats()) if kind == "causal" else {}
+    p = torch.rand(*shape, 5, dtype=torch.float64) + 0.1
+    p[::2, ..., 4] = 0
+    p = p / p.sum(-1, keepdim=True)
+    kept = torch.rand(*shape, CLASSES).argsort(-1)[..., :4]  # the classes of the cache
+    topk = p[..., :4].log().float(), kept
+    options = {"divergence": "kl", "alpha": alpha, "tail": "bucket"}
+    if student is not None:
+        exact = copy.deepcopy(student).double()
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        labels, z = batch["labels"][:, 1:], exact(**inputs).logits[:, :-1]
+        p, kept = p[:, :-1], kept[:, :-1]
+        objective = Objective(student.config, None, terms=("prediction",), **options)
+        found = DistillationModel(student, objective)(**batch, topk_logprobs=topk[0], topk_indices=topk[1])["loss"]
+    else:
+        z = torch.randn(*shape, CLASSES, dtype=torch.float64).requires_grad_()
+        labels = torch.randint(CLASSES, shape)
+        logits = z.detach().float().requires_grad_()
+        objective = Objective(_tiny.config(num_labels=CLASSES), terms=("prediction",), **options)
+        mask = torch.ones(shape, dtype=torch.bool) if kind == "masked" else None
+        found = objective(States({}, {}, logits), None, labels=labels, topk=topk, mask=mask)["prediction"]
+    q = z.softmax(-1).gather(-1, kept)
+    q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1)
+    soft = (torch.special.xlogy(p, p) - p * q.log()).sum(-1)
+    hard = nn.functional.cross_entropy(z.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    right = (alpha * soft + (1 - alpha) * hard)[labels != -100].mean()
+    if student is not None:
+        assert_right(found, student, right, exact)
+        return
+    assert error(found, right) < 1e-5
+    assert error(torch.autograd.grad(found, logits)[0], torch.autograd.grad(right, z)[0]) < 1e-5
+
+
 @pytest.mark.parametrize("is_live", [True, False])
 def test_rows_without_a_label_give_loss_0_and_the_run_goes_on(tmp_path: Path, is_live: bool) -> None:
     student, teacher = language_model(), language_model(seed=1)
@@ -372,7 +412,7 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"divergence": "renyi"}, "divergence is 'renyi'; it should be one of"),
         ({"alpha": 1.5}, "alpha is 1.5; it should be from 0 to 1"),
         ({"alpha": 0.5, "parity": "official"}, "parity 'official' has no labels"),
-        ({"divergence": "kl", "tail": "bucket"}, "use 'soft_cross_entropy', which has the same gradient"),
+        ({"tail": "bucket", "temperature": 2.0}, "tail 'bucket' needs 1, where its mass is known"),
         ({"parity": "official"}, "the prediction term of a causal language model counts next tokens"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -380,11 +420,41 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     cached = [{**row, "topk_logprobs": [[0.0]] * 12, "topk_indices": [[1]] * 12} for row in chats(1)]
     with pytest.raises(ValueError, match="divergence is 'jsd'; a cached teacher has 'kl' and 'soft_cross_entropy'"):
         trainer(tmp_path, student, None, cached, divergence="jsd").train()
-    mixture = AutoModelForCausalLM.from_config(
-        MixtralConfig(**COMMON, num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
-    )
-    with pytest.raises(ValueError, match="output_router_logits; the objective has no load-balancing loss"):
-        trainer(tmp_path, mixture, teacher, chats()).train()
+
+
+def mixture() -> Any:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        **COMMON, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.3,
+        experts_implementation="eager",  # the others have no float64
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_mixture_of_experts_learns_its_balance_as_well(tmp_path: Path) -> None:
+    student, teacher = mixture(), language_model(seed=1)
+    exact, exact_teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+    batch, options = collated(chats()), {"divergence": "kl", "alpha": 0.4}
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    right = right_prediction(exact, exact_teacher, chats(), **options) + 0.3 * exact(**inputs).aux_loss
+    found = live(student, teacher, batch, **options)
+    assert_right(found["loss"], student, right, exact)
+    # Each micro-batch has the weight of its next tokens.
+    objective = Objective(student.config, teacher.config, terms=("prediction",), **options)
+    halves = [collated(rows) for rows in (chats()[:2], chats()[2:])]
+    count = objective.count(halves[0]) + objective.count(halves[1])
+    sums, balance = torch.zeros(()), torch.zeros((), dtype=torch.float64)
+    total = int((batch["labels"][:, 1:] != -100).sum())
+    for half in halves:
+        states = teacher_states(teacher, student, objective, half, has_logits=False)
+        sums = sums + DistillationModel(student, objective)(**half, teacher=states, num_items=count)["loss"]
+        share = int((half["labels"][:, 1:] != -100).sum()) / total
+        balance = balance + 0.3 * share * exact(**{name: x for name, x in half.items() if name != "labels"}).aux_loss
+    assert_right(sums, student, right_prediction(exact, exact_teacher, chats(), **options) + balance, exact)
+    run = trainer(tmp_path, student, teacher, chats(), arguments={"per_device_train_batch_size": 6}, **options)
+    run.train()
+    assert first_loss(run, "balance") == pytest.approx(float(found["balance"].detach()), rel=1e-4)
+    assert first_loss(run) == pytest.approx(float(right), rel=1e-4)
 
 
 def test_left_and_right_padding_train_alike(tmp_path: Path) -> None:

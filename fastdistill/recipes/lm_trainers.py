@@ -1,0 +1,92 @@
+"""Trains the student of `fastdistill lm`: a trainer of TRL, held-out figures, and a whole output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from fastdistill.integrations.transformers import CausalLMDistillationMixin
+from fastdistill.train.processes import on_main
+from fastdistill.train.resumable import ResumableTrainer
+
+__all__ = ["LMTrainer", "StudentTrainer"]
+
+
+class StudentTrainer(ResumableTrainer):
+    """Evaluates a student on held-out labels, and writes it whole. Put it before a loss and one of TRL's trainers.
+
+    `eval_loss` is the cross-entropy of the labels per token, whatever the loss that trains.
+
+    Args:
+        base: makes the student again, for the output of a LoRA, which is merged.
+    """
+
+    def __init__(self, *args: Any, base: Callable[[], PreTrainedModel], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("fsdp is set; accelerate shards on accelerators only: leave it out on a CPU")
+        self.base = base
+        self.held_out = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._prepare_inputs(inputs)
+        state, labels = self.accelerator.gradient_state, inputs["labels"]
+        if state.end_of_dataloader and state.remainder > 0 and not getattr(self, "padding_free", False):
+            # accelerate fills the last batches with rows from the start
+            labels[max(state.remainder - len(labels) * self.args.process_index, 0) :] = -100
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        count = (labels[:, 1:] != -100).sum()
+        total = (result[0] * count).masked_fill(count == 0, 0)  # the mean of no labels is NaN
+        self.held_out += torch.stack([total, count]).double().cpu()
+        return result
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "eval_loss" in logs:
+            total: Tensor = self.accelerator.reduce(self.held_out.to(self.args.device, torch.float32), "sum")
+            logs["eval_loss"] = float(total[0] / total[1])
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+            self.held_out.zero_()
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and evaluates once more if the last step was not."""
+        result = super().train(*args, **kwargs)
+        done = [entry["step"] for entry in self.state.log_history if "eval_loss" in entry]
+        if self.eval_dataset is not None and (
+            self.args.load_best_model_at_end or done[-1:] != [self.state.global_step]
+        ):
+            self.evaluate()
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model. The output of a LoRA is the merged model, with the adapter beside it in `adapter`."""
+        work = Path(self.args.output_dir)
+        if output_dir is not None or not isinstance(self.model, PeftModel):
+            return super().save_model(output_dir, _internal_call)
+        super().save_model(str(work / "adapter"), True)
+        self.accelerator.wait_for_everyone()
+        on_main(lambda: self.write_merged(work))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def write_merged(self, work: Path) -> None:
+        merged = PeftModel.from_pretrained(self.base(), str(work / "adapter")).merge_and_unload()
+        merged.save_pretrained(work)
+        self.processing_class.save_pretrained(work)
+
+
+class LMTrainer(StudentTrainer, CausalLMDistillationMixin, SFTTrainer):
+    """TRL's SFTTrainer with a teacher, which may be stopped at any moment."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if model.training and self.distillation.get("alpha", 1.0) > 0:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return SFTTrainer.compute_loss(self, model, inputs, *args, **kwargs)
