@@ -356,7 +356,15 @@ def teacher_logits(teacher: nn.Module, inputs: dict[str, Any], linear: bool) -> 
     head = head_of(teacher, inputs) if linear else Head()
     if head.linear is None:
         return Logits(teacher(**inputs).logits)
-    copied = is_sharded(teacher, head.linear)
+    return in_factors(lambda: teacher(**inputs), head, is_sharded(teacher, head.linear))[1]
+
+
+@torch.no_grad()
+def in_factors(run: Callable[[], Any], head: Head, copied: bool = False) -> tuple[Any, Logits]:
+    """Runs a teacher without its head's product; returns what `run` does, and the logits in factors.
+
+    `copied`: copy the weight, which a wrapper frees after the head's forward.
+    """
 
     def keep(x: Tensor, module: nn.Linear) -> tuple[Tensor, Logits]:
         weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
@@ -364,9 +372,10 @@ def teacher_logits(teacher: nn.Module, inputs: dict[str, Any], linear: bool) -> 
             weight, bias = weight.clone(), None if bias is None else bias.clone()
         return x.new_zeros(1, 1, 1), Logits(x, weight, bias, head.softcap, head.scale)
 
+    assert head.linear is not None
     with replaced(head.linear, keep) as seen:
-        teacher(**inputs)
-    return seen[0]
+        output = run()
+    return output, seen[0]
 
 
 def balance_weight(student: nn.Module, counted: Tensor, num_items: int | float | Tensor | None) -> float | Tensor:

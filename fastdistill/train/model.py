@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdistill.train.capture import States, capture
-from fastdistill.train.causal_lm import Logits, balance_weight, losses, student_losses
-from fastdistill.train.heads import Head, head_of, replaced
+from fastdistill.train.causal_lm import Logits, balance_weight, in_factors, losses, student_losses
+from fastdistill.train.heads import Head, head_of
 from fastdistill.train.objective import Objective
 from fastdistill.train.terms import Counts, next_tokens, prediction_options
 
@@ -124,10 +124,5 @@ def teacher_states(
     if head.linear is None:
         return run()
 
-    def keep(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Logits]:
-        bias = None if linear.bias is None else linear.bias.detach()
-        return x.new_zeros(1, 1, 1), Logits(x, linear.weight.detach(), bias, head.softcap, head.scale)
-
-    with replaced(head.linear, keep) as seen:
-        states = run()
-    return replace(states, logits=None, factors=seen[0])
+    states, factors = in_factors(run, head)
+    return replace(states, logits=None, factors=factors)
