@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ STUDENT = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4,
 TEACHER_STEPS, STUDENT_STEPS = 800, 300  # of 2048 tokens
 RATES = {"teacher": 1e-3, "student": 2e-3}
 HELD_OUT = 400  # rows
+AT_A_TIME = 2  # legs of students, each on one core
 # The legs of the student that `fastdistill lm` trains, and what it is told.
 LEGS = {
     "live teacher": ("--teacher", "teacher", "--dataset", "student.parquet"),
@@ -216,24 +218,17 @@ def run(data: Path, out: Path, teacher_steps: int, student_steps: int) -> None:
     cache = ("--teacher", "teacher", "--data", "student.parquet", "--top-k", TOP_K, "--max-length", LENGTH, "--bf16")
     if not (out / "cache").is_dir():
         measured(fastdistill("cache", *cache, "--output", "cache", "--overwrite"), out, "cache-writing")
+    commands: dict[str, list[str]] = {}
+    for leg, kind in TRL.items():
+        name = f"{folder(leg)}-{SEEDS[0]}"
+        options = ("--trl", kind, "--out", name, "--student-steps", str(student_steps))
+        commands[name] = [sys.executable, "-m", "bench.lm", *options]
     for seed in SEEDS:
         for leg, what in LEGS.items():
             name = f"{folder(leg)}-{seed}"
-            measured(lm(name, seed, RATES["student"], student_steps, "--student", "student.json", *what), out, name)
-    for leg, kind in TRL.items():
-        name = f"{folder(leg)}-{SEEDS[0]}"
-        command = [
-            sys.executable,
-            "-m",
-            "bench.lm",
-            "--trl",
-            kind,
-            "--out",
-            name,
-            "--student-steps",
-            str(student_steps),
-        ]
-        measured(command, out, name)
+            commands[name] = lm(name, seed, RATES["student"], student_steps, "--student", "student.json", *what)
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        list(pool.map(lambda name: measured(commands[name], out, name), commands))
     print(table(out))
 
 
