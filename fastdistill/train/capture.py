@@ -13,7 +13,6 @@ it: under activation checkpointing, backward runs the attention again.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -26,13 +25,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from fastdistill.train.inputs import forward_arguments
+
 if TYPE_CHECKING:
     from fastdistill.train.causal_lm import Logits
 
-__all__ = ["LayerAttention", "States", "capturable", "capture", "check_packed", "forward_arguments"]
+__all__ = ["LayerAttention", "States", "capturable", "capture"]
 
 NAME = "fastdistill"
-LABELS = ("labels", "start_positions", "end_positions")
 WAY_OUT = 'distil it without the attention term (terms=("embedding", "hidden"))'
 
 
@@ -168,76 +168,6 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
             model.set_attn_implementation(NAME)
         yield
-
-
-def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries of `batch` that `model.forward` names, without labels: with them it computes a loss too.
-
-    A causal model counts positions from each row's first token, on whichever side it is padded. Where `position_ids`
-    start anew within a row, its sequences do not see each other, in rows of different lengths too.
-    """
-    names = inspect.signature(model.forward).parameters
-    passes_all = "input_ids" not in names  # a wrapper that passes everything on
-    found = {name: x for name, x in batch.items() if name not in LABELS and (passes_all or name in names)}
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    if (mask is None and positions is None) or not is_causal(model):
-        return found
-    takes_positions = passes_all or "position_ids" in names
-    if positions is not None:
-        check_positions(model, positions, takes_positions)
-    if takes_positions and mask is not None and mask.dim() == 2:
-        if positions is None:
-            first = mask.long().argmax(-1, keepdim=True)  # (B, 1)
-            places = torch.arange(mask.shape[1], device=mask.device)
-            return {**found, "position_ids": (places - first).clamp(min=0)}
-        # transformers tells packed sequences apart in a batch without a mask only. Padding, at positions that do not
-        # lead to a sequence's first, 0, is then a sequence of its own, which no token of another sees.
-        del found["attention_mask"]
-    return found
-
-
-def is_causal(model: torch.nn.Module) -> bool:
-    """Returns whether a token attends those before it only, as the model's attention modules say."""
-    return next((bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")), False)
-
-
-def check_positions(model: Any, positions: Tensor, takes_positions: bool) -> None:
-    """Raises ValueError if a model takes no `position_ids`, or its attention tells no sequences of a batch apart."""
-    if not takes_positions:
-        raise ValueError(
-            f"the batch has position_ids, which {type(model).__name__} does not take, so that packed sequences would "
-            "see each other; leave the column out, and pack no rows"
-        )
-    if positions.shape[0] > 1 and "flash" in (getattr(model.config, "_attn_implementation", None) or ""):
-        raise ValueError(
-            f"the batch has {positions.shape[0]} rows with position_ids; flash attention tells packed sequences apart "
-            'in a batch of one row only: use batches of one row, or load the model with attn_implementation="sdpa"'
-        )
-
-
-@torch.no_grad()
-def check_packed(model: PreTrainedModel) -> None:
-    """Raises ValueError if a causal model reads packed sequences as one. It runs on two sequences of two tokens."""
-    if not is_causal(model):
-        return
-    training = [module for module in model.modules() if module.training]
-    ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
-    try:
-        for module in training:
-            module.training = False
-        packed, alone = (
-            capture(model.base_model, {"input_ids": ids[:, start:], "position_ids": ids[:, start:] % 2}, hidden=[1])
-            for start in (0, 2)
-        )
-    finally:
-        for module in training:
-            module.training = True
-    found, expected = packed.hidden[1][:, 2:], alone.hidden[1]
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise ValueError(
-            f"the rows are packed (position_ids), and {type(model).__name__} reads the sequences of a row as one; pack "
-            "no rows, and leave the column position_ids out"
-        )
 
 
 def capture(

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from fastdistill.train.capture import capture
+from fastdistill.train.inputs import is_causal
+
 MOST_PADDING = 1024  # models round their vocabulary up to a multiple of 64 to 1024
 
 
@@ -36,4 +42,29 @@ def check_classes(student: Any, teacher: Any) -> None:
     if is_named and [name.lower() for name in orders[0]] != [name.lower() for name in orders[1]]:
         raise ValueError(
             f"the student orders its classes {orders[0]}, the teacher {orders[1]} (label2id); give both one order"
+        )
+
+
+@torch.no_grad()
+def check_packed(model: PreTrainedModel) -> None:
+    """Raises ValueError if a causal model reads packed sequences as one. It runs on two sequences of two tokens."""
+    if not is_causal(model):
+        return
+    training = [module for module in model.modules() if module.training]
+    ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+    try:
+        for module in training:
+            module.training = False
+        packed, alone = (
+            capture(model.base_model, {"input_ids": ids[:, start:], "position_ids": ids[:, start:] % 2}, hidden=[1])
+            for start in (0, 2)
+        )
+    finally:
+        for module in training:
+            module.training = True
+    found, expected = packed.hidden[1][:, 2:], alone.hidden[1]
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ValueError(
+            f"the rows are packed (position_ids), and {type(model).__name__} reads the sequences of a row as one; pack "
+            "no rows, and leave the column position_ids out"
         )

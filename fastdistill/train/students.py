@@ -24,8 +24,8 @@ from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.bert.modeling_bert import BertLayer
 
-from fastdistill.train.capture import forward_arguments
 from fastdistill.train.checks import check_vocabularies
+from fastdistill.train.inputs import forward_arguments
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published, read_json
 

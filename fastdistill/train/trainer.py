@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
-from fastdistill.train.capture import States, capturable, check_packed, refuse_reentrant_checkpointing
-from fastdistill.train.checks import check_classes, check_vocabularies
+from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
+from fastdistill.train.checks import check_classes, check_packed, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
 from fastdistill.train.model import DistillationModel, teacher_states
 from fastdistill.train.objective import Objective
