@@ -27,7 +27,7 @@ from fastdistill.recipes.lm_on_policy import OnPolicyTrainer, on_policy_argument
 from fastdistill.recipes.lm_rows import read_and_tokenize
 from fastdistill.recipes.lm_trainers import LMTrainer, StudentTrainer
 from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
-from fastdistill.train.cache import check_cache, read_cache, weightless_teacher
+from fastdistill.train.cache import check_cache, read_cache, warn_of_lost_mass, weightless_teacher
 from fastdistill.train.causal_lm import check_options
 from fastdistill.train.checkpoints import check_folder, load_model
 from fastdistill.train.data import PaddingCollator
@@ -226,6 +226,7 @@ def load_teacher(options: LMOptions) -> tuple[Any, Any]:
         teacher = weightless_teacher(options.cache)
         tokenizer = AutoTokenizer.from_pretrained(options.cache)
         check_cache(options.cache, tokenizer=tokenizer)
+        warn_of_lost_mass(options.cache, options.alpha)
         return teacher, tokenizer
     if options.teacher is None:
         check_causal(options.student, trust)

@@ -54,6 +54,8 @@ from fastdistill.train.students import positions
 
 __all__ = ["check_cache", "read_cache", "read_manifest", "write_cache"]
 
+logger = logging.get_logger(__name__)
+
 LOGITS = "teacher_logits"  # the only column with one entry a row; the others have one for each token
 
 
@@ -411,6 +413,24 @@ def terms_served(folder: str | Path) -> list[str]:
         "prediction": "topk_logprobs" in columns or LOGITS in columns,
     }
     return [term for term, is_served in served.items() if is_served]
+
+
+def warn_of_lost_mass(folder: str | Path, alpha: float) -> None:
+    """Warns where a student learns from the k classes alone, and they hold less than 90% of the teacher's probability.
+
+    The loss takes the k for the whole distribution, so that the student unlearns all other classes.
+    """
+    manifest = read_manifest(folder)
+    if alpha < 1 or not manifest.get("top_k"):
+        return
+    rows = read_cache(folder)["topk_logprobs"][:100]
+    mass = float(np.concatenate([np.exp(row).sum(-1) for row in rows]).mean())
+    if mass < 0.9:
+        logger.warning(
+            "%s keeps %d classes of each token, which hold %.0f%% of the teacher's probability on average. A student "
+            "that learns from them alone takes all other classes for impossible: use alpha=0.5, so that the labels "
+            "teach those, or write the cache with a larger top_k", folder, manifest["top_k"], 100 * mass
+        )  # fmt: skip
 
 
 def weightless_teacher(folder: str | Path) -> PreTrainedModel | None:

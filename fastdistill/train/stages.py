@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from fastdistill.train.cache import check_cache, read_cache, teacher_config
+from fastdistill.train.cache import check_cache, read_cache, teacher_config, warn_of_lost_mass
 from fastdistill.train.data import OwnRows, add_length, pack_corpus, read_corpus
 from fastdistill.train.objective import Objective
 from fastdistill.train.options import ObjectiveOptions, Schedule
@@ -200,6 +200,8 @@ class CachedStage(_Stage):
         **options: Any,
     ) -> PreTrainedModel:  # fmt: skip
         check_cache(self.cache, student=student, tokenizer=tokenizer)
+        if "prediction" in (self.terms or ()) and self.tail == "renormalize":
+            warn_of_lost_mass(self.cache, self.alpha)
         return super().run(student, teacher, tokenizer, output_dir, **options)
 
     def prepare(self, tokenizer: Any) -> Dataset:

@@ -38,7 +38,7 @@ from transformers.utils import logging as hf_logging
 from fastdistill import cli
 from fastdistill.recipes.glue import get_task
 from fastdistill.train import cache
-from fastdistill.train.cache import check_cache, read_cache, read_manifest, write_cache
+from fastdistill.train.cache import check_cache, read_cache, read_manifest, warn_of_lost_mass, write_cache
 from fastdistill.train.capture import capture
 from fastdistill.train.data import PaddingCollator
 from fastdistill.train.model import DistillationModel
@@ -402,6 +402,16 @@ def test_a_stage_has_the_live_teachers_losses_without_it(tmp_path: Path) -> None
     found = history(tmp_path / "out")[0]
     for term in terms:
         assert found[term] == pytest.approx(sums[term] / tokens, rel=1e-3), term
+
+
+@pytest.mark.parametrize("top_k, alpha, warns", [(4, 1.0, True), (4, 0.5, False), (60, 1.0, False)])
+def test_lost_mass_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, top_k: int, alpha: float, warns: bool
+) -> None:
+    folder = write(tmp_path / "cache", top_k=top_k)
+    kept = [distribution(causal(), row)[0].exp().topk(top_k).values.sum(-1) for row in rows()]
+    warn_of_lost_mass(folder, alpha)
+    assert (f"hold {100 * float(torch.cat(kept).mean()):.0f}% of the teacher's" in caplog.text) == warns
 
 
 @pytest.mark.parametrize("make", [causal, masked, _tiny.classifier])
