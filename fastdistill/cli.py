@@ -199,7 +199,7 @@ def read_config(argv: Sequence[str]) -> list[str]:
         found = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"--config {given.config}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, dates and numbers that are none
         raise ValueError(f"--config {given.config}: not YAML ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{given.config}: it should hold options, such as `batch_size: 32`, a line each")

@@ -34,8 +34,9 @@ from transformers.utils import logging
 
 from fastdistill.recipes.glue import TASKS, Task, read_tsv
 from fastdistill.train.data import pad_inputs
-from fastdistill.train.outputs import check, claim, replace, working_folder, write_arrow, write_whole
+from fastdistill.train.outputs import check, claimed, replace, whole_file, write_arrow, write_whole
 from fastdistill.train.processes import on_main, processes
+from fastdistill.train.reading import reading
 from fastdistill.train.students import positions
 
 # N_a in the published code; the paper uses 20 for all tasks.
@@ -405,23 +406,19 @@ def augment(
         raise ValueError(f"dataset has the columns {dataset.column_names}; {task.name} has {task.row_columns}")
     if resume and output.exists():
         return
-    work = working_folder(output)
 
-    def begin() -> None:
-        claim(output, resume=resume, overwrite=overwrite)
-        check_run(work, fingerprint(task, dataset, augmenter, legacy))
-
-    on_main(begin)
-    chunks = write_chunks(work, task, dataset, augmenter, legacy)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        whole = work / "whole"
-        if output.suffix == ".tsv":
-            write_tsv(whole, task, read_chunks(chunks))
-        else:
-            write_arrow(whole, dataset.features.arrow_schema, read_chunks(chunks))
-        replace(whole, output)
-        shutil.rmtree(work)
+    with claimed(output, resume=resume, overwrite=overwrite) as work:
+        on_main(lambda: check_run(work, fingerprint(task, dataset, augmenter, legacy)))
+        chunks = write_chunks(work, task, dataset, augmenter, legacy)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            whole = work / "whole"
+            if output.suffix == ".tsv":
+                write_tsv(whole, task, read_chunks(chunks))
+            else:
+                write_arrow(whole, dataset.features.arrow_schema, read_chunks(chunks))
+            replace(whole, output)
+            shutil.rmtree(work)
     state.wait_for_everyone()
 
 
@@ -474,15 +471,17 @@ def write_chunks(work: Path, task: Task, dataset: Dataset, augmenter: Augmenter,
 
 def read_chunks(chunks: Sequence[Path]) -> Iterator[Any]:
     for path in chunks:
-        with pa.ipc.open_stream(path) as reader:
-            yield from reader
+        with reading(path):
+            table = pa.ipc.open_stream(path).read_all()
+            table.validate(full=True)
+        yield from table.to_batches()
 
 
 def write_tsv(path: Path, task: Task, batches: Iterator[Any]) -> None:
     """Writes rows in the layout of the task's own files; the columns that its reader ignores are empty."""
     names = (*task.texts, task.label_column)
     layout: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None, "lineterminator": "\n"}
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with whole_file(path) as work, work.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, task.columns, **layout)
         if task.has_header:
             writer.writeheader()
@@ -505,6 +504,7 @@ def read_augmented(task: Task, path: str | Path) -> Dataset:
         raise FileNotFoundError(f"{path}: no such file; it should be what `augment` wrote")
     try:
         dataset = Dataset.from_file(str(in_cache(path)))
+        dataset.data.validate(full=True)  # Arrow trusts the offsets in a file
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path}: damaged, or not what `augment` wrote ({error})") from error
     if dataset.column_names != task.row_columns:

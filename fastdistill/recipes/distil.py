@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import shutil
 import tempfile
 from dataclasses import fields, replace
@@ -14,20 +13,20 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from fastdistill.recipes.augment import read_augmented
 from fastdistill.recipes.evaluate import evaluation_sets, metrics, named_task
 from fastdistill.recipes.glue import Task, get_task
 from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralOptions, TaskOptions
-from fastdistill.recipes.search import check_grid, search
+from fastdistill.recipes.search import check_grid, report, search
 from fastdistill.train import cache, objective
-from fastdistill.train.checkpoints import load_model
+from fastdistill.train.checkpoints import load_model, load_tokenizer
 from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus, read_corpus
 from fastdistill.train.finetune import finetune
 from fastdistill.train.options import ObjectiveOptions, Schedule
 from fastdistill.train.outputs import check, drop_checkpoints, whole_output
 from fastdistill.train.processes import check_gpus, main_first, on_main, processes
+from fastdistill.train.reading import read_json, reading
 from fastdistill.train.stages import CachedStage, GeneralStage, IntermediateStage, PredictionStage
 from fastdistill.train.students import build_student, init_from_teacher, is_config, positions, save_projections
 
@@ -63,7 +62,7 @@ def distil_cached(options: CachedOptions) -> None:
     if finished(options) is not None:
         return
     rows = cache.read_cache(options.cache, verify=options.verify)
-    tokenizer = AutoTokenizer.from_pretrained(options.cache)
+    tokenizer = load_tokenizer(options.cache)
     options = replace(options, terms=options.terms or cache.terms_served(options.cache))
     is_live = "attention" in (options.terms or ())
     if options.teacher is not None:
@@ -344,7 +343,12 @@ def finished(options: Any) -> dict[str, Any] | None:
             return None
         drop_checkpoints(output)  # a run that was killed in its last moment leaves one
         file = output / "results.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        results = read_json(file)
+        with reading(file):
+            report(results)  # what is printed of it is there
+        return results
 
     results = on_main(look)
     if results is not None:

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import SFTConfig
 
@@ -29,11 +29,12 @@ from fastdistill.recipes.lm_trainers import LMTrainer, StudentTrainer
 from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
 from fastdistill.train.cache import check_cache, read_cache, warn_of_lost_mass, weightless_teacher
 from fastdistill.train.causal_lm import check_options
-from fastdistill.train.checkpoints import check_folder, load_model
+from fastdistill.train.checkpoints import check_folder, load_config, load_model, load_tokenizer
 from fastdistill.train.data import PaddingCollator
 from fastdistill.train.options import Schedule
-from fastdistill.train.outputs import claim, last_checkpoint, working_folder, write_whole
+from fastdistill.train.outputs import claimed, last_checkpoint, working_folder, write_whole
 from fastdistill.train.processes import on_main, processes
+from fastdistill.train.reading import read_json, reading
 from fastdistill.train.resumable import training_arguments
 from fastdistill.train.students import auto_name, build_student, is_config, positions
 
@@ -49,17 +50,18 @@ def distil_lm(options: LMOptions) -> dict[str, float]:
     without `options.eval` or `options.eval_split`.
     """
     if finished(options) is not None:
-        state = json.loads((options.output / "trainer_state.json").read_text(encoding="utf-8"))
-        return held_out(state["log_history"])
+        state = options.output / "trainer_state.json"
+        with reading(state):
+            return held_out(TrainerState.load_from_json(str(state)).log_history)
     run = LMRun(options)
     output = options.output
     checkpoint = on_main(lambda: last_checkpoint(working_folder(output))) if options.resume else None
     if checkpoint is not None:
         on_main(lambda: check_settings(working_folder(output), run.settings))
     trainer = run.trainer()
-    on_main(lambda: claim(output, resume=options.resume, overwrite=options.overwrite))
-    on_main(lambda: write_whole(working_folder(output) / SETTINGS, json.dumps(run.settings, indent=2) + "\n"))
-    trainer.train_whole(run.student, output, checkpoint)
+    with claimed(output, resume=options.resume, overwrite=options.overwrite) as work:
+        on_main(lambda: write_whole(work / SETTINGS, json.dumps(run.settings, indent=2) + "\n"))
+        trainer.train_whole(run.student, output, checkpoint)
     finish(output)
     return held_out(trainer.state.log_history)
 
@@ -119,9 +121,7 @@ class LMRun:
         if is_config(self.options.student):
             return
         try:
-            ours = AutoTokenizer.from_pretrained(
-                self.options.student, trust_remote_code=self.options.trust_remote_code
-            ).get_vocab()
+            ours = load_tokenizer(self.options.student, self.options.trust_remote_code).get_vocab()
         except (OSError, ValueError):  # a checkpoint without a tokenizer takes the teacher's
             return
         theirs = self.tokenizer.get_vocab()
@@ -224,7 +224,7 @@ def load_teacher(options: LMOptions) -> tuple[Any, Any]:
     trust = options.trust_remote_code
     if options.cache is not None:
         teacher = weightless_teacher(options.cache)
-        tokenizer = AutoTokenizer.from_pretrained(options.cache)
+        tokenizer = load_tokenizer(options.cache)
         check_cache(options.cache, tokenizer=tokenizer)
         warn_of_lost_mass(options.cache, options.alpha)
         return teacher, tokenizer
@@ -240,7 +240,7 @@ def check_causal(name: str, trust_remote_code: bool) -> None:
     if is_config(name):
         raise ValueError(f"{name}: a config file; without a teacher it should be a checkpoint")
     check_folder(name)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code)
     kinds = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)]
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
         raise ValueError(f"{name}: a {', '.join(kinds)}; it should be a causal language model")
@@ -317,7 +317,7 @@ def layers_of(model: PreTrainedModel) -> str:
 
 def check_settings(work: Path, settings: dict[str, Any]) -> None:
     """Raises ValueError if an interrupted run was another one."""
-    before = json.loads((work / SETTINGS).read_text(encoding="utf-8"))
+    before = read_json(work / SETTINGS)
     if different := [name for name, value in settings.items() if before.get(name) != value]:
         name = different[0]
         raise ValueError(
@@ -328,8 +328,8 @@ def check_settings(work: Path, settings: dict[str, Any]) -> None:
 
 def held_out(log: list[dict[str, float]]) -> dict[str, float]:
     """Returns the last held-out figures of a log."""
-    last = next((entry for entry in reversed(log) if "eval_loss" in entry), {})
-    return {name: last[name] for name in ("eval_loss", "eval_perplexity") if name in last}
+    last = next((entry for entry in reversed(log) if "eval_loss" in entry), None)
+    return {name: float(last[name]) for name in ("eval_loss", "eval_perplexity")} if last else {}
 
 
 def print_held_out(figures: dict[str, float]) -> None:

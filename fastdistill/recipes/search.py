@@ -91,8 +91,8 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def print_results(results: Mapping[str, Any]) -> None:
-    """Prints every metric of every evaluation set, in per cent, as mean ± standard deviation, a row a combination."""
+def report(results: Mapping[str, Any]) -> tuple[Table, str]:
+    """Returns a table of every metric, in per cent, as mean ± standard deviation, a row a combination; and the best."""
     best, combinations = results["best"], results["combinations"]
     metrics = next(iter(combinations[0]["seeds"].values()))["metrics"]
     columns = [(split, metric) for split in metrics for metric in metrics[split] if metric != "score"]
@@ -104,8 +104,13 @@ def print_results(results: Mapping[str, Any]) -> None:
         cells = [f"{100 * statistics.mean(x):.2f} ± {100 * spread(x):.2f}" for x in values]
         pair, chosen = ([str(x[name]) for name in ("learning_rate", "batch_size")] for x in (combination, best))
         table.add_row(*pair, *cells, style="bold" if pair == chosen else None)
-    Console().print(table)
-    print(
+    return table, (
         f"best: learning rate {best['learning_rate']}, batch size {best['batch_size']}; "
         f"of its seeds {best['seed']} with {100 * best['score']:.2f}"
     )
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    table, best = report(results)
+    Console().print(table)
+    print(best)

@@ -25,7 +25,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import transformers
 from datasets import Array2D, Dataset, Features, Value
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from fastdistill.train.cache_files import (
@@ -46,10 +46,12 @@ from fastdistill.train.cache_files import (
     write_shard,
 )
 from fastdistill.train.capture import States
+from fastdistill.train.checkpoints import load_config
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import batches_by_length, predict
 from fastdistill.train.outputs import check, whole_output
 from fastdistill.train.processes import on_main, processes
+from fastdistill.train.reading import read_json, reading
 from fastdistill.train.students import positions
 
 __all__ = ["check_cache", "read_cache", "read_manifest", "write_cache"]
@@ -373,14 +375,28 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {folder} should be what `fastdistill cache` wrote")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}: write the cache again"
         )
     if "shards" not in manifest:
         raise ValueError(f"{folder} is what an interrupted run left; finish that run first")
+    check_manifest(path, manifest)
     return manifest
+
+
+def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError where a manifest lacks an entry that readers need, or has one of another type."""
+    shard: dict[str, Any] = {"name": str, "bytes": int, "sha256": str}
+    kinds: dict[str, Any] = {"teacher": dict, "tokenizer": (dict, type(None)), "classes": (int, type(None)), "columns": dict,
+             "shards": list}  # fmt: skip
+    shards = manifest["shards"] if isinstance(manifest["shards"], list) else []
+    entries: list[Any] = [("", kinds, manifest), *((f"shards[{i}].", shard, x) for i, x in enumerate(shards or [{}]))]
+    for where, expected, found in entries:
+        for name, kind in expected.items():
+            if not isinstance(found, dict) or name not in found or not isinstance(found[name], kind):
+                raise ValueError(f"{path}: damaged, {where}{name} is missing or of another type: write the cache again")
 
 
 def read_cache(folder: str | Path, *, verify: bool = False) -> Dataset:
@@ -400,7 +416,10 @@ def read_cache(folder: str | Path, *, verify: bool = False) -> Dataset:
             raise ValueError(f"{path}: {path.stat().st_size} bytes; {shard['bytes']} were written: {mend}")
         if verify and file_identity(path)["sha256"] != shard["sha256"]:
             raise ValueError(f"{path}: its SHA-256 is not that of what was written: {mend}")
-        parts.append(Dataset.from_file(str(path)))
+        with reading(path):
+            rows = Dataset.from_file(str(path))
+            rows.data.validate(full=True)  # Arrow trusts the offsets in a file
+        parts.append(rows)
     return datasets.concatenate_datasets(parts).with_format("numpy")
 
 
@@ -442,15 +461,17 @@ def weightless_teacher(folder: str | Path) -> PreTrainedModel | None:
     name = read_manifest(folder)["teacher"].get("class")
     if name is None:
         return None
-    if not hasattr(transformers, name):
+    kind = getattr(transformers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise ValueError(f"{folder}: the teacher is a {name}, which transformers does not have; load it yourself")
-    with torch.device("meta"):
-        return getattr(transformers, name)(teacher_config(folder))
+    config = teacher_config(folder)
+    with torch.device("meta"), reading(Path(folder, "config.json")):
+        return kind(config)
 
 
 def teacher_config(folder: str | Path) -> Any:
     """Returns the transformers config of a cache's teacher; None if it was made from log-probabilities alone."""
-    return AutoConfig.from_pretrained(folder) if "class" in read_manifest(folder)["teacher"] else None
+    return load_config(folder) if "class" in read_manifest(folder)["teacher"] else None
 
 
 def check_cache(folder: str | Path, *, student: PreTrainedModel | None = None, tokenizer: Any = None) -> None:

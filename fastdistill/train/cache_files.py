@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastdistill.train.outputs import write_arrow, write_whole
+from fastdistill.train.reading import read_json
 from fastdistill.train.topk_codec import TopkIndices, TopkLogprobs
 
 FORMAT = 2  # of the files; a reader refuses any other
@@ -41,7 +42,7 @@ def begin(work: Path, manifest: Mapping[str, Any]) -> None:
     path = work / MANIFEST
     if not path.exists():
         write_whole(path, json.dumps(manifest, indent=2) + "\n")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json(path)
     if different := [name for name, value in manifest.items() if found.get(name) != value]:
         raise ValueError(
             f"{work} holds an interrupted run with another {', '.join(different)}; pass overwrite=True to drop it"
@@ -58,7 +59,7 @@ def write_shard(work: Path, number: int, batch: Any) -> None:
 def finish(work: Path, manifest: Mapping[str, Any], shards: int) -> None:
     """Writes the manifest with the descriptions of all shards."""
     paths = [entry(work, number) for number in range(shards)]
-    entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    entries = [read_json(path) for path in paths]
     write_whole(work / MANIFEST, json.dumps({**manifest, "shards": entries}, indent=2) + "\n")
 
 

@@ -12,9 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastdistill.train.processes import processes
 from fastdistill.train.published import is_published, load_published, load_published_tokenizer, untrained_head
+from fastdistill.train.reading import TOKENIZER, reading
 from fastdistill.train.students import load_checkpoint, positions
 
-__all__ = ["load_model"]
+__all__ = ["load_config", "load_model", "load_tokenizer"]
 
 
 def load_model(
@@ -54,7 +55,7 @@ def load_model(
             raise ValueError(f"{name}: {_no_head(model, kind, missing)}")
         tokenizer = load_published_tokenizer(name) if published else _tokenizer(name, model, trust_remote_code)
     except OSError as error:
-        raise OSError(f"{name}: {error}") from error
+        raise error if name in str(error) else OSError(f"{name}: {error}") from error
     return model.eval().to(processes().device), tokenizer
 
 
@@ -67,8 +68,21 @@ def check_folder(name: str) -> None:
         raise FileNotFoundError(f"{name}: no such folder")
 
 
+def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """Returns a checkpoint's transformers config."""
+    file = Path(name, "config.json")
+    with reading(file if file.is_file() else name):
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """Returns a checkpoint's tokenizer, as it was saved."""
+    with reading(name, *TOKENIZER):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
 def _tokenizer(name: str, model: PreTrainedModel, trust_remote_code: bool) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     if tokenizer.pad_token is None:  # GPT-2 and Llama have none; padding is masked, so any token serves
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions(model))  # rows are cut to what fits
@@ -88,7 +102,7 @@ def _language_model(name: str, published: bool, trust_remote_code: bool) -> str:
     """Returns the Auto class: masked where the family has such a head and the checkpoint is not causal."""
     if published:
         return "AutoModelForMaskedLM"
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = load_config(name, trust_remote_code)
     is_causal = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
     is_masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_causal
     return "AutoModelForMaskedLM" if is_masked else "AutoModelForCausalLM"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fastdistill.train.data import PaddingCollator, add_length
 from fastdistill.train.options import Schedule
-from fastdistill.train.outputs import claim, last_checkpoint
+from fastdistill.train.outputs import claimed, last_checkpoint
 from fastdistill.train.processes import on_main
 from fastdistill.train.resumable import ResumableTrainer, load_student, training_arguments
 
@@ -39,15 +39,15 @@ def finetune(
     if resume and (output / "config.json").is_file():
         load_student(model, output)
         return model.eval()
-    work = on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
-    trainer = ResumableTrainer(
-        model, training_arguments(work, options), PaddingCollator(tokenizer), add_length(dataset),
-        processing_class=tokenizer, callbacks=list(callbacks),
-    )  # fmt: skip
-    # Classifiers take num_items_in_batch and ignore it: Trainer would take their means for shares of a sum, and scale
-    # them by the processes and the accumulation.
-    trainer.model_accepts_loss_kwargs = False
-    model = trainer.train_whole(model, output, on_main(lambda: last_checkpoint(work)))
+    with claimed(output, resume=resume, overwrite=overwrite) as work:
+        trainer = ResumableTrainer(
+            model, training_arguments(work, options), PaddingCollator(tokenizer), add_length(dataset),
+            processing_class=tokenizer, callbacks=list(callbacks),
+        )  # fmt: skip
+        # Classifiers take num_items_in_batch and ignore it: Trainer would take their means for shares of a sum, and
+        # scale them by the processes and the accumulation.
+        trainer.model_accepts_loss_kwargs = False
+        model = trainer.train_whole(model, output, on_main(lambda: last_checkpoint(work)))
     # Accelerate left a forward under autocast here; its own unwrapping would take transformers' decorators off as well.
     if model.__dict__.pop("_original_forward", None):
         del model.forward

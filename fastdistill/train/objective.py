@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastdistill.train.capture import States
 from fastdistill.train.options import ObjectiveOptions
 from fastdistill.train.published import load_published_projections
+from fastdistill.train.reading import read_json, reading
 from fastdistill.train.terms import METHODS, Batch, Counts, Prediction, Setup, check_relation_heads, count_items
 
 __all__ = ["Objective", "check_method_options", "projection_kind", "read_projections", "resolve_layer_map",
@@ -112,7 +113,7 @@ class Objective(nn.Module):
         path = Path(folder) / SETTINGS_NAME
         if not path.is_file():
             raise ValueError(f"{path}: no such file; {folder} is no run of a stage. Pass overwrite=True to replace it")
-        found, asked = json.loads(path.read_text()), self.settings()
+        found, asked = read_json(path), self.settings()
         different = [name for name in asked if found.get(name, asked[name]) != asked[name]]
         if different:
             changes = ", ".join(f"{name} {found[name]!r} instead of {asked[name]!r}" for name in different)
@@ -152,7 +153,10 @@ class Objective(nn.Module):
 def read_projections(folder: str | Path) -> dict[str, Tensor]:
     """Reads a stage's `projections.safetensors`, or a published TinyBERT's `fit_dense`. Empty without either."""
     path = Path(folder) / PROJECTIONS_NAME
-    return load_file(path) if path.is_file() else load_published_projections(folder)
+    if not path.is_file():
+        return load_published_projections(folder)
+    with reading(path):
+        return load_file(path)
 
 
 def projection_kind(projections: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,13 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from fastdistill.train.processes import on_main, processes
+from fastdistill.train.reading import describe
 
 WHOLE = "whole"  # the empty file that is written last to a checkpoint
+# What `resume` needs of a working folder: checkpoints, files of caches and augmented rows, students of earlier stages.
+RESUMABLE = (f"**/checkpoint-*/{WHOLE}", "[0-9]*.arrow", "*/config.json", "runs/*/config.json")
+# Parts of the messages of errors in writing: of Rust (safetensors, tokenizers) and of torch.save.
+WRITING = re.compile(r"os error \d+|PytorchStreamWriter|inline_container")
 
 
 def working_folder(output: str | Path) -> Path:
@@ -58,28 +64,73 @@ def replace(work: Path, output: Path) -> None:
 
 
 @contextmanager
+def claimed(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """Calls `claim` on the main process. If the block fails, the folder keeps only what `resume` needs."""
+    work = on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
+    try:
+        yield work
+    except Exception:  # Ctrl-C and SIGTERM leave the folder as it is
+        if processes().is_main_process:
+            drop_unfinished(work)
+        raise
+
+
+def drop_unfinished(work: Path) -> None:
+    """Deletes checkpoints that are not whole, and the folder itself where that leaves nothing for `resume`."""
+    for checkpoint in work.glob("**/checkpoint-*"):
+        if not (checkpoint / WHOLE).exists():
+            shutil.rmtree(checkpoint)
+    if not any(next(work.glob(pattern), None) for pattern in RESUMABLE):
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
 def whole_output(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """Calls `claim` before the block and, unless it raises, `replace` after it, both on the main process."""
-    on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
-    yield working_folder(output)
-    processes().wait_for_everyone()
-    on_main(lambda: replace(working_folder(output), Path(output)))
+    """Does as `claimed` and, unless the block raises, calls `replace` after it."""
+    with claimed(output, resume=resume, overwrite=overwrite) as work:
+        yield work
+        processes().wait_for_everyone()
+        on_main(lambda: replace(work, Path(output)))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an error in writing, of a full disk for example, into an OSError that names `path`.
+
+    Libraries raise errors of many kinds there, and operating systems do not say which file is meant.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not WRITING.search(str(error)):
+            raise
+        raise OSError(f"{getattr(error, 'filename', None) or path}: cannot be written ({describe(error)})") from error
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields where to write a file, which is moved to `path` if the block succeeds, and deleted if it fails."""
+    work = working_folder(path)
+    try:
+        with writing(path):
+            yield work
+            work.replace(path)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that appears whole or not at all."""
-    work = working_folder(path)
-    work.write_text(text, encoding="utf-8")
-    work.replace(path)
+    with whole_file(path) as work:
+        work.write_text(text, encoding="utf-8")
 
 
 def write_arrow(path: Path, schema: Any, batches: Iterable[Any]) -> None:
     """Writes `batches` (pyarrow.RecordBatch) of one `schema` to an Arrow stream that appears whole or not at all."""
-    partial = working_folder(path)
-    with pa.ipc.new_stream(partial, schema) as writer:
+    with whole_file(path) as work, pa.ipc.new_stream(work, schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    partial.replace(path)
 
 
 def last_checkpoint(work: Path) -> str | None:

@@ -8,7 +8,6 @@ weights are read by `torch.load(weights_only=True)`.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -18,6 +17,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, PreTrainedModel
+
+from fastdistill.train.reading import TOKENIZER, read_json, read_pickle, reading
 
 __all__ = ["is_published", "load_published", "load_published_projections", "load_published_tokenizer"]
 
@@ -53,7 +54,8 @@ def load_published(
     """
     weights, path = _read_weights(folder), Path(folder) / WEIGHTS
     config = _config(folder, weights, auto_class, options)
-    model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
+    with reading(Path(folder) / CONFIG):
+        model = getattr(transformers, auto_class).from_config(config, dtype=torch.float32)
     untrained = _untrained_head(model, weights)
     _fill(model, weights, untrained, path)
     if untrained and relu:
@@ -77,7 +79,8 @@ def _config(folder: str | Path, weights: dict[str, Tensor], auto_class: str, opt
     values = {name: value for name, value in values.items() if hasattr(known, name) and name not in dropped} | options
     if not dropped and "classifier.weight" in weights and not {"num_labels", "id2label"} & values.keys():
         values["num_labels"] = len(weights["classifier.weight"])
-    return BertConfig(**values)
+    with reading(path):
+        return BertConfig(**values)
 
 
 def untrained_head(model: PreTrainedModel, folder: str | Path) -> str | None:
@@ -91,7 +94,8 @@ def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenize
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is a published TinyBERT's tokenizer")
     options = {"model_max_length": read_json(Path(folder) / CONFIG).get("max_position_embeddings", 512), **options}
-    return BertTokenizer.from_pretrained(str(folder), **options)
+    with reading(folder, *TOKENIZER):
+        return BertTokenizer.from_pretrained(str(folder), **options)
 
 
 def load_published_projections(folder: str | Path) -> dict[str, Tensor]:
@@ -137,28 +141,15 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | N
             parameters[name].copy_(x)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a config file. Raises ValueError naming it if it does not hold a JSON object."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return values
-
-
 def _read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Returns the tensors by name. LayerNorm's `gamma` and `beta` of early BERTs become `weight` and `bias`."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a published TinyBERT has its weights there")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises many kinds of error
-        raise ValueError(f"{path}: damaged, or holds more than tensors, which is not read") from error
-    if not isinstance(weights, dict) or not all(isinstance(x, Tensor) for x in weights.values()):
+    weights = read_pickle(path)
+    are_tensors = isinstance(weights, dict) and all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in weights.items()
+    )
+    if not are_tensors:
         raise ValueError(f"{path}: not a dictionary of tensors")
     return {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): x for name, x in weights.items()}

@@ -18,13 +18,14 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from fastdistill.train import outputs
 from fastdistill.train.data import OwnRows
 from fastdistill.train.options import Schedule
 from fastdistill.train.processes import check_gpus, on_main, processes
+from fastdistill.train.reading import WEIGHTS, reading
 
 __all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm", "load_student", "training_arguments"]
 
@@ -71,6 +72,8 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint = outputs.last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint is True; {self.args.output_dir} holds no whole checkpoint")
+        if resume_from_checkpoint:
+            check_state(Path(resume_from_checkpoint))
         with checkpoint_on_sigterm(self):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -78,14 +81,27 @@ class ResumableTrainer(Trainer):
         """Trains `student`, moves the working folder to `output`, and returns the student, in one piece under FSDP."""
         kind, dtype = type(student), student.dtype  # FSDP changes the class
         self.train(resume_from_checkpoint=checkpoint)
-        self.save_model()
-        self.save_state()
+        with outputs.writing(outputs.working_folder(output)):
+            self.save_model()
+            self.save_state()
         self.accelerator.wait_for_everyone()
         on_main(lambda: outputs.replace(outputs.working_folder(output), output))
         on_main(lambda: outputs.drop_checkpoints(output))  # last, so that a killed run always has one
         if self.is_fsdp_enabled:
             student = read_student(kind, output, dtype).to(self.args.device)
         return student.eval()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with reading(resume_from_checkpoint, *WEIGHTS):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or "", "optimizer.*", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or "", "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if not isinstance(self.train_dataset, OwnRows):
@@ -122,7 +138,8 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with outputs.writing(checkpoint):
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
@@ -220,6 +237,16 @@ def training_arguments(
     return kind(**{**options, **others, **schedule.arguments})
 
 
+def check_state(checkpoint: Path) -> None:
+    """Raises ValueError where a checkpoint's trainer_state.json cannot be read, or holds no state of a run."""
+    path = checkpoint / "trainer_state.json"
+    with reading(path):
+        state = TrainerState.load_from_json(str(path))
+        wrong = [name for name in ("global_step", "max_steps") if not isinstance(getattr(state, name), int)]
+        if wrong or not isinstance(state.log_history, list) or not isinstance(state.stateful_callbacks, dict):
+            raise ValueError(f"{' and '.join(wrong) or 'log_history or stateful_callbacks'} of another type")
+
+
 def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     """Reads a student's weights back in place, whatever transformers did to write them (ties, shards, renames)."""
     student.load_state_dict(read_student(type(student), folder, student.dtype).state_dict())
@@ -228,4 +255,5 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
 def read_student(kind: type[PreTrainedModel], folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """Returns a student that a stage wrote, with its weights in every process."""
     disable_fsdp_ram_efficient_loading()
-    return kind.from_pretrained(str(folder), dtype=dtype)
+    with reading(Path(folder, "config.json"), *WEIGHTS):
+        return kind.from_pretrained(str(folder), dtype=dtype)

@@ -25,7 +25,7 @@ from fastdistill.train.cache import check_cache, read_cache, teacher_config, war
 from fastdistill.train.data import OwnRows, add_length, pack_corpus, read_corpus
 from fastdistill.train.objective import Objective
 from fastdistill.train.options import ObjectiveOptions, Schedule
-from fastdistill.train.outputs import claim, drop_checkpoints, last_checkpoint, working_folder
+from fastdistill.train.outputs import claimed, drop_checkpoints, last_checkpoint, working_folder
 from fastdistill.train.processes import main_first, on_main, processes
 from fastdistill.train.resumable import load_student, training_arguments
 from fastdistill.train.trainer import DistillationTrainer
@@ -84,13 +84,13 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
         checkpoint = on_main(lambda: last_checkpoint(working_folder(output))) if resume else None
         if checkpoint is not None:
             on_main(lambda: objective.check_settings(checkpoint))
-        on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
-        trainer = DistillationTrainer(
-            student, teacher, objective, args, processing_class=tokenizer,
-            train_dataset=main_first(lambda: self.prepare(tokenizer)), eval_dataset=eval_dataset,
-            compute_metrics=compute_metrics, callbacks=list(callbacks),
-        )  # fmt: skip
-        return trainer.train_whole(student, output, checkpoint)
+        with claimed(output, resume=resume, overwrite=overwrite):
+            trainer = DistillationTrainer(
+                student, teacher, objective, args, processing_class=tokenizer,
+                train_dataset=main_first(lambda: self.prepare(tokenizer)), eval_dataset=eval_dataset,
+                compute_metrics=compute_metrics, callbacks=list(callbacks),
+            )  # fmt: skip
+            return trainer.train_whole(student, output, checkpoint)
 
     @abstractmethod
     def prepare(self, tokenizer: Any) -> Dataset | OwnRows:

@@ -27,7 +27,8 @@ from transformers.models.bert.modeling_bert import BertLayer
 from fastdistill.train.checks import check_vocabularies
 from fastdistill.train.inputs import forward_arguments
 from fastdistill.train.objective import Objective, resolve_layer_map
-from fastdistill.train.published import is_published, load_published, read_json
+from fastdistill.train.published import is_published, load_published
+from fastdistill.train.reading import WEIGHTS, read_json, reading
 
 __all__ = ["PRESETS", "build_student", "count_parameters", "init_from_teacher", "measure_seconds", "save_projections"]
 
@@ -86,10 +87,11 @@ def build_student(
     if is_config(spec):
         config = read_config(spec, teacher, **options)
         check_vocabularies(config, teacher.config, tokenizer)
-        if type(config) is type(teacher.config):
-            student = type(teacher)(config).float()
-        else:
-            student = getattr(modeling_auto, kind).from_config(config, dtype=torch.float32)
+        with reading(spec):
+            if type(config) is type(teacher.config):
+                student = type(teacher)(config).float()
+            else:
+                student = getattr(modeling_auto, kind).from_config(config, dtype=torch.float32)
         if init != "random":
             init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
     else:
@@ -122,9 +124,12 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     report = logging.getLogger("transformers.modeling_utils")
     report.addFilter(is_no_load_report)
     try:
-        model, loaded = kind.from_pretrained(
-            str(name), output_loading_info=True, ignore_mismatched_sizes=True, **{"dtype": torch.float32, **options}
-        )
+        # What is wrong where all weights can be read is in the config.
+        config = Path(name, "config.json")
+        with reading(config if config.is_file() else name, *WEIGHTS):
+            model, loaded = kind.from_pretrained(
+                str(name), output_loading_info=True, ignore_mismatched_sizes=True, **{"dtype": torch.float32, **options}
+            )
     finally:
         report.removeFilter(is_no_load_report)
     prefix, kind_name, missing = f"{model.base_model_prefix}.", type(model).__name__, set(loaded["missing_keys"])
@@ -164,7 +169,8 @@ def read_config(spec: str | Path, teacher: PreTrainedModel, **options: Any) -> A
     """Returns the config that a preset or a JSON file describes, with the teacher's labels."""
     values = PRESETS.get(str(spec)) or read_json(spec)
     if "model_type" in values:
-        return AutoConfig.from_pretrained(str(spec), **options)
+        with reading(spec):
+            return AutoConfig.from_pretrained(str(spec), **options)
     config = copy.deepcopy(teacher.config)
     for name in values:
         if not hasattr(config, name):
@@ -177,9 +183,10 @@ def read_config(spec: str | Path, teacher: PreTrainedModel, **options: Any) -> A
             config = type(config).from_dict({name: x for name, x in config.to_dict().items() if name not in derived})
         if hasattr(config, "validate"):
             config.validate()
+        has_layers = config.num_hidden_layers >= 1
     except Exception as error:  # huggingface_hub raises errors of its own kind
         raise ValueError(f"{spec}: {error}") from error
-    if config.num_hidden_layers < 1:
+    if not has_layers:
         raise ValueError(f"{spec}: num_hidden_layers is {config.num_hidden_layers}; it should be 1 or more")
     config.dtype = torch.float32
     return config
