@@ -389,8 +389,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raises ValueError where a manifest lacks an entry that readers need, or has one of another type."""
     shard: dict[str, Any] = {"name": str, "bytes": int, "sha256": str}
-    kinds: dict[str, Any] = {"teacher": dict, "tokenizer": (dict, type(None)), "classes": (int, type(None)), "columns": dict,
-             "shards": list}  # fmt: skip
+    kinds: dict[str, Any] = {"teacher": dict, "columns": dict, "shards": list}
+    kinds |= {"tokenizer": (dict, type(None)), "classes": (int, type(None))}
     shards = manifest["shards"] if isinstance(manifest["shards"], list) else []
     entries: list[Any] = [("", kinds, manifest), *((f"shards[{i}].", shard, x) for i, x in enumerate(shards or [{}]))]
     for where, expected, found in entries:

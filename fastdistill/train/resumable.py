@@ -72,7 +72,7 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint = outputs.last_checkpoint(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint is True; {self.args.output_dir} holds no whole checkpoint")
-        if resume_from_checkpoint:
+        if resume_from_checkpoint and Path(resume_from_checkpoint).is_dir():
             check_state(Path(resume_from_checkpoint))
         with checkpoint_on_sigterm(self):
             return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -1,0 +1,285 @@
+"""Damages each input file of each command: exit code 2, one line with the file's name, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
+
+import datasets
+import torch
+from _tiny import config
+from datasets import Dataset
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from fastdistill import cli
+from fastdistill.recipes.glue import get_task
+from fastdistill.train.resumable import ResumableTrainer
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = [a + b for a in "bcdfghjklmn" for b in "aeiou"]  # 55 words of letters, which augment replaces
+SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+STUDENT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
+CHECKPOINT = "checkpoint-2"
+
+
+class Case(NamedTuple):
+    """A command line, with paths relative to the folder of the files, and the input files to damage."""
+
+    name: str
+    argv: str
+    targets: str  # each of them must be whole
+    beside: str = ""  # files that the command can do without, or that are right in part
+    output: str = "out"
+
+
+MODEL = "{0}/config.json {0}/model.safetensors {0}/tokenizer.json"
+AUX = "{0}/tokenizer_config.json"
+SHORT = "--max-steps 1 --batch-size 8"
+TASK = "--teacher teacher --student student.json --task sst-2 --data SST-2 --max-steps 1"
+GENERAL = f"general --teacher teacher --student student.json --corpus corpus.txt --max-length 24 {SHORT}"
+AUGMENT = "augment --task sst-2 --data SST-2 --teacher masked --glove glove.txt --copies 1 --output out.tsv"
+CACHE = "cache --teacher causal --top-k 4 --hidden 0 --data"
+LM = f"lm --teacher causal --student small {SHORT}"
+CASES = (
+    Case("general", f"{GENERAL} --output out", MODEL.format("teacher") + " student.json",
+         AUX.format("teacher") + " corpus.txt"),
+    Case("general-config", f"{GENERAL} --output out --config options.yaml", "", "options.yaml"),
+    Case("general-streaming", f"{GENERAL} --output out --streaming", "", "corpus.txt"),
+    Case("general-stage", f"{GENERAL} --output out".replace("student.json", "stage"),
+         "stage/config.json stage/model.safetensors stage/projections.safetensors"),
+    Case("general-published", f"{GENERAL} --output out".replace("teacher teacher", "teacher published"),
+         "published/config.json published/pytorch_model.bin", "published/vocab.txt"),
+    Case("general-resume", f"{GENERAL} --output run --resume".replace("steps 1", "steps 4"),
+         " ".join(f"run.partial/{CHECKPOINT}/{name}" for name in (
+             "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", "model.safetensors",
+             "projections.safetensors", "objective.json")), output="run"),
+    Case("task", f"task {TASK} --output out", MODEL.format("teacher"), "SST-2/train.tsv SST-2/dev.tsv"),
+    Case("task-augmented", f"task {TASK} --output out --augmented augmented.arrow", "augmented.arrow"),
+    Case("task-finished", f"task {TASK} --output done --resume", "done/results.json", output="done"),
+    Case("finetune", "finetune --model teacher --task sst-2 --data SST-2 --max-steps 1 --output out",
+         MODEL.format("teacher"), "SST-2/train.tsv"),
+    Case("finetune-pickle", "finetune --model pickled --task sst-2 --data SST-2 --max-steps 1 --output out",
+         "pickled/pytorch_model.bin"),
+    Case("finetune-tagging", "finetune --model tagger --task tagging --data tagging --max-steps 1 --output out", "",
+         "tagging/train.txt tagging/dev.txt"),
+    Case("finetune-squad", "finetune --model spans --task squad --data squad --max-steps 1 --output out",
+         "squad/train-v1.1.json squad/dev-v1.1.json"),
+    Case("finetune-resume", "finetune --model teacher --task sst-2 --data SST-2 --max-steps 4 --output tuned --resume",
+         " ".join(f"tuned.partial/runs/rate3e-05-batch32-seed42.partial/{CHECKPOINT}/{name}" for name in (
+             "trainer_state.json", "optimizer.pt", "model.safetensors")), output="tuned"),
+    Case("evaluate", "evaluate --model teacher --task sst-2 --data SST-2 --json out", MODEL.format("teacher"),
+         "SST-2/dev.tsv"),
+    Case("augment", AUGMENT, MODEL.format("masked"), "glove.txt SST-2/train.tsv", "out.tsv"),
+    Case("cache", f"{CACHE} corpus.txt --output out", MODEL.format("causal"), "corpus.txt"),
+    Case("cache-jsonl", f"{CACHE} rows.jsonl --output out", "", "rows.jsonl"),
+    Case("cache-parquet", f"{CACHE} rows.parquet --output out", "rows.parquet"),
+    Case("cache-resume", f"{CACHE} corpus.txt --output cached --resume",
+         "cached.partial/manifest.json cached.partial/00000.json", output="cached"),
+    Case("train-cached", f"train-cached --cache cache --student student.json {SHORT} --output out",
+         "cache/manifest.json cache/00000.arrow cache/config.json cache/tokenizer.json"),
+    Case("lm", f"{LM} --dataset rows.jsonl --output out",
+         MODEL.format("causal") + " small/config.json small/model.safetensors", "rows.jsonl small/tokenizer.json"),
+    Case("lm-parquet", f"{LM} --dataset rows.parquet --output out", "rows.parquet"),
+    Case("lm-cached", f"lm --cache rows-cache --student small {SHORT} --output out",
+         "rows-cache/manifest.json rows-cache/00000.arrow rows-cache/config.json rows-cache/tokenizer.json"),
+    Case("lm-resume", f"{LM} --dataset rows.jsonl --output chat --resume".replace("steps 1", "steps 4"),
+         f"chat.partial/distillation.json chat.partial/{CHECKPOINT}/trainer_state.json "
+         f"chat.partial/{CHECKPOINT}/optimizer.pt chat.partial/{CHECKPOINT}/model.safetensors", output="chat"),
+)  # fmt: skip
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="[SEP]", **names)
+
+
+def save(folder: Path, kind: type[PreTrainedModel], family: str = "bert", width: int = 16, **options: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "num_attention_heads": 2, "max_position_embeddings": 128}
+    kind(config(family, 2, width, **{**sizes, **options})).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def run(argv: str) -> int:
+    try:
+        return cli.main(argv.split())
+    except SystemExit as end:  # argparse
+        return int(end.code or 0)
+
+
+def write_data(root: Path) -> None:
+    draw = random.Random(0)
+
+    def text() -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(draw.randrange(3, 12)))
+
+    for folder in ("SST-2", "tagging", "squad", "published"):
+        Path(folder).mkdir()
+    for split, rows in (("train", 24), ("dev", 12)):
+        lines = [f"{text()}\t{i % 2}" for i in range(rows)]
+        Path(f"SST-2/{split}.tsv").write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+        lines = [f"{word} {draw.choice(['O', 'B-X'])}" for _ in range(rows) for word in (*text().split(), "")]
+        Path(f"tagging/{split}.txt").write_text("\n".join(line if line[0] != " " else "" for line in lines) + "\n")
+        entries = []
+        for i in range(rows):
+            context = text()
+            answers = [{"text": context.split()[1], "answer_start": len(context.split()[0]) + 1}]
+            entries.append({"context": context, "qas": [{"id": f"q{i}", "question": text(), "answers": answers}]})
+        Path(f"squad/{split}-v1.1.json").write_text(json.dumps({"data": [{"paragraphs": entries}]}))
+    Path("corpus.txt").write_text("\n".join(text() for _ in range(60)) + "\n")
+    Path("student.json").write_text(json.dumps(STUDENT))
+    Path("options.yaml").write_text("learning_rate: 0.001\nwarmup: 0.5\n")
+    vectors = (" ".join(f"{draw.uniform(-1, 1):.3f}" for _ in range(4)) for _ in WORDS)
+    Path("glove.txt").write_text("".join(f"{word} {vector}\n" for word, vector in zip(WORDS, vectors, strict=True)))
+    rows = [{"prompt": text() + " ", "completion": text()} for _ in range(16)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_list(rows).to_parquet("rows.parquet")
+
+
+def write_models(root: Path) -> None:
+    labels = get_task("SST-2").model_options()
+    save(root / "teacher", BertForSequenceClassification, **labels)
+    save(root / "masked", BertForMaskedLM)
+    save(root / "causal", LlamaForCausalLM, "llama")
+    save(root / "small", LlamaForCausalLM, "llama", 8)
+    save(root / "tagger", BertForTokenClassification, id2label={0: "B-X", 1: "O"}, label2id={"B-X": 0, "O": 1})
+    save(root / "spans", BertForQuestionAnswering, max_position_embeddings=384)
+    shutil.copytree("teacher", "pickled")
+    torch.save(load_file("pickled/model.safetensors"), "pickled/pytorch_model.bin")
+    Path("pickled/model.safetensors").unlink()
+    torch.save(AutoModel.from_config(BertConfig(**SIZES)).state_dict(), "published/pytorch_model.bin")
+    state = torch.load("published/pytorch_model.bin")
+    torch.save({f"bert.{name}": x for name, x in state.items()}, "published/pytorch_model.bin")
+    Path("published/config.json").write_text(json.dumps({**SIZES, "max_position_embeddings": 512}))
+    Path("published/vocab.txt").write_text("\n".join([*SPECIAL, *WORDS]) + "\n")
+
+
+def write_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes caches, augmented rows, a student of the general stage, and runs that were interrupted at step 3."""
+    assert run(f"{GENERAL} --output stage") == 0
+    assert run(f"task {TASK} --output done") == 0
+    assert run(AUGMENT.replace("out.tsv", "augmented.arrow")) == 0
+    assert run(f"{CACHE} corpus.txt --output cache") == 0
+    assert run(f"{CACHE} rows.jsonl --output rows-cache") == 0
+    shutil.copytree("cache", "cached.partial")
+    manifest = json.loads(Path("cache/manifest.json").read_text())
+    (shard,) = manifest.pop("shards")
+    Path("cached.partial/manifest.json").write_text(json.dumps(manifest))
+    Path("cached.partial/00000.json").write_text(json.dumps(shard))
+    step = ResumableTrainer.training_step
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ResumableTrainer, "training_step", interrupted)
+    for case in CASES:
+        if case.name in ("general-resume", "finetune-resume", "lm-resume"):
+            assert run(case.argv.replace("--resume", "--save_steps 2 --save_strategy steps")) == 130
+            assert all(Path(target).is_file() for target in case.targets.split()), case.name
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("files")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(root)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        write_data(root)
+        write_models(root)
+        with monkeypatch.context() as patched:
+            write_runs(patched)
+        yield root
+
+
+def truncate(data: bytes, draw: random.Random) -> bytes:
+    return data[: draw.randrange(1, len(data))]
+
+
+def flip(data: bytes, draw: random.Random) -> bytes:
+    place = draw.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :]
+
+
+def replace(data: bytes, draw: random.Random) -> bytes:
+    return draw.randbytes(len(data))
+
+
+def empty(data: bytes, draw: random.Random) -> bytes:
+    return b""
+
+
+DAMAGES = {"truncated": truncate, "flipped": flip, "replaced": replace, "emptied": empty}
+FUZZ = [
+    pytest.param(case, target, damage, id=f"{case.name}-{target.replace('/', '.')}-{damage}")
+    for case in CASES
+    for target in (case.targets + " " + case.beside).split()
+    for damage in DAMAGES
+]
+
+
+def snapshot(root: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def check(root: Path, case: Case, target: str, must_fail: bool, capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command in `root`, and checks its exit code, its message and what it leaves. Returns the message."""
+    before = snapshot(root)
+    capsys.readouterr()
+    code = run(case.argv)
+    error = capsys.readouterr().err
+    assert code in ((2,) if must_fail else (0, 2)), error
+    if code == 0:
+        assert Path(case.output).exists()
+        assert not Path(f"{case.output}.partial").exists()
+        return ""
+    (line,) = [line for line in error.splitlines() if "error:" in line]
+    assert "Traceback" not in error
+    assert snapshot(root).keys() <= before.keys(), sorted(snapshot(root).keys() - before.keys())
+    assert all(snapshot(root)[path] == data for path, data in before.items() if "partial" not in str(path))
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "target", "damage"), FUZZ)
+def test_fuzz(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    case: Case, target: str, damage: str,
+) -> None:  # fmt: skip
+    root = tmp_path / "files"
+    shutil.copytree(files, root)
+    monkeypatch.chdir(root)
+    path = root / target
+    path.write_bytes(DAMAGES[damage](path.read_bytes(), random.Random(f"{case.name} {target} {damage}")))
+    must_fail = damage != "flipped" and target in case.targets.split()
+    line = check(root, case, target, must_fail, capsys)
+    assert not line or target in line or (damage == "flipped" and target.split("/")[0] in line), line
