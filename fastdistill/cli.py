@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         way_on = "; run the same command with --resume to go on from the last checkpoint"
         print("interrupted" + (way_on if hasattr(options, "resume") else ""), file=sys.stderr)
         return 130
-    print(f"fastdistill {argv[0]}: error: {message}", file=sys.stderr)
+    print(f"fastdistill {title(argv)}: error: {message}", file=sys.stderr)
     return 2
 
 
@@ -119,6 +119,12 @@ CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_de
 CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by their names; flags win over it")
 
 
+def title(argv: Sequence[str]) -> str:
+    """Returns the command, as errors name it: with the file of `--config`, whose options they may be about."""
+    config = vars(CONFIG.parse_known_args(argv[1:])[0]).get("config")
+    return f"{argv[0]} --config {config}" if config else argv[0]
+
+
 def parse(argv: Sequence[str]) -> tuple[str, Any]:
     """Returns the command and its options. Exits with code 2 and one line where they are wrong."""
     about = "Distil Transformers: TinyBERT's stages on your data, and losses that stay low on memory."
@@ -130,13 +136,13 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
     command = parser.parse_args(argv[:1]).command
 
     kind = COMMANDS[command][0]
-    parser = flags_of(command, kind) if fields(kind) else commands.choices[command]
+    parser = flags_of(title(argv), kind) if fields(kind) else commands.choices[command]
     is_training = issubclass(kind, of.Training)
     try:
         found, rest = parser.parse_known_args(read_config(argv[1:]) if is_training else argv[1:])
         values = vars(found)
         if rest and is_training:
-            values["arguments"], rest = training_arguments(command, rest, values.get("on_policy", False))
+            values["arguments"], rest = training_arguments(title(argv), rest, values.get("on_policy", False))
             if command not in ("task", "lm") and "eval_strategy" in values["arguments"]:
                 raise ValueError("--eval_strategy is for task and lm, which evaluate while they train")
         if rest:
@@ -146,17 +152,17 @@ def parse(argv: Sequence[str]) -> tuple[str, Any]:
         return parser.error(as_flags(str(error), kind))
 
 
-def flags_of(command: str, options: type) -> Any:
+def flags_of(title: str, options: type) -> Any:
     """Returns a parser of a command's flags, whose help and messages show one spelling of each."""
     from transformers.hf_argparser import HfArgumentParser
 
     epilog = EPILOG.format(
         "trl.SFTConfig (with --on-policy: trl.DistillationConfig)"
-        if command == "lm"
+        if options is of.LMOptions
         else "transformers.TrainingArguments"
     )
     more: dict[str, Any] = {"parents": [CONFIG], "epilog": epilog} if issubclass(options, of.Training) else {}
-    more.update(prog=f"fastdistill {command}", description=options.__doc__, formatter_class=argparse.HelpFormatter)
+    more.update(prog=f"fastdistill {title}", description=options.__doc__, formatter_class=argparse.HelpFormatter)
     parser = HfArgumentParser(groups(options), allow_abbrev=False, **more)
     parser.usage = "%(prog)s"
     for action in parser._actions:
@@ -202,7 +208,7 @@ def read_config(argv: Sequence[str]) -> list[str]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes, dates and numbers that are none
         raise ValueError(f"--config {given.config}: not YAML ({error})") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{given.config}: it should hold options, such as `batch_size: 32`, a line each")
+        raise ValueError(f"--config {given.config}: it should hold options, such as `batch_size: 32`, a line each")
     flags: list[str] = []
     for key, value in found.items():
         if isinstance(value, list):
@@ -212,16 +218,16 @@ def read_config(argv: Sequence[str]) -> list[str]:
     return flags + rest
 
 
-def training_arguments(command: str, argv: list[str], on_policy: bool) -> tuple[dict[str, Any], list[str]]:
+def training_arguments(title: str, argv: list[str], on_policy: bool) -> tuple[dict[str, Any], list[str]]:
     """Returns the TrainingArguments among flags, and the other flags. Raises ValueError for those in DECIDED."""
     from transformers import HfArgumentParser, TrainingArguments
 
     kind = TrainingArguments
-    if command == "lm":
+    if title.split()[0] == "lm":
         from trl import DistillationConfig, SFTConfig
 
         kind = DistillationConfig if on_policy else SFTConfig
-    own = {"prog": f"fastdistill {command}", "usage": argparse.SUPPRESS, "allow_abbrev": False}
+    own = {"prog": f"fastdistill {title}", "usage": argparse.SUPPRESS, "allow_abbrev": False}
     parser = HfArgumentParser(kind, **own)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # returns those alone that are given

@@ -21,7 +21,7 @@ from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralO
 from fastdistill.recipes.search import check_grid, report, search
 from fastdistill.train import cache, objective
 from fastdistill.train.checkpoints import load_model, load_tokenizer
-from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus, read_corpus
+from fastdistill.train.data import PaddingCollator, add_teacher_logits, named, pack_corpus, read_corpus, reading_text
 from fastdistill.train.finetune import finetune
 from fastdistill.train.options import ObjectiveOptions, Schedule
 from fastdistill.train.outputs import check, drop_checkpoints, whole_output
@@ -47,10 +47,11 @@ def distil_general(options: GeneralOptions) -> None:
     check_length(length, "teacher", teacher)
     corpus: Any = options.corpus
     if options.streaming:
-        blocks = pack_corpus(read_corpus(corpus, streaming=True), tokenizer, length)
-        rows = Dataset.from_list(list(itertools.islice(blocks, CALIBRATION_TOKENS // length + 1)))
+        with reading_text(corpus):
+            blocks = pack_corpus(read_corpus(corpus, streaming=True), tokenizer, length)
+            rows = Dataset.from_list(list(itertools.islice(blocks, CALIBRATION_TOKENS // length + 1)))
         if not rows:
-            raise ValueError("corpus holds no text")
+            raise ValueError(f"corpus holds no text ({named(corpus)})")
     else:
         corpus = rows = main_first(lambda: pack_corpus(options.corpus, tokenizer, length))
     stage = partial(GeneralStage, corpus=corpus, max_length=length, streaming=options.streaming)

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from fastdistill.train.processes import processes
 from fastdistill.train.published import is_published, load_published, load_published_tokenizer, untrained_head
-from fastdistill.train.reading import TOKENIZER, reading
+from fastdistill.train.reading import TOKENIZER, UNKNOWN, reading
 from fastdistill.train.students import load_checkpoint, positions
 
 __all__ = ["load_config", "load_model", "load_tokenizer"]
@@ -54,6 +54,7 @@ def load_model(
         if missing and (needs_head or (kind.endswith("LM") and not published)):
             raise ValueError(f"{name}: {_no_head(model, kind, missing)}")
         tokenizer = load_published_tokenizer(name) if published else _tokenizer(name, model, trust_remote_code)
+        _check_ids(name, tokenizer, model)
     except OSError as error:
         raise error if name in str(error) else OSError(f"{name}: {error}") from error
     return model.eval().to(processes().device), tokenizer
@@ -78,7 +79,9 @@ def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
 def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> Any:
     """Returns a checkpoint's tokenizer, as it was saved."""
     with reading(name, *TOKENIZER):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer(UNKNOWN)
+    return tokenizer
 
 
 def _tokenizer(name: str, model: PreTrainedModel, trust_remote_code: bool) -> Any:
@@ -87,6 +90,16 @@ def _tokenizer(name: str, model: PreTrainedModel, trust_remote_code: bool) -> An
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions(model))  # rows are cut to what fits
     return tokenizer
+
+
+def _check_ids(name: str, tokenizer: Any, model: PreTrainedModel) -> None:
+    """Raises ValueError where the tokenizer has ids that the model's embeddings do not have."""
+    highest, tokens = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if highest >= tokens:
+        raise ValueError(
+            f"{name}: the tokenizer has token ids up to {highest}, the model {tokens} of them; they should be of one "
+            "checkpoint: copy its files again, or call resize_token_embeddings on the model and save it"
+        )
 
 
 def _no_head(model: PreTrainedModel, auto_class: str, missing: set[str]) -> str:

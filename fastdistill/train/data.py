@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -44,12 +45,26 @@ def read_corpus(corpus: Corpus, streaming: bool = False) -> Dataset | IterableDa
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file; the corpus is made of text files")
     if not (files := [str(path) for path in corpus if Path(path).stat().st_size]):
-        raise ValueError("corpus holds no text")
-    try:
+        raise ValueError(f"corpus holds no text ({named(corpus)})")
+    with reading_text(corpus):
         return load_dataset("text", data_files=files, split="train", streaming=streaming)
-    except DatasetGenerationError as error:
+
+
+def named(corpus: Corpus) -> str:
+    """Returns how an error names a corpus: its files, if it is made of files."""
+    return "a data set" if isinstance(corpus, (Dataset, IterableDataset)) else ", ".join(map(str, corpus))
+
+
+@contextmanager
+def reading_text(corpus: Corpus) -> Iterator[None]:
+    """Turns an error of `datasets` in reading text files, or in decoding them, into a ValueError that names them."""
+    try:
+        yield
+    except (DatasetGenerationError, UnicodeDecodeError) as error:
+        if isinstance(corpus, (Dataset, IterableDataset)):  # which may be made of files that the caller knows
+            raise
         cause = error.__cause__ or error
-        raise ValueError(f"corpus is {', '.join(files)}; it should be UTF-8 text ({cause})") from error
+        raise ValueError(f"corpus is {named(corpus)}; it should be UTF-8 text ({cause})") from error
 
 
 def pack_corpus(
@@ -67,7 +82,8 @@ def pack_corpus(
     """
     dataset = read_corpus(corpus)
     is_stream = isinstance(dataset, IterableDataset)
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns
+    with reading_text(corpus):
+        columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns
     if "input_ids" in columns:
         return dataset if is_stream else add_length(dataset)
     prefix, suffix = special_tokens(tokenizer)
@@ -85,7 +101,7 @@ def pack_corpus(
     options = {} if is_stream else {"desc": "Packing the corpus"}
     dataset = dataset.map(pack, batched=True, batch_size=10_000, remove_columns=columns, **options)
     if not is_stream and not len(dataset):
-        raise ValueError("corpus holds no text")
+        raise ValueError(f"corpus holds no text ({named(corpus)})")
     return dataset
 
 
@@ -237,14 +253,15 @@ class OwnRows(TorchIterableDataset[Any]):
     end, one count of rows is enough for that.
     """
 
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
+    def __init__(self, rows: Any, corpus: Corpus) -> None:
+        self.rows, self.corpus = rows, corpus  # the rows are made of the corpus, which errors name
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for turn in itertools.count():
             self.rows.set_epoch(turn)
             row = None
-            for row in self.rows:
-                yield row
+            with reading_text(self.corpus):
+                for row in self.rows:
+                    yield row
             if row is None:
                 return

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, PreTrainedModel
 
-from fastdistill.train.reading import TOKENIZER, read_json, read_pickle, reading
+from fastdistill.train.reading import TOKENIZER, UNKNOWN, read_json, read_pickle, reading
 
 __all__ = ["is_published", "load_published", "load_published_projections", "load_published_tokenizer"]
 
@@ -95,7 +95,9 @@ def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenize
         raise FileNotFoundError(f"{path}: no such file; it is a published TinyBERT's tokenizer")
     options = {"model_max_length": read_json(Path(folder) / CONFIG).get("max_position_embeddings", 512), **options}
     with reading(folder, *TOKENIZER):
-        return BertTokenizer.from_pretrained(str(folder), **options)
+        tokenizer = BertTokenizer.from_pretrained(str(folder), **options)
+        tokenizer(UNKNOWN)
+    return tokenizer
 
 
 def load_published_projections(folder: str | Path) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "vocab.txt", "merges.txt", "*.jinja")  # fmt: skip
 
+UNKNOWN = "\U00013000"  # a hieroglyph: a vocabulary without a token for unknown text fails here, not in the middle of the work
+
 
 @contextmanager
 def reading(path: str | Path, *patterns: str) -> Iterator[None]:
@@ -90,7 +92,7 @@ def read_pickle(path: str | Path) -> Any:
     try:
         with safe_globals():  # NumPy's arrays, which the states of random generators hold
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
-    except Exception as error:  # a damaged file raises many kinds of error
+    except Exception as error:  # a damaged file raises many kinds of error, OSErrors without its name too
         raise ValueError(f"{path}: damaged, or holds more than tensors, which is not read") from error

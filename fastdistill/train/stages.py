@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastdistill.train.cache import check_cache, read_cache, teacher_config, warn_of_lost_mass
-from fastdistill.train.data import OwnRows, add_length, pack_corpus, read_corpus
+from fastdistill.train.data import OwnRows, add_length, named, pack_corpus, read_corpus, reading_text
 from fastdistill.train.objective import Objective
 from fastdistill.train.options import ObjectiveOptions, Schedule
 from fastdistill.train.outputs import claimed, drop_checkpoints, last_checkpoint, working_folder
@@ -139,9 +139,12 @@ class GeneralStage(_Stage):
         # split_dataset_by_node splits after packing and shuffling, so that every process would tokenise all lines.
         mine = corpus.filter(lambda _, line: line % number == index, with_indices=True)
         blocks = pack_corpus(mine, tokenizer, self.max_length)
-        if next(iter(blocks), None) is None:
-            raise ValueError("corpus holds no text" + (f" for process {index} of {number}" if number > 1 else ""))
-        return OwnRows(blocks.shuffle(seed=self.seed, buffer_size=SHUFFLED))
+        with reading_text(self.corpus):
+            is_empty = next(iter(blocks), None) is None
+        if is_empty:
+            share = f" for process {index} of {number}" if number > 1 else ""
+            raise ValueError(f"corpus holds no text{share} ({named(self.corpus)})")
+        return OwnRows(blocks.shuffle(seed=self.seed, buffer_size=SHUFFLED), self.corpus)
 
 
 @dataclass(frozen=True, kw_only=True)
