@@ -283,3 +283,97 @@ def test_fuzz(
     must_fail = damage != "flipped" and target in case.targets.split()
     line = check(root, case, target, must_fail, capsys)
     assert not line or target in line or (damage == "flipped" and target.split("/")[0] in line), line
+
+
+@pytest.fixture
+def root(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a copy of the files, which is the current folder."""
+    shutil.copytree(files, tmp_path / "files")
+    monkeypatch.chdir(tmp_path / "files")
+    return tmp_path / "files"
+
+
+def case_of(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+class Code:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path("executed").touch, ()
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("finetune-pickle", "pickled/pytorch_model.bin"),
+        ("general-published", "published/pytorch_model.bin"),
+        ("general-resume", f"run.partial/{CHECKPOINT}/optimizer.pt"),
+        ("general-resume", f"run.partial/{CHECKPOINT}/rng_state.pth"),
+    ],
+)
+def test_code_in_a_pickle_never_runs(
+    root: Path, capsys: pytest.CaptureFixture[str], name: str, target: str
+) -> None:
+    for save_as in (torch.save, lambda x, path: Path(path).write_bytes(pickle.dumps(x))):
+        save_as({"weight": Code()}, target)
+        assert target in check(root, case_of(name), target, True, capsys)
+        assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[]", "not a JSON object"),
+        ('{"model_type": "bert", ', "not JSON"),
+        ('{"model_type": "brt"}', "brt"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"hidden_act": "gelo"}, "gelo"),
+        ({"vocab_size": -1}, "-1"),
+        ({"num_hidden_layers": 10**9}, ""),
+    ],
+)
+def test_a_wrong_config(root: Path, capsys: pytest.CaptureFixture[str], text: Any, says: str) -> None:
+    path = root / "teacher" / "config.json"
+    path.write_text(text if isinstance(text, str) else json.dumps({**json.loads(path.read_text()), **text}))
+    line = check(root, case_of("evaluate"), "teacher/config.json", True, capsys)
+    assert "teacher/config.json" in line
+    assert says in line
+
+
+@pytest.mark.parametrize("target", ["teacher/config.json", "teacher/model.safetensors", "teacher/tokenizer.json",
+                                    "student.json", "corpus.txt"])  # fmt: skip
+def test_a_folder_or_a_loop_of_links_instead_of_a_file(
+    root: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    for damage in (lambda path: path.mkdir(), lambda path: path.symlink_to(path.name)):
+        path = root / target
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        damage(path)
+        line = check(root, case_of("general"), target, True, capsys)
+        assert target.split("/")[0] in line
+
+
+def test_token_ids_without_an_embedding(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = root / "teacher" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ba": 5,', '"ba": 95,'))
+    line = check(root, case_of("evaluate"), "teacher/tokenizer.json", True, capsys)
+    assert "teacher: the tokenizer has token ids up to 95, the model 60 of them" in line
+
+
+@pytest.mark.parametrize("limit", [600, 3000, 12_000])
+@pytest.mark.parametrize("name", ["general", "task", "finetune", "evaluate", "augment", "cache", "train-cached", "lm"])
+def test_a_full_disk(root: Path, capsys: pytest.CaptureFixture[str], name: str, limit: int) -> None:
+    """Limits the size of files, which stops writes as a full disk does."""
+    case, before = case_of(name), snapshot(root)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code = run(case.argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    print(code, error[-300:], sorted(map(str, snapshot(root).keys() - before.keys()))[:5])
+    assert 0
