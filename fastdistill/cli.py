@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(command, options)
         return 0
     except (ValueError, OSError) as error:  # the library raises these for bad input; anything else is a bug
-        message = as_flags(str(error), type(options))
+        message = as_flags(str(error), type(options)) + unnamed(error)
     except ModuleNotFoundError as error:
         extra = "train,lm" if error.name in ("trl", "peft") else "train"
         message = f"{error.name} is not installed; the command needs pip install 'fastdistill[{extra}]'"
@@ -117,6 +117,17 @@ EPILOG = "All of {} are options too, such as --report_to; names may be written w
 # Read before any other flag: the file may hold the required ones.
 CONFIG = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
 CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by their names; flags win over it")
+
+
+def unnamed(error: Exception) -> str:
+    """Returns what an error lacks if a library could not write a file of its own: ours are named."""
+    if not isinstance(error, OSError) or error.filename or not error.errno:
+        return ""
+    import tempfile
+
+    from datasets import config
+
+    return f"; there is no room in {config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE) or {tempfile.gettempdir()} (TMPDIR)"
 
 
 def title(argv: Sequence[str]) -> str:

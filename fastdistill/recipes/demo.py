@@ -39,7 +39,7 @@ import fastdistill
 from fastdistill.recipes.glue import Task, compute_metrics
 from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus
 from fastdistill.train.finetune import finetune
-from fastdistill.train.outputs import whole_output
+from fastdistill.train.outputs import whole_output, write_whole, writing
 from fastdistill.train.stages import GeneralStage, IntermediateStage, PredictionStage
 from fastdistill.train.students import count_parameters, init_from_teacher, measure_seconds, save_projections
 
@@ -95,8 +95,8 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
         with Progress(*columns, console=console) as progress, quiet():
             results = Demo(size or Size(), progress, Path(work)).run(folder)
         results["seconds"]["all"] = time.perf_counter() - start
-        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (folder / "report.md").write_text(report(results), encoding="utf-8")
+        write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_whole(folder / "report.md", report(results))
     console.print(table(results, SIMPLE))
     console.print(f"{results['seconds']['all'] / 60:.1f} minutes; wrote {Path(output) / 'report.md'}")
     return results
@@ -139,8 +139,9 @@ class Demo:
                     model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
                     schedule = {"epochs": epochs, "learning_rate": rate, "seed": seed}
                     self.curves[name].append(self.finetune(model, f"{STUDENTS[name]}, seed {seed}", **schedule))
-        students[0].save_pretrained(folder / "student")
-        self.tokenizer.save_pretrained(folder / "student")
+        with writing(folder / "student"):
+            students[0].save_pretrained(folder / "student")
+            self.tokenizer.save_pretrained(folder / "student")
         results = self.results(teacher, students[0], steps)
         plot(results, logs, folder)
         return results

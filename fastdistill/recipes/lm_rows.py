@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from fastdistill.train.processes import main_first
+from fastdistill.train.reading import is_full
 
 __all__ = ["READERS", "count_labels", "read_rows", "tokenize_rows"]
 
@@ -65,8 +66,11 @@ def read_file(path: Path) -> Dataset:
         raise ValueError(f"{path}: the file is empty")
     try:
         rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{path}: not {READERS[path.suffix]} ({error.__cause__ or error})") from error
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        if is_full(cause):
+            raise cause from None
+        raise ValueError(f"{path}: not {READERS[path.suffix]} ({cause})") from error
     if path.suffix == ".txt":
         rows = rows.filter(lambda line: not line.isspace() and line != "", input_columns="text")
     if not len(rows):

@@ -49,7 +49,7 @@ from fastdistill.train.capture import States
 from fastdistill.train.checkpoints import load_config
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import batches_by_length, predict
-from fastdistill.train.outputs import check, whole_output
+from fastdistill.train.outputs import check, whole_output, writing
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.reading import read_json, reading
 from fastdistill.train.students import positions
@@ -208,8 +208,9 @@ class TeacherColumns:
 
     def save(self, work: Path) -> None:
         """Saves the teacher's config and tokenizer."""
-        self.teacher.config.save_pretrained(work)
-        self.tokenizer.save_pretrained(work)
+        with writing(work):
+            self.teacher.config.save_pretrained(work)
+            self.tokenizer.save_pretrained(work)
 
     def schema(self) -> Any:
         """Returns the Arrow schema of a shard."""

@@ -63,6 +63,8 @@ def load_model(
 def check_folder(name: str) -> None:
     """Raises FileNotFoundError where `name` is a path and leads to no checkpoint."""
     folder = Path(name)
+    if folder.is_symlink():
+        folder.stat()  # raises OSError for a link that leads nowhere: it is no name on the hub
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no config.json; it is not a transformers checkpoint")
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from fastdistill.train.capture import States, capture
 from fastdistill.train.processes import processes
+from fastdistill.train.reading import is_full
 
 __all__ = ["PaddingCollator", "add_length", "add_teacher_logits", "pack_corpus", "read_corpus"]
 
@@ -64,6 +65,8 @@ def reading_text(corpus: Corpus) -> Iterator[None]:
         if isinstance(corpus, (Dataset, IterableDataset)):  # which may be made of files that the caller knows
             raise
         cause = error.__cause__ or error
+        if is_full(cause):
+            raise cause from None
         raise ValueError(f"corpus is {named(corpus)}; it should be UTF-8 text ({cause})") from error
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdistill.train.capture import States
 from fastdistill.train.options import ObjectiveOptions
+from fastdistill.train.outputs import writing
 from fastdistill.train.published import load_published_projections
 from fastdistill.train.reading import read_json, reading
 from fastdistill.train.terms import METHODS, Batch, Counts, Prediction, Setup, check_relation_heads, count_items
@@ -122,10 +123,11 @@ class Objective(nn.Module):
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Writes `objective.json`, and the projections' weights to `projections.safetensors` if there are any."""
         folder = Path(folder)
-        (folder / SETTINGS_NAME).write_text(json.dumps(self.settings(), indent=2) + "\n")
         state_dict = self.state_dict() if state_dict is None else state_dict
-        if state_dict:
-            save_file({name: x.contiguous() for name, x in state_dict.items()}, folder / PROJECTIONS_NAME)
+        with writing(folder):
+            (folder / SETTINGS_NAME).write_text(json.dumps(self.settings(), indent=2) + "\n")
+            if state_dict:
+                save_file({name: x.contiguous() for name, x in state_dict.items()}, folder / PROJECTIONS_NAME)
 
     def load_projections(self, folder: str | Path) -> None:
         """Reads the projections of an objective with the same layer map and projection, see `read_projections`.

@@ -104,7 +104,8 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, OSError) and not WRITING.search(str(error)):
             raise
-        raise OSError(f"{getattr(error, 'filename', None) or path}: cannot be written ({describe(error)})") from error
+        what = describe(error) if isinstance(error, OSError) else f"the disk may be full: {error}"
+        raise OSError(f"{getattr(error, 'filename', None) or path}: cannot be written ({what})") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ traceback. No code in a file runs.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "vocab.txt", "merges.txt", "*.jinja")  # fmt: skip
 
-UNKNOWN = "\U00013000"  # a hieroglyph: a vocabulary without a token for unknown text fails here, not in the middle of the work
+UNKNOWN = "\U00013000"  # a hieroglyph: a vocabulary without a token for unknown text fails with it, before any work
 
 
 @contextmanager
@@ -47,6 +48,11 @@ def reading(path: str | Path, *patterns: str) -> Iterator[None]:
         file, why = next((x for x in found if x[1] is not None), (path, describe(error)))
         kind = OSError if isinstance(error, OSError) else ValueError
         raise kind(f"{file}: cannot be read ({why})") from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Returns whether an error is that of a full disk, a quota, or a limit on the size of files."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def describe(error: BaseException) -> str:

@@ -105,6 +105,8 @@ def build_student(
 def read_student(spec: str | Path, kind: str, *, trust_remote_code: bool, **labels: Any) -> PreTrainedModel:
     """Reads a checkpoint as a model of the Auto class `kind`."""
     path = Path(spec)
+    if path.is_symlink():
+        path.stat()  # raises OSError for a link that leads nowhere: it is no name on the hub
     if path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json; it is not a transformers checkpoint")
     if is_published(path):
