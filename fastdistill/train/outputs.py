@@ -65,22 +65,26 @@ def replace(work: Path, output: Path) -> None:
 
 @contextmanager
 def claimed(output: str | Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """Calls `claim` on the main process. If the block fails, the folder keeps only what `resume` needs."""
+    """Calls `claim` on the main process. If the block fails, the folder keeps only what `resume` needs.
+
+    The folder of an earlier run stays in any case: the block may refuse to continue it.
+    """
+    earlier = on_main(lambda: resume and working_folder(output).exists())
     work = on_main(lambda: claim(output, resume=resume, overwrite=overwrite))
     try:
         yield work
     except Exception:  # Ctrl-C and SIGTERM leave the folder as it is
         if processes().is_main_process:
-            drop_unfinished(work)
+            drop_unfinished(work, keep=earlier)
         raise
 
 
-def drop_unfinished(work: Path) -> None:
-    """Deletes checkpoints that are not whole, and the folder itself where that leaves nothing for `resume`."""
+def drop_unfinished(work: Path, *, keep: bool) -> None:
+    """Deletes checkpoints that are not whole, and, unless `keep`, a folder that holds nothing for `resume`."""
     for checkpoint in work.glob("**/checkpoint-*"):
         if not (checkpoint / WHOLE).exists():
-            shutil.rmtree(checkpoint)
-    if not any(next(work.glob(pattern), None) for pattern in RESUMABLE):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    if not keep and not any(next(work.glob(pattern), None) for pattern in RESUMABLE):
         shutil.rmtree(work, ignore_errors=True)
 
 
