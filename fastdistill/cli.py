@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(command, options)
         return 0
     except (ValueError, OSError) as error:  # the library raises these for bad input; anything else is a bug
-        message = as_flags(str(error), type(options)) + unnamed(error)
+        # An error in a worker of a DataLoader arrives with its traceback.
+        text = str(error).strip().split("\n")[-1] if "DataLoader worker" in str(error) else str(error)
+        message = as_flags(text, type(options)) + unnamed(error)
     except ModuleNotFoundError as error:
         extra = "train,lm" if error.name in ("trl", "peft") else "train"
         message = f"{error.name} is not installed; the command needs pip install 'fastdistill[{extra}]'"

@@ -18,10 +18,12 @@ pytest.importorskip("datasets")
 pytest.importorskip("trl")
 
 import datasets
+import numpy as np
+import pyarrow as pa
 import torch
 from _tiny import config
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -104,6 +106,9 @@ CASES = (
     Case("lm", f"{LM} --dataset rows.jsonl --output out",
          MODEL.format("causal") + " small/config.json small/model.safetensors", "rows.jsonl small/tokenizer.json"),
     Case("lm-parquet", f"{LM} --dataset rows.parquet --output out", "rows.parquet"),
+    Case("lm-folder", f"{LM} --dataset ./rows-folder --output out",
+         "rows-folder/state.json rows-folder/dataset_info.json rows-folder/data-00000-of-00001.arrow"),
+    Case("lm-template", f"{LM} --dataset rows.jsonl --chat_template_path chat.jinja --output out", "", "chat.jinja"),
     Case("lm-cached", f"lm --cache rows-cache --student small {SHORT} --output out",
          "rows-cache/manifest.json rows-cache/00000.arrow rows-cache/config.json rows-cache/tokenizer.json"),
     Case("lm-resume", f"{LM} --dataset rows.jsonl --output chat --resume".replace("steps 1", "steps 4"),
@@ -164,6 +169,8 @@ def write_data(root: Path) -> None:
     rows = [{"prompt": text() + " ", "completion": text()} for _ in range(16)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Dataset.from_list(rows).to_parquet("rows.parquet")
+    Dataset.from_list(rows).save_to_disk("rows-folder")
+    Path("chat.jinja").write_text("{% for message in messages %}{{ message.content }} {% endfor %}")
 
 
 def write_models(root: Path) -> None:
@@ -353,6 +360,30 @@ def test_a_folder_or_a_loop_of_links_instead_of_a_file(
         damage(path)
         line = check(root, case_of("general"), target, True, capsys)
         assert target.split("/")[0] in line
+
+
+def test_weights_that_are_not_finite(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (float("nan"), float("inf")):
+        weights = load_file("teacher/model.safetensors")
+        weights["bert.encoder.layer.1.output.dense.weight"][2, 3] = number
+        save_file(weights, "teacher/model.safetensors", {"format": "pt"})
+        line = check(root, case_of("general"), "teacher/model.safetensors", True, capsys)
+        assert "teacher: encoder.layer.1.output.dense.weight holds NaN, infinity or huge numbers" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), [("train-cached", "cache/00000.arrow"), ("task-augmented", "augmented.arrow")]
+)
+def test_offsets_outside_an_arrow_file(root: Path, capsys: pytest.CaptureFixture[str], name: str, target: str) -> None:
+    """Arrow would read memory that is not the file's."""
+    column = Dataset.from_file(target).data.column(0).chunk(0)
+    offsets = column.offsets.to_numpy() if pa.types.is_list(column.type) else None
+    if offsets is None:
+        offsets = np.frombuffer(column.buffers()[1], np.int32)[: len(column) + 1]
+    data = Path(target).read_bytes()
+    place = data.index(offsets.tobytes()) + 8
+    Path(target).write_bytes(data[:place] + (2**30).to_bytes(4, "little") + data[place + 4 :])
+    assert target in check(root, case_of(name), target, True, capsys)
 
 
 def test_token_ids_without_an_embedding(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -505,7 +505,7 @@ def read_augmented(task: Task, path: str | Path) -> Dataset:
     try:
         dataset = Dataset.from_file(str(in_cache(path)))
         dataset.data.validate(full=True)  # Arrow trusts the offsets in a file
-    except (OSError, pa.ArrowInvalid) as error:
+    except Exception as error:  # a damaged file raises errors of many kinds
         raise ValueError(f"{path}: damaged, or not what `augment` wrote ({error})") from error
     if dataset.column_names != task.row_columns:
         raise ValueError(f"{path}: the columns are {dataset.column_names}; {task.name} has {task.row_columns}")

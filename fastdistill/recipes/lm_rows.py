@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 from jinja2 import TemplateError
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from fastdistill.train.processes import main_first
-from fastdistill.train.reading import is_full
+from fastdistill.train.reading import is_full, reading
 
 __all__ = ["READERS", "count_labels", "read_rows", "tokenize_rows"]
 
@@ -66,7 +65,7 @@ def read_file(path: Path) -> Dataset:
         raise ValueError(f"{path}: the file is empty")
     try:
         rows = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged Parquet file raises errors of many kinds
         cause = error.__cause__ or error
         if is_full(cause):
             raise cause from None
@@ -80,7 +79,10 @@ def read_file(path: Path) -> Dataset:
 
 def read_dataset(name: str, config: str | None, split: str) -> Dataset:
     if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-        rows = load_from_disk(name)
+        with reading(name, "*.json", "*/*.json", "*.arrow", "*/*.arrow"):
+            rows = load_from_disk(name)
+            for part in rows.values() if isinstance(rows, DatasetDict) else [rows]:
+                part.data.validate(full=True)  # Arrow trusts the offsets in a file
         if not isinstance(rows, DatasetDict):
             return rows
         if split not in rows:
@@ -178,6 +180,9 @@ def check_tokenizer(tokenizer: Any, args: SFTConfig, is_chat: bool, is_read: boo
     template = args.chat_template_path
     if template is not None and not Path(template).is_file():
         raise ValueError(f"--chat_template_path is {template}; it should be a file that ends with .jinja")
+    if template is not None:
+        with reading(template):
+            Path(template).read_text(encoding="utf-8")
     if is_chat and template is None and not tokenizer.chat_template:
         raise ValueError(
             "the rows are messages, and the teacher's tokenizer has no chat template: pass --chat_template_path with a "

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, PreTrainedModel
 
-from fastdistill.train.reading import TOKENIZER, UNKNOWN, read_json, read_pickle, reading
+from fastdistill.train.reading import UNKNOWN, check_finite, read_json, read_pickle, reading
 
 __all__ = ["is_published", "load_published", "load_published_projections", "load_published_tokenizer"]
 
@@ -94,7 +94,7 @@ def load_published_tokenizer(folder: str | Path, **options: Any) -> BertTokenize
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it is a published TinyBERT's tokenizer")
     options = {"model_max_length": read_json(Path(folder) / CONFIG).get("max_position_embeddings", 512), **options}
-    with reading(folder, *TOKENIZER):
+    with reading(path):
         tokenizer = BertTokenizer.from_pretrained(str(folder), **options)
         tokenizer(UNKNOWN)
     return tokenizer
@@ -138,6 +138,7 @@ def _fill(model: PreTrainedModel, weights: dict[str, Tensor], untrained: str | N
     }
     if listed := "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names):
         raise ValueError(f"{path} does not fit a {type(model).__name__} of the sizes in {CONFIG}; {listed}")
+    check_finite(path, found.items())
     with torch.no_grad():
         for name, x in found.items():
             parameters[name].copy_(x)

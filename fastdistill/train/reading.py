@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers.trainer_pt_utils import safe_globals
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json",
@@ -75,6 +77,9 @@ def fault(path: Path) -> str | None:
                 pass
         elif path.suffix in (".bin", ".pt", ".pth"):
             read_pickle(path)
+        elif path.suffix == ".arrow":
+            with pa.memory_map(str(path)) as file:
+                pa.ipc.open_stream(file).read_all().validate(full=True)
         else:
             path.read_text(encoding="utf-8")
     except Exception as error:
@@ -102,3 +107,12 @@ def read_pickle(path: str | Path) -> Any:
         raise
     except Exception as error:  # a damaged file raises many kinds of error, OSErrors without its name too
         raise ValueError(f"{path}: damaged, or holds more than tensors, which is not read") from error
+
+
+def check_finite(path: str | Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises ValueError naming the first weights that hold NaN or infinity, as those of a damaged file may."""
+    for name, x in weights:
+        if x.is_meta or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            continue
+        if not x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
+            raise ValueError(f"{path}: {name} holds NaN, infinity or huge numbers; copy the checkpoint again")

@@ -28,7 +28,7 @@ from fastdistill.train.checks import check_vocabularies
 from fastdistill.train.inputs import forward_arguments
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published
-from fastdistill.train.reading import WEIGHTS, read_json, reading
+from fastdistill.train.reading import WEIGHTS, check_finite, read_json, reading
 
 __all__ = ["PRESETS", "build_student", "count_parameters", "init_from_teacher", "measure_seconds", "save_projections"]
 
@@ -145,6 +145,7 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
         if "num_labels" not in options or key.startswith(prefix):
             raise ValueError(f"{name}: {key} is {tuple(found)}, and by its config {tuple(expected)}")
         missing.add(key)
+    check_finite(name, model.named_parameters())
     return model, missing
 
 
@@ -255,7 +256,7 @@ def init_from_teacher(
 
     batch = calibration_batch(source, calibration, min(positions(student), positions(teacher)))
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().cpu()  # (N, L)
-    with eval_mode(source, target):
+    with eval_mode(source, target), decomposing(teacher):
         hidden, attended = teacher_states(source, batch, mask, [first, *places])
         projection = principal_projection([hidden[place] for place in (first, *places)], d_s)
         x = fold_embeddings(target, source, batch, mask, hidden[first] @ projection, projection)
@@ -264,6 +265,18 @@ def init_from_teacher(
             states = hidden[place - 1], attended[place], hidden[place]
             x = fold_layer(layer, theirs, x, states, projection, mask)
     return projection
+
+
+@contextmanager
+def decomposing(teacher: PreTrainedModel) -> Iterator[None]:
+    """Turns the failure of a decomposition into a ValueError: the teacher's states overflow, or are constant."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(
+            f"init is 'teacher'; the hidden states of {teacher.name_or_path or 'the teacher'} cannot be decomposed "
+            f"({error}): its weights may be damaged; copy them again, or use init='random'"
+        ) from error
 
 
 def calibration_batch(teacher: Any, calibration: Mapping[str, Tensor] | None, most: int) -> dict[str, Tensor]:
