@@ -7,6 +7,7 @@ Imports are deferred: PyTorch until a command runs, transformers' argument parse
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -122,8 +123,9 @@ CONFIG.add_argument("--config", metavar="FILE", help="YAML file of options by th
 
 
 def unnamed(error: Exception) -> str:
-    """Returns what an error lacks if a library could not write a file of its own: ours are named."""
-    if not isinstance(error, OSError) or error.filename or not error.errno:
+    """Returns what the error of a full disk lacks where a library could not write a file of its own: ours are named."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not is_full or error.filename:  # type: ignore[attr-defined]
         return ""
     import tempfile
 

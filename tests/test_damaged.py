@@ -104,7 +104,7 @@ CASES = (
     Case("train-cached", f"train-cached --cache cache --student student.json {SHORT} --output out",
          "cache/manifest.json cache/00000.arrow cache/config.json cache/tokenizer.json"),
     Case("lm", f"{LM} --dataset rows.jsonl --output out",
-         MODEL.format("causal") + " small/config.json small/model.safetensors", "rows.jsonl small/tokenizer.json"),
+         MODEL.format("causal") + " small/config.json small/model.safetensors small/tokenizer.json", "rows.jsonl"),
     Case("lm-parquet", f"{LM} --dataset rows.parquet --output out", "rows.parquet"),
     Case("lm-folder", f"{LM} --dataset ./rows-folder --output out",
          "rows-folder/state.json rows-folder/dataset_info.json rows-folder/data-00000-of-00001.arrow"),

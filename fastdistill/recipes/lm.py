@@ -34,7 +34,7 @@ from fastdistill.train.data import PaddingCollator
 from fastdistill.train.options import Schedule
 from fastdistill.train.outputs import claimed, last_checkpoint, working_folder, write_whole
 from fastdistill.train.processes import on_main, processes
-from fastdistill.train.reading import read_json, reading
+from fastdistill.train.reading import TOKENIZER, read_json, reading
 from fastdistill.train.resumable import training_arguments
 from fastdistill.train.students import auto_name, build_student, is_config, positions
 
@@ -122,8 +122,10 @@ class LMRun:
             return
         try:
             ours = load_tokenizer(self.options.student, self.options.trust_remote_code).get_vocab()
-        except (OSError, ValueError):  # a checkpoint without a tokenizer takes the teacher's
-            return
+        except (OSError, ValueError):
+            if any(next(Path(self.options.student).glob(pattern), None) for pattern in TOKENIZER):
+                raise
+            return  # a checkpoint without a tokenizer takes the teacher's
         theirs = self.tokenizer.get_vocab()
         if ours != theirs:
             token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[::-1])))
