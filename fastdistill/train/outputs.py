@@ -106,7 +106,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not WRITING.search(str(error)):
+        is_named = "cannot be written" in str(error)  # by a block inside this one
+        if is_named or not (isinstance(error, OSError) or WRITING.search(str(error))):
             raise
         what = describe(error) if isinstance(error, OSError) else f"the disk may be full: {error}"
         raise OSError(f"{getattr(error, 'filename', None) or path}: cannot be written ({what})") from error
