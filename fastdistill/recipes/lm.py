@@ -31,6 +31,7 @@ from fastdistill.train.cache import check_cache, read_cache, warn_of_lost_mass, 
 from fastdistill.train.causal_lm import check_options
 from fastdistill.train.checkpoints import check_folder, load_model
 from fastdistill.train.data import PaddingCollator
+from fastdistill.train.inputs import ENCODER_DECODER
 from fastdistill.train.options import Schedule
 from fastdistill.train.outputs import claim, last_checkpoint, working_folder, write_whole
 from fastdistill.train.processes import on_main, processes
@@ -243,6 +244,8 @@ def check_causal(name: str, trust_remote_code: bool) -> None:
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     kinds = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)]
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        if config.is_encoder_decoder:
+            raise ValueError(f"{name} is a {', '.join(kinds)}, {ENCODER_DECODER}")
         raise ValueError(f"{name}: a {', '.join(kinds)}; it should be a causal language model")
 
 

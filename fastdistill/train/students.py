@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.bert.modeling_bert import BertLayer
 
 from fastdistill.train.checks import check_vocabularies
-from fastdistill.train.inputs import forward_arguments
+from fastdistill.train.inputs import ENCODER_DECODER, forward_arguments, refuse_encoder_decoder
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published, read_json
 
@@ -77,6 +77,7 @@ def build_student(
 
     Returns a float32 model in eval mode, on the CPU. Raises OSError for a folder without a model or an unknown name.
     """
+    refuse_encoder_decoder(teacher=teacher)
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
     kind = auto_name(teacher)
@@ -90,6 +91,7 @@ def build_student(
             student = type(teacher)(config).float()
         else:
             student = getattr(modeling_auto, kind).from_config(config, dtype=torch.float32)
+        refuse_encoder_decoder(student=student)
         if init != "random":
             init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
     else:
@@ -119,6 +121,9 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     Random weights are those that the checkpoint lacks, and a head's if `options` change its `num_labels`. Raises
     ValueError if weights of the encoder are missing, or if any other weight has another shape than the config says.
     """
+    config = AutoConfig.from_pretrained(str(name), trust_remote_code=options.get("trust_remote_code", False))
+    if config.is_encoder_decoder and config.model_type not in AUTO_CLASSES.get(kind.__name__, {}):
+        raise ValueError(f"{name} is a {config.model_type}, {ENCODER_DECODER}")
     report = logging.getLogger("transformers.modeling_utils")
     report.addFilter(is_no_load_report)
     try:
@@ -127,6 +132,7 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
         )
     finally:
         report.removeFilter(is_no_load_report)
+    refuse_encoder_decoder(**{str(name): model})
     prefix, kind_name, missing = f"{model.base_model_prefix}.", type(model).__name__, set(loaded["missing_keys"])
     if names := first_names(key for key in missing if model.base_model is model or key.startswith(prefix)):
         raise ValueError(f"{name}: its weights are no {kind_name}'s; there is no {names}")

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
 from fastdistill.train.checks import check_classes, check_packed, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
+from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.resumable import ResumableTrainer, load_student
@@ -53,6 +54,7 @@ class DistillationTrainer(ResumableTrainer):
             data_collator = PaddingCollator(processing_class)
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # parameters without a gradient are frozen before the first step
+        refuse_encoder_decoder(model=model, teacher=teacher)
         for name, given in (("model", model), ("teacher", teacher)):
             if given is not None and any(p.is_meta for p in given.parameters()):
                 raise ValueError(
