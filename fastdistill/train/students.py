@@ -24,7 +24,7 @@ from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.bert.modeling_bert import BertLayer
 
-from fastdistill.train.checks import check_vocabularies
+from fastdistill.train.checks import check_tokens, check_vocabularies, tokenizer_of
 from fastdistill.train.inputs import ENCODER_DECODER, forward_arguments, refuse_encoder_decoder
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published, read_json
@@ -73,7 +73,8 @@ def build_student(
             preset or a config. A checkpoint brings its own weights and takes None only; its classifier is made anew if
             the teacher has another number of labels.
         trust_remote_code: run the model code that a checkpoint brings along.
-        tokenizer: the teacher's; with it the two vocabularies may be padded to different sizes.
+        tokenizer: the teacher's; with it the two vocabularies may be padded to different sizes. A checkpoint's tokens
+            are compared with it, or else with those that lie beside the teacher.
 
     Returns a float32 model in eval mode, on the CPU. Raises OSError for a folder without a model or an unknown name.
     """
@@ -99,6 +100,9 @@ def build_student(
             raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
         student = read_student(spec, kind, **options)
         check_vocabularies(student.config, teacher.config, tokenizer)
+        theirs = tokenizer_of(teacher.name_or_path) if tokenizer is None else tokenizer
+        ours = tokenizer_of(spec, local=False, trust_remote_code=trust_remote_code)
+        check_tokens(ours, theirs, f"the tokenizer of {spec}", "the teacher's")
     return student.eval()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
-from fastdistill.train.checks import check_classes, check_packed, check_vocabularies
+from fastdistill.train.checks import check_classes, check_own_tokens, check_packed, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
 from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, teacher_states
@@ -133,8 +133,8 @@ class DistillationTrainer(ResumableTrainer):
     def check(self) -> None:
         """Raises ValueError for a run that would fail late or train nothing. `train` calls it before the first step.
 
-        It compares the vocabularies, the classes and their order, and refuses a missing teacher, reentrant activation
-        checkpointing, and FSDP without an accelerator.
+        It compares the vocabularies and their tokens, the classes and their order, and refuses a missing teacher,
+        reentrant activation checkpointing, and FSDP without an accelerator.
         """
         objective, student, teacher = self.objective, self.student, self.teacher
         columns = getattr(self.train_dataset, "column_names", None) or ()
@@ -150,6 +150,7 @@ class DistillationTrainer(ResumableTrainer):
             check_vocabularies(student.config, teacher.config, self.processing_class)
             if objective.needs_teacher_logits:
                 check_classes(student.config, teacher.config)
+        check_own_tokens(student, teacher, self.processing_class)
         if objective.options.parity == "official" and any(TOKEN_COLUMN.fullmatch(name) for name in columns):
             raise ValueError(
                 "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "
