@@ -91,6 +91,27 @@ def test_the_trainer_compares_what_lies_beside_the_models(
         trainer(folders, student, teacher, tokenizer).check()
 
 
+def test_the_mixins_compare_too(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer
+
+    from fastdistill.integrations.transformers import CausalLMDistillationMixin
+
+    class Distiller(CausalLMDistillationMixin, Trainer):
+        pass
+
+    for name, tokenizer in (("student", _tiny.tokenizer()), ("teacher", named(turned()))):
+        LlamaForCausalLM(_tiny.config("llama", 1, 16)).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "teacher"))
+    args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to=[])
+    for given in (None, _tiny.tokenizer()):
+        with pytest.raises(ValueError, match=MESSAGE):
+            Distiller(student, args, train_dataset=_tiny.dataset(), processing_class=given, teacher=teacher)
+    Distiller(
+        student, args, train_dataset=_tiny.dataset(), teacher=AutoModelForCausalLM.from_pretrained(student.name_or_path)
+    )
+
+
 def test_models_of_one_vocabulary_or_without_a_tokenizer_pass(folders: dict[str, Path]) -> None:
     for student, teacher, given in (("same", "same", None), ("none", "same", "same"), ("none", "other", "other")):
         trainer(folders, student, teacher, given and tokenizer_of(folders[given])).check()
