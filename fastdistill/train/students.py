@@ -100,9 +100,8 @@ def build_student(
             raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
         student = read_student(spec, kind, **options)
         check_vocabularies(student.config, teacher.config, tokenizer)
-        theirs = tokenizer_of(teacher.name_or_path) if tokenizer is None else tokenizer
         ours = tokenizer_of(spec, local=False, trust_remote_code=trust_remote_code)
-        check_tokens(ours, theirs, f"the tokenizer of {spec}", "the teacher's")
+        check_tokens(ours, tokenizer or tokenizer_of(teacher.name_or_path), f"the tokenizer of {spec}", "the teacher's")
     return student.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import _tiny
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -188,22 +190,16 @@ def right_step(student: Any, teacher: Any, rows: list[dict[str, list[int]]]) -> 
                 parameter -= parameter.grad
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
-def test_a_step_of_the_example_is_right(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two micro-batches whose labels and inputs have other lengths, padded by the example's collator."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", ["seq2seq.py", family])
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def check_step(family: str, count: int) -> None:
+    """Compares one step of the example's trainer on `count` rows, a whole step, with float64."""
     example = runpy.run_path(str(EXAMPLES / "seq2seq.py"), run_name="__main__")
     off = {"dropout_rate": 0.0} if family == "t5" else {"dropout": 0.0}
     student = AutoModelForSeq2SeqLM.from_pretrained(example["STUDENT"], **off)
     right = AutoModelForSeq2SeqLM.from_pretrained(example["STUDENT"], dtype=torch.float64).eval()
     begun = {name: p.detach().clone() for name, p in right.named_parameters()}
     teacher = AutoModelForSeq2SeqLM.from_pretrained(example["TEACHER"], dtype=torch.float64).eval()
-    rows = example["rows"][:8]
+    rows, args = example["rows"][:count], example["args"]
     assert len({len(row["labels"]) for row in rows}) > 2
-    args = example["args"]
     args.max_steps, args.max_grad_norm = 1, 0.0
     sgd = torch.optim.SGD(student.parameters(), 1.0)
     constant = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: 1.0)
@@ -218,3 +214,32 @@ def test_a_step_of_the_example_is_right(family: str, tmp_path: Path, monkeypatch
     for (name, p), q in zip(student.named_parameters(), right.parameters(), strict=True):
         error = (p.double() - q).norm()
         assert error < 1e-4 * steps[name] + 2e-7 * q.norm() + least, f"{name}: {error / steps[name]}"
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_step_of_the_example_is_right(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two micro-batches whose labels and inputs have other lengths, padded by the example's collator."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", ["seq2seq.py", family])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    check_step(family, 8)
+
+
+def test_a_step_of_two_processes_is_right(tmp_path: Path) -> None:
+    import _processes
+
+    done = _processes.run([*_processes.TORCHRUN, __file__, tmp_path], tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:]
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[1])
+    sys.path.insert(0, str(EXAMPLES))
+    os.environ["ACCELERATE_USE_CPU"] = "1"
+    sys.argv = ["seq2seq.py", "t5"]
+    check_step("t5", 16)
+    assert dist.get_world_size() == 2
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
