@@ -80,12 +80,20 @@ class GKDMixin:
     """Replaces the loss of TRL's GKDTrainer by `causal_lm_loss`. Put it before that class.
 
     `args.temperature` is the temperature of the generation only: TRL's loss compares the softmax at temperature 1.
+
+    Raises ValueError if the teacher's tokens differ from the student's.
     """
 
     accelerator: Any  # these belong to the trainer
     compute_metrics: Any
+    model: Any
+    processing_class: Any
     teacher_model: Any
     beta: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_own_tokens(self.model, self.teacher_model, self.processing_class)
 
     def compute_loss(
         self,
