@@ -6,7 +6,17 @@ import tempfile
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(125))]
 CHAT_TEMPLATE = (
@@ -33,13 +43,30 @@ def encoders():
     return saved(BertModel, student), saved(BertModel, teacher)
 
 
-def saved(model_class, config):
+def encoder_decoders(family):
+    """Returns folders with a student and a teacher of the family "bart" or "t5", for AutoModelForSeq2SeqLM."""
+    common = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    if family == "bart":
+        common |= {"bos_token_id": None, "forced_eos_token_id": None, "max_position_embeddings": 64, "init_std": 0.3}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes = [{"encoder_layers": n, "decoder_layers": n, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, **heads}
+                 for n in (1, 2)]  # fmt: skip
+        kinds = BartForConditionalGeneration, BartConfig
+    else:
+        sizes = [{"num_layers": n, "num_heads": 2, "d_kv": 8, "d_ff": 32} for n in (1, 2)]
+        kinds = T5ForConditionalGeneration, T5Config
+    model_class, config = kinds
+    student, teacher = (config(d_model=16 * (i + 1), **common, **size) for i, size in enumerate(sizes))
+    return saved(model_class, student, padding_side="right"), saved(model_class, teacher, padding_side="right")
+
+
+def saved(model_class, config, padding_side="left"):
     torch.manual_seed(0)
     folder = tempfile.mkdtemp()
     model_class(config).save_pretrained(folder)
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "padding_side": "left"}
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]", "padding_side": padding_side}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT_TEMPLATE, **names)
     tokenizer.save_pretrained(folder)
     return folder
@@ -65,3 +92,10 @@ def rows(tokenizer, count=32):
         a, b = tokenizer(prompt).input_ids, tokenizer(completion).input_ids
         found.append({"input_ids": a + b, "labels": [-100] * len(a) + b})
     return found
+
+
+def pairs(tokenizer, count=32):
+    """Returns tokenised inputs and answers for encoder-decoders, of different lengths."""
+    both = zip(texts(count), texts(count, seed=1), strict=True)
+    end = [tokenizer.eos_token_id]
+    return [{"input_ids": tokenizer(a).input_ids, "labels": tokenizer(b).input_ids + end} for a, b in both]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from fastdistill.train.causal_lm import causal_lm_loss, check_models, check_options, model_inputs
+from fastdistill.train.checks import check_own_tokens
 
 __all__ = ["CausalLMDistillationMixin"]
 
@@ -27,11 +28,13 @@ class CausalLMDistillationMixin:
 
     Raises:
         TypeError: an option that `causal_lm_loss` does not have, or that the trainer sets.
-        ValueError: options of the trainer that ask for another loss, a teacher that shares what the student trains.
+        ValueError: options of the trainer that ask for another loss, a teacher that shares what the student trains, or
+            whose tokens differ.
     """
 
     args: Any  # these belong to the Trainer
     model: Any
+    processing_class: Any
     accelerator: Any
     compute_loss_context_manager: Any
     get_tp_size: Any
@@ -58,6 +61,7 @@ class CausalLMDistillationMixin:
             if not hasattr(teacher, "hf_device_map") and next(teacher.parameters()).device != self.args.device:
                 teacher.to(self.args.device)
             check_models(self.model, teacher)
+            check_own_tokens(self.model, teacher, self.processing_class)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]

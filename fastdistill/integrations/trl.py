@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdistill.train.causal_lm import causal_lm_loss
+from fastdistill.train.checks import check_own_tokens
 
 __all__ = ["DistillationMixin", "GKDMixin"]
 
@@ -25,7 +26,7 @@ class DistillationMixin:
     The loss compares the softmax at `args.temperature`, as TRL's does. The student's entropy is not logged.
 
     Raises:
-        ValueError: the teacher is on a server, or the models take images.
+        ValueError: the teacher is on a server, its tokens differ from the student's, or the models take images.
     """
 
     args: Any  # these belong to the trainer
@@ -53,6 +54,7 @@ class DistillationMixin:
                 f"processing_class is a {type(self.processing_class).__name__}, of a model that takes images; it "
                 "should be a tokenizer: use DistillationTrainer without the mixin"
             )
+        check_own_tokens(self.model, self.teacher_model, self.processing_class)
 
     def compute_loss(
         self,
@@ -78,12 +80,20 @@ class GKDMixin:
     """Replaces the loss of TRL's GKDTrainer by `causal_lm_loss`. Put it before that class.
 
     `args.temperature` is the temperature of the generation only: TRL's loss compares the softmax at temperature 1.
+
+    Raises ValueError if the teacher's tokens differ from the student's.
     """
 
     accelerator: Any  # these belong to the trainer
     compute_metrics: Any
+    model: Any
+    processing_class: Any
     teacher_model: Any
     beta: float
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_own_tokens(self.model, self.teacher_model, self.processing_class)
 
     def compute_loss(
         self,

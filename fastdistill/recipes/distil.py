@@ -21,6 +21,7 @@ from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralO
 from fastdistill.recipes.search import check_grid, report, search
 from fastdistill.train import cache, objective
 from fastdistill.train.checkpoints import load_model, load_tokenizer
+from fastdistill.train.checks import check_tokens
 from fastdistill.train.data import PaddingCollator, add_teacher_logits, named, pack_corpus, read_corpus, reading_text
 from fastdistill.train.finetune import finetune
 from fastdistill.train.options import ObjectiveOptions, Schedule
@@ -294,7 +295,9 @@ def make_student(
     if teacher is None:  # of a cache that was made elsewhere
         if is_config(spec):
             raise ValueError(f"--student is {spec}; a cache made elsewhere has no teacher's config: pass a checkpoint")
-        return load_model(spec, trust_remote_code=options.trust_remote_code)[0]
+        student, ours = load_model(spec, trust_remote_code=options.trust_remote_code)
+        check_tokens(ours, tokenizer, f"the tokenizer of {spec}", "that of the cache")
+        return student
     init = "random" if is_config(spec) else options.init
     student = build_student(
         spec, teacher, init=init, trust_remote_code=options.trust_remote_code, tokenizer=tokenizer

@@ -10,6 +10,7 @@ from typing import Any
 from fastdistill.recipes.glue import get_task, mean_score
 from fastdistill.recipes.options import EvaluateOptions
 from fastdistill.train.checkpoints import load_model
+from fastdistill.train.checks import check_tokens
 from fastdistill.train.data import PaddingCollator
 from fastdistill.train.outputs import write_whole
 from fastdistill.train.students import count_parameters, measure_seconds
@@ -27,6 +28,7 @@ def evaluate_task(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     names = [options.model] + ([options.against] if options.against else [])
     trust = options.trust_remote_code
     models = [load_model(name, task.auto_class, trust_remote_code=trust, needs_head=True) for name in names]
+    check_tokens(models[0][1], models[-1][1], f"the tokenizer of {names[0]}", f"that of {names[-1]}")
     sets = evaluation_sets(task, options.data)
     figures: dict[str, dict[str, Any]] = {}
     for name, (model, tokenizer) in zip(names, models, strict=True):

@@ -30,11 +30,13 @@ from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
 from fastdistill.train.cache import check_cache, read_cache, warn_of_lost_mass, weightless_teacher
 from fastdistill.train.causal_lm import check_options
 from fastdistill.train.checkpoints import check_folder, load_config, load_model, load_tokenizer
+from fastdistill.train.checks import check_tokens
 from fastdistill.train.data import PaddingCollator
+from fastdistill.train.inputs import ENCODER_DECODER
 from fastdistill.train.options import Schedule
 from fastdistill.train.outputs import claimed, last_checkpoint, working_folder, write_whole
 from fastdistill.train.processes import on_main, processes
-from fastdistill.train.reading import TOKENIZER, read_json, reading
+from fastdistill.train.reading import read_json, reading
 from fastdistill.train.resumable import training_arguments
 from fastdistill.train.students import auto_name, build_student, is_config, positions
 
@@ -83,7 +85,6 @@ class LMRun:
             raise ValueError(f"student is {options.student}, a config file; --lora adapts the weights of a checkpoint")
         self.teacher, self.tokenizer = load_teacher(options)
         self.student = self.make_student()
-        self.check_tokenizer()
         classes = min(model.config.vocab_size for model in (self.student, self.teacher) if model is not None)
         if (options.vocab_size or 0) > classes:
             raise ValueError(f"vocab_size is {options.vocab_size}; the models have {classes} classes")
@@ -101,7 +102,10 @@ class LMRun:
         torch.manual_seed(options.seed)
         if self.teacher is None:  # labels alone, or a cache that was made elsewhere
             check_causal(options.student, options.trust_remote_code)
-            return load_model(options.student, "AutoModelForCausalLM", trust_remote_code=options.trust_remote_code)[0]
+            trust = options.trust_remote_code
+            student, ours = load_model(options.student, "AutoModelForCausalLM", trust_remote_code=trust)
+            check_tokens(ours, self.tokenizer, f"the tokenizer of {options.student}", "that of the cache")
+            return student
         copies = options.init == "teacher" and is_config(options.student)
         init = "random" if is_config(options.student) else options.init
         if not is_config(options.student):
@@ -115,25 +119,6 @@ class LMRun:
                 raise ValueError("init is teacher; a cache holds no weights: pass --teacher and --dataset")
             copy_decoder(student, self.teacher)
         return student
-
-    def check_tokenizer(self) -> None:
-        """Raises ValueError if the student's checkpoint brings another vocabulary than the teacher's tokenizer."""
-        if is_config(self.options.student):
-            return
-        try:
-            ours = load_tokenizer(self.options.student, self.options.trust_remote_code).get_vocab()
-        except (OSError, ValueError):
-            if any(next(Path(self.options.student).glob(pattern), None) for pattern in TOKENIZER):
-                raise
-            return  # a checkpoint without a tokenizer takes the teacher's
-        theirs = self.tokenizer.get_vocab()
-        if ours != theirs:
-            token = next(iter(sorted(set(ours.items()) ^ set(theirs.items()), key=lambda item: item[::-1])))
-            raise ValueError(
-                f"student is {self.options.student}, whose tokenizer differs from the teacher's ({token[0]!r} is not "
-                f"token {token[1]} of both); both models should read the same token ids: choose a student of the "
-                "teacher's family"
-            )
 
     def arguments(self) -> Any:
         """Returns TRL's arguments. Those given by their own names win."""
@@ -245,6 +230,8 @@ def check_causal(name: str, trust_remote_code: bool) -> None:
     config = load_config(name, trust_remote_code)
     kinds = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__)]
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in kinds):
+        if config.is_encoder_decoder:
+            raise ValueError(f"{name} is a {', '.join(kinds)}, {ENCODER_DECODER}")
         raise ValueError(f"{name}: a {', '.join(kinds)}; it should be a causal language model")
 
 

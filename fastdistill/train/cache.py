@@ -49,6 +49,7 @@ from fastdistill.train.capture import States
 from fastdistill.train.checkpoints import load_config
 from fastdistill.train.checks import check_classes, check_vocabularies
 from fastdistill.train.data import batches_by_length, predict
+from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.outputs import check, whole_output, writing
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.reading import read_json, reading
@@ -105,6 +106,7 @@ def write_cache(
     output = Path(output)
     if resume and not overwrite and (output / MANIFEST).is_file():
         return
+    refuse_encoder_decoder(teacher=teacher)
     on_main(lambda: check(output, resume=resume, overwrite=overwrite))
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it should be at least 1")

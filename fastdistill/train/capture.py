@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from fastdistill.train.inputs import forward_arguments
+from fastdistill.train.inputs import forward_arguments, refuse_encoder_decoder
 
 if TYPE_CHECKING:
     from fastdistill.train.causal_lm import Logits
@@ -191,6 +191,7 @@ def capture(
         attention: layers, from 1. Needs `with capturable(model):` around the call.
         values: keep the values of those layers as well.
     """
+    refuse_encoder_decoder(model=model)
     _check(model, hidden, attention)
     sink, layers = _Sink(attention, values), model.config.num_hidden_layers
     arguments = forward_arguments(model, batch)

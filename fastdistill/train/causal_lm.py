@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import fastdistill
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
+from fastdistill.train.inputs import refuse_encoder_decoder
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
@@ -311,12 +312,7 @@ def teacher_entropy(
 
 
 def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
-    for model in (student, teacher):
-        if model is not None and unwrapped(model).config.is_encoder_decoder:
-            raise ValueError(
-                f"the model is a {type(unwrapped(model)).__name__}, an encoder-decoder, whose labels are not its "
-                "shifted input; it should be a causal language model: use fastdistill.kl_div on the logits of both"
-            )
+    refuse_encoder_decoder(student=student, teacher=teacher)
     if teacher is None:
         return
     if unwrapped(student) is unwrapped(teacher):

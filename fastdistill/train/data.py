@@ -23,6 +23,7 @@ from transformers import DataCollatorForTokenClassification, DataCollatorWithPad
 from transformers.utils import logging
 
 from fastdistill.train.capture import States, capture
+from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.processes import processes
 from fastdistill.train.reading import is_full
 
@@ -193,6 +194,7 @@ def add_teacher_logits(
     batches, and all return the same data set. `bf16` runs the teacher under bfloat16 autocast, as a stage that trains
     in bfloat16 does.
     """
+    refuse_encoder_decoder(teacher=teacher)
     state = processes()
     found: list[tuple[int, np.ndarray]] = []
     batches = batches_by_length(add_length(dataset)["length"][:], batch_size)

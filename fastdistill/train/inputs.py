@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-__all__ = ["check_positions", "forward_arguments", "is_causal"]
+__all__ = ["check_positions", "forward_arguments", "is_causal", "refuse_encoder_decoder"]
 
+ENCODER_DECODER = (
+    "an encoder-decoder; it should be an encoder or a decoder alone, whose tokens are the positions that the losses "
+    "count: distil it in transformers' Trainer with fastdistill.kl_div on the logits of both models, as "
+    "examples/seq2seq.py does"
+)
 LABELS = ("labels", "start_positions", "end_positions")
 
 
@@ -57,3 +63,17 @@ def check_positions(model: Any, positions: Tensor, takes_positions: bool) -> Non
             f"the batch has {positions.shape[0]} rows with position_ids; flash attention tells packed sequences apart "
             'in a batch of one row only: use batches of one row, or load the model with attn_implementation="sdpa"'
         )
+
+
+def refuse_encoder_decoder(**models: Any) -> None:
+    """Raises ValueError for a model that runs a decoder beside its encoder. The keywords name the models.
+
+    The decoder has positions, masks and lengths of its own. An encoder alone, such as T5EncoderModel, is accepted.
+    """
+    for name, model in models.items():
+        for module in () if model is None else model.modules():  # wrappers and adapters first
+            # Configs do not tell: T5ForTokenClassification, which has no decoder, has T5's.
+            if isinstance(module, PreTrainedModel) and any(
+                argument.startswith("decoder_") for argument in inspect.signature(module.forward).parameters
+            ):
+                raise ValueError(f"{name} is a {type(module).__name__}, {ENCODER_DECODER}")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from fastdistill.train.cache import check_cache, read_cache, teacher_config, warn_of_lost_mass
 from fastdistill.train.data import OwnRows, add_length, named, pack_corpus, read_corpus, reading_text
+from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.objective import Objective
 from fastdistill.train.options import ObjectiveOptions, Schedule
 from fastdistill.train.outputs import claimed, drop_checkpoints, last_checkpoint, working_folder
@@ -69,6 +70,7 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
                 settings of the objective differ from the run's.
             Terminated: SIGTERM came; the last step's checkpoint is written, for `resume`.
         """
+        refuse_encoder_decoder(student=student, teacher=teacher)
         output = Path(output_dir)
         args = training_arguments(working_folder(output), self)  # sets the processes up
         torch.manual_seed(args.seed)  # new projections

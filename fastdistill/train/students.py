@@ -24,8 +24,8 @@ from transformers import AutoConfig, BertConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.bert.modeling_bert import BertLayer
 
-from fastdistill.train.checks import check_vocabularies
-from fastdistill.train.inputs import forward_arguments
+from fastdistill.train.checks import check_tokens, check_vocabularies, tokenizer_of
+from fastdistill.train.inputs import ENCODER_DECODER, forward_arguments, refuse_encoder_decoder
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published
 from fastdistill.train.reading import WEIGHTS, check_finite, read_json, reading
@@ -74,10 +74,12 @@ def build_student(
             preset or a config. A checkpoint brings its own weights and takes None only; its classifier is made anew if
             the teacher has another number of labels.
         trust_remote_code: run the model code that a checkpoint brings along.
-        tokenizer: the teacher's; with it the two vocabularies may be padded to different sizes.
+        tokenizer: the teacher's; with it the two vocabularies may be padded to different sizes. A checkpoint's tokens
+            are compared with it, or else with those that lie beside the teacher.
 
     Returns a float32 model in eval mode, on the CPU. Raises OSError for a folder without a model or an unknown name.
     """
+    refuse_encoder_decoder(teacher=teacher)
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
     kind = auto_name(teacher)
@@ -92,6 +94,7 @@ def build_student(
                 student = type(teacher)(config).float()
             else:
                 student = getattr(modeling_auto, kind).from_config(config, dtype=torch.float32)
+        refuse_encoder_decoder(student=student)
         if init != "random":
             init_from_teacher(student, teacher, layer_map=layer_map, calibration=calibration)
     else:
@@ -99,6 +102,8 @@ def build_student(
             raise ValueError(f"init is {init!r}; a checkpoint ({spec}) brings its own weights")
         student = read_student(spec, kind, **options)
         check_vocabularies(student.config, teacher.config, tokenizer)
+        ours = tokenizer_of(spec, local=False, trust_remote_code=trust_remote_code)
+        check_tokens(ours, tokenizer or tokenizer_of(teacher.name_or_path), f"the tokenizer of {spec}", "the teacher's")
     return student.eval()
 
 
@@ -123,6 +128,9 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     Random weights are those that the checkpoint lacks, and a head's if `options` change its `num_labels`. Raises
     ValueError if weights of the encoder are missing, or if any other weight has another shape than the config says.
     """
+    config = AutoConfig.from_pretrained(str(name), trust_remote_code=options.get("trust_remote_code", False))
+    if config.is_encoder_decoder and config.model_type not in AUTO_CLASSES.get(kind.__name__, {}):
+        raise ValueError(f"{name} is a {config.model_type}, {ENCODER_DECODER}")
     report = logging.getLogger("transformers.modeling_utils")
     report.addFilter(is_no_load_report)
     try:
@@ -134,6 +142,7 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
             )
     finally:
         report.removeFilter(is_no_load_report)
+    refuse_encoder_decoder(**{str(name): model})
     prefix, kind_name, missing = f"{model.base_model_prefix}.", type(model).__name__, set(loaded["missing_keys"])
     if names := first_names(key for key in missing if model.base_model is model or key.startswith(prefix)):
         raise ValueError(f"{name}: its weights are no {kind_name}'s; there is no {names}")

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
-from fastdistill.train.checks import check_classes, check_packed, check_vocabularies
+from fastdistill.train.checks import check_classes, check_own_tokens, check_packed, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
+from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.resumable import ResumableTrainer, load_student
@@ -53,6 +54,7 @@ class DistillationTrainer(ResumableTrainer):
             data_collator = PaddingCollator(processing_class)
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # parameters without a gradient are frozen before the first step
+        refuse_encoder_decoder(model=model, teacher=teacher)
         for name, given in (("model", model), ("teacher", teacher)):
             if given is not None and any(p.is_meta for p in given.parameters()):
                 raise ValueError(
@@ -131,8 +133,8 @@ class DistillationTrainer(ResumableTrainer):
     def check(self) -> None:
         """Raises ValueError for a run that would fail late or train nothing. `train` calls it before the first step.
 
-        It compares the vocabularies, the classes and their order, and refuses a missing teacher, reentrant activation
-        checkpointing, and FSDP without an accelerator.
+        It compares the vocabularies and their tokens, the classes and their order, and refuses a missing teacher,
+        reentrant activation checkpointing, and FSDP without an accelerator.
         """
         objective, student, teacher = self.objective, self.student, self.teacher
         columns = getattr(self.train_dataset, "column_names", None) or ()
@@ -148,6 +150,7 @@ class DistillationTrainer(ResumableTrainer):
             check_vocabularies(student.config, teacher.config, self.processing_class)
             if objective.needs_teacher_logits:
                 check_classes(student.config, teacher.config)
+        check_own_tokens(student, teacher, self.processing_class)
         if objective.options.parity == "official" and any(TOKEN_COLUMN.fullmatch(name) for name in columns):
             raise ValueError(
                 "parity is 'official', which counts padding, for which the columns of an offline teacher hold nothing; "

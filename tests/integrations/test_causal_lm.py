@@ -406,7 +406,7 @@ def sharing(student: Any) -> Any:
         ({"teacher": None}, r"^teacher is None and batch has the columns.*topk_logprobs"),
         ({"student": nn.Linear(2, 2)}, r"^the model is a Linear; it should be a transformers model"),
         ({"student": nn.DataParallel(language_model())}, r"^the model is in nn\.DataParallel.*torchrun"),
-        ({"student": encoder_decoder()}, r"^the model is a T5ForConditionalGeneration, an encoder-decoder"),
+        ({"student": encoder_decoder()}, r"^student is a T5ForConditionalGeneration, an encoder-decoder"),
         ({"teacher": "sharing"}, r"^teacher shares model\.embed_tokens\.weight with the student.*copy\.deepcopy"),
         ({"beta": 0.1}, r"^beta is 0\.1 and divergence 'kl'; beta is an option of 'jsd' alone"),
         ({"divergence": "tvd", "reverse": True}, r"^reverse is True and divergence 'tvd'"),

@@ -83,7 +83,7 @@ def reloaded(found: dict[str, Any]) -> Any:
         return name(found["STUDENT"])
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(found["STUDENT"])
+    return found.get("AutoModelForSeq2SeqLM", AutoModelForCausalLM).from_pretrained(found["STUDENT"])
 
 
 # -- the page "In your trainer" ----------------------------------------------------------------------------------

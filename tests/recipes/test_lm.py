@@ -521,7 +521,7 @@ class TestBadInput:
             ("chat.jsonl", ("--teacher", "no-template"), "no chat template: pass --chat_template_path"),
             ("chat.jsonl", ("--teacher", "strict"), "row 1 does not fit the chat template (roles must alternate"),
             ("chat.jsonl", ("--chat_template_path", "folder"), "should be a file that ends with .jinja"),
-            ("chat.jsonl", ("--student", "other-tokens"), "tokenizer differs from the teacher's ('a' is not token 69"),
+            ("chat.jsonl", ("--student", "other-tokens"), "and the teacher's differ in 2 tokens: id 69 is 'b' and 'a'"),
             ("chat.jsonl", ("--student", "wide.json", "--init", "teacher"), "change num_hidden_layers alone"),
             ("chat.jsonl", ("--student", "student.json", "--lora", 4), "--lora adapts the weights of a checkpoint"),
             ("chat.jsonl", ("--init", "teacher"), "brings its own weights"),
