@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
-from fastdistill.train.checks import check_classes, check_packed, check_vocabularies
+from fastdistill.train.checks import check_attention, check_classes, check_packed, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
 from fastdistill.train.model import DistillationModel, teacher_states
 from fastdistill.train.objective import Objective
@@ -212,6 +212,9 @@ class DistillationTrainer(ResumableTrainer):
             for each in (self.student, self.teacher):
                 if each is not None:
                     check_packed(each)
+        for each in (self.student, self.teacher) if self.objective.attention else ():
+            if each is not None:
+                check_attention(each.base_model, batch)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             model.train()

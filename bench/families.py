@@ -1,0 +1,209 @@
+"""Lists which architectures of the installed transformers can be distilled with an attention term.
+
+    python -m bench.families            prints the page docs/models.md
+    python -m bench.families bert t5    prints the verdicts of these model types alone
+
+Each architecture is built with random weights, a few thousand of them, and given two rows of 8 tokens. It is accepted
+if its attention probabilities follow from what is captured, and refused if capture raises its ValueError.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import signal
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from fastdistill.train.capture import WAY_OUT, LayerAttention, capturable, capture
+from fastdistill.train.checks import check_attention, short_rows
+from fastdistill.train.inputs import forward_arguments
+
+COMMON = (
+    "albert", "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "llama", "mistral",
+    "modernbert", "opt", "qwen2", "qwen3", "roberta", "t5", "vit",
+)  # fmt: skip
+LENGTH, VOCABULARY, MOST_WEIGHTS = 8, 64, 3_000_000
+# The small value of each size that a config may name.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "n_embed", "embedding_size",
+                     "word_embed_proj_dim", "decoder_hidden_size", "encoder_hidden_size", "lru_width"), 32),
+    **dict.fromkeys(("intermediate_size", "d_ff", "n_inner", "hidden_dim", "ffn_dim", "encoder_ffn_dim",
+                     "decoder_ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size",
+                     "ffn_hidden_size", "mlp_dim"), 48),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers",
+                     "num_encoder_layers", "num_decoder_layers", "num_blocks"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+                     "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "global_head_dim", "attention_head_size"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length",
+                     "n_ctx", "seq_length", "block_size"), 64),
+    **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("sliding_window", "local_attention", "attention_window", "window_size"), 4),
+    **dict.fromkeys(("pad_token_id",), 0), **dict.fromkeys(("bos_token_id", "cls_token_id"), 2),
+    **dict.fromkeys(("eos_token_id", "sep_token_id"), 3),
+    "image_size": 16, "patch_size": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 4],
+    "num_feat_extract_layers": 2, "hidden_size_per_layer_input": 8, "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4, "hidden_dropout": 0.0,
+}  # fmt: skip
+
+
+class Verdict(NamedTuple):
+    family: str
+    kind: str  # "accepted", "refused", "not built" or "failed"
+    reason: str = ""
+
+
+def verdict(family: str) -> Verdict:
+    """Returns what becomes of an architecture. "failed" is a fault of ours: another error, or other probabilities."""
+    try:
+        model = tiny_model(family)
+        batches = inputs(model)
+        with torch.no_grad():
+            for batch in batches:
+                model(**forward_arguments(model, batch))
+    except Exception as error:  # whatever a config or a model does not accept
+        return Verdict(family, "not built", f"{type(error).__name__}: {error}".split("\n")[0][:150])
+    try:
+        with capturable(model):
+            check_attention(model, batches[-1])
+            worst = max(difference(model, batch) for batch in batches)
+    except ValueError as error:
+        if str(error).endswith(WAY_OUT):
+            return Verdict(family, "refused", str(error).removesuffix(f"; {WAY_OUT}"))
+        return Verdict(family, "failed", f"ValueError: {error}")
+    except Exception as error:
+        return Verdict(family, "failed", f"{type(error).__name__}: {error}")
+    if worst > 1e-5:
+        return Verdict(family, "failed", f"probabilities differ by {worst:.1e}")
+    return Verdict(family, "accepted")
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """Returns a model of a few thousand random weights, large enough that its attention is far from uniform."""
+    config = tiny_config(CONFIG_MAPPING[family])
+    classes = MODEL_MAPPING[type(config)]
+    kind = classes[0] if isinstance(classes, tuple | list) else classes
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in kind(config).parameters())
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"{weights / 1e6:.0f} million weights are left when the known sizes are small")
+    torch.manual_seed(0)
+    model = kind(tiny_config(CONFIG_MAPPING[family])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.is_floating_point():  # sinks, biases and position tables start at zero
+                p.add_(torch.randn_like(p), alpha=0.2)
+    return model.float()
+
+
+def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    default = kind()
+    chosen = {name: size for name, size in SIZES.items() if getattr(default, name, None) is not None}
+    if (layer_types := getattr(default, "layer_types", None)) and isinstance(layer_types, list):
+        kinds = sorted(set(layer_types))
+        chosen["layer_types"] = [kinds[0], kinds[-1]]
+    for name, part in (getattr(kind, "sub_configs", None) or {}).items():
+        if part in CONFIG_MAPPING.values() or hasattr(part, "model_type"):
+            chosen[name] = tiny_config(type(getattr(default, name, None) or part())).to_dict()
+    return kind(**chosen)
+
+
+def inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Returns a batch without a mask and one with padding, or one batch of images or sound."""
+    generator = torch.Generator().manual_seed(1)
+    name = "input_ids" if "input_ids" in inspect.signature(model.forward).parameters else model.main_input_name
+    config = model.config
+    if name == "input_ids":
+        full = {"input_ids": torch.randint(4, VOCABULARY, (2, LENGTH), generator=generator)}
+        if config.is_encoder_decoder:
+            full["decoder_input_ids"] = full["input_ids"]
+        return [full, {**full, **short_rows(full)}]
+    if name == "pixel_values":
+        size = getattr(config, "image_size", 16)
+        shape = (2, getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size))
+        return [{name: torch.randn(shape, generator=generator)}]
+    if name == "input_values":
+        return [{name: torch.randn(2, 400, generator=generator)}]
+    raise ValueError(f"the main input is {name}")
+
+
+@torch.no_grad()
+def difference(model: PreTrainedModel, batch: dict[str, Tensor]) -> float:
+    """Returns the largest difference between the probabilities of captured layers and the model's own."""
+    layers = capture(model, batch, attention=range(1, model.config.num_hidden_layers + 1)).attention
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    outputs = model(**forward_arguments(model, batch), output_attentions=True, return_dict=True)
+    model.set_attn_implementation(implementation)
+    mask = batch.get("attention_mask")
+    worst = 0.0
+    for own, layer in zip(outputs.attentions, layers.values(), strict=True):
+        gap = (textbook(layer) - own).abs().amax((1, 3))  # (B, L)
+        worst = max(worst, float(gap.max() if mask is None else gap[mask.bool()].max()))
+    return worst
+
+
+def textbook(layer: LayerAttention) -> Tensor:
+    """Computes softmax(scale q k^T) (B, H, L, S) in float64 over the pairs that every mask allows."""
+    heads, length = layer.query.shape[1:3]
+    key = layer.key.double().repeat_interleave(heads // layer.key.shape[1], dim=1)
+    scores = layer.scale * torch.einsum("bhid,bhjd->bhij", layer.query.double(), key)
+    places = torch.arange(length)
+    if layer.is_causal:
+        scores[..., places[:, None] < places] = -1e30
+    if layer.key_mask is not None:
+        scores = torch.where(layer.key_mask[:, None, None], scores, -1e30)
+    if layer.attn_mask is not None:
+        scores = torch.where(layer.attn_mask, scores, -1e30)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took over {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def families() -> list[str]:
+    """Returns every model type of the installed transformers that has a base model."""
+    return sorted(family for family, config in CONFIG_MAPPING.items() if config in MODEL_MAPPING)
+
+
+def timed_verdict(family: str) -> Verdict:
+    try:
+        with at_most(20):
+            return verdict(family)
+    except TimeoutError as error:
+        return Verdict(family, "not built", str(error))
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    for one in sys.argv[1:] or families():
+        print(*timed_verdict(one), sep=" | ", flush=True)
