@@ -24,7 +24,7 @@ import transformers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from fastdistill.train.capture import WAY_OUT, LayerAttention, capturable, capture
+from fastdistill.train.capture import WAY_OUT, LayerAttention, capturable, capture, layer_count
 from fastdistill.train.checks import check_attention, short_rows
 from fastdistill.train.inputs import forward_arguments
 
@@ -32,7 +32,7 @@ COMMON = (
     "albert", "bert", "distilbert", "electra", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_oss", "llama", "mistral",
     "modernbert", "opt", "qwen2", "qwen3", "roberta", "t5", "vit",
 )  # fmt: skip
-LENGTH, VOCABULARY, MOST_WEIGHTS = 8, 64, 3_000_000
+LENGTH, VOCABULARY, MOST_WEIGHTS = 8, 64, 8_000_000
 # The small value of each size that a config may name.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
@@ -58,7 +58,7 @@ SIZES: dict[str, Any] = {
     "image_size": 16, "patch_size": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 4],
     "num_feat_extract_layers": 2, "hidden_size_per_layer_input": 8, "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4, "hidden_dropout": 0.0,
+    "num_conv_pos_embedding_groups": 4, "rotary_dim": 4,
 }  # fmt: skip
 
 
@@ -71,56 +71,110 @@ class Verdict(NamedTuple):
 def verdict(family: str) -> Verdict:
     """Returns what becomes of an architecture. "failed" is a fault of ours: another error, or other probabilities."""
     try:
+        kind, config = architecture(family)
+        with torch.device("meta"):
+            outline = kind(config)
+    except Exception as error:  # whatever a config or a model does not accept
+        return Verdict(family, "not built", describe(error))
+    if reason := refusal(outline):
+        return Verdict(family, *reason)
+    try:
         model = tiny_model(family)
         batches = inputs(model)
         with torch.no_grad():
             for batch in batches:
                 model(**forward_arguments(model, batch))
-    except Exception as error:  # whatever a config or a model does not accept
-        return Verdict(family, "not built", f"{type(error).__name__}: {error}".split("\n")[0][:150])
+    except Exception as error:
+        return Verdict(family, "not built", describe(error))
+    if reason := refusal(model, batches):
+        return Verdict(family, *reason)
+    with capturable(model):
+        worst = max(difference(model, batch) for batch in batches)
+    return Verdict(family, "accepted") if worst < 1e-5 else Verdict(family, "failed", f"differ by {worst:.1e}")
+
+
+def refusal(model: PreTrainedModel, batches: list[dict[str, Tensor]] | None = None) -> tuple[str, str] | None:
+    """Returns "refused" and the reason, "failed" and another error, or None. Without batches nothing is run."""
     try:
         with capturable(model):
-            check_attention(model, batches[-1])
-            worst = max(difference(model, batch) for batch in batches)
+            layer_count(model)
+            if batches is not None:
+                check_attention(model, batches[-1])
     except ValueError as error:
-        if str(error).endswith(WAY_OUT):
-            return Verdict(family, "refused", str(error).removesuffix(f"; {WAY_OUT}"))
-        return Verdict(family, "failed", f"ValueError: {error}")
+        is_ours = str(error).endswith(WAY_OUT)
+        return ("refused", str(error).removesuffix(f"; {WAY_OUT}")) if is_ours else ("failed", describe(error))
     except Exception as error:
-        return Verdict(family, "failed", f"{type(error).__name__}: {error}")
-    if worst > 1e-5:
-        return Verdict(family, "failed", f"probabilities differ by {worst:.1e}")
-    return Verdict(family, "accepted")
+        return "failed", describe(error)
+    return None
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]
+
+
+def architecture(family: str) -> tuple[Any, PreTrainedConfig]:
+    config = tiny_config(CONFIG_MAPPING[family])
+    classes = MODEL_MAPPING[type(config)]
+    return classes[0] if isinstance(classes, tuple | list) else classes, config
 
 
 def tiny_model(family: str) -> PreTrainedModel:
     """Returns a model of a few thousand random weights, large enough that its attention is far from uniform."""
-    config = tiny_config(CONFIG_MAPPING[family])
-    classes = MODEL_MAPPING[type(config)]
-    kind = classes[0] if isinstance(classes, tuple | list) else classes
+    kind, config = architecture(family)
     with torch.device("meta"):
         weights = sum(p.numel() for p in kind(config).parameters())
     if weights > MOST_WEIGHTS:
         raise ValueError(f"{weights / 1e6:.0f} million weights are left when the known sizes are small")
     torch.manual_seed(0)
-    model = kind(tiny_config(CONFIG_MAPPING[family])).eval()
+    model = kind(architecture(family)[1]).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.is_floating_point():  # sinks, biases and position tables start at zero
-                p.add_(torch.randn_like(p), alpha=0.2)
+                p.add_(torch.randn_like(p), alpha=0.1)
     return model.float()
 
 
-def tiny_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
-    default = kind()
-    chosen = {name: size for name, size in SIZES.items() if getattr(default, name, None) is not None}
-    if (layer_types := getattr(default, "layer_types", None)) and isinstance(layer_types, list):
-        kinds = sorted(set(layer_types))
-        chosen["layer_types"] = [kinds[0], kinds[-1]]
-    for name, part in (getattr(kind, "sub_configs", None) or {}).items():
-        if part in CONFIG_MAPPING.values() or hasattr(part, "model_type"):
-            chosen[name] = tiny_config(type(getattr(default, name, None) or part())).to_dict()
+def tiny_config(kind: type[PreTrainedConfig], given: PreTrainedConfig | None = None) -> PreTrainedConfig:
+    """Returns a config in which every size that `SIZES` names is small, in its parts too."""
+    default = kind() if given is None else given
+    chosen: dict[str, Any] = {}
+    for name, size in SIZES.items():
+        found = read(default, name)
+        is_read_only = isinstance(getattr(kind, name, None), property)
+        if is_read_only or (found is None and name not in ("head_dim", "vocab_size")) or not hasattr_safe(default, name):
+            continue
+        if isinstance(found, list | tuple) != isinstance(size, list):
+            size = [size] * len(found) if isinstance(found, list | tuple) else found
+        chosen[name] = size
+    heads, grouped = read(default, "num_attention_heads"), read(default, "num_key_value_heads")
+    if "num_key_value_heads" in chosen and heads == grouped:
+        chosen["num_key_value_heads"] = SIZES["num_attention_heads"]
+    types = read(default, "layer_types")
+    if isinstance(types, list) and types and not isinstance(getattr(kind, "layer_types", None), property):
+        chosen["layer_types"] = [min(types), max(types)]
+    rope = read(default, "rope_parameters")
+    if isinstance(rope, dict) and "mrope_section" in rope:
+        half = int(SIZES["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
+        chosen["rope_parameters"] = {**rope, "mrope_section": [half - half // 2, half // 2, 0]}
+    for name in getattr(kind, "sub_configs", None) or {}:
+        part = read(default, name)
+        if isinstance(part, PreTrainedConfig):
+            chosen[name] = tiny_config(type(part), part)
     return kind(**chosen)
+
+
+def read(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # a size that differs between layers
+        return SIZES.get(name)
+
+
+def hasattr_safe(config: PreTrainedConfig, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:
+        return True
 
 
 def inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:

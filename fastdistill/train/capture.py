@@ -199,7 +199,7 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
     Outputs equal those of `attn_implementation="sdpa"` to the bit. Blocks may be nested.
 
     Raises ValueError if a model computes its attention without transformers' attention interface (DeBERTa, MPNet and
-    others) or cannot use SDPA. Such a model can be distilled without the attention term.
+    others), cannot use SDPA, or is an encoder-decoder. Such a model can be distilled without the attention term.
     """
     with ExitStack() as stack:
         for model in models:
@@ -209,10 +209,15 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
                     f"{name} does not compute its attention through transformers' attention interface, so its queries "
                     f"and keys cannot be captured; {WAY_OUT}"
                 )
+            if model.config.is_encoder_decoder:
+                raise ValueError(f"{name} is an encoder-decoder, whose attention layers are of three kinds; {WAY_OUT}")
             if not model._supports_sdpa:
                 raise ValueError(f"{name} cannot use SDPA attention, which capturing needs; {WAY_OUT}")
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            model.set_attn_implementation(NAME)
+            try:
+                model.set_attn_implementation(NAME)
+            except ValueError as error:  # a model inside this one cannot use SDPA
+                raise ValueError(f"{name} cannot be captured: {' '.join(str(error).split())}; {WAY_OUT}") from error
         yield
 
 
@@ -275,11 +280,12 @@ def run(
 
 
 def layer_count(model: PreTrainedModel) -> int:
-    """Returns the number of layers. Raises ValueError if the config does not say it, as of a model with several parts."""
+    """Returns the number of layers. Raises ValueError if the config does not say it, as in models of several parts."""
     layers = getattr(model.config, "num_hidden_layers", None)
     if not isinstance(layers, int):
         raise ValueError(
-            f"the config of {type(model).__name__} has no num_hidden_layers, so its layers cannot be told apart; {WAY_OUT}"
+            f"the config of {type(model).__name__} has no num_hidden_layers, so its layers cannot be told apart; "
+            f"{WAY_OUT}"
         )
     return layers
 
