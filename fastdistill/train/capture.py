@@ -213,12 +213,23 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
                 raise ValueError(f"{name} is an encoder-decoder, whose attention layers are of three kinds; {WAY_OUT}")
             if not model._supports_sdpa:
                 raise ValueError(f"{name} cannot use SDPA attention, which capturing needs; {WAY_OUT}")
-            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
+            stack.callback(_restore, _implementations(model))
             try:
                 model.set_attn_implementation(NAME)
             except ValueError as error:  # a model inside this one cannot use SDPA
                 raise ValueError(f"{name} cannot be captured: {' '.join(str(error).split())}; {WAY_OUT}") from error
         yield
+
+
+def _implementations(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Returns the attention implementation of each config in a model: models inside it may have others."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [(config, config._attn_implementation) for config in configs]
+
+
+def _restore(implementations: list[tuple[Any, Any]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation = implementation
 
 
 def capture(

@@ -104,7 +104,7 @@ def check_attention(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         if not _are_close(probabilities(layer).transpose(1, 2), own[i - 1].transpose(1, 2), mask):
             raise ValueError(
                 f"the attention probabilities of layer {i} of {name} are not those of its captured queries, keys and "
-                f"masks: something else changes its scores; {WAY_OUT}"
+                f"masks: something that capture does not see changes its attention; {WAY_OUT}"
             )
     if not _are_close(found, outputs[0], mask):
         raise ValueError(
@@ -122,7 +122,7 @@ def short_rows(batch: Mapping[str, Any], length: int = 8) -> dict[str, Any]:
     few.pop("attention_mask", None)
     if "position_ids" not in batch:  # packed rows have no padding
         mask = torch.ones_like(few["input_ids"])
-        mask[1, -(mask.shape[1] // 3) :] = 0
+        mask[1, : mask.shape[1] // 3] = 0  # on the left, where causality does not hide it
         few["attention_mask"] = mask
     return few
 
