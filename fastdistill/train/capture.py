@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerAttention", "States", "capturable", "capture"]
 
 NAME = "fastdistill"
-WAY_OUT = 'distil it without the attention term (terms=("embedding", "hidden"))'
+WAY_OUT = 'distil it without the attention term (method="tinybert", terms=("embedding", "hidden"))'
 # What reaches the attention function and leaves its scores alone: a window is part of the mask, and rotary embedding
 # is applied before.
 HARMLESS = {
