@@ -212,9 +212,6 @@ class DistillationTrainer(ResumableTrainer):
             for each in (self.student, self.teacher):
                 if each is not None:
                     check_packed(each)
-        for each in (self.student, self.teacher) if self.objective.attention else ():
-            if each is not None:
-                check_attention(each.base_model, batch)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             model.train()
@@ -222,6 +219,9 @@ class DistillationTrainer(ResumableTrainer):
                 loss = model(**batch, teacher=self._teacher_states(batch))["loss"]
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss of the first rows is {loss.item()}; the student or the teacher overflows")
+            for each in (self.student, self.teacher) if self.objective.attention else ():
+                if each is not None:
+                    check_attention(each.base_model, batch)
             if loss.requires_grad:
                 loss.backward()
 
