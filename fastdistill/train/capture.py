@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 __all__ = ["LayerAttention", "States", "capturable", "capture"]
 
 NAME = "fastdistill"
-WAY_OUT = 'distil it without the attention term (terms=("embedding", "hidden"))'
+WAY_OUT = 'distil it without the attention term (method="tinybert", terms=("embedding", "hidden"))'
+# What reaches the attention function and leaves its scores alone: a window is part of the mask, and rotary embedding
+# is applied before.
+HARMLESS = {
+    "dropout", "sliding_window", "position_ids", "position_embeddings", "cache_position", "hidden_states",
+    "token_type_ids", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+}  # fmt: skip
 
 
 @dataclass
@@ -66,14 +72,15 @@ class States:
     balance: Tensor | None = None  # the load-balancing loss of a mixture of experts, without its coefficient
 
 
-class _Sink:  # no dataclass: FSDP hands each module a copy of a dataclass among its arguments
+class Sink:  # no dataclass: FSDP hands each module a copy of a dataclass among its arguments
     """Collects the layers asked for. It numbers them from 1 in the order of calls: not every layer knows its index.
 
     Under activation checkpointing, backward calls the attention again, which counts on past the last layer.
     """
 
-    def __init__(self, wanted: Collection[int], values: bool) -> None:
+    def __init__(self, wanted: Collection[int], values: bool, rebuilds: bool = False) -> None:
         self.wanted, self.values, self.calls = wanted, values, 0
+        self.rebuilds = rebuilds  # attention outputs are computed from what was captured, see `check_attention`
         self.layers: dict[int, LayerAttention] = {}
 
     def add(self, layer: LayerAttention) -> None:
@@ -89,7 +96,7 @@ def _capturing_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *args: Any,
-    fastdistill_sink: _Sink | None = None,
+    fastdistill_sink: Sink | None = None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
@@ -97,7 +104,7 @@ def _capturing_attention(
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask reached the attention of {type(module).__name__} as {attention_mask.dtype}; give the "
-            "model a (B, L) mask of 0 and 1, or a bool mask (B, 1, L, S)"
+            f"model a (B, L) mask of 0 and 1, or a bool mask (B, 1, L, S). If it makes that mask itself, {WAY_OUT}"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_padding = attention_mask is not None and attention_mask.shape[1:3] == (1, 1)  # see `_padding_mask`
@@ -105,15 +112,54 @@ def _capturing_attention(
     # A dense mask already contains the causal part, as in the SDPA path.
     causal = bool(causal and query.shape[2] > 1 and dense is None)
     if fastdistill_sink is not None:
+        _refuse_changed_scores(module, query, key, kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         key_mask = None if padding is None else padding[:, 0, 0]
-        fastdistill_sink.add(LayerAttention(query, key, scale, key_mask, dense, causal, value))
+        layer = LayerAttention(query, key, scale, key_mask, dense, causal, value)
+        fastdistill_sink.add(layer)
+        if fastdistill_sink.rebuilds:
+            return (probabilities(layer) @ _repeated(value, query.shape[1])).transpose(1, 2).contiguous(), None
     if causal and attention_mask is not None:  # SDPA takes is_causal or a mask, not both
         shape = (query.shape[2], key.shape[2])
         attention_mask = attention_mask & torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, *args, scaling=scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _refuse_changed_scores(module: torch.nn.Module, query: Tensor, key: Tensor, extras: Mapping[str, Any]) -> None:
+    """Raises ValueError if the attention scores are more than the scaled product of query and key."""
+    name = type(module).__name__
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{name} has {query.shape[2]} queries and {key.shape[2]} keys: it attends to other tokens than its own "
+            f"(cross attention, a cache or virtual tokens), which the attention term does not compare; {WAY_OUT}"
+        )
+    changing = [k for k, x in extras.items() if isinstance(x, Tensor | float) and k not in HARMLESS]
+    if changing:
+        raise ValueError(
+            f"{name} computes its attention with {', '.join(changing)} as well, so that the product of its queries and "
+            f"keys is not its scores; {WAY_OUT}"
+        )
+
+
+def probabilities(layer: LayerAttention) -> Tensor:
+    """Computes the attention probabilities (B, H, L, S) of a captured layer, for checks on a few tokens.
+
+    The order of operations and the dtypes are those of transformers' eager attention, so that rounding is too.
+    """
+    scores = layer.query @ _repeated(layer.key, layer.query.shape[1]).mT * layer.scale  # (B, H, L, S)
+    allowed = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
+    if layer.is_causal:
+        allowed = allowed.tril()
+    for mask in (None if layer.key_mask is None else layer.key_mask[:, None, None], layer.attn_mask):
+        allowed = allowed if mask is None else allowed & mask
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(layer.query.dtype)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:  # (B, H_kv, S, D) -> (B, H, S, D)
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _padding_mask(attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
@@ -153,7 +199,7 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
     Outputs equal those of `attn_implementation="sdpa"` to the bit. Blocks may be nested.
 
     Raises ValueError if a model computes its attention without transformers' attention interface (DeBERTa, MPNet and
-    others) or cannot use SDPA. Such a model can be distilled without the attention term.
+    others), cannot use SDPA, or is an encoder-decoder. Such a model can be distilled without the attention term.
     """
     with ExitStack() as stack:
         for model in models:
@@ -163,11 +209,27 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
                     f"{name} does not compute its attention through transformers' attention interface, so its queries "
                     f"and keys cannot be captured; {WAY_OUT}"
                 )
+            if model.config.is_encoder_decoder:
+                raise ValueError(f"{name} is an encoder-decoder, whose attention layers are of three kinds; {WAY_OUT}")
             if not model._supports_sdpa:
                 raise ValueError(f"{name} cannot use SDPA attention, which capturing needs; {WAY_OUT}")
-            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
-            model.set_attn_implementation(NAME)
+            stack.callback(_restore, _implementations(model))
+            try:
+                model.set_attn_implementation(NAME)
+            except ValueError as error:  # a model inside this one cannot use SDPA
+                raise ValueError(f"{name} cannot be captured: {' '.join(str(error).split())}; {WAY_OUT}") from error
         yield
+
+
+def _implementations(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Returns the attention implementation of each config in a model: models inside it may have others."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [(config, config._attn_implementation) for config in configs]
+
+
+def _restore(implementations: list[tuple[Any, Any]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation = implementation
 
 
 def capture(
@@ -193,20 +255,8 @@ def capture(
     """
     refuse_encoder_decoder(model=model)
     _check(model, hidden, attention)
-    sink, layers = _Sink(attention, values), model.config.num_hidden_layers
-    arguments = forward_arguments(model, batch)
-    if attention:
-        arguments["fastdistill_sink"] = sink
-    if hidden:
-        arguments["output_hidden_states"] = sorted(hidden)
-    if getattr(model.config, "use_cache", False):
-        arguments["use_cache"] = False
-    outputs = model(**arguments, return_dict=True)
-    if attention and sink.calls != layers:
-        raise ValueError(
-            f"{type(model).__name__} called the attention function {sink.calls} times for its {layers} layers, so "
-            f"layers cannot be told apart; {WAY_OUT}"
-        )
+    sink = Sink(attention, values)
+    outputs = run(model, batch, sink if attention else None, hidden)
     logits, head = outputs.get("logits"), "tags" if isinstance(outputs, TokenClassifierOutput) else ""
     if "start_logits" in outputs:
         logits, head = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1), "spans"
@@ -215,8 +265,46 @@ def capture(
     )
 
 
+def run(
+    model: PreTrainedModel, batch: Mapping[str, Any], sink: Sink | None = None, hidden: Collection[int] = (),
+    attentions: bool = False,
+) -> Any:  # fmt: skip
+    """Runs `model` once, fills `sink` with its attention layers, and returns the model's outputs.
+
+    `attentions` asks the model for its own attention probabilities, which its eager attention returns.
+    """
+    arguments = forward_arguments(model, batch)
+    if sink is not None:
+        arguments["fastdistill_sink"] = sink
+    if attentions:
+        arguments["output_attentions"] = True
+    if hidden:
+        arguments["output_hidden_states"] = sorted(hidden)
+    if getattr(model.config, "use_cache", False):
+        arguments["use_cache"] = False
+    outputs = model(**arguments, return_dict=True)
+    if sink is not None and sink.calls != (layers := layer_count(model)):
+        raise ValueError(
+            f"{type(model).__name__} called the attention function {sink.calls} times for its {layers} layers, so "
+            f"layers cannot be told apart; {WAY_OUT}"
+        )
+    return outputs
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """Returns the number of layers. Raises ValueError if the config does not say it, as in models of several parts."""
+    layers = getattr(model.config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        raise ValueError(
+            f"the config of {type(model).__name__} has no num_hidden_layers, so its layers cannot be told apart; "
+            f"{WAY_OUT}"
+        )
+    return layers
+
+
 def _check(model: PreTrainedModel, hidden: Collection[int], attention: Collection[int]) -> None:
-    name, layers = type(model).__name__, model.config.num_hidden_layers
+    name = type(model).__name__
+    layers = layer_count(model) if hidden or attention else 0
     for what, indices, first in (("hidden", hidden, 0), ("attention", attention, 1)):
         if wrong := [index for index in indices if not first <= index <= layers]:
             raise ValueError(f"{what} holds {wrong}; {name} has {first}..{layers}")

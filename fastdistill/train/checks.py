@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fastdistill.train.capture import capture
+from fastdistill.train.capture import WAY_OUT, Sink, capture, layer_count, probabilities, run
 from fastdistill.train.inputs import is_causal
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reading import TOKENIZER, reading
@@ -167,3 +168,68 @@ def check_packed(model: PreTrainedModel) -> None:
             f"the rows are packed (position_ids), and {type(model).__name__} reads the sequences of a row as one; pack "
             "no rows, and leave the column position_ids out"
         )
+
+
+@torch.no_grad()
+def check_attention(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raises ValueError if captured queries, keys, masks and values do not reproduce the model's own attention.
+
+    It runs a few tokens of two rows, one of them padded, twice: once with transformers' eager attention, and once with
+    attention outputs computed from what is captured. The probabilities of each layer and the outputs should be equal.
+    Needs `with capturable(model):` around the call.
+    """
+    name, few = type(model).__name__, short_rows(batch)
+    sink = Sink(range(1, layer_count(model) + 1), values=True, rebuilds=True)
+    implementation, training = model.config._attn_implementation, [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        found = run(model, few, sink)[0]
+        model.set_attn_implementation("eager")
+        outputs = run(model, few, attentions=True)
+    finally:
+        model.set_attn_implementation(implementation)
+        for module in training:
+            module.training = True
+    own = outputs.get("attentions") or ()
+    if len(own) != len(sink.layers) or any(x is None for x in own):
+        raise ValueError(
+            f"{name} returns no attention probabilities of its {len(sink.layers)} layers, with which those of captured "
+            f"queries and keys could be compared; {WAY_OUT}"
+        )
+    mask = few.get("attention_mask")
+    for i, layer in sink.layers.items():
+        if not _are_close(probabilities(layer).transpose(1, 2), own[i - 1].transpose(1, 2), mask):
+            raise ValueError(
+                f"the attention probabilities of layer {i} of {name} are not those of its captured queries, keys and "
+                f"masks: something that capture does not see changes its attention; {WAY_OUT}"
+            )
+    if not _are_close(found, outputs[0], mask):
+        raise ValueError(
+            f"the attention outputs of {name} are not its attention probabilities times its captured values; {WAY_OUT}"
+        )
+
+
+def short_rows(batch: Mapping[str, Any], length: int = 8) -> dict[str, Any]:
+    """Returns the first tokens of two rows, the second padded, or two whole rows of a batch without `input_ids`."""
+    ids = batch.get("input_ids")
+    tensors = {name: x[[0, -1]] for name, x in batch.items() if isinstance(x, Tensor) and x.dim() > 0}
+    if ids is None:
+        return tensors
+    few = {name: x[:, :length] if x.shape[1:2] == ids.shape[1:] else x for name, x in tensors.items()}
+    few.pop("attention_mask", None)
+    if "position_ids" not in batch:  # packed rows have no padding
+        mask = torch.ones_like(few["input_ids"])
+        mask[1, : mask.shape[1] // 3] = 0  # on the left, where causality does not hide it
+        few["attention_mask"] = mask
+    return few
+
+
+def _are_close(found: Tensor, expected: Tensor, mask: Tensor | None) -> bool:
+    """Returns whether two tensors (B, L, ...) are equal up to rounding. Padding may hold anything."""
+    if found.shape != expected.shape:
+        return False
+    if mask is not None and found.shape[:2] == mask.shape:
+        found, expected = found[mask.bool()], expected[mask.bool()]
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((found - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max())))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
-from fastdistill.train.checks import check_classes, check_own_tokens, check_packed, check_vocabularies
+from fastdistill.train.checks import check_attention, check_classes, check_own_tokens, check_packed, check_vocabularies
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
 from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, teacher_states
@@ -222,6 +222,9 @@ class DistillationTrainer(ResumableTrainer):
                 loss = model(**batch, teacher=self._teacher_states(batch))["loss"]
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss of the first rows is {loss.item()}; the student or the teacher overflows")
+            for each in (self.student, self.teacher) if self.objective.attention else ():
+                if each is not None:
+                    check_attention(each.base_model, batch)
             if loss.requires_grad:
                 loss.backward()
 

@@ -231,7 +231,7 @@ def test_models_without_the_interface_are_named_with_the_way_out(family: str) ->
 def test_more_attention_calls_than_layers_are_refused() -> None:
     config = BertConfig(**{**_tiny.config().to_dict(), "is_decoder": True, "add_cross_attention": True})
     model, batch = BertModel(config).eval(), _tiny.batch(padded=None)
-    batch["encoder_hidden_states"] = torch.randn(3, 5, 24)
+    batch["encoder_hidden_states"] = torch.randn(3, 11, 24)
     with capturable(model), pytest.raises(ValueError, match=r"6 times for its 3 layers.*without the attention term"):
         capture(model, batch, attention=[1])
 
