@@ -65,6 +65,15 @@ class States:
     factors: Logits | None = None  # of a causal language model's logits, in their place
     balance: Tensor | None = None  # the load-balancing loss of a mixture of experts, without its coefficient
 
+    @property
+    def length(self) -> int | None:
+        """The number of states of a row, L; None where no layer was captured."""
+        for x in self.hidden.values():
+            return x.shape[1]
+        for layer in self.attention.values():
+            return layer.query.shape[2]
+        return None
+
 
 class _Sink:  # no dataclass: FSDP hands each module a copy of a dataclass among its arguments
     """Collects the layers asked for. It numbers them from 1 in the order of calls: not every layer knows its index.
@@ -192,7 +201,7 @@ def capture(
         values: keep the values of those layers as well.
     """
     _check(model, hidden, attention)
-    sink, layers = _Sink(attention, values), model.config.num_hidden_layers
+    sink, layers = _Sink(attention, values), getattr(model.config, "num_hidden_layers", 0)
     arguments = forward_arguments(model, batch)
     if attention:
         arguments["fastdistill_sink"] = sink
@@ -215,7 +224,7 @@ def capture(
 
 
 def _check(model: PreTrainedModel, hidden: Collection[int], attention: Collection[int]) -> None:
-    name, layers = type(model).__name__, model.config.num_hidden_layers
+    name, layers = type(model).__name__, getattr(model.config, "num_hidden_layers", 0)  # 0: ConvNeXt, CLIP
     for what, indices, first in (("hidden", hidden, 0), ("attention", attention, 1)):
         if wrong := [index for index in indices if not first <= index <= layers]:
             raise ValueError(f"{what} holds {wrong}; {name} has {first}..{layers}")
