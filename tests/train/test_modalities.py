@@ -1,0 +1,256 @@
+"""Tests students and teachers of images and sound in the trainer, against formulas computed row by row without padding.
+
+The formulas run in float64, as do the models here; a scalar or two of the trainer is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    BeitConfig,
+    BeitForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    HubertConfig,
+    HubertForSequenceClassification,
+    PreTrainedModel,
+    SEWConfig,
+    SEWForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2ForSequenceClassification,
+)
+from transformers.data.data_collator import default_data_collator
+
+from fastdistill.train.cache import write_cache
+from fastdistill.train.data import add_teacher_logits
+from fastdistill.train.objective import Objective
+from fastdistill.train.stages import IntermediateStage, PredictionStage
+from fastdistill.train.students import build_student
+from fastdistill.train.trainer import DistillationTrainer
+
+CLASSES = 3
+IMAGES = {"image_size": 16, "patch_size": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Two convolutions: 11 samples make the first frame, each further 8 samples one more.
+SOUND = {"conv_dim": [8, 8], "conv_kernel": [5, 3], "conv_stride": [4, 2], "num_conv_pos_embeddings": 4,
+         "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer", "vocab_size": 7, "classifier_proj_size": 12,
+         "layerdrop": 0.0, "mask_time_prob": 0.0, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+         "feat_proj_dropout": 0.0, "activation_dropout": 0.0, "final_dropout": 0.0}  # fmt: skip
+SPECTRA = {"num_mel_bins": 12, "max_length": 20, "patch_size": 4, "time_stride": 4, "frequency_stride": 4,
+           "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "vit": (ViTForImageClassification, ViTConfig, IMAGES),
+    "deit": (DeiTForImageClassification, DeiTConfig, IMAGES),
+    "beit": (BeitForImageClassification, BeitConfig, {**IMAGES, "drop_path_rate": 0.0}),
+    "dinov2": (Dinov2ForImageClassification, Dinov2Config, IMAGES),
+    "ast": (ASTForAudioClassification, ASTConfig, SPECTRA),
+    "wav2vec2": (Wav2Vec2ForSequenceClassification, Wav2Vec2Config, SOUND),
+    "ctc": (Wav2Vec2ForCTC, Wav2Vec2Config, SOUND),
+    "hubert": (HubertForSequenceClassification, HubertConfig, SOUND),
+    "sew": (SEWForSequenceClassification, SEWConfig, {**SOUND, "squeeze_factor": 2}),
+}
+LAYER_MAP = {0: 0, 1: 2, 2: 4}  # "uniform", of 2 layers and 4
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def model(family: str, layers: int, width: int, seed: int, **options: Any) -> PreTrainedModel:
+    kind, config, special = MODELS[family]
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 32}
+    torch.manual_seed(seed)
+    found = kind(config(**{**sizes, **special, "num_labels": CLASSES, "initializer_range": 0.3, **options}))
+    return found.double().eval()
+
+
+def pair(family: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    return model(family, 2, 16, 0, **options), model(family, 4, 24, 1)
+
+
+def dataset(family: str, rows: int = 4) -> Dataset:
+    """Returns random images (3, 16, 16), spectra (20, 12) or sound of different lengths, with labels of rows."""
+    draw = np.random.default_rng(0)
+    labels = [i % CLASSES for i in range(rows)]
+    if family == "ast":
+        return Dataset.from_dict({"input_values": draw.normal(size=(rows, 20, 12)), "labels": labels})
+    if "image_size" in MODELS[family][2]:
+        return Dataset.from_dict({"pixel_values": draw.normal(size=(rows, 3, 16, 16)), "labels": labels})
+    sound = [draw.normal(size=60 + 23 * ((5 * i) % 7)) for i in range(rows)]  # 7 to 24 frames
+    if family == "ctc":
+        return Dataset.from_dict({"input_values": sound})
+    return Dataset.from_dict({"input_values": sound, "labels": labels})
+
+
+def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pads sound with numbers that would be noticed if they counted. Floats stay float64."""
+    features = [{name: torch.from_numpy(np.asarray(x)) for name, x in row.items()} for row in features]
+    batch = {name: [row[name] for row in features] for name in features[0]}
+    if "input_values" in batch and batch["input_values"][0].dim() == 1:
+        lengths = torch.tensor([len(x) for x in batch["input_values"]])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        padded = torch.nn.utils.rnn.pad_sequence(batch.pop("input_values"), batch_first=True, padding_value=5.0)
+        return {"input_values": padded, "attention_mask": mask.long(), **stacked(batch)}
+    return stacked(batch)
+
+
+def stacked(batch: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.stack(x) for name, x in batch.items()}
+
+
+def trainer(
+    folder: Path, student: PreTrainedModel, teacher: PreTrainedModel | None, rows: Dataset,
+    objective: dict[str, Any] | None = None, **arguments: Any,
+) -> DistillationTrainer:  # fmt: skip
+    own = {name: arguments.pop(name) for name in ("processing_class", "data_collator") if name in arguments}
+    options = {
+        "output_dir": str(folder), "use_cpu": True, "disable_tqdm": True, "report_to": "none", "max_steps": 1,
+        "per_device_train_batch_size": 2, "per_device_eval_batch_size": 8, "logging_steps": 1, "optim": "sgd",
+        "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "save_strategy": "no",
+    }  # fmt: skip
+    found = DistillationTrainer(
+        student, teacher, Objective(student.config, None if teacher is None else teacher.config, **(objective or {})),
+        TrainingArguments(**{**options, **arguments}), train_dataset=rows, eval_dataset=rows,
+        **{"data_collator": collate, **own},
+    )  # fmt: skip
+    torch.manual_seed(5)
+    for p in found.objective.double().parameters():
+        nn.init.normal_(p, std=0.1)
+    return found
+
+
+# -- the formulas, row by row ------------------------------------------------------------------------------------
+
+
+def internals(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Any, list[dict[str, Tensor]]]:
+    """Returns a model's own outputs for one row, and the vectors (L, d) of each attention layer."""
+    layers: list[dict[str, Tensor]] = []
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if name == "q":
+                layers.append({})
+            layers[-1][name] = output[0]
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(keep(name[-6]))
+        for name, module in model.named_modules()
+        if name.endswith((".q_proj", ".k_proj", ".v_proj"))
+    ]
+    (name,) = {"pixel_values", "input_values"} & row.keys()
+    outputs = model(**{name: torch.tensor(row[name], dtype=torch.float64)[None]}, output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    return outputs, layers
+
+
+def heads(x: Tensor, number: int) -> Tensor:  # (L, d) -> (number, L, d / number)
+    return x.unflatten(1, (number, -1)).transpose(0, 1)
+
+
+def formula(
+    student: PreTrainedModel, teacher: PreTrainedModel, projection: nn.Linear, rows: Dataset, alpha: float = 1.0
+) -> dict[str, Tensor]:
+    """Returns each term's loss of the rows together. Frames, pairs of them, and rows weigh the same in their means."""
+    sums: dict[str, Any] = {name: 0.0 for name in ("embedding", "hidden", "attention", "prediction")}
+    relations, states, pairs, items = torch.zeros(3, dtype=torch.float64), 0, 0, 0
+    for row in rows:
+        (found, layers), (target, theirs) = internals(student, row), internals(teacher, row)
+        for i, j in LAYER_MAP.items():
+            difference = projection(found.hidden_states[i][0]) - target.hidden_states[j][0].detach()
+            sums["hidden" if i else "embedding"] += difference.square().mean(-1).sum()
+            if i:
+                scores = [
+                    heads(x["q"], 4) @ heads(x["k"], 4).mT * (x["q"].shape[1] // 4) ** -0.5
+                    for x in (layers[i - 1], theirs[j - 1])
+                ]
+                sums["attention"] += (scores[0] - scores[1].detach()).square().sum() / 4
+        for place, name in enumerate("qkv"):
+            mine, other = (
+                (heads(x[-1][name], 2) @ heads(x[-1][name], 2).mT * (x[-1][name].shape[1] // 2) ** -0.5).log_softmax(-1)
+                for x in (layers, theirs)
+            )
+            kl = other.detach().exp() * (other.detach() - mine)
+            relations = relations + kl.sum() / 2 * torch.eye(3, dtype=torch.float64)[place]
+        length = found.hidden_states[0].shape[1]
+        states, pairs = states + length, pairs + length**2
+        z_s, z_t = (x.logits.reshape(-1, x.logits.shape[-1]) for x in (found, target))
+        sums["prediction"] -= alpha * (z_t.detach().softmax(-1) * z_s.log_softmax(-1)).sum()
+        if alpha < 1:
+            sums["prediction"] -= (1 - alpha) * z_s.log_softmax(-1)[0, row["labels"]]
+        items += len(z_s)
+    counts = {"embedding": states, "hidden": states, "attention": pairs, "prediction": items}
+    of_relations = dict(zip(("query_relation", "key_relation", "value_relation"), relations / states, strict=True))
+    return {name: sums[name] / count for name, count in counts.items()} | of_relations
+
+
+TINYBERT = {"terms": ("embedding", "hidden", "attention", "prediction")}
+MINILM = {"method": "minilmv2", "relation_heads": 2}
+SMALL_STEPS = [
+    ("vit", {**TINYBERT, "alpha": 0.25}),
+    ("vit", MINILM),
+    ("deit", {**TINYBERT}),
+    ("beit", {**TINYBERT}),
+    ("dinov2", {**TINYBERT}),
+    ("ast", {**TINYBERT, "alpha": 0.25}),
+    ("wav2vec2", {**TINYBERT, "alpha": 0.25}),
+    ("wav2vec2", MINILM),
+    ("ctc", {**TINYBERT}),
+    ("hubert", {"terms": ("embedding", "hidden", "prediction")}),
+]
+
+
+@pytest.mark.parametrize(("family", "objective"), SMALL_STEPS, ids=[f"{a}-{len(b)}" for a, b in SMALL_STEPS])
+def test_two_micro_batches_take_the_step_of_the_formula(
+    tmp_path: Path, family: str, objective: dict[str, Any]
+) -> None:
+    student, teacher = pair(family)
+    rows = dataset(family)
+    run = trainer(tmp_path, student, teacher, rows, objective, gradient_accumulation_steps=2)
+    projection = run.objective.projections["shared"] if len(run.objective.projections) else nn.Linear(16, 24).double()
+    expected = formula(student, teacher, projection, rows, objective.get("alpha", 1.0))
+    expected = {name: expected[name] for name in run.objective.terms}
+    learned = {name: p for name, p in run.model.named_parameters()}
+    gradients = torch.autograd.grad(
+        torch.stack(list(expected.values())).sum(), list(learned.values()), allow_unused=True
+    )
+    before = {name: p.detach().clone() for name, p in learned.items()}
+
+    loss = run.evaluate()["eval_loss"]
+    assert loss == pytest.approx(sum(expected.values()).item(), rel=1e-6)
+    run.train()
+    for name, value in expected.items():
+        logged = next(entry[name] for entry in run.state.log_history if name in entry)
+        assert logged == pytest.approx(value.item(), rel=1e-6), name
+    for (name, p), gradient in zip(run.model.named_parameters(), gradients, strict=True):
+        step = before[name] - p.detach()
+        if gradient is None:
+            assert not step.any(), name
+        else:
+            assert (step - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
