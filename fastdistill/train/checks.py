@@ -48,6 +48,7 @@ def check_classes(student: Any, teacher: Any) -> None:
 
 
 def reads_text(model: PreTrainedModel) -> bool:
+    """Returns whether a model reads tokens, and not images or sound."""
     return getattr(model, "main_input_name", "input_ids") == "input_ids"
 
 
@@ -70,7 +71,13 @@ def check_transcripts(student: PreTrainedModel, teacher: PreTrainedModel | None,
             f"alpha is {alpha}; labels of a CTC model are transcripts, not classes of frames, so the prediction term "
             "learns from the teacher alone: leave alpha at 1.0"
         )
-    sizes = [model.config.vocab_size for model in (student, teacher) if model is not None]
+    models = [model for model in (student, teacher) if model is not None]
+    if any(getattr(model.config, "add_adapter", False) for model in models):
+        raise ValueError(
+            "add_adapter is True; an adapter changes the number of frames under a CTC head, which has no mask then: "
+            "leave 'prediction' out of terms, or use models without an adapter"
+        )
+    sizes = [model.config.vocab_size for model in models]
     if len(set(sizes)) > 1:
         raise ValueError(
             f"the student's vocabulary has {sizes[0]} letters, the teacher's {sizes[1]}; the prediction term compares "

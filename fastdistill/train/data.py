@@ -78,6 +78,8 @@ def pack_corpus(
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns
     if "input_ids" in columns:
         return dataset if is_stream else add_length(dataset)
+    if columns and column not in columns:
+        raise ValueError(f"the corpus has the columns {columns}; it should have {column!r}, with text, or 'input_ids'")
     prefix, suffix = special_tokens(tokenizer)
     room = max_length - len(prefix) - len(suffix)
     if room < 1:

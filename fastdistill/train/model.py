@@ -61,8 +61,8 @@ class DistillationModel(nn.Module):
         else:
             states = run()
         mask = state_mask(self.student, batch)
-        if num_items is not None and mask is None and "input_ids" not in batch and (length := states.length):
-            num_items = with_length(num_items, length)
+        if mask is None and "input_ids" not in batch:
+            num_items = image_items(states, num_items, objective.needs_logits)
         found = objective(states, teacher, mask=mask, num_items=num_items, **targets)
         if learns_tokens and states.balance is not None:
             counted = next_tokens({**batch, "labels": labels})[1]
@@ -115,6 +115,16 @@ def state_mask(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor | Non
     # An adapter comes after the layers whose states are compared.
     options = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
     return frames(int(lengths(torch.tensor(sound.shape[1]), **options)), mask, **options)
+
+
+def image_items(states: States, num_items: Tensor | None, needs_logits: bool) -> Tensor | None:
+    """Returns the counts of images, of which `count_items` knew the rows alone. Raises ValueError for other logits."""
+    if needs_logits and states.logits is not None and states.logits.dim() != 2:
+        raise ValueError(
+            f"the student's logits are {tuple(states.logits.shape)}; the prediction term of images needs a classifier "
+            "of whole images, (B, C): leave 'prediction' out of terms"
+        )
+    return num_items if num_items is None or states.length is None else with_length(num_items, states.length)
 
 
 def predicts_next_tokens(student: PreTrainedModel, objective: Objective) -> bool:
