@@ -6,7 +6,15 @@ import tempfile
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(125))]
 CHAT_TEMPLATE = (
@@ -31,6 +39,20 @@ def encoders():
     student = BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, **common)
     teacher = BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, **common)
     return saved(BertModel, student), saved(BertModel, teacher)
+
+
+def image_classifiers():
+    """Returns folders with a student and a teacher of images (3, 32, 32), for AutoModelForImageClassification."""
+    common = {"image_size": 32, "patch_size": 8, "num_attention_heads": 2, "num_labels": 4}
+    student = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, **common)
+    teacher = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, **common)
+    return saved(ViTForImageClassification, student), saved(ViTForImageClassification, teacher)
+
+
+def images(count=16):
+    """Returns random images as an image processor would."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 32, 32, generator=generator).numpy()
 
 
 def saved(model_class, config):

@@ -118,9 +118,7 @@ def add_length(dataset: Dataset) -> Dataset:
     padded = ("input_ids", "input_values", "input_features")
     if (name := next((name for name in padded if name in dataset.column_names), None)) is None:
         return dataset.add_column("length", [1] * len(dataset))
-    return dataset.map(
-        lambda batch: {"length": [len(row) for row in batch[name]]}, batched=True, desc="Measuring rows"
-    )
+    return dataset.map(lambda batch: {"length": [len(row) for row in batch[name]]}, batched=True, desc="Measuring rows")
 
 
 def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[list[int]]:
@@ -145,8 +143,8 @@ def predict(
 
     Yields, for each batch, its row numbers in `dataset` as given in `batches`, what `capture` returned for it (`hidden`
     are the hidden states to return beside the logits), and its mask (B, L), True at tokens (None without `input_ids`):
-    entry b of every tensor belongs to row `rows[b]`. `bf16` runs the model under bfloat16 autocast. `padding_side` is "right", "left", or None
-    for the tokenizer's own.
+    entry b of every tensor belongs to row `rows[b]`. `bf16` runs the model under bfloat16 autocast. `padding_side` is
+    "right", "left", or None for the tokenizer's own.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -180,7 +178,7 @@ def pad_inputs(rows: dict[str, Any], tokenizer: Any, side: str) -> tuple[dict[st
 
 
 def stacked_inputs(rows: dict[str, Any], processor: Any) -> Any:
-    """Makes a batch of columns of images or sound. A feature extractor pads, and adds the mask if its models take one."""
+    """Makes a batch of columns of images or sound. A feature extractor pads, and adds a mask if its models take one."""
     features = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
     if isinstance(processor, SequenceFeatureExtractor):
         return processor.pad(features, return_tensors="pt")

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import (
     ASTConfig,
     ASTForAudioClassification,
+    BaseImageProcessor,
     BeitConfig,
     BeitForImageClassification,
-    ConvNextConfig,
-    ConvNextForImageClassification,
+    BeitForMaskedImageModeling,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Config,
@@ -40,13 +40,13 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
+    Wav2Vec2Processor,
 )
-from transformers.data.data_collator import default_data_collator
 
 from fastdistill.train.cache import write_cache
 from fastdistill.train.data import add_teacher_logits
 from fastdistill.train.objective import Objective
-from fastdistill.train.stages import IntermediateStage, PredictionStage
+from fastdistill.train.stages import GeneralStage, IntermediateStage, PredictionStage
 from fastdistill.train.students import build_student
 from fastdistill.train.trainer import DistillationTrainer
 
@@ -178,7 +178,7 @@ def formula(
     student: PreTrainedModel, teacher: PreTrainedModel, projection: nn.Linear, rows: Dataset, alpha: float = 1.0
 ) -> dict[str, Tensor]:
     """Returns each term's loss of the rows together. Frames, pairs of them, and rows weigh the same in their means."""
-    sums: dict[str, Any] = {name: 0.0 for name in ("embedding", "hidden", "attention", "prediction")}
+    sums: dict[str, Any] = dict.fromkeys(("embedding", "hidden", "attention", "prediction"), 0.0)
     relations, states, pairs, items = torch.zeros(3, dtype=torch.float64), 0, 0, 0
     for row in rows:
         (found, layers), (target, theirs) = internals(student, row), internals(teacher, row)
@@ -227,16 +227,14 @@ SMALL_STEPS = [
 
 
 @pytest.mark.parametrize(("family", "objective"), SMALL_STEPS, ids=[f"{a}-{len(b)}" for a, b in SMALL_STEPS])
-def test_two_micro_batches_take_the_step_of_the_formula(
-    tmp_path: Path, family: str, objective: dict[str, Any]
-) -> None:
+def test_two_micro_batches_take_the_step_of_the_formula(tmp_path: Path, family: str, objective: dict[str, Any]) -> None:
     student, teacher = pair(family)
     rows = dataset(family)
     run = trainer(tmp_path, student, teacher, rows, objective, gradient_accumulation_steps=2)
     projection = run.objective.projections["shared"] if len(run.objective.projections) else nn.Linear(16, 24).double()
     expected = formula(student, teacher, projection, rows, objective.get("alpha", 1.0))
     expected = {name: expected[name] for name in run.objective.terms}
-    learned = {name: p for name, p in run.model.named_parameters()}
+    learned = dict(run.model.named_parameters())
     gradients = torch.autograd.grad(
         torch.stack(list(expected.values())).sum(), list(learned.values()), allow_unused=True
     )
@@ -254,3 +252,186 @@ def test_two_micro_batches_take_the_step_of_the_formula(
             assert not step.any(), name
         else:
             assert (step - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
+
+
+# -- the trainer around them -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["vit", "wav2vec2"])
+def test_a_resumed_run_ends_as_the_whole_run(tmp_path: Path, family: str) -> None:
+    ends = []
+    for name in ("whole", "resumed"):
+        folder = tmp_path / name
+        options = {"learning_rate": 0.01, "save_strategy": "steps", "save_steps": 2}
+        steps = (4,) if name == "whole" else (2, 4)
+        for most in steps:
+            student, teacher = pair(family)
+            run = trainer(folder, student, teacher, dataset(family, 8), TINYBERT, max_steps=most, **options)
+            run.train(resume_from_checkpoint=most == 4 and name == "resumed")
+        ends.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
+    for name, p in ends[0].items():
+        assert torch.equal(p, ends[1][name]), name
+    again = type(student).from_pretrained(folder / "checkpoint-4", dtype=torch.float64)
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), student.parameters(), strict=True))
+
+
+class ImageProcessor(BaseImageProcessor):
+    """Stands for any family's: those of transformers need torchvision or Pillow."""
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012
+
+
+def test_default_collators_stack_images_and_pad_sound(tmp_path: Path) -> None:
+    for family, processor in (("vit", ImageProcessor()), ("wav2vec2", Wav2Vec2FeatureExtractor())):
+        processor.return_attention_mask = True
+        rows = dataset(family, 3)
+        student, teacher = (each.float() for each in pair(family))
+        run = trainer(tmp_path, student, teacher, rows, TINYBERT, processing_class=processor, data_collator=None)
+        batch = run.data_collator([rows[i] for i in range(3)])
+        assert batch["labels"].tolist() == [0, 1, 2]
+        if family == "vit":
+            assert torch.equal(batch["pixel_values"], torch.tensor(rows["pixel_values"][:]))
+        else:
+            assert batch["attention_mask"].sum(1).tolist() == [len(x) for x in rows["input_values"]]
+            assert batch["input_values"].shape == batch["attention_mask"].shape
+        run.objective.float()
+        run.train()
+
+
+def test_stages_take_images_and_sound_with_the_teachers_logits(tmp_path: Path) -> None:
+    for family, processor in (("vit", ImageProcessor()), ("wav2vec2", Wav2Vec2FeatureExtractor())):
+        processor.return_attention_mask = True
+        student, teacher = (each.float() for each in pair(family))
+        rows = add_teacher_logits(dataset(family), teacher, processor, batch_size=3)
+        with torch.no_grad():
+            expected = torch.cat([internals(teacher.double(), row)[0].logits for row in rows])
+        found = torch.tensor(rows["teacher_logits"][:], dtype=torch.float64)
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+        quick = {
+            "batch_size": 2,
+            "epochs": 1,
+            "arguments": {"use_cpu": True, "disable_tqdm": True, "report_to": "none"},
+        }
+        teacher.float()
+        folder = tmp_path / family
+        student = IntermediateStage(dataset=rows, **quick).run(student, teacher, processor, folder / "inner")
+        before = [p.clone() for p in student.parameters()]
+        student = PredictionStage(dataset=rows, **quick).run(student, None, processor, folder / "student")
+        assert any(not torch.equal(p, q) for p, q in zip(before, student.parameters(), strict=True))
+        assert (folder / "student" / "preprocessor_config.json").is_file()
+        PredictionStage(dataset=rows, **quick).run(student, None, processor, folder / "student", resume=True)
+
+
+def test_sound_without_a_mask_counts_every_frame(tmp_path: Path) -> None:
+    """As for models whose feature extractor gives no mask; all rows have one length here."""
+    rows = dataset("wav2vec2").map(lambda row: {"input_values": row["input_values"][:60]})
+    losses = []
+    for mask in (False, True):
+        student, teacher = pair("wav2vec2")
+
+        def one_length(features: list[dict[str, Any]], mask: bool = mask) -> dict[str, Tensor]:
+            return {name: x for name, x in collate(features).items() if mask or name != "attention_mask"}
+
+        run = trainer(
+            tmp_path, student, teacher, rows, TINYBERT, data_collator=one_length, gradient_accumulation_steps=2
+        )
+        run.train()
+        losses.append([run.state.log_history[0][name] for name in TINYBERT["terms"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+# -- what is refused, before the first step ----------------------------------------------------------------------
+
+
+def swin() -> PreTrainedModel:
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
+    return SwinForImageClassification(SwinConfig(**sizes, window_size=2, num_labels=CLASSES)).double().eval()
+
+
+def masked_images() -> PreTrainedModel:
+    config = BeitConfig(**IMAGES, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=16)
+    return BeitForMaskedImageModeling(config).double().eval()
+
+
+REFUSED: dict[str, tuple[Any, Any, str, dict[str, Any], str]] = {
+    "stages of different widths": (swin, swin, "vit", {"terms": ("hidden",)}, "SwinConfig, describes stages.*such as"),
+    "another number of tokens": (
+        lambda: pair("vit")[0], lambda: pair("deit")[1], "vit", {"terms": ("hidden",)}, "17 states.*teacher 18.*patch",
+    ),
+    "the same in attention": (
+        lambda: pair("vit")[0], lambda: pair("deit")[1], "vit", {"method": "minilm"}, "17 states.*teacher 18",
+    ),
+    "joined frames": (
+        lambda: pair("sew")[0], lambda: pair("sew")[1], "sew", {"terms": ("hidden",)}, "mask is for.*SEW.*prediction",
+    ),
+    "other inputs": (
+        lambda: pair("vit")[0], lambda: pair("wav2vec2")[1], "vit", {"terms": ("prediction",)},
+        "student reads pixel_values, the teacher input_values",
+    ),
+    "labels of CTC": (
+        lambda: pair("ctc")[0], lambda: pair("ctc")[1], "ctc", {"terms": ("prediction",), "alpha": 0.5},
+        "transcripts.*leave alpha at 1.0",
+    ),
+    "other letters": (
+        lambda: pair("ctc", vocab_size=9)[0], lambda: pair("ctc")[1], "ctc", {"terms": ("prediction",)}, "9 letters",
+    ),
+    "an adapter under CTC": (
+        lambda: pair("ctc", add_adapter=True, num_adapter_layers=1)[0],
+        lambda: model("ctc", 4, 24, 1, add_adapter=True, num_adapter_layers=1),
+        "ctc", {"terms": ("prediction",)}, "add_adapter is True",
+    ),
+    "skipped layers": (
+        lambda: pair("wav2vec2", layerdrop=0.1)[0], lambda: pair("wav2vec2")[1], "wav2vec2", {"terms": ("hidden",)},
+        "layerdrop is 0.1.*layerdrop=0.0",
+    ),
+    "a prediction for each patch": (
+        masked_images, masked_images, "vit", {"terms": ("prediction",)}, "classifier of whole images",
+    ),
+    "attention that cannot be captured": (
+        lambda: pair("hubert")[0], lambda: pair("hubert")[1], "hubert", {"terms": ("attention",)},
+        "distil it without the attention term",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_run_that_would_be_wrong_is_refused(tmp_path: Path, what: str) -> None:
+    make_student, make_teacher, family, objective, message = REFUSED[what]
+    student, teacher = make_student(), make_teacher()
+    before = [p.clone() for p in student.parameters()]
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, student, teacher, dataset(family), objective).train()
+    assert all(torch.equal(p, q) for p, q in zip(before, student.parameters(), strict=True))
+
+
+def test_the_ways_out_that_errors_name_work(tmp_path: Path) -> None:
+    """Prediction alone, for models of which inner terms are refused; and with layerdrop."""
+    cases = [
+        (swin(), swin(), "vit"),
+        (pair("vit")[0], pair("deit")[1], "vit"),
+        (*pair("sew"), "sew"),
+        (pair("wav2vec2", layerdrop=0.5)[0], pair("wav2vec2")[1], "wav2vec2"),
+    ]
+    for student, teacher, family in cases:
+        run = trainer(tmp_path, student, teacher, dataset(family), {"terms": ("prediction",)})
+        with torch.no_grad():
+            batch = {name: x for name, x in collate(list(dataset(family))).items() if name != "labels"}
+            z_s, z_t = (each(**batch).logits for each in (student, teacher))
+        expected = -(z_t.softmax(-1) * z_s.log_softmax(-1)).sum(-1).mean().item()
+        assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+        run.train()
+
+
+def test_what_reads_text_alone_says_so(tmp_path: Path) -> None:
+    _, teacher = pair("vit")
+    with pytest.raises(ValueError, match="reads pixel_values; a cache holds rows of input_ids"):
+        write_cache(dataset("vit"), teacher, None, tmp_path / "cache", hidden=[0])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "student.json").write_text('{"num_hidden_layers": 2}')
+    with pytest.raises(ValueError, match="teacher is a ViTForImageClassification; build_student knows"):
+        build_student(tmp_path / "student.json", teacher)
+    with pytest.raises(ValueError, match=r"columns \['pixel_values', 'labels'\]; it should have 'text'"):
+        GeneralStage(corpus=dataset("vit")).run(teacher, teacher, None, tmp_path / "general")
+    processor = Wav2Vec2Processor.__new__(Wav2Vec2Processor)  # of a feature extractor and a tokenizer
+    with pytest.raises(ValueError, match=r"Wav2Vec2Processor.*pass a data_collator"):
+        trainer(tmp_path, *pair("ctc"), dataset("ctc"), TINYBERT, processing_class=processor, data_collator=None)
