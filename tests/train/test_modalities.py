@@ -29,6 +29,8 @@ from transformers import (
     HubertConfig,
     HubertForSequenceClassification,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     SEWConfig,
     SEWForSequenceClassification,
     SwinConfig,
@@ -41,6 +43,8 @@ from transformers import (
     Wav2Vec2ForCTC,
     Wav2Vec2ForSequenceClassification,
     Wav2Vec2Processor,
+    WavLMConfig,
+    WavLMForSequenceClassification,
 )
 
 from fastdistill.train.cache import write_cache
@@ -68,6 +72,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "wav2vec2": (Wav2Vec2ForSequenceClassification, Wav2Vec2Config, SOUND),
     "ctc": (Wav2Vec2ForCTC, Wav2Vec2Config, SOUND),
     "hubert": (HubertForSequenceClassification, HubertConfig, SOUND),
+    "wavlm": (WavLMForSequenceClassification, WavLMConfig, SOUND),
     "sew": (SEWForSequenceClassification, SEWConfig, {**SOUND, "squeeze_factor": 2}),
 }
 LAYER_MAP = {0: 0, 1: 2, 2: 4}  # "uniform", of 2 layers and 4
@@ -147,7 +152,7 @@ def trainer(
 
 
 def internals(model: PreTrainedModel, row: dict[str, Any]) -> tuple[Any, list[dict[str, Tensor]]]:
-    """Returns a model's own outputs for one row, and the vectors (L, d) of each attention layer."""
+    """Returns a model's own outputs for one row, and the vectors (L, d) of each attention layer, if they are called."""
     layers: list[dict[str, Tensor]] = []
 
     def keep(name: str) -> Any:
@@ -185,13 +190,13 @@ def formula(
         for i, j in LAYER_MAP.items():
             difference = projection(found.hidden_states[i][0]) - target.hidden_states[j][0].detach()
             sums["hidden" if i else "embedding"] += difference.square().mean(-1).sum()
-            if i:
+            if i and layers:
                 scores = [
                     heads(x["q"], 4) @ heads(x["k"], 4).mT * (x["q"].shape[1] // 4) ** -0.5
                     for x in (layers[i - 1], theirs[j - 1])
                 ]
                 sums["attention"] += (scores[0] - scores[1].detach()).square().sum() / 4
-        for place, name in enumerate("qkv"):
+        for place, name in enumerate("qkv" if layers else ""):
             mine, other = (
                 (heads(x[-1][name], 2) @ heads(x[-1][name], 2).mT * (x[-1][name].shape[1] // 2) ** -0.5).log_softmax(-1)
                 for x in (layers, theirs)
@@ -223,6 +228,7 @@ SMALL_STEPS = [
     ("wav2vec2", MINILM),
     ("ctc", {**TINYBERT}),
     ("hubert", {"terms": ("embedding", "hidden", "prediction")}),
+    ("wavlm", {"terms": ("embedding", "hidden", "prediction")}),
 ]
 
 
@@ -340,12 +346,30 @@ def test_sound_without_a_mask_counts_every_frame(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+def test_images_of_different_sizes_weigh_the_same(tmp_path: Path) -> None:
+    student, teacher = pair("dinov2")  # which interpolates its positions
+    rows = Dataset.from_list([*dataset("dinov2", 2), {"pixel_values": np.ones((3, 24, 20)).tolist(), "labels": 1}])
+    how = {"terms": ("hidden", "attention")}
+    accumulated = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    run = trainer(tmp_path, student, teacher, rows, how, **accumulated)
+    each = [formula(student, teacher, run.objective.projections["shared"], [row]) for row in rows]
+    run.train()
+    for name in how["terms"]:
+        mean = sum(found[name].item() for found in each) / 3
+        assert run.state.log_history[0][name] == pytest.approx(mean, rel=1e-6), name
+
+
 # -- what is refused, before the first step ----------------------------------------------------------------------
 
 
 def swin() -> PreTrainedModel:
     sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2]}
     return SwinForImageClassification(SwinConfig(**sizes, window_size=2, num_labels=CLASSES)).double().eval()
+
+
+def resnet() -> PreTrainedModel:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": CLASSES}
+    return ResNetForImageClassification(ResNetConfig(**sizes)).double().eval()
 
 
 def masked_images() -> PreTrainedModel:
@@ -407,7 +431,8 @@ def test_a_run_that_would_be_wrong_is_refused(tmp_path: Path, what: str) -> None
 def test_the_ways_out_that_errors_name_work(tmp_path: Path) -> None:
     """Prediction alone, for models of which inner terms are refused; and with layerdrop."""
     cases = [
-        (swin(), swin(), "vit"),
+        (swin(), pair("vit")[1], "vit"),
+        (resnet(), swin(), "vit"),
         (pair("vit")[0], pair("deit")[1], "vit"),
         (*pair("sew"), "sew"),
         (pair("wav2vec2", layerdrop=0.5)[0], pair("wav2vec2")[1], "wav2vec2"),
