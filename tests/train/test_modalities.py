@@ -5,6 +5,9 @@ The formulas run in float64, as do the models here; a scalar or two of the train
 
 from __future__ import annotations
 
+import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,6 +261,38 @@ def test_two_micro_batches_take_the_step_of_the_formula(tmp_path: Path, family: 
             assert not step.any(), name
         else:
             assert (step - gradient).norm() <= 1e-9 * gradient.norm() + 1e-12, name
+
+
+def _one_step(rank: int, port: int, folder: Path, family: str) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    run = trainer(folder, *pair(family), dataset(family), TINYBERT, per_device_train_batch_size=2)
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    assert torch.distributed.get_world_size() == 2
+    torch.save({name: before[name] - p.detach() for name, p in run.model.named_parameters()}, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("family", ["vit", "wav2vec2"])
+def test_two_processes_take_the_step_of_the_formula(tmp_path: Path, family: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(_one_step, (port, tmp_path, family), nprocs=2, start_method="fork")
+    (student, teacher), rows = pair(family), dataset(family)
+    run = trainer(tmp_path, student, teacher, rows, TINYBERT)
+    loss = sum(formula(student, teacher, run.objective.projections["shared"], rows)[name] for name in TINYBERT["terms"])
+    learned = dict(run.model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
+    for rank in range(2):
+        steps = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for (name, step), gradient in zip(steps.items(), gradients, strict=True):
+            expected = torch.zeros_like(step) if gradient is None else gradient
+            assert (step - expected).norm() <= 1e-9 * expected.norm() + 1e-12, name
 
 
 # -- the trainer around them -------------------------------------------------------------------------------------
