@@ -45,7 +45,7 @@ def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # 
     mask = batch.get("attention_mask")
     ids = batch.get("input_ids", mask)
     if ids is None:
-        some = next(iter(batch.values()))  # (B, ...)
+        some = next(x for x in batch.values() if isinstance(x, Tensor))  # (B, ...)
         ids = torch.ones(len(some), 1, dtype=torch.long, device=some.device)
     counted = torch.ones_like(ids, dtype=torch.long) if mask is None or parity == "official" else mask.long()  # (B, L)
     tokens = counted.sum(1)  # (B)
@@ -69,8 +69,9 @@ def with_length(num_items: Tensor, length: int) -> Tensor:  # (6), the fields of
 
     Images of different sizes then weigh the same in a mean over several batches.
     """
-    rows = Counts(*num_items.unbind()).rows
-    counts = Counts(*num_items.unbind())._replace(
+    counts = Counts(*num_items.unbind())
+    rows = counts.rows
+    counts = counts._replace(
         tokens=rows * length, pairs=rows * length**2, causal_pairs=rows * (length * (length + 1) // 2)
     )
     return torch.stack(counts)
