@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", *(f"w{i}" for i in range(125))]
@@ -58,6 +60,20 @@ def encoder_decoders(family):
     model_class, config = kinds
     student, teacher = (config(d_model=16 * (i + 1), **common, **size) for i, size in enumerate(sizes))
     return saved(model_class, student, padding_side="right"), saved(model_class, teacher, padding_side="right")
+
+
+def image_classifiers():
+    """Returns folders with a student and a teacher of images (3, 32, 32), for AutoModelForImageClassification."""
+    common = {"image_size": 32, "patch_size": 8, "num_attention_heads": 2, "num_labels": 4}
+    student = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, **common)
+    teacher = ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4, **common)
+    return saved(ViTForImageClassification, student), saved(ViTForImageClassification, teacher)
+
+
+def images(count=16):
+    """Returns random images as an image processor would."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 32, 32, generator=generator).numpy()
 
 
 def saved(model_class, config, padding_side="left"):

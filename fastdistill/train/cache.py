@@ -47,7 +47,7 @@ from fastdistill.train.cache_files import (
 )
 from fastdistill.train.capture import States
 from fastdistill.train.checkpoints import load_config
-from fastdistill.train.checks import check_classes, check_vocabularies
+from fastdistill.train.checks import check_classes, check_vocabularies, reads_text
 from fastdistill.train.data import batches_by_length, predict
 from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.outputs import check, whole_output, writing
@@ -111,6 +111,11 @@ def write_cache(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it should be at least 1")
     check_storage(logprobs_bits, shard_bytes)
+    if not reads_text(teacher):
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}, which reads {teacher.main_input_name}; a cache holds rows of "
+            "input_ids: use add_teacher_logits, or train with a live teacher"
+        )
     lengths, digest = measure(dataset, positions(teacher))
     states = sorted(set(hidden))
     columns = TeacherColumns(dataset, lengths, teacher, tokenizer, top_k, states, batch_size, bf16, logprobs_bits)

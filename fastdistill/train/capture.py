@@ -71,6 +71,15 @@ class States:
     factors: Logits | None = None  # of a causal language model's logits, in their place
     balance: Tensor | None = None  # the load-balancing loss of a mixture of experts, without its coefficient
 
+    @property
+    def length(self) -> int | None:
+        """The number of states of a row, L; None where no layer was captured."""
+        for x in self.hidden.values():
+            return x.shape[1]
+        for layer in self.attention.values():
+            return layer.query.shape[2]
+        return None
+
 
 class Sink:  # no dataclass: FSDP hands each module a copy of a dataclass among its arguments
     """Collects the layers asked for. It numbers them from 1 in the order of calls: not every layer knows its index.

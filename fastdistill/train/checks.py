@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, capture, layer_count, probabilities, run
 from fastdistill.train.inputs import is_causal
@@ -142,6 +143,53 @@ def check_classes(student: Any, teacher: Any) -> None:
     if is_named and [name.lower() for name in orders[0]] != [name.lower() for name in orders[1]]:
         raise ValueError(
             f"the student orders its classes {orders[0]}, the teacher {orders[1]} (label2id); give both one order"
+        )
+
+
+def reads_text(model: PreTrainedModel) -> bool:
+    """Returns whether a model reads tokens, and not images or sound."""
+    return getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+
+def check_inputs(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raises ValueError if the two models read different inputs, say one images and the other text."""
+    names = [getattr(model, "main_input_name", "input_ids") for model in (student, teacher)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"the student reads {names[0]}, the teacher {names[1]}; both read the same batch, so they should take the "
+            "same inputs"
+        )
+
+
+def check_transcripts(student: PreTrainedModel, teacher: PreTrainedModel | None, alpha: float) -> None:
+    """Raises ValueError for a CTC student whose letters are not the teacher's, or that would learn labels as well."""
+    if type(student).__name__ not in MODEL_FOR_CTC_MAPPING_NAMES.values():
+        return
+    if alpha < 1:
+        raise ValueError(
+            f"alpha is {alpha}; labels of a CTC model are transcripts, not classes of frames, so the prediction term "
+            "learns from the teacher alone: leave alpha at 1.0"
+        )
+    models = [model for model in (student, teacher) if model is not None]
+    if any(getattr(model.config, "add_adapter", False) for model in models):
+        raise ValueError(
+            "add_adapter is True; an adapter changes the number of frames under a CTC head, which has no mask then: "
+            "leave 'prediction' out of terms, or use models without an adapter"
+        )
+    sizes = [model.config.vocab_size for model in models]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"the student's vocabulary has {sizes[0]} letters, the teacher's {sizes[1]}; the prediction term compares "
+            "them one by one: give the student the teacher's processor and vocab_size"
+        )
+
+
+def check_layerdrop(config: Any, terms: Sequence[str]) -> None:
+    """Raises ValueError if the student skips layers at random, so that its layers cannot be told apart."""
+    if getattr(config, "layerdrop", 0.0):
+        raise ValueError(
+            f"the student's layerdrop is {config.layerdrop}; a skipped layer has no states, so the terms {list(terms)} "
+            "would compare the wrong layers: load the student with layerdrop=0.0"
         )
 
 

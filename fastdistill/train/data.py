@@ -19,7 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, PreTrainedModel
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    default_data_collator,
+)
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.utils import logging
 
 from fastdistill.train.capture import States, capture
@@ -90,6 +98,8 @@ def pack_corpus(
         columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its columns
     if "input_ids" in columns:
         return dataset if is_stream else add_length(dataset)
+    if columns and column not in columns:
+        raise ValueError(f"the corpus has the columns {columns}; it should have {column!r}, with text, or 'input_ids'")
     prefix, suffix = special_tokens(tokenizer)
     room = max_length - len(prefix) - len(suffix)
     if room < 1:
@@ -119,12 +129,16 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def add_length(dataset: Dataset) -> Dataset:
-    """Adds the column `length`, the number of each row's `input_ids`, by which the sampler groups batches."""
+    """Adds the column `length`, by which the sampler groups batches.
+
+    It is the number of each row's `input_ids`, or the length of its sound; 1 for images, which need no padding.
+    """
     if "length" in dataset.column_names:
         return dataset
-    return dataset.map(
-        lambda batch: {"length": [len(row) for row in batch["input_ids"]]}, batched=True, desc="Measuring rows"
-    )
+    padded = ("input_ids", "input_values", "input_features")
+    if (name := next((name for name in padded if name in dataset.column_names), None)) is None:
+        return dataset.add_column("length", [1] * len(dataset))
+    return dataset.map(lambda batch: {"length": [len(row) for row in batch[name]]}, batched=True, desc="Measuring rows")
 
 
 def batches_by_length(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[list[int]]:
@@ -142,20 +156,26 @@ def predict(
     hidden: Sequence[int] = (),
     bf16: bool = False,
     padding_side: str | None = None,
-) -> Iterator[tuple[list[int], States, Tensor]]:
+) -> Iterator[tuple[list[int], States, Any]]:
     """Runs a model in eval mode, without gradients, over batches of tokenised rows.
 
+    `tokenizer` may be the image processor or feature extractor of a model of images or sound.
+
     Yields, for each batch, its row numbers in `dataset` as given in `batches`, what `capture` returned for it (`hidden`
-    are the hidden states to return beside the logits), and its mask (B, L), True at tokens: entry b of every tensor
-    belongs to row `rows[b]`. `bf16` runs the model under bfloat16 autocast. `padding_side` is "right", "left", or None
-    for the tokenizer's own.
+    are the hidden states to return beside the logits), and its mask (B, L), True at tokens (None without `input_ids`):
+    entry b of every tensor belongs to row `rows[b]`. `bf16` runs the model under bfloat16 autocast. `padding_side` is
+    "right", "left", or None for the tokenizer's own.
     """
     model.eval()
     device = next(model.parameters()).device
     columns = [name for name in (*tokenizer.model_input_names, "position_ids") if name in dataset.column_names]
     inputs = dataset.with_format("torch", columns=columns)
     for rows in batches:
-        batch, mask = pad_inputs(inputs[rows], tokenizer, padding_side or tokenizer.padding_side)
+        found = inputs[rows]
+        if "input_ids" in found:
+            batch, mask = pad_inputs(found, tokenizer, padding_side or tokenizer.padding_side)
+        else:
+            batch, mask = stacked_inputs(found, tokenizer), None
         batch = {name: x.to(device) for name, x in batch.items()}
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             states = capture(model, batch, hidden=hidden)
@@ -177,6 +197,14 @@ def pad_inputs(rows: dict[str, Any], tokenizer: Any, side: str) -> tuple[dict[st
     return without_full_mask(batch), mask
 
 
+def stacked_inputs(rows: dict[str, Any], processor: Any) -> Any:
+    """Makes a batch of columns of images or sound. A feature extractor pads, and adds a mask if its models take one."""
+    features = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+    if isinstance(processor, SequenceFeatureExtractor):
+        return processor.pad(features, return_tensors="pt")
+    return default_data_collator(features)
+
+
 def without_full_mask(batch: Any) -> Any:
     """Drops an `attention_mask` that masks nothing, so that attention takes its fastest path without a host sync."""
     if "attention_mask" in batch and bool(batch["attention_mask"].all()):
@@ -187,7 +215,10 @@ def without_full_mask(batch: Any) -> Any:
 def add_teacher_logits(
     dataset: Dataset, teacher: PreTrainedModel, tokenizer: Any, batch_size: int = 128, bf16: bool = False
 ) -> Dataset:
-    """Runs a sequence classifier over a data set and adds its logits as the column `teacher_logits`, float32 (C) a row.
+    """Runs a classifier of rows over a data set and adds its logits as the column `teacher_logits`, float32 (C) a row.
+
+    Rows are text with its tokenizer, images (`pixel_values`) with their image processor, or sound (`input_values` or
+    `input_features`) with its feature extractor. Sound is padded to the longest row of a batch.
 
     A teacher in eval mode returns the same logits in every epoch and for every seed, so the prediction stage need not
     run it again. Under several processes all must call this function with the same rows; each runs its share of the
@@ -210,6 +241,19 @@ def add_teacher_logits(
     if "teacher_logits" in dataset.column_names:
         dataset = dataset.remove_columns("teacher_logits")
     return dataset.add_column("teacher_logits", [logits_by_row[row] for row in range(len(dataset))])
+
+
+def default_collator(processing_class: Any) -> PaddingCollator | None:
+    """Returns the collator for what a student reads; None: Trainer's own, for images and sound.
+
+    Raises ValueError for a processor of several kinds of input, such as Wav2Vec2Processor.
+    """
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"data_collator is None and processing_class is a {type(processing_class).__name__}, which pads inputs "
+            "and labels each in its own way; pass a data_collator that does so"
+        )
+    return PaddingCollator(processing_class) if isinstance(processing_class, PreTrainedTokenizerBase) else None
 
 
 class PaddingCollator(DataCollatorWithPadding):

@@ -27,7 +27,8 @@ def forward_arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> dict[
     start anew within a row, its sequences do not see each other, in rows of different lengths too.
     """
     names = inspect.signature(model.forward).parameters
-    passes_all = "input_ids" not in names  # a wrapper that passes everything on
+    read = getattr(model, "main_input_name", "input_ids")  # pixel_values, input_values, ...
+    passes_all = read not in names  # a wrapper that passes everything on
     found = {name: x for name, x in batch.items() if name not in LABELS and (passes_all or name in names)}
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if (mask is None and positions is None) or not is_causal(model):

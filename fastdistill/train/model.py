@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,9 @@ from fastdistill.train.capture import States, capture
 from fastdistill.train.causal_lm import Logits, balance_weight, in_factors, losses, student_losses
 from fastdistill.train.heads import Head, head_of
 from fastdistill.train.objective import Objective
-from fastdistill.train.terms import Counts, next_tokens, prediction_options
+from fastdistill.train.terms import Counts, next_tokens, prediction_options, with_length
 
-__all__ = ["DistillationModel", "predicts_next_tokens", "teacher_states"]
+__all__ = ["DistillationModel", "predicts_next_tokens", "state_mask", "teacher_states"]
 
 
 class DistillationModel(nn.Module):
@@ -59,7 +60,10 @@ class DistillationModel(nn.Module):
             states, targets["next_token_loss"] = self._next_tokens(run, batch, teacher, num_items, **targets)
         else:
             states = run()
-        found = objective(states, teacher, mask=batch.get("attention_mask"), num_items=num_items, **targets)
+        mask = state_mask(self.student, batch)
+        if mask is None and "input_ids" not in batch:
+            num_items = image_items(states, num_items, objective.needs_logits)
+        found = objective(states, teacher, mask=mask, num_items=num_items, **targets)
         if learns_tokens and states.balance is not None:
             counted = next_tokens({**batch, "labels": labels})[1]
             items = None if num_items is None else Counts(*num_items.unbind()).next_tokens
@@ -94,6 +98,33 @@ class DistillationModel(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Earlier versions of Trainer call this name."""
         self.student.gradient_checkpointing_enable(*args, **kwargs)
+
+
+def state_mask(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor | None:  # (B, L)
+    """Returns which of the states that a model makes of a batch are no padding; None: all of them.
+
+    A mask of sound is over samples, or over steps of a spectrogram, of which the model makes fewer frames.
+    """
+    mask = batch.get("attention_mask")
+    if not hasattr(model, "_get_feature_vector_attention_mask"):
+        return mask
+    sound = batch[model.main_input_name]  # (B, T) or (B, T, d)
+    if mask is None:
+        mask = torch.ones(sound.shape[:2], dtype=torch.long, device=sound.device)
+    lengths, frames = model._get_feat_extract_output_lengths, model._get_feature_vector_attention_mask
+    # An adapter comes after the layers whose states are compared.
+    options = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
+    return frames(int(lengths(torch.tensor(sound.shape[1]), **options)), mask, **options)
+
+
+def image_items(states: States, num_items: Tensor | None, needs_logits: bool) -> Tensor | None:
+    """Returns the counts of images, of which `count_items` knew the rows alone. Raises ValueError for other logits."""
+    if needs_logits and states.logits is not None and states.logits.dim() != 2:
+        raise ValueError(
+            f"the student's logits are {tuple(states.logits.shape)}; the prediction term of images needs a classifier "
+            "of whole images, (B, C): leave 'prediction' out of terms"
+        )
+    return num_items if num_items is None or states.length is None else with_length(num_items, states.length)
 
 
 def predicts_next_tokens(student: PreTrainedModel, objective: Objective) -> bool:

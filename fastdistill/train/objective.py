@@ -61,6 +61,8 @@ class Objective(nn.Module):
         self.options = replace(given, terms=self.terms, temperature=float(given.temperature))
         self.layer_map: tuple[int | None, ...] = ()
         if inner:
+            check_layers(student_config, "the student", inner)
+            check_layers(teacher_config, "the teacher", inner)
             self.options, self.layer_map = resolve_layers(self.options, student_config, teacher_config)
         self.projections = nn.ModuleDict()
         setup = Setup(self.options, student_config, teacher_config, self.layer_map, self.projections)
@@ -92,13 +94,14 @@ class Objective(nn.Module):
 
         Args:
             student, teacher: captured states; a regression needs no teacher.
-            mask: `(B, L)`, 1 or True = a token, 0 or False = padding; None: no padding.
+            mask: `(B, L)`, 1 or True = a token, or a frame of sound, 0 or False = padding; None: no padding.
             num_items: the sum of `count` over everything that makes one optimiser step; None: this batch alone.
             targets: `labels`, `teacher_logits`, `topk` and `next_token_loss`, fields of
                 `fastdistill.train.terms.Batch`.
         """
         if teacher is None and (self.hidden or self.attention):
             raise ValueError(f"teacher is None; the terms {self.terms} need the teacher's states")
+        check_lengths(student, teacher, mask)
         counts = Counts() if num_items is None else Counts(*num_items.unbind())
         mask = None if mask is None else mask.bool()
         batch = Batch(student, teacher or States({}, {}, None), mask, counts=counts, **targets)
@@ -211,6 +214,36 @@ def check_method_options(method: Any = "tinybert", **options: Any) -> None:
         )
     if method != "tinybert" and given.parity == "official":
         raise ValueError(f"parity is 'official', which is TinyBERT's published code; method {method!r} has 'masked'")
+
+
+def check_layers(config: Any, whose: str, terms: Sequence[str]) -> None:
+    """Raises ValueError if a config describes no layers of one width, which the inner terms compare."""
+    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
+    in_stages = any(hasattr(config, name) for name in ("depths", "hidden_sizes"))
+    if in_stages or not all(isinstance(size, int) for size in sizes):
+        found = "describes stages of different widths" if in_stages else "has no num_hidden_layers and hidden_size"
+        raise ValueError(
+            f"{whose}'s config, a {type(config).__name__}, {found}; the terms {list(terms)} compare layers of one "
+            'width: use terms=("prediction",), or a model of equal layers, such as ViT'
+        )
+
+
+def check_lengths(student: States, teacher: States | None, mask: Tensor | None) -> None:
+    """Raises ValueError if the student's states, the teacher's and the mask are not of one length."""
+    length, target = student.length, None if teacher is None else teacher.length
+    if length is None:
+        return
+    if target is not None and length != target:
+        raise ValueError(
+            f"the student makes {length} states (tokens, patches or frames) of a row, the teacher {target}; inner "
+            "terms compare them one by one. Give the student the teacher's image size, patch size and special tokens, "
+            'or its convolutions over sound, or use terms=("prediction",)'
+        )
+    if mask is not None and mask.shape[1] != length:
+        raise ValueError(
+            f"the mask is for {mask.shape[1]} states (tokens or frames) of a row, and the student makes {length}, as "
+            'SEW does, which joins frames; use terms=("prediction",)'
+        )
 
 
 def resolve_layers(

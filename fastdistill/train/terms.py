@@ -20,7 +20,7 @@ from fastdistill.train.causal_lm import Logits, Options, divergence, targets
 from fastdistill.train.options import ObjectiveOptions
 
 __all__ = ["METHODS", "RELATION_HEADS", "Batch", "Counts", "Setup", "Term", "count_items", "next_tokens",
-           "prediction_options"]  # fmt: skip
+           "prediction_options", "with_length"]  # fmt: skip
 
 RELATION_HEADS = 48  # MiniLMv2's number for teachers of BERT-base's size; the paper uses 64 for BERT-large's
 
@@ -29,7 +29,7 @@ class Counts(NamedTuple):
     """The numbers of items that means divide by, each an int64 tensor (). None: this batch's own number."""
 
     rows: Any = None
-    tokens: Any = None
+    tokens: Any = None  # or frames of sound, or patches of images: the states of a layer
     pairs: Any = None  # a query and a key that may attend each other, counted once for all heads
     causal_pairs: Any = None  # the pairs whose key is not behind the query
     labelled: Any = None  # `labels` that are not -100: of tokens (B, L), else of rows (B)
@@ -37,8 +37,16 @@ class Counts(NamedTuple):
 
 
 def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # (6), the fields of Counts
-    """Counts the items of a batch without a host sync; in "official" parity padding too, except as labelled tokens."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    """Counts the items of a batch without a host sync; in "official" parity padding too, except as labelled tokens.
+
+    Without `input_ids`, tokens are what `attention_mask` masks: frames of sound. Without both, as with images, only
+    rows are counted: `with_length` derives the other counts.
+    """
+    mask = batch.get("attention_mask")
+    ids = batch.get("input_ids", mask)
+    if ids is None:
+        some = next(x for x in batch.values() if isinstance(x, Tensor))  # (B, ...)
+        ids = torch.ones(len(some), 1, dtype=torch.long, device=some.device)
     counted = torch.ones_like(ids, dtype=torch.long) if mask is None or parity == "official" else mask.long()  # (B, L)
     tokens = counted.sum(1)  # (B)
     labels = batch.get("labels")
@@ -51,7 +59,20 @@ def count_items(batch: Mapping[str, Any], parity: str = "masked") -> Tensor:  # 
         pairs=(tokens**2).sum(),
         causal_pairs=(counted * counted.cumsum(1)).sum(),
         labelled=tokens.sum() if labelled is None else labelled.sum(),
-        next_tokens=next_tokens(batch)[1].sum(),
+        next_tokens=next_tokens({**batch, "input_ids": ids})[1].sum(),
+    )
+    return torch.stack(counts)
+
+
+def with_length(num_items: Tensor, length: int) -> Tensor:  # (6), the fields of Counts
+    """Returns the counts for rows of which each has `length` states, all of which count, such as an image's patches.
+
+    Images of different sizes then weigh the same in a mean over several batches.
+    """
+    counts = Counts(*num_items.unbind())
+    rows = counts.rows
+    counts = counts._replace(
+        tokens=rows * length, pairs=rows * length**2, causal_pairs=rows * (length * (length + 1) // 2)
     )
     return torch.stack(counts)
 
@@ -103,7 +124,7 @@ class Batch(NamedTuple):
 
     student: States
     teacher: States  # empty where there is none
-    mask: Tensor | None = None  # (B, L) bool, True = a token; None: no padding
+    mask: Tensor | None = None  # (B, L) bool, True = a token or a frame of sound; None: no padding
     labels: Tensor | None = None  # (B) gold scores of a regression or classes of rows, or (B, L) classes of tokens
     teacher_logits: Tensor | None = None  # (B, C), in place of `teacher.logits`
     topk: tuple[Tensor, Tensor] | None = None  # log-probabilities and classes (B, L, k), in place of `teacher.logits`

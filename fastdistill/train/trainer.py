@@ -18,10 +18,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
-from fastdistill.train.checks import check_attention, check_classes, check_own_tokens, check_packed, check_vocabularies
-from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator
+from fastdistill.train.checks import (
+    check_attention,
+    check_classes,
+    check_inputs,
+    check_layerdrop,
+    check_own_tokens,
+    check_packed,
+    check_transcripts,
+    check_vocabularies,
+    reads_text,
+)
+from fastdistill.train.data import TOKEN_COLUMN, default_collator
 from fastdistill.train.inputs import refuse_encoder_decoder
-from fastdistill.train.model import DistillationModel, teacher_states
+from fastdistill.train.model import DistillationModel, state_mask, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.resumable import ResumableTrainer, load_student
 
@@ -42,7 +52,9 @@ class DistillationTrainer(ResumableTrainer):
         teacher: a transformers model; may be None where nothing needs it: a regression on gold scores, or a data set
             with the columns of a cache (`teacher_logits`; `topk_logprobs`, `topk_indices`; `hidden_i`).
         objective: the terms to compute, with the projections to learn.
-        data_collator: `PaddingCollator(processing_class)` by default.
+        processing_class: a tokenizer, an image processor, a feature extractor or None.
+        data_collator: `PaddingCollator(processing_class)` by default where that is a tokenizer; Trainer's own default
+            for images, which stacks them, and for sound, which a feature extractor pads.
     """
 
     def __init__(
@@ -50,8 +62,8 @@ class DistillationTrainer(ResumableTrainer):
         args: TrainingArguments | None = None, *,
         processing_class: Any = None, data_collator: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        if data_collator is None and processing_class is not None:
-            data_collator = PaddingCollator(processing_class)
+        if data_collator is None:
+            data_collator = default_collator(processing_class)
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # parameters without a gradient are frozen before the first step
         refuse_encoder_decoder(model=model, teacher=teacher)
@@ -75,7 +87,9 @@ class DistillationTrainer(ResumableTrainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
         if not batch_samples:
             return None
-        counts = torch.stack([self.objective.count(batch) for batch in batch_samples]).sum(0).to(device)
+        masks = [state_mask(self.student, batch) for batch in batch_samples]
+        batches = [{**batch, "attention_mask": mask} for batch, mask in zip(batch_samples, masks, strict=True)]
+        counts = torch.stack([self.objective.count(batch) for batch in batches]).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "sum")
         return counts
@@ -133,8 +147,9 @@ class DistillationTrainer(ResumableTrainer):
     def check(self) -> None:
         """Raises ValueError for a run that would fail late or train nothing. `train` calls it before the first step.
 
-        It compares the vocabularies and their tokens, the classes and their order, and refuses a missing teacher,
-        reentrant activation checkpointing, and FSDP without an accelerator.
+        It compares the inputs, the vocabularies and their tokens, the classes and their order, and refuses a missing
+        teacher, layers that are skipped at random under inner terms, reentrant activation checkpointing, and FSDP
+        without an accelerator.
         """
         objective, student, teacher = self.objective, self.student, self.teacher
         columns = getattr(self.train_dataset, "column_names", None) or ()
@@ -146,8 +161,14 @@ class DistillationTrainer(ResumableTrainer):
             )
         if teacher is None and (missing := ", ".join(self._missing(columns))):
             raise ValueError(f"{needed}, or in train_dataset the columns {missing}, which fastdistill cache writes")
+        if objective.hidden or objective.attention:
+            check_layerdrop(student.config, objective.terms)
+        if objective.needs_teacher_logits:
+            check_transcripts(student, teacher, objective.options.alpha)
         if teacher is not None:
-            check_vocabularies(student.config, teacher.config, self.processing_class)
+            check_inputs(student, teacher)
+            if reads_text(student):
+                check_vocabularies(student.config, teacher.config, self.processing_class)
             if objective.needs_teacher_logits:
                 check_classes(student.config, teacher.config)
         check_own_tokens(student, teacher, self.processing_class)

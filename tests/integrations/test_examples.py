@@ -83,16 +83,18 @@ def reloaded(found: dict[str, Any]) -> Any:
         return name(found["STUDENT"])
     from transformers import AutoModelForCausalLM
 
-    return found.get("AutoModelForSeq2SeqLM", AutoModelForCausalLM).from_pretrained(found["STUDENT"])
+    names = ("AutoModelForSeq2SeqLM", "AutoModelForImageClassification")
+    kind = next((found[name] for name in names if name in found), AutoModelForCausalLM)
+    return kind.from_pretrained(found["STUDENT"])
 
 
-# -- the page "In your trainer" ----------------------------------------------------------------------------------
+# -- the pages "In your trainer" and "Objectives" ----------------------------------------------------------------
 
 
-def test_the_page_shows_the_examples() -> None:
+def test_the_pages_show_the_examples() -> None:
     """Each fenced block after `<!-- examples/FILE.py NAME -->` is the part of that file between `# [NAME]` and
     `# [end]`, and every example that runs is shown."""
-    page = (ROOT / "docs" / "in_your_trainer.md").read_text()
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("in_your_trainer.md", "objectives.md"))
     shown = re.findall(r"<!-- examples/(\w+\.py) (\w+) -->\n```python\n(.*?)```", page, re.DOTALL)
     for file, part, block in shown:
         (code,) = re.findall(rf"# \[{part}\]\n(.*?)# \[end\]", (EXAMPLES / file).read_text(), re.DOTALL)
