@@ -157,6 +157,8 @@ def check_arguments(args: Any) -> None:
     for name, (default, reason) in refused.items():
         if (value := getattr(args, name, default)) != default:
             raise ValueError(f"{name} is {value!r}; it should be {default!r}, since {reason}: leave it out")
+    if any("underflow" in str(option).lower() for option in args.debug or ()):
+        raise ValueError("debug is 'underflow_overflow', whose hooks cannot read boolean masks: leave it out")
     parallel = getattr(args, "parallelism_config", None)
     for name in ("tp_size", "cp_size", "sp_size"):
         if (getattr(parallel, name, None) or 1) > 1:

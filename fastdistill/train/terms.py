@@ -349,7 +349,7 @@ class Prediction(Term):
     def loss(self, batch: Batch) -> Tensor:
         if batch.next_token_loss is not None:
             return batch.next_token_loss
-        logits, counts = student_logits(batch), batch.counts
+        logits = student_logits(batch)
         targets = batch.teacher.logits if batch.teacher_logits is None else batch.teacher_logits
         if self.is_regression and logits.dim() == 2:
             return self.regression_loss(logits, targets, batch)

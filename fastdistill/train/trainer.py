@@ -125,8 +125,8 @@ class DistillationTrainer(ResumableTrainer):
                 return loss, None, None
             if outputs["logits"] is None and (self.objective.needs_logits or not has_target):
                 outputs = model(**inputs, with_loss=False)  # the loss did without them
-        logits, labels = outputs["logits"], tuple(inputs.get(name) for name in self.label_names)
-        labels = None if any(x is None for x in labels) else labels[0] if len(labels) == 1 else labels
+        logits, found = outputs["logits"], tuple(inputs.get(name) for name in self.label_names)
+        labels: Any = None if any(x is None for x in found) else found[0] if len(found) == 1 else found
         if logits is not None and "start_positions" in inputs:  # (B, 2, L), and Trainer joins batches along (B, L)
             logits, labels = logits.unbind(1), (inputs["start_positions"], inputs["end_positions"])
         return loss, logits, labels

@@ -46,10 +46,14 @@ def trained(folder: Path, student: Any, teacher: Any, rows: Any = None, lr: floa
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16"),
-                                                              ("float32", "float16"), ("bfloat16", "bfloat16")])  # fmt: skip
+DTYPES = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "bfloat16")]
+
+
+@pytest.mark.parametrize(("student_dtype", "teacher_dtype"), DTYPES)
 @pytest.mark.parametrize("terms", [INNER, ("prediction",)])
-def test_other_dtypes_train_without_autocast(tmp_path: Path, terms: Any, student_dtype: str, teacher_dtype: str) -> None:
+def test_other_dtypes_train_without_autocast(
+    tmp_path: Path, terms: Any, student_dtype: str, teacher_dtype: str
+) -> None:
     def pair() -> tuple[Any, Any]:
         return _tiny.classifier(**NO_DROPOUT), _tiny.classifier(4, 24, seed=1)
 
@@ -111,7 +115,7 @@ def test_a_regression_learns_from_the_teachers_scores(tmp_path: Path) -> None:
     assert trained(tmp_path, student, None, cached, **options) == pytest.approx(float(((s - t) ** 2).mean()), rel=1e-4)
     with pytest.raises(ValueError, match="scores is 'teacher', which is for a regression"):
         trained(tmp_path, _tiny.classifier(), _tiny.classifier(seed=1), **options)
-    with pytest.raises(ValueError, match="alpha is 0.5; a regression"):
+    with pytest.raises(ValueError, match=r"alpha is 0\.5; a regression"):
         Objective(student.config, terms=("prediction",), alpha=0.5)(States({}, {}, torch.ones(2, 1)))
 
 
