@@ -369,7 +369,7 @@ class Prediction(Term):
         if self.options.scores == "teacher":
             scores, name = teacher_scores, "teacher_logits"
         if scores is None:
-            raise ValueError(f"{name} is None; a regression that learns {self.options.scores} scores needs them")
+            raise ValueError(f"{name} is None; a regression learns from {self.options.scores} scores (B)")
         scores = scores if scores.is_floating_point() else scores.float()
         return F.linear_mse(logits, None, scores.view(logits.shape), num_items=batch.counts.rows)
 
