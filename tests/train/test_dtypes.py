@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, TrainingArguments
 
+from fastdistill.recipes.distil import distil_task
+from fastdistill.recipes.options import TaskOptions
 from fastdistill.train import trainer as trainers
 from fastdistill.train.cache import identity, read_cache, write_cache
 from fastdistill.train.capture import States
@@ -136,3 +139,27 @@ def test_a_dynamically_quantised_teacher(tmp_path: Path) -> None:
     expected = teacher(torch_rows["input_ids"][0][None]).logits[0]
     torch.testing.assert_close(torch.as_tensor(cached[0]["teacher_logits"]), expected.detach(), atol=1e-4, rtol=1e-4)
     assert trained(tmp_path, _tiny.classifier(), teacher, terms=(*INNER, "prediction"), lr=1e-3) > 0
+
+
+def test_the_command_task_learns_a_regression_from_the_teachers_scores(tmp_path: Path) -> None:
+    columns = ("index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2")
+    lines = ["\t".join((*columns, "score"))]
+    lines += ["\t".join([*"0000000", text, text, f"{i % 6}"]) for i, text in enumerate(_tiny.texts(24))]
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    options = {"num_labels": 1, "problem_type": "regression", "max_position_embeddings": 160}
+    for name, model in (
+        ("teacher", _tiny.classifier(4, 24, seed=1, **options)),
+        ("student", _tiny.classifier(**options)),
+    ):
+        model.save_pretrained(tmp_path / name)
+        _tiny.tokenizer().save_pretrained(tmp_path / name)
+    for labels in (None, "teacher"):
+        output = tmp_path / f"learns_{labels}"
+        distil_task(
+            TaskOptions(
+                teacher=str(tmp_path / "teacher"), student=str(tmp_path / "student"), task="STS-B", data=tmp_path,
+                output=output, labels=labels, intermediate_epochs=0, max_steps=1,
+            )
+        )  # fmt: skip
+        assert json.loads((output / "objective.json").read_text())["scores"] == (labels or "gold")
