@@ -137,9 +137,13 @@ class TaskRun:
     """The trainings of `distil_task`, with the models and rows that `load` reads."""
 
     def __init__(self, options: TaskOptions, task: Any) -> None:
+        self.learns_scores = task.is_regression and options.labels == "teacher"
+        if self.learns_scores:
+            options = replace(options, scores="teacher")
         self.options, self.task, self.objective = options, task, objective_options(options)
+        self.needs_predictions = options.labels != "gold" and (self.learns_scores or task.caches_logits)
         self.has_prediction = options.prediction_epochs != 0
-        names = ("parity", "temperature", "t_squared", "divergence", "alpha")
+        names = ("parity", "temperature", "t_squared", "divergence", "alpha", "scores")
         self.prediction = {name: getattr(options, name) for name in names}
         epochs = options.intermediate_epochs
         self.intermediate = {
@@ -172,8 +176,9 @@ class TaskRun:
         self.student = make_student(options, options.student, self.teacher, self.tokenizer, rows, seed, scratch)
         check_rows(task, self.tokenizer, self.student)
         self.projections = projections_folder(options.student, scratch)
-        if self.has_prediction and options.labels == "teacher":
-            objective.Objective(self.student.config, terms=("prediction",), **self.prediction)
+        if self.has_prediction and options.labels != "gold":
+            checked = objective.Objective(self.student.config, terms=("prediction",), **self.prediction)
+            checked.for_head(self.student)
         if self.intermediate["epochs"]:
             checked = objective.Objective(self.student.config, self.teacher.config, **self.objective)
             if self.projections is not None and len(checked.projections):
@@ -185,8 +190,8 @@ class TaskRun:
         if self.intermediate["epochs"] and self.has_prediction:
             schedule = {**self.intermediate, "seed": options.seeds[0], "arguments": trainer_arguments(options)}
             self.student = self.distil(self.student, work / "intermediate", **schedule)
-        if task.caches_logits:
-            if self.has_prediction and options.labels == "teacher":
+        if task.caches_logits or self.learns_scores:
+            if self.has_prediction and self.needs_predictions:
                 self.rows = add_teacher_logits(self.rows, self.teacher, self.tokenizer, bf16=options.bf16)
         elif options.augmented:  # changed words change the score, so the published recipe leaves these rows out
             self.rows = task.tokenize(task.load_split("train", options.data), self.tokenizer)
@@ -222,7 +227,7 @@ def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
         raise ValueError(f"--alpha is {options.alpha}; the prediction of {task.name} takes no labels: leave it out")
     if options.alpha < 1 and options.labels == "gold":
         raise ValueError(f"--alpha is {options.alpha}; --labels gold has no teacher's predictions: leave one out")
-    if "prediction" in terms and task.is_regression and options.augmented:
+    if "prediction" in terms and task.is_regression and options.augmented and options.labels != "teacher":
         raise ValueError(
             f"--terms prediction learns the gold scores of {task.name}, which changed words change; leave out "
             "--augmented, or prediction"

@@ -86,6 +86,7 @@ class Losses(ObjectiveOptions):
     t_squared: bool = False
     divergence: Literal["soft_cross_entropy", "kl", "jsd", "tvd"] = "soft_cross_entropy"
     alpha: float = 1.0
+    scores: Literal["gold", "teacher"] = "gold"
     tail: Literal["renormalize", "bucket"] = "renormalize"
 
 
@@ -172,7 +173,10 @@ class TaskOptions(Models, Data, PredictionLoss, Grid, Training, Output):
 
     augmented: Path | None = flag("train on these rows: what augment wrote, or a tsv like the task's own", None)
     terms: list[str] | None = flag(INNER + "; and prediction", None, metavar="TERM")
-    labels: Literal["teacher", "gold"] = flag("learn the teacher's predictions, or gold labels alone", "teacher")
+    labels: Literal["teacher", "gold"] | None = flag(
+        "learn the teacher's predictions, or gold labels alone (default: teacher; for a regression its gold scores)",
+        None,
+    )
     intermediate_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage", None)
     intermediate_learning_rate: float | None = flag(f"default: {RECIPE}", None)
     intermediate_batch_size: int | None = flag(f"of each process (default: {RECIPE})", None)
@@ -209,6 +213,7 @@ class CachedOptions(PredictionLoss, Schedule, Training, Output, Loading):
     teacher: str | None = flag("checkpoint; only for --init teacher and for the attention term", None)
     init: Literal["random", "teacher"] | None = flag("weights of a preset (default: --teacher's, if given)", None)
     terms: list[str] | None = flag("default: all that the cache serves", None, metavar="TERM")
+    scores: Literal["gold", "teacher"] = flag("what a regression head learns", "gold")
     tail: Literal["renormalize", "bucket"] = flag("other classes: left out, or taken as one", "renormalize")
     verify: bool = flag("compare every file's SHA-256 first", False)
     workers: int = flag("processes that read the cache for each one that trains; with 0 it reads for itself", 0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 import transformers
 from datasets import Array2D, Dataset, Features, Value
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -366,8 +367,9 @@ def identity(teacher: PreTrainedModel) -> dict[str, Any]:
         config.pop(name, None)
     weights = hashlib.sha256()
     for name, x in sorted(teacher.state_dict().items()):
-        weights.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-        weights.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        weights.update(name.encode())
+        for part in parts(x):
+            weights.update(part)
     return {
         "name": Path(teacher.name_or_path).name,
         "class": type(teacher).__name__,
@@ -376,6 +378,26 @@ def identity(teacher: PreTrainedModel) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         "weights_sha256": weights.hexdigest(),
     }
+
+
+def parts(x: Any) -> Iterator[Any]:
+    """Yields what tells an entry of a state dict from any other: quantised layers keep tuples and dtypes in theirs."""
+    if isinstance(x, tuple):
+        for inner in x:
+            yield from parts(inner)
+    elif isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x):  # torchao's quantised weights
+        names, settings = x.__tensor_flatten__()
+        yield repr(settings).encode()
+        yield from parts(tuple(getattr(x, name) for name in names))
+    elif isinstance(x, torch.Tensor) and x.is_quantized:
+        per_channel = x.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+        scales: tuple[Any, ...] = (x.q_per_channel_scales(), x.q_per_channel_zero_points()) if per_channel else ()
+        yield from parts((x.int_repr(), *(scales or (x.q_scale(), x.q_zero_point()))))
+    elif isinstance(x, torch.Tensor):
+        yield f" {x.dtype} {tuple(x.shape)}".encode()
+        yield x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    else:
+        yield repr(x).encode()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

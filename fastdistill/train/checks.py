@@ -193,6 +193,30 @@ def check_layerdrop(config: Any, terms: Sequence[str]) -> None:
         )
 
 
+def check_arguments(args: Any) -> None:
+    """Raises ValueError for a TrainingArguments that DistillationTrainer would ignore or compute wrongly."""
+    refused = {
+        "label_smoothing_factor": (0.0, "the teacher's distribution takes the place of smoothed labels"),
+        "use_liger_kernel": (False, "liger's kernels would not reach the student inside the trainer's module"),
+        "use_cache": (False, "training reads no cache of keys and values"),
+        "enable_jit_checkpoint": (False, "SIGTERM writes a checkpoint in any case, from which a run goes on"),
+        "predict_with_generate": (False, "evaluation compares the distributions of teacher and student"),
+        "sortish_sampler": (False, "train_sampling_strategy='group_by_length' does the same"),
+    }
+    for name, (default, reason) in refused.items():
+        if (value := getattr(args, name, default)) != default:
+            raise ValueError(f"{name} is {value!r}; it should be {default!r}, since {reason}: leave it out")
+    if any("underflow" in str(option).lower() for option in args.debug or ()):
+        raise ValueError("debug is 'underflow_overflow', whose hooks cannot read boolean masks: leave it out")
+    parallel = getattr(args, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if (getattr(parallel, name, None) or 1) > 1:
+            raise ValueError(
+                f"parallelism_config has {name} {getattr(parallel, name)}; the losses need whole rows and layers in "
+                "each process: it should be 1, and data parallelism takes all processes"
+            )
+
+
 @torch.no_grad()
 def check_packed(model: PreTrainedModel) -> None:
     """Raises ValueError if a causal model reads packed sequences as one. It runs on two sequences of two tokens."""

@@ -34,6 +34,7 @@ class DistillationModel(nn.Module):
     def __init__(self, student: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
         self.student, self.objective = student, objective
+        objective.for_head(student)
         if predicts_next_tokens(student, objective) and objective.options.parity == "official":
             raise ValueError(
                 "parity is 'official', which counts padding; the prediction term of a causal language model counts "
@@ -91,6 +92,10 @@ class DistillationModel(nn.Module):
             run, {}, head, lambda logits: losses(logits, target, topk, following, counted, options)
         )
         return states if head.linear is None else replace(states, logits=None), found.loss
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the student's, to which Trainer adds the noise of `neftune_noise_alpha`."""
+        return self.student.get_input_embeddings()
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         self.student.activation_checkpointing_enable(*args, **kwargs)

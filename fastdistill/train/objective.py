@@ -42,7 +42,7 @@ class Objective(nn.Module):
         layer_map: the teacher's hidden state for each of the student's; empty where prediction is the only term.
         hidden: student hidden state -> teacher hidden state, to capture.
         attention: student layer -> teacher layer, from 1, to capture; `needs_values`: together with its values.
-        needs_logits, needs_teacher_logits: whether a term reads them.
+        needs_logits: whether a term reads the student's logits.
 
     Raises:
         ValueError: an unknown option, one that the method does not have, a layer map or a number of relation heads
@@ -72,7 +72,16 @@ class Objective(nn.Module):
         self.attention = {i: target for term in terms for i, target in term.attention.items()}
         self.needs_values = any(term.values for term in terms)
         self.needs_logits = any(term.logits for term in terms)
-        self.needs_teacher_logits = any(term.teacher_logits for term in terms)
+
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Whether a term reads the teacher's prediction."""
+        return any(term.teacher_logits for term in self._terms.values())
+
+    def for_head(self, student: Any) -> None:
+        """Tells the terms what the student's head predicts. Raises ValueError for an option that it does not have."""
+        for term in self._terms.values():
+            term.for_head(student.get_output_embeddings() is not None)
 
     @property
     def needs_teacher(self) -> bool:

@@ -47,6 +47,9 @@ class ObjectiveOptions:
     alpha: float = option(
         1.0, "share of the teacher in the prediction loss; the rest is cross-entropy with the labels, at temperature 1"
     )
+    scores: Literal["gold", "teacher"] = option(
+        "gold", "what a regression head learns in the prediction loss, by MSE: the labels, or the teacher's scores"
+    )
     teacher_layer: int | None = option(
         None,
         "for minilm and minilmv2: the teacher's layer, from 1, that the last layer learns from (default: the last)",

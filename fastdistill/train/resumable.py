@@ -18,7 +18,14 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    trainer_pt_utils,
+)
 from transformers.utils import logging
 
 from fastdistill.train import outputs
@@ -26,6 +33,11 @@ from fastdistill.train.data import OwnRows
 from fastdistill.train.options import Schedule
 from fastdistill.train.processes import check_gpus, on_main, processes
 from fastdistill.train.reading import WEIGHTS, reading
+
+# transformers before 5.2 has no such strategy.
+BATCH_SAMPLERS = tuple(
+    getattr(trainer_pt_utils, name) for name in ("BatchRebalanceSampler",) if hasattr(trainer_pt_utils, name)
+)
 
 __all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm", "load_student", "training_arguments"]
 
@@ -126,6 +138,8 @@ class ResumableTrainer(Trainer):
         sampler = super()._get_train_sampler(*args, **kwargs)
         if sampler is None:
             return None
+        if isinstance(sampler, BATCH_SAMPLERS):  # draws from its own seed and epoch; Trainer looks for its class
+            return sampler
         if hasattr(sampler, "lengths"):  # a lazy column: each look-up would decode a row of Arrow
             sampler.lengths = np.asarray(sampler.lengths[:]).tolist()
         return EpochSampler(sampler, self.args.data_seed or self.args.seed, lambda: int(self.state.epoch or 0))

@@ -111,12 +111,25 @@ class Setup(NamedTuple):
             raise ValueError(f"layer_map maps no layer, so the {term} term has no target; leave it out of terms")
         return layers
 
-    def projection(self, index: int) -> nn.Linear:
-        """Returns the projection of the student's hidden state `index` to the teacher's width."""
+    def projection(self, index: int, target: int) -> nn.Linear:
+        """Returns the projection of the student's hidden state `index` to the width of the teacher's `target`."""
         name = "shared" if self.options.projection == "shared" else str(index)
+        widths = state_width(self.student, index), state_width(self.teacher, target)
         if name not in self.projections:
-            self.projections[name] = nn.Linear(self.student.hidden_size, self.teacher.hidden_size)
-        return self.projections[name]
+            self.projections[name] = nn.Linear(*widths)
+        found = self.projections[name]
+        if (found.in_features, found.out_features) != widths:
+            raise ValueError(
+                f"projection is 'shared'; it maps width {found.in_features} to {found.out_features}, and hidden state "
+                f"{index} of the student has width {widths[0]}, its target {widths[1]}: use 'per_layer'"
+            )
+        return found
+
+
+def state_width(config: Any, index: int) -> int:
+    """Returns the width of a model's hidden state. OPT maps its last one to the width of its embedding table."""
+    last = getattr(config, "word_embed_proj_dim", None) if index == config.num_hidden_layers else None
+    return last or config.hidden_size
 
 
 class Batch(NamedTuple):
@@ -148,6 +161,9 @@ class Term:
         self.hidden: dict[int, int] = {}
         self.attention: dict[int, int] = {}
 
+    def for_head(self, is_language_model: bool) -> None:
+        """Tells the term what the student's head predicts, which a config does not say."""
+
     def loss(self, batch: Batch) -> Tensor:
         """Returns the loss of one batch, a scalar."""
         raise NotImplementedError
@@ -159,19 +175,20 @@ class Hidden(Term):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.hidden = self.targets(setup)
-        self.projections = {i: setup.projection(i) for i in self.hidden}
+        self.projections = {i: setup.projection(i, target) for i, target in self.hidden.items()}
 
     def targets(self, setup: Setup) -> dict[int, int]:
         return setup.layers_for("hidden")
 
     def loss(self, batch: Batch) -> Tensor:
-        losses = [
-            F.linear_mse(
-                batch.student.hidden[i], self.projections[i].weight, batch.teacher.hidden[j], self.projections[i].bias,
-                mask=None if self.is_official else batch.mask, num_items=batch.counts.tokens,
+        mask, losses = None if self.is_official else batch.mask, []
+        for i, j in self.hidden.items():
+            x, linear = batch.student.hidden[i], self.projections[i]
+            # A projection stays in float32 beside a student in bfloat16, whose updates would round to nothing in it.
+            weight, bias = linear.weight.to(x.dtype), linear.bias.to(x.dtype)
+            losses.append(
+                F.linear_mse(x, weight, batch.teacher.hidden[j], bias, mask=mask, num_items=batch.counts.tokens)
             )
-            for i, j in self.hidden.items()
-        ]  # fmt: skip
         return torch.stack(losses).sum()
 
 
@@ -304,7 +321,7 @@ def check_relation_heads(student_config: Any, teacher_config: Any, relation_head
 
 
 class Prediction(Term):
-    """Cross-entropy against the teacher's softened prediction (equation 10), or MSE against a regression's gold scores.
+    """Cross-entropy against the teacher's softened prediction (equation 10), or MSE against a regression's scores.
 
     A sequence classifier predicts once a row, a masked language model once a token, and a token classifier once a
     labelled token. A question answering model predicts twice a row, over the row's tokens: where the answer starts and
@@ -319,31 +336,44 @@ class Prediction(Term):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        problem_type, options = getattr(setup.student, "problem_type", None), setup.options
+        self.num_labels, problem_type = setup.student.num_labels, getattr(setup.student, "problem_type", None)
+        self.is_regression = self.num_labels == 1 or problem_type == "regression"
+        self.teacher_logits = not self.is_regression or setup.options.scores == "teacher"
         if problem_type == "multi_label_classification":
             raise ValueError(
                 f"problem_type is {problem_type!r}; the prediction term compares softmaxes, of one class a row. "
                 "Leave it out of terms"
             )
-        self.is_regression = setup.student.num_labels == 1 or problem_type == "regression"
-        self.teacher_logits = not self.is_regression
+        if problem_type == "regression":
+            self.check_options()
+
+    def for_head(self, is_language_model: bool) -> None:
+        if is_language_model:  # whose config may say num_labels 1 all the same
+            self.is_regression, self.teacher_logits = False, True
+        self.check_options()
+
+    def check_options(self) -> None:
+        """Raises ValueError for an option that a regression does not have, or that it alone has."""
+        if not self.is_regression and self.options.scores != "gold":
+            raise ValueError(
+                f"scores is {self.options.scores!r}, which is for a regression (num_labels 1); other students learn "
+                "the teacher's predictions anyway: leave it at 'gold'"
+            )
         changed = {"divergence": "soft_cross_entropy", "alpha": 1.0, "t_squared": False}
         for name, default in changed.items() if self.is_regression else ():
-            if getattr(options, name) != default:
+            if getattr(self.options, name) != default:
                 raise ValueError(
-                    f"{name} is {getattr(options, name)!r}; a regression (num_labels 1) learns gold scores by MSE, "
+                    f"{name} is {getattr(self.options, name)!r}; a regression (num_labels 1) learns scores by MSE, "
                     f"which has no such option: leave it at {default!r}"
                 )
 
     def loss(self, batch: Batch) -> Tensor:
         if batch.next_token_loss is not None:
             return batch.next_token_loss
-        logits, counts = student_logits(batch), batch.counts
-        if self.is_regression:
-            if batch.labels is None:
-                raise ValueError("labels is None; a regression learns from gold scores (B)")
-            return F.linear_mse(logits, None, batch.labels.to(logits.dtype).view(logits.shape), num_items=counts.rows)
+        logits = student_logits(batch)
         targets = batch.teacher.logits if batch.teacher_logits is None else batch.teacher_logits
+        if self.is_regression and logits.dim() == 2:
+            return self.regression_loss(logits, targets, batch)
         if targets is None and batch.topk is None:
             raise ValueError("there are no teacher logits; give a teacher with a head, or teacher_logits")
         if batch.topk is not None and self.is_official:
@@ -353,6 +383,16 @@ class Prediction(Term):
             return self.span_loss(logits, targets, batch)
         mask, items = self.counted(logits, batch)
         return self.compared(logits, targets, batch, mask, items)
+
+    def regression_loss(self, logits: Tensor, teacher_scores: Tensor | None, batch: Batch) -> Tensor:
+        self.check_options()
+        scores, name = batch.labels, "labels"
+        if self.options.scores == "teacher":
+            scores, name = teacher_scores, "teacher_logits"
+        if scores is None:
+            raise ValueError(f"{name} is None; a regression learns from {self.options.scores} scores (B)")
+        scores = scores if scores.is_floating_point() else scores.float()
+        return F.linear_mse(logits, None, scores.view(logits.shape), num_items=batch.counts.rows)
 
     def counted(self, logits: Tensor, batch: Batch) -> tuple[Tensor | None, Any]:
         """Returns the mask of what counts, and the number of items of the optimiser step; None: this batch's own."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
 from fastdistill.train.checks import (
+    check_arguments,
     check_attention,
     check_classes,
     check_inputs,
@@ -64,6 +65,8 @@ class DistillationTrainer(ResumableTrainer):
     ) -> None:  # fmt: skip
         if data_collator is None:
             data_collator = default_collator(processing_class)
+        if args is not None:
+            check_arguments(args)
         if args is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # parameters without a gradient are frozen before the first step
         refuse_encoder_decoder(model=model, teacher=teacher)
@@ -131,7 +134,8 @@ class DistillationTrainer(ResumableTrainer):
                 return loss, None, None
             if outputs["logits"] is None and (self.objective.needs_logits or not has_target):
                 outputs = model(**inputs, with_loss=False)  # the loss did without them
-        logits, labels = outputs["logits"], inputs.get("labels")
+        logits, found = outputs["logits"], tuple(inputs.get(name) for name in self.label_names)
+        labels: Any = None if any(x is None for x in found) else found[0] if len(found) == 1 else found
         if logits is not None and "start_positions" in inputs:  # (B, 2, L), and Trainer joins batches along (B, L)
             logits, labels = logits.unbind(1), (inputs["start_positions"], inputs["end_positions"])
         return loss, logits, labels
@@ -169,7 +173,7 @@ class DistillationTrainer(ResumableTrainer):
             check_inputs(student, teacher)
             if reads_text(student):
                 check_vocabularies(student.config, teacher.config, self.processing_class)
-            if objective.needs_teacher_logits:
+            if objective.needs_teacher_logits and student.get_output_embeddings() is None:
                 check_classes(student.config, teacher.config)
         check_own_tokens(student, teacher, self.processing_class)
         if objective.options.parity == "official" and any(TOKEN_COLUMN.fullmatch(name) for name in columns):
@@ -229,8 +233,9 @@ class DistillationTrainer(ResumableTrainer):
         model = self.model
         rows = list(itertools.islice(iter(self.train_dataset), min(2, self.args.per_device_train_batch_size)))
         batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            model.to(self.args.device)  # to the teacher; Trainer moves it only when it shards it
+        is_late = self.args.bf16_full_eval or self.args.fp16_full_eval
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_late:
+            model.to(self.args.device)  # to the teacher; Trainer moves it only later
         batch = self._prepare_inputs(batch)
         if "position_ids" in batch:
             for each in (self.student, self.teacher):
@@ -268,7 +273,8 @@ class DistillationTrainer(ResumableTrainer):
         names = [name for model in models for name in inspect.signature(model.forward).parameters]
         hidden = [f"hidden_{i}" for i in self.objective.hidden.values()] if self.teacher is None else []
         cached = ["teacher_logits", "topk_logprobs", "topk_indices", *hidden]
-        self._signature_columns = [*names, "labels", "label", "label_ids", *cached, "length"]
+        self._signature_columns = [*names, "labels", "label", "label_ids", *cached]
+        self._signature_columns += ["length", self.args.length_column_name, *self.label_names]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:

@@ -529,7 +529,7 @@ def test_token_classifiers_and_masked_models_have_the_same_options(kind: str) ->
 def test_models_without_such_labels_refuse_alpha() -> None:
     for name, value in (("alpha", 0.5), ("divergence", "kl"), ("t_squared", True)):
         with pytest.raises(ValueError, match=f"{name} is {value!r}; a regression"):
-            Objective(_tiny.config(num_labels=1), terms=("prediction",), **{name: value})
+            Objective(_tiny.config(num_labels=1, problem_type="regression"), terms=("prediction",), **{name: value})
     models = [AutoModelForQuestionAnswering.from_config(_tiny.config("bert", 2, 16)).eval() for _ in range(2)]
     batch = _tiny.batch()
     with pytest.raises(ValueError, match=r"alpha is 0.5; the prediction term of a question answering model"):

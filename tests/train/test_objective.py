@@ -405,6 +405,7 @@ def test_saved_files_hold_settings_and_projections(tmp_path: Path) -> None:
         "alpha": 1.0,
         "teacher_layer": None,
         "relation_heads": None,
+        "scores": "gold",
         "tail": "renormalize",
     }
     again = Objective(*configs, projection="per_layer", layer_map=[0, 1, 4])
