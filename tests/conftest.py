@@ -143,6 +143,8 @@ def stands_for_another(item: pytest.Item) -> bool:
     if any(part in item.name for part in SLOW_INTERPRETED):
         return True
     op = str(item.callspec.params.get("op"))
+    if item.module.__name__ == "test_linear_logits_ops":  # its kernels see a bias; one op here has no E_s[c]
+        return op in SAME_KERNEL - {"linear_soft_cross_entropy"}
     if item.module.__name__ not in ("test_contract", "test_properties", "test_losses"):
         return False
     return op in SAME_KERNEL or (item.originalname in AROUND_KERNELS and op in SAME_REGISTERED_OP)
