@@ -22,7 +22,8 @@ teacher_softcap: the same on the teacher's logits.
 student_logit_scale: `z <- scale * z` on the student's logits, before the softcap; positive.
 teacher_logit_scale: the same on the teacher's logits.
 item_weights: `(*)` floating, at least 0, without gradient; multiplies each row's loss. A row of weight 0 is ignored,
-    even if it holds NaN, but the mean still counts it.
+    even if it holds NaN, but the mean still counts it. A negative weight is not refused, since the check would be a
+    host sync: it changes the sign of the row's loss.
 reduction: "mean", "sum" or "none"; "none" returns `(*)`.
 num_items: number of rows (int, float or 0-d tensor) to divide by in place of the number counted.
 backend: "auto", "reference", "torch" or "triton"; on the logits of both sides also "cuda".
@@ -64,7 +65,8 @@ teacher_bias: `(V)` or None.
     "class_options": CLASS_OPTIONS,
     "skew": """\
 skew: share a of the first side in the second, 0 <= a < 1: KL(p_t || a p_t + (1 - a) p_s), or reversed
-    KL(p_s || a p_s + (1 - a) p_t).
+    KL(p_s || a p_s + (1 - a) p_t). In float32 the relative error is at most about 1e-7 / a: below a = 1e-3, use float64
+    logits where more digits matter.
 """,
     "topk": """\
 topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. An entry of -inf is

@@ -31,7 +31,8 @@ def linear_mse(
         bias: `(d_t)` or None.
         mask: `(*)` bool, True = counts.
         item_weights: `(*)` floating, at least 0, without gradient; multiplies each token's loss. A token of weight 0 is
-            ignored, even if it holds NaN, but the mean still counts it.
+            ignored, even if it holds NaN, but the mean still counts it. A negative weight is not
+            refused, since the check would be a host sync: it changes the sign of the token's loss.
         reduction: "mean", "sum" or "none"; "none" returns `(*)`.
         num_items: number of tokens (int, float or 0-d tensor) to divide by in place of the number counted.
         backend: "auto", "reference", "torch" or "triton".

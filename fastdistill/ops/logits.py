@@ -185,10 +185,11 @@ def _launch(
 #
 # Whoever traces sees one registered op, and the same op again in the backward. Eager calls bypass torch.library, which
 # costs tens of microseconds, and the second run: the forward leaves the gradient for the weights it was given, and the
-# first backward corrects it in place for the weights that arrive. (A second backward of the same graph runs the
-# function again.) Plain torch scales the gradient. Kernels fix the rows whose weight differs; the comparison runs in
-# the kernel to avoid a host sync. For N rows of V 16-bit numbers, forward and backward read and write 6 N V bytes if
-# the weights are right, 10 if they are off by a power of 2, else 12; computed in the backward alone, 10.
+# first backward corrects it in place for the weights that arrive. Plain torch scales the gradient. Kernels fix the rows
+# whose weight differs; the comparison runs in the kernel to avoid a host sync. For N rows of V 16-bit numbers, forward
+# and backward read and write 6 N V bytes if the weights are right, 10 if they are off by a power of 2, else 12;
+# computed in the backward alone, 10. A second backward of the same graph repeats both steps, since one step with the
+# final weights rounds otherwise: it gives the bits of the first, for 6 N V bytes and the correction.
 
 
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
@@ -211,8 +212,8 @@ def _fake(student, teacher, *rest):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *tensors, ctx.weight = inputs[:INPUTS]
-    needs_gradient, *ctx.options = inputs[INPUTS:]
-    ctx.gradient = output[1] if needs_gradient else None
+    ctx.in_forward, *ctx.options = inputs[INPUTS:]
+    ctx.gradient = output[1] if ctx.in_forward else None
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
@@ -226,8 +227,11 @@ def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
         return None, *nothing
     inputs, options = Inputs._make([*ctx.saved_tensors, grad_loss]), RowOptions(*ctx.options)
     if gradient is None:
-        _, gradient = (_op if _common.traced() else _forward)(*inputs, True, *options)
-    elif options.backend != "torch":
+        given = inputs._replace(weight=ctx.weight) if ctx.in_forward else inputs
+        _, gradient = (_op if _common.traced() else _forward)(*given, True, *options)
+    if not ctx.in_forward:
+        return gradient, *nothing
+    if options.backend != "torch":
         loss, _ = _outputs(inputs.student, inputs.teacher, False)
         _launch(options, inputs, loss, gradient, expected=ctx.weight)
     elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):

@@ -633,3 +633,36 @@ def test_rows_with_the_expected_weight_are_not_recomputed(
     for row, factor, is_scaled in ((1, 0.5, dtype != torch.float16), (2, 0.3, dtype == torch.float32)):
         expected = torch.full_like(found[row], 5) if is_scaled else whole.reshape(15, -1)[row]
         assert_same({"row": found[row]}, {"row": factor * expected}, within=1e-6 if is_scaled else 1e-2)
+
+
+# -- promises of the docstrings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("skew", [1e-2, 1e-3, 1e-4])
+def test_small_skews_lose_no_more_digits_than_promised(reverse: bool, skew: float, backend: str) -> None:
+    inputs = {name: 3 * x for name, x in logits((8,), 60).items()}
+    keywords = {"reverse": reverse, "skew": skew}
+    found = evaluate(fastdistill.kl_div, inputs, ("student_logits",), backend=backend, **keywords)
+    wide = cast(inputs, torch.float64)
+    s, t = (wide[name].log_softmax(-1) for name in ("student_logits", "teacher_logits"))
+    first, second = (s, t) if reverse else (t, s)
+    expected = (first.exp() * (first - (skew * first.exp() + (1 - skew) * second.exp()).log())).sum(-1).mean()
+    truth = evaluate(fastdistill.kl_div, wide, ("student_logits",), backend="reference", **keywords)
+    assert error(truth["value"], expected) < 1e-12
+    for name, x in truth.items():
+        assert error(found[name], x) < 1e-7 / skew, name
+    if skew >= 1e-3:  # float64 logits keep the digits on every backend
+        narrow = evaluate(fastdistill.kl_div, wide, ("student_logits",), backend=backend, **keywords)
+        assert error(narrow["value"], expected) < 1e-12
+
+
+def test_a_negative_item_weight_changes_the_sign_of_its_row(backend: str) -> None:
+    inputs = logits((6,), 20)
+    weights = torch.tensor([1.0, -2.0, 0.5, -0.5, 0.0, 3.0])
+    plain = evaluate(fastdistill.kl_div, inputs, ("student_logits",), backend=backend, reduction="none")
+    found = evaluate(
+        fastdistill.kl_div, inputs, ("student_logits",), backend=backend, reduction="none", item_weights=weights
+    )
+    assert error(found["value"], plain["value"] * weights) < 1e-6
+    assert error(found["student_logits"], plain["student_logits"] * weights[:, None]) < 1e-6
