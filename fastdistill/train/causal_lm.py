@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import fastdistill
 from fastdistill.functional._dispatch import mean
+from fastdistill.train.checks import check_shared
 from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
 from fastdistill.train.inputs import refuse_encoder_decoder
 
@@ -315,15 +316,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
     refuse_encoder_decoder(student=student, teacher=teacher)
     if teacher is None:
         return
-    if unwrapped(student) is unwrapped(teacher):
-        raise ValueError(
-            "teacher is the student itself; it should be another model, or a copy.deepcopy made beforehand (before "
-            "peft.get_peft_model, where the student gets adapters)"
-        )
-    trained = {id(p) for p in student.parameters() if p.requires_grad}
-    shared = [name for name, p in teacher.named_parameters() if id(p) in trained]
-    if shared:
-        raise ValueError(f"teacher shares {shared[0]} with the student, which trains it; make it a copy.deepcopy")
+    check_shared(student, teacher)
     if unwrapped(teacher).training:
         raise ValueError("teacher is in training mode; it should be in eval mode: call teacher.eval()")
 

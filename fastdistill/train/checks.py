@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, capture, layer_count, probabilities, run
+from fastdistill.train.heads import unwrapped
 from fastdistill.train.inputs import is_causal
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reading import TOKENIZER, reading
@@ -132,6 +133,27 @@ def check_own_tokens(student: Any, teacher: Any, processing_class: Any) -> None:
             found.append((f"the tokenizer of the {side} ({name})", own))
     for (our_name, ours), (their_name, theirs) in itertools.pairwise(found):
         check_tokens(ours, theirs, our_name, their_name)
+
+
+def check_shared(student: nn.Module, teacher: nn.Module) -> None:
+    """Raises ValueError if training the student would change the teacher: one model, or weights that both hold."""
+    if unwrapped(student) is unwrapped(teacher):
+        raise ValueError(
+            "teacher is the student itself; it should be another model, or a copy.deepcopy made beforehand (before "
+            "peft.get_peft_model, where the student gets adapters)"
+        )
+    trained = set().union(*(places(p) for p in student.parameters() if p.requires_grad))
+    shared = [name for name, p in teacher.named_parameters() if places(p) & trained]
+    if shared:
+        raise ValueError(f"teacher shares {shared[0]} with the student, which trains it; make it a copy.deepcopy")
+
+
+def places(parameter: Tensor) -> set[tuple[str, int]]:
+    """Returns what tells a parameter and its memory from others; a shard, or a wrapper of tensors, may have none."""
+    found = {("parameter", id(parameter))}
+    if type(parameter) in (Tensor, nn.Parameter) and parameter.device.type != "meta" and parameter.numel():
+        found.add((str(parameter.device), parameter.data_ptr()))
+    return found
 
 
 def check_classes(student: Any, teacher: Any) -> None:

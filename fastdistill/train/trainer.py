@@ -26,6 +26,7 @@ from fastdistill.train.checks import (
     check_layerdrop,
     check_own_tokens,
     check_packed,
+    check_shared,
     check_transcripts,
     check_vocabularies,
     reads_text,
@@ -34,6 +35,7 @@ from fastdistill.train.data import TOKEN_COLUMN, default_collator
 from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, state_mask, teacher_states
 from fastdistill.train.objective import Objective
+from fastdistill.train.reached import reached
 from fastdistill.train.resumable import ResumableTrainer, load_student
 
 __all__ = ["DistillationTrainer"]
@@ -46,7 +48,7 @@ class DistillationTrainer(ResumableTrainer):
     `projections.safetensors` and `objective.json`. Each loss is logged under its term's name, and under `balance` the
     load-balancing loss of a mixture of experts whose config has `output_router_logits`. Losses are divided by the rows,
     tokens or pairs of the whole optimiser step: accumulation and processes change nothing. Before the first step
-    `check` runs, then one small forward and backward pass.
+    `check` runs, then two small forward and backward passes.
 
     Args:
         model: the student.
@@ -67,8 +69,7 @@ class DistillationTrainer(ResumableTrainer):
             data_collator = default_collator(processing_class)
         if args is not None:
             check_arguments(args)
-        if args is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # parameters without a gradient are frozen before the first step
+        self._finds_unused = args is None or args.ddp_find_unused_parameters is None
         refuse_encoder_decoder(model=model, teacher=teacher)
         for name, given in (("model", model), ("teacher", teacher)):
             if given is not None and any(p.is_meta for p in given.parameters()):
@@ -170,6 +171,7 @@ class DistillationTrainer(ResumableTrainer):
         if objective.needs_teacher_logits:
             check_transcripts(student, teacher, objective.options.alpha)
         if teacher is not None:
+            check_shared(student, teacher)
             check_inputs(student, teacher)
             if reads_text(student):
                 check_vocabularies(student.config, teacher.config, self.processing_class)
@@ -206,51 +208,51 @@ class DistillationTrainer(ResumableTrainer):
 
     @contextmanager
     def _trainable(self) -> Iterator[None]:
-        """Runs one small forward and backward pass; freezes for the block the parameters that got no gradient.
+        """Freezes for the block the parameters that no term reaches, as two small passes show.
 
         Inner terms never reach the pooler and the classifier, and an attention term alone does not reach the end of
         the last layer. DDP waits for their gradients, and weight decay would shrink them.
         """
-        self._backward_once()
-        model = self.model
-        learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        frozen = {name for name, p in learned.items() if p.grad is None}
-        model.zero_grad(set_to_none=True)
-        if len(frozen) == len(learned):
+        model, batch = self.model, self._first_rows()
+        found = reached(model, self.student.config, lambda: self._backward(batch))
+        if not found.learned:
             raise ValueError(f"no parameter of the student gets a gradient from the terms {self.objective.terms}")
-        for name in frozen:
-            learned[name].requires_grad_(False)
-        del learned  # FSDP puts other parameters in their places
+        for each in (self.student, self.teacher):
+            if each is not None and self.objective.attention:
+                check_attention(each.base_model, batch)
+        if self._finds_unused:
+            self.args.ddp_find_unused_parameters = found.is_random
+        for name, parameter in model.named_parameters():
+            if name in found.frozen:
+                parameter.requires_grad_(False)
         try:
             yield
         finally:
             for name, parameter in model.named_parameters():
-                if name in frozen:
+                if name in found.frozen:
                     parameter.requires_grad_(True)
 
-    def _backward_once(self) -> None:
-        """Leaves the gradients of the first rows; raises ValueError where their loss is not finite."""
-        model = self.model
+    def _first_rows(self) -> dict[str, Any]:
+        """Returns the first rows as a batch on the device; raises ValueError where a model cannot read them."""
         rows = list(itertools.islice(iter(self.train_dataset), min(2, self.args.per_device_train_batch_size)))
         batch = self._get_collator_with_removed_columns(self.data_collator)(rows)
         is_late = self.args.bf16_full_eval or self.args.fp16_full_eval
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_late:
-            model.to(self.args.device)  # to the teacher; Trainer moves it only later
+            self.model.to(self.args.device)  # to the teacher; Trainer moves it only later
         batch = self._prepare_inputs(batch)
-        if "position_ids" in batch:
-            for each in (self.student, self.teacher):
-                if each is not None:
-                    check_packed(each)
+        for model in (self.student, self.teacher):
+            if model is not None and "position_ids" in batch:
+                check_packed(model)
+        return batch
+
+    def _backward(self, batch: Mapping[str, Any]) -> None:
+        """Leaves the gradients of a batch; raises ValueError where its loss is not finite."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            model.train()
             with self.accelerator.autocast():
-                loss = model(**batch, teacher=self._teacher_states(batch))["loss"]
+                loss = self.model(**batch, teacher=self._teacher_states(batch))["loss"]
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss of the first rows is {loss.item()}; the student or the teacher overflows")
-            for each in (self.student, self.teacher) if self.objective.attention else ():
-                if each is not None:
-                    check_attention(each.base_model, batch)
             if loss.requires_grad:
                 loss.backward()
 
