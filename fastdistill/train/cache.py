@@ -50,6 +50,7 @@ from fastdistill.train.capture import States
 from fastdistill.train.checkpoints import load_config
 from fastdistill.train.checks import check_classes, check_vocabularies, reads_text
 from fastdistill.train.data import batches_by_length, predict
+from fastdistill.train.heads import body
 from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.outputs import check, whole_output, writing
 from fastdistill.train.processes import on_main, processes
@@ -188,7 +189,7 @@ class TeacherColumns:
         elif len(shape) == 2:
             self.features[LOGITS] = datasets.Sequence(Value("float32"))
         else:
-            self.model = teacher.base_model  # nobody needs the logits
+            self.model = body(teacher)  # nobody needs the logits
         self.widths = {f"hidden_{i}": states.hidden[i].shape[2] for i in self.hidden}
         self.features |= {name: Array2D((None, width), "float16") for name, width in self.widths.items()}
         if not self.features:

@@ -24,7 +24,7 @@ import fastdistill
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.checks import check_shared
 from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
-from fastdistill.train.inputs import refuse_encoder_decoder
+from fastdistill.train.inputs import input_names, refuse_encoder_decoder
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
@@ -188,7 +188,7 @@ def shifted(item_weights: Tensor | None, batch: Mapping[str, Any]) -> Tensor | N
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the columns that the model takes. Positions of rows padded on the left start at their first token."""
     inputs = {name: x for name, x in batch.items() if name not in NOT_INPUTS}
-    takes = inspect.signature(type(unwrapped(model)).forward).parameters  # wrappers replace an instance's
+    takes = input_names(model) or set()
     mask = inputs.get("attention_mask")
     prompted = takes_virtual_tokens(model)
     if prompted and "position_ids" in inputs:

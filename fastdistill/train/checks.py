@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, capture, layer_count, probabilities, run
-from fastdistill.train.heads import unwrapped
+from fastdistill.train.heads import body, unwrapped
 from fastdistill.train.inputs import is_causal
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reading import TOKENIZER, reading
@@ -250,7 +250,7 @@ def check_packed(model: PreTrainedModel) -> None:
         for module in training:
             module.training = False
         packed, alone = (
-            capture(model.base_model, {"input_ids": ids[:, start:], "position_ids": ids[:, start:] % 2}, hidden=[1])
+            capture(body(model), {"input_ids": ids[:, start:], "position_ids": ids[:, start:] % 2}, hidden=[1])
             for start in (0, 2)
         )
     finally:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-__all__ = ["Head", "head_of", "is_sharded", "replaced", "takes_virtual_tokens", "unwrapped"]
+__all__ = ["Head", "body", "head_of", "is_sharded", "replaced", "takes_virtual_tokens", "unwrapped"]
 
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # factors or divisors in configs
 
@@ -51,6 +51,11 @@ def wrappers(model: Any) -> Iterator[Any]:
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     return [*wrappers(model)][-1]
+
+
+def body(model: nn.Module) -> PreTrainedModel:
+    """Returns the model without its head, of a PEFT model too, whose adapters are within."""
+    return unwrapped(model).base_model
 
 
 def takes_virtual_tokens(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from fastdistill.train.capture import States, capture
 from fastdistill.train.causal_lm import Logits, balance_weight, in_factors, losses, student_losses
-from fastdistill.train.heads import Head, head_of
+from fastdistill.train.heads import Head, body, head_of
 from fastdistill.train.objective import Objective
 from fastdistill.train.terms import Counts, next_tokens, prediction_options, with_length
 
@@ -53,7 +53,7 @@ class DistillationModel(nn.Module):
         targets: dict[str, Any] = {"labels": labels, "teacher_logits": teacher_logits, "topk": topk}
         # The head of a student that learns inner states only would compute logits that nobody reads.
         run = partial(
-            capture, self.student if objective.needs_logits else self.student.base_model, batch,
+            capture, self.student if objective.needs_logits else body(self.student), batch,
             hidden=set(objective.hidden), attention=objective.attention, values=objective.needs_values,
         )  # fmt: skip
         learns_tokens = predicts_next_tokens(self.student, objective)
@@ -150,7 +150,7 @@ def teacher_states(
     if not (objective.hidden or objective.attention or needs_logits):
         return None
     run = partial(
-        capture, teacher if needs_logits else teacher.base_model, batch,
+        capture, teacher if needs_logits else body(teacher), batch,
         hidden=set(objective.hidden.values()), attention=set(objective.attention.values()),
         values=objective.needs_values,
     )  # fmt: skip

@@ -6,7 +6,6 @@ teacher stays outside, in eval mode, without gradients.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -32,7 +31,8 @@ from fastdistill.train.checks import (
     reads_text,
 )
 from fastdistill.train.data import TOKEN_COLUMN, default_collator
-from fastdistill.train.inputs import refuse_encoder_decoder
+from fastdistill.train.heads import body
+from fastdistill.train.inputs import input_names, refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, state_mask, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.reached import reached
@@ -219,7 +219,7 @@ class DistillationTrainer(ResumableTrainer):
             raise ValueError(f"no parameter of the student gets a gradient from the terms {self.objective.terms}")
         for each in (self.student, self.teacher):
             if each is not None and self.objective.attention:
-                check_attention(each.base_model, batch)
+                check_attention(body(each), batch)
         if self._finds_unused:
             self.args.ddp_find_unused_parameters = found.is_random
         for name, parameter in model.named_parameters():
@@ -272,7 +272,7 @@ class DistillationTrainer(ResumableTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the columns that student or teacher take: a BERT teacher of a DistilBERT student takes token types."""
         models = [model for model in (self.student, self.teacher) if model is not None]
-        names = [name for model in models for name in inspect.signature(model.forward).parameters]
+        names = [name for model in models for name in input_names(model) or ()]
         hidden = [f"hidden_{i}" for i in self.objective.hidden.values()] if self.teacher is None else []
         cached = ["teacher_logits", "topk_logprobs", "topk_indices", *hidden]
         self._signature_columns = [*names, "labels", "label", "label_ids", *cached]

@@ -1,0 +1,159 @@
+"""Tests what a model is given of a batch: inputs that wrappers hand on, and positions under padding on either side."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import _tiny
+import pytest
+import torch
+import transformers as hf
+from datasets import Dataset
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from torch import Tensor, nn
+
+from fastdistill.train.capture import capturable, capture
+from fastdistill.train.inputs import forward_arguments
+from fastdistill.train.objective import Objective
+from fastdistill.train.trainer import DistillationTrainer
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+         "vocab_size": 60, "initializer_range": 0.5, "hidden_dropout_prob": 0.0,
+         "attention_probs_dropout_prob": 0.0}  # fmt: skip
+PAIRS = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]),
+    "token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2),
+    "position_ids": torch.tensor([[3, 4, 5, 6, 7, 8]] * 2),
+}
+ADAPTERS = {
+    "lora": LoraConfig(task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False),
+    "dora": LoraConfig(task_type="SEQ_CLS", target_modules=["query"], use_dora=True, init_lora_weights=False),
+    "ia3": IA3Config(task_type="SEQ_CLS", target_modules=["key", "output.dense"], feedforward_modules=["output.dense"]),
+    "no task": LoraConfig(target_modules=["query"], init_lora_weights=False),
+}
+
+
+def classifier(seed: int = 0, **sizes: Any) -> hf.BertForSequenceClassification:
+    torch.manual_seed(seed)
+    return hf.BertForSequenceClassification(hf.BertConfig(**{**SIZES, **sizes})).eval()
+
+
+class Around(nn.Module):
+    """Names one input and hands the others on to the model inside."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+
+    def forward(self, input_ids: Tensor, **others: Any) -> Any:
+        return self.inner(input_ids, **others)
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "around"])
+@torch.no_grad()
+def test_inputs_that_a_wrapper_hands_on_arrive(name: str) -> None:
+    model: Any = Around(classifier()) if name == "around" else get_peft_model(classifier(), ADAPTERS[name]).eval()
+    arguments = forward_arguments(model, {**PAIRS, "length": torch.tensor([6, 6]), "labels": torch.tensor([0, 1])})
+    assert arguments.keys() == PAIRS.keys()
+    assert torch.equal(model(**arguments).logits, model(**PAIRS).logits)
+    if name != "around":
+        assert torch.equal(capture(model, PAIRS).logits, model(**PAIRS).logits)
+
+
+def test_virtual_tokens_are_refused() -> None:
+    model = get_peft_model(classifier(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"^the model is a PeftModelForSequenceClassification with virtual tokens"):
+        capture(model, PAIRS)
+
+
+def test_two_peft_models_keep_their_columns_and_learn(tmp_path: Path) -> None:
+    """The loss of the trainer is that of calling both models on the rows in float64."""
+    student, teacher = (get_peft_model(classifier(seed), ADAPTERS["lora"]).eval() for seed in (0, 1))
+    rows = Dataset.from_dict({name: x.tolist() for name, x in PAIRS.items()})
+    args = hf.TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=2)
+    objective = Objective(student.config, teacher.config, terms=("hidden", "attention", "prediction"))
+    trainer = DistillationTrainer(
+        student, teacher, objective, args, train_dataset=rows, eval_dataset=rows, processing_class=_tiny.tokenizer()
+    )
+    found = trainer.predict(rows)
+    with torch.no_grad():
+        ours, theirs = (copy.deepcopy(model).double()(**PAIRS).logits for model in (student, teacher))
+    assert torch.allclose(torch.tensor(found.predictions).double(), ours, rtol=1e-5)
+    expected = -(theirs.softmax(-1) * ours.log_softmax(-1)).sum(-1).mean()
+    with trainer._capturable():
+        loss = trainer.compute_loss(trainer.model, PAIRS, True)[1]["prediction"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in student.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora" in name or "classifier" in name for name in changed)
+
+
+# -- padding ---------------------------------------------------------------------------------------------------
+
+LONG, SHORT = [5, 6, 7, 8, 9, 10, 11], [12, 13, 14]
+SMALL = {"vocab_size": 40, "pad_token_id": 0}
+FAMILIES = {
+    "bert": (hf.BertModel, hf.BertConfig(**SIZES)),
+    "electra": (hf.ElectraModel, hf.ElectraConfig(**SIZES, embedding_size=16)),
+    "albert": (hf.AlbertModel, hf.AlbertConfig(**SIZES, embedding_size=16)),
+    "roberta": (hf.RobertaModel, hf.RobertaConfig(**{**SIZES, "pad_token_id": 1})),
+    "distilbert": (
+        hf.DistilBertModel,
+        hf.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, dropout=0.0, attention_dropout=0.0,
+                            initializer_range=0.5, **SMALL),
+    ),
+    "modernbert": (
+        hf.ModernBertModel,
+        hf.ModernBertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                            initializer_range=0.5, **SMALL),
+    ),
+    "gpt2": (
+        hf.GPT2Model, hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5, **SMALL),
+    ),
+    "opt": (
+        hf.OPTModel,
+        hf.OPTConfig(hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
+                     dropout=0.0, init_std=0.5, **SMALL),
+    ),
+}  # fmt: skip
+
+
+def padded(side: str, pad: int) -> dict[str, Tensor]:
+    more = [pad] * (len(LONG) - len(SHORT))
+    row, mask = (SHORT + more, [1] * 3 + [0] * 4) if side == "right" else (more + SHORT, [0] * 4 + [1] * 3)
+    return {"input_ids": torch.tensor([LONG, row]), "attention_mask": torch.tensor([[1] * 7, mask])}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_both_sides_of_padding_agree_with_none(name: str) -> None:
+    kind, config = FAMILIES[name]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    alone = model(input_ids=torch.tensor([SHORT]), output_hidden_states=True)
+    for side in ("right", "left"):
+        batch = padded(side, config.pad_token_id)
+        with capturable(model):
+            states = capture(model, batch, hidden=[0, 2], attention=[1])
+        tokens = batch["attention_mask"][1].bool()
+        for i in (0, 2):
+            expected = alone.hidden_states[i][0]
+            assert (states.hidden[i][1, tokens] - expected).abs().max() <= 1e-5 * expected.abs().max()
+        scores = states.attention[1].query[1][:, tokens] @ states.attention[1].key[1][:, tokens].mT
+        with capturable(model):
+            own = capture(model, {"input_ids": torch.tensor([SHORT])}, attention=[1]).attention[1]
+        expected = own.query[0] @ own.key[0].mT
+        assert (scores - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_a_head_that_reads_the_first_place_refuses_padding_on_the_left() -> None:
+    model = classifier()
+    alone = model(input_ids=torch.tensor([SHORT])).logits
+    assert torch.allclose(capture(model, padded("right", 0)).logits[1], alone[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"^the batch is padded on the left.*padding_side=\"right\""):
+        capture(model, padded("left", 0))
