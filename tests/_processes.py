@@ -22,7 +22,14 @@ from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from fastdistill.cli import main
 from fastdistill.train.data import add_teacher_logits
@@ -278,6 +285,30 @@ def next_tokens(folder: Path) -> None:
     trainer.seen = []
     trainer.train()
     leave(trainer, folder / f"next_tokens{rank()}.pt")
+
+
+def layerdrop(folder: Path) -> None:
+    """Trains a language model whose layers are skipped at random, in each process by itself."""
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = OPTConfig(vocab_size=60, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=4, ffn_dim=16,
+                           num_attention_heads=2, layerdrop=0.5, dropout=0.0)  # fmt: skip
+        models.append(OPTForCausalLM(config))
+    arguments = TrainingArguments(
+        str(folder / "work"), per_device_train_batch_size=2, max_steps=12, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = Recording(
+        *models, Objective(models[0].config, terms=("prediction",)), arguments, processing_class=_tiny.tokenizer(),
+        train_dataset=_tiny.dataset(48).remove_columns("labels"),
+    )  # fmt: skip
+    trainer.seen = []
+    before = {name: whole(p) for name, p in trainer.model.named_parameters()}
+    torch.manual_seed(rank())
+    trainer.train()
+    leave(trainer, folder / f"layerdrop{rank()}.pt")
+    torch.save(before, folder / f"before{rank()}.pt")
 
 
 LINES = 20

@@ -65,6 +65,11 @@ def check_folder(name: str) -> None:
     folder = Path(name)
     if folder.is_symlink():
         folder.stat()  # raises OSError for a link that leads nowhere: it is no name on the hub
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{name}: an adapter of PEFT; merge it into its model first: "
+            f"AutoPeftModel....from_pretrained({name!r}).merge_and_unload().save_pretrained(FOLDER)"
+        )
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no config.json; it is not a transformers checkpoint")
     if not folder.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):

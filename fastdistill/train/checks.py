@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, capture, layer_count, probabilities, run
-from fastdistill.train.heads import body, unwrapped
+from fastdistill.train.heads import body, is_peft, unwrapped
 from fastdistill.train.inputs import is_causal
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reading import TOKENIZER, reading
@@ -146,6 +146,23 @@ def check_shared(student: nn.Module, teacher: nn.Module) -> None:
     shared = [name for name, p in teacher.named_parameters() if places(p) & trained]
     if shared:
         raise ValueError(f"teacher shares {shared[0]} with the student, which trains it; make it a copy.deepcopy")
+
+
+def check_adapter(student: Any) -> None:
+    """Raises ValueError if a PEFT student trains weights that PEFT does not save."""
+    if not is_peft(student):
+        return
+    config = student.active_peft_config
+    kept = ("lora_", "ia3_", "vera_", "oft_", "hada_", "lokr_", "adaption_", *(config.modules_to_save or ()))
+    kept += (student.base_model.prefix,) if hasattr(student.base_model, "prefix") else ()
+    bias = getattr(config, "bias", "none")
+    for name, parameter in student.named_parameters():
+        is_kept = "modules_to_save" in name or "trainable_tokens" in name or any(part in name for part in kept)
+        if parameter.requires_grad and not is_kept and not (bias != "none" and name.endswith("bias")):
+            raise ValueError(
+                f"{name} trains, and PEFT saves adapters alone, so that it would be lost; name its module in "
+                "modules_to_save, or freeze it"
+            )
 
 
 def places(parameter: Tensor) -> set[tuple[str, int]]:

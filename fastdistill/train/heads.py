@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-__all__ = ["Head", "body", "head_of", "is_sharded", "replaced", "takes_virtual_tokens", "unwrapped"]
+__all__ = ["Head", "body", "head_of", "is_peft", "is_sharded", "replaced", "takes_virtual_tokens", "unwrapped"]
 
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # factors or divisors in configs
 
@@ -51,6 +51,11 @@ def wrappers(model: Any) -> Iterator[Any]:
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
     return [*wrappers(model)][-1]
+
+
+def is_peft(model: Any) -> bool:
+    """Tells whether PEFT wraps a model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def body(model: nn.Module) -> PreTrainedModel:

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from fastdistill.train import outputs
 from fastdistill.train.data import OwnRows
+from fastdistill.train.heads import is_peft
 from fastdistill.train.options import Schedule
 from fastdistill.train.processes import check_gpus, on_main, processes
 from fastdistill.train.reading import WEIGHTS, reading
@@ -262,7 +263,16 @@ def check_state(checkpoint: Path) -> None:
 
 
 def load_student(student: PreTrainedModel, folder: str | Path) -> None:
-    """Reads a student's weights back in place, whatever transformers did to write them (ties, shards, renames)."""
+    """Reads a student's weights back in place, whatever transformers did to write them (ties, shards, renames).
+
+    Of a PEFT model these are the adapters; the model below them is as it was.
+    """
+    if is_peft(student):
+        for name in student.peft_config:
+            part = Path(folder, "" if name == "default" else name)
+            with reading(part / "adapter_config.json", "adapter_model.*"):
+                student.load_adapter(str(part), name, is_trainable=True)
+        return
     weights = read_student(type(student), folder, student.dtype).state_dict()
     with reading(Path(folder, "config.json")):  # another number of layers, for example
         student.load_state_dict(weights)

@@ -25,6 +25,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.bert.modeling_bert import BertLayer
 
 from fastdistill.train.checks import check_tokens, check_vocabularies, tokenizer_of
+from fastdistill.train.heads import is_peft
 from fastdistill.train.inputs import ENCODER_DECODER, forward_arguments, refuse_encoder_decoder
 from fastdistill.train.objective import Objective, resolve_layer_map
 from fastdistill.train.published import is_published, load_published
@@ -80,6 +81,11 @@ def build_student(
     Returns a float32 model in eval mode, on the CPU. Raises OSError for a folder without a model or an unknown name.
     """
     refuse_encoder_decoder(teacher=teacher)
+    if is_peft(teacher):
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}; a student is made from the weights and the config of a whole "
+            "model: call teacher.merge_and_unload() first"
+        )
     if init not in (None, "random", "teacher"):
         raise ValueError(f"init is {init!r}; it should be 'random' or 'teacher'")
     kind = auto_name(teacher)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
 from fastdistill.train.checks import (
+    check_adapter,
     check_arguments,
     check_attention,
     check_classes,
@@ -44,7 +45,8 @@ __all__ = ["DistillationTrainer"]
 class DistillationTrainer(ResumableTrainer):
     """Trains `model` to follow `teacher`. Every other argument is transformers.Trainer's.
 
-    Checkpoints hold a plain transformers student (`AutoModel.from_pretrained` loads it), its tokenizer,
+    Checkpoints hold a plain transformers student (`AutoModel.from_pretrained` loads it), or the adapters of a PEFT
+    student (`PeftModel.from_pretrained` loads them, `merge_and_unload` merges them); its tokenizer,
     `projections.safetensors` and `objective.json`. Each loss is logged under its term's name, and under `balance` the
     load-balancing loss of a mixture of experts whose config has `output_router_logits`. Losses are divided by the rows,
     tokens or pairs of the whole optimiser step: accumulation and processes change nothing. Before the first step
@@ -166,6 +168,7 @@ class DistillationTrainer(ResumableTrainer):
             )
         if teacher is None and (missing := ", ".join(self._missing(columns))):
             raise ValueError(f"{needed}, or in train_dataset the columns {missing}, which fastdistill cache writes")
+        check_adapter(student)
         if objective.hidden or objective.attention:
             check_layerdrop(student.config, objective.terms)
         if objective.needs_teacher_logits:
