@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -106,6 +107,17 @@ def pytest_runtest_call() -> Iterator[None]:
         if str(refused).startswith("backend is 'cuda', but"):
             pytest.skip(str(refused))
         raise
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Lets each test choose its own devices and precision, which accelerate fixes once for a process."""
+    yield
+    if "accelerate" in sys.modules and not torch.distributed.is_initialized():
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

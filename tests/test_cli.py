@@ -608,7 +608,8 @@ FLAGS = {
     ),
     "train-cached": (
         "cache! student! teacher init terms layer-map projection temperature t-squared divergence alpha tail "
-        "verify workers epochs batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite resume"
+        "scores verify workers epochs batch-size learning-rate seed bf16 max-steps trust-remote-code output! overwrite "
+        "resume"
     ),
     "finetune": (
         "model! teacher init layer-map task! data epochs learning-rates batch-sizes seeds bf16 max-steps "
@@ -638,7 +639,6 @@ DEFAULTS = {
         "temperature": 1.0,
         "divergence": "soft_cross_entropy",
         "alpha": 1.0,
-        "labels": "teacher",
         "seeds": [42],
     },
     "cache": {"batch_size": 16},
@@ -662,6 +662,7 @@ DEFAULTS = {
         "divergence": "soft_cross_entropy",
         "alpha": 1.0,
         "tail": "renormalize",
+        "scores": "gold",
         "epochs": 3,
         "batch_size": 256,
         "learning_rate": 5e-05,

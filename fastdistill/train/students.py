@@ -134,15 +134,16 @@ def load_checkpoint(kind: Any, name: str | Path, **options: Any) -> tuple[PreTra
     Random weights are those that the checkpoint lacks, and a head's if `options` change its `num_labels`. Raises
     ValueError if weights of the encoder are missing, or if any other weight has another shape than the config says.
     """
-    config = AutoConfig.from_pretrained(str(name), trust_remote_code=options.get("trust_remote_code", False))
+    file = Path(name, "config.json")
+    with reading(file if file.is_file() else name):
+        config = AutoConfig.from_pretrained(str(name), trust_remote_code=options.get("trust_remote_code", False))
     if config.is_encoder_decoder and config.model_type not in AUTO_CLASSES.get(kind.__name__, {}):
         raise ValueError(f"{name} is a {config.model_type}, {ENCODER_DECODER}")
     report = logging.getLogger("transformers.modeling_utils")
     report.addFilter(is_no_load_report)
     try:
         # What is wrong where all weights can be read is in the config.
-        config = Path(name, "config.json")
-        with reading(config if config.is_file() else name, *WEIGHTS):
+        with reading(file if file.is_file() else name, *WEIGHTS):
             model, loaded = kind.from_pretrained(
                 str(name), output_loading_info=True, ignore_mismatched_sizes=True, **{"dtype": torch.float32, **options}
             )
