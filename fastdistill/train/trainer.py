@@ -31,7 +31,7 @@ from fastdistill.train.checks import (
     check_vocabularies,
     reads_text,
 )
-from fastdistill.train.data import TOKEN_COLUMN, default_collator
+from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator, default_collator
 from fastdistill.train.heads import body
 from fastdistill.train.inputs import input_names, refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, state_mask, teacher_states
@@ -39,7 +39,7 @@ from fastdistill.train.objective import Objective
 from fastdistill.train.reached import reached
 from fastdistill.train.resumable import ResumableTrainer, load_student
 
-__all__ = ["DistillationTrainer"]
+__all__ = ["DistillationTrainer", "PaddingCollator"]
 
 
 class DistillationTrainer(ResumableTrainer):
