@@ -168,8 +168,9 @@ def check_adapter(student: Any) -> None:
 def places(parameter: Tensor) -> set[tuple[str, int]]:
     """Returns what tells a parameter and its memory from others; a shard, or a wrapper of tensors, may have none."""
     found = {("parameter", id(parameter))}
-    if type(parameter) in (Tensor, nn.Parameter) and parameter.device.type != "meta" and parameter.numel():
-        found.add((str(parameter.device), parameter.data_ptr()))
+    is_plain = type(parameter) in (Tensor, nn.Parameter) and parameter.device.type != "meta" and parameter.numel()
+    if is_plain and (place := parameter.data_ptr()):  # 0: FSDP has freed the memory
+        found.add((str(parameter.device), place))
     return found
 
 
@@ -257,9 +258,19 @@ def check_arguments(args: Any) -> None:
 
 
 @torch.no_grad()
-def check_packed(model: PreTrainedModel) -> None:
-    """Raises ValueError if a causal model reads packed sequences as one. It runs on two sequences of two tokens."""
+def check_packed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Raises ValueError if a batch has packed rows and the model reads their sequences as one.
+
+    A causal model runs on two sequences of two tokens. Others know no sequences in a row.
+    """
+    positions, mask = batch["position_ids"], batch.get("attention_mask")
     if not is_causal(model):
+        restarts = positions.diff(dim=-1) < 0  # (B, L - 1)
+        if bool((restarts if mask is None else restarts & mask[:, 1:].bool()).any()):
+            raise ValueError(
+                f"the rows are packed (position_ids start anew), and {type(model).__name__}, which is bidirectional, "
+                "reads the sequences of a row as one; pack no rows"
+            )
         return
     training = [module for module in model.modules() if module.training]
     ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size

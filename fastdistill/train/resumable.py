@@ -232,8 +232,14 @@ def training_arguments(
     work: Path, schedule: Schedule, kind: type[TrainingArguments] = TrainingArguments, **others: Any
 ) -> Any:
     """Returns the Trainer's arguments, of the class `kind`, for a schedule. `schedule.arguments` wins over `others`."""
+    if "output_dir" in schedule.arguments:
+        raise ValueError(
+            f"arguments has output_dir {schedule.arguments['output_dir']!r}; the student is written to the output_dir "
+            "of run: leave it out"
+        )
     options: dict[str, Any] = {
-        "output_dir": str(work), "save_total_limit": 1, "logging_steps": 50, "seed": schedule.seed,
+        "output_dir": str(work), "hub_model_id": work.name.removesuffix(".partial"),
+        "save_total_limit": 1, "logging_steps": 50, "seed": schedule.seed,
         "num_train_epochs": schedule.epochs, "per_device_train_batch_size": schedule.batch_size,
         "per_device_eval_batch_size": max(schedule.batch_size, 64),
         "learning_rate": schedule.learning_rate, "weight_decay": schedule.weight_decay,

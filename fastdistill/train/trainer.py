@@ -245,7 +245,7 @@ class DistillationTrainer(ResumableTrainer):
         batch = self._prepare_inputs(batch)
         for model in (self.student, self.teacher):
             if model is not None and "position_ids" in batch:
-                check_packed(model)
+                check_packed(model, batch)
         return batch
 
     def _backward(self, batch: Mapping[str, Any]) -> None:

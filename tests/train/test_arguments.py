@@ -15,6 +15,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
 
 from fastdistill.train.objective import Objective
+from fastdistill.train.options import Schedule
+from fastdistill.train.outputs import working_folder
+from fastdistill.train.resumable import training_arguments
 from fastdistill.train.trainer import DistillationTrainer
 
 
@@ -151,3 +154,12 @@ def test_neftune_adds_noise_to_the_students_embeddings_in_training_only(tmp_path
     run.add_callback(Watch())
     run.train()
     assert set(seen) == {(True, False), (False, True)}
+
+
+def test_a_stage_has_one_output_and_a_name_on_the_hub(tmp_path: Path) -> None:
+    work = working_folder(tmp_path / "student")
+    assert training_arguments(work, Schedule(arguments={"use_cpu": True})).hub_model_id == "student"
+    named = Schedule(arguments={"use_cpu": True, "hub_model_id": "me/other"})
+    assert training_arguments(work, named).hub_model_id == "me/other"
+    with pytest.raises(ValueError, match=r"^arguments has output_dir 'elsewhere'.*leave it out"):
+        training_arguments(work, Schedule(arguments={"output_dir": "elsewhere"}))

@@ -92,6 +92,28 @@ def test_two_peft_models_keep_their_columns_and_learn(tmp_path: Path) -> None:
     assert all("lora" in name or "classifier" in name for name in changed)
 
 
+def test_packed_rows_of_a_bidirectional_model_are_refused(tmp_path: Path) -> None:
+    """Positions that only go up are taken: the padding's, 0, restart nothing."""
+    student, teacher = classifier(0), classifier(1)
+    args = hf.TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=1)
+    ids = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
+    for positions, is_packed in (([[0, 1, 2, 0, 1, 2], [0, 1, 2]], True), ([[3, 4, 5, 6, 7, 8], [0, 1, 2]], False)):
+        rows = Dataset.from_dict({"input_ids": ids, "position_ids": positions})
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            Objective(student.config, teacher.config, terms=("hidden",)),
+            args,
+            train_dataset=rows,
+            processing_class=_tiny.tokenizer(),
+        )
+        if is_packed:
+            with pytest.raises(ValueError, match=r"^the rows are packed.*BertForSequenceClassification.*bidirectional"):
+                trainer.train()
+        else:
+            trainer.train()
+
+
 # -- padding ---------------------------------------------------------------------------------------------------
 
 LONG, SHORT = [5, 6, 7, 8, 9, 10, 11], [12, 13, 14]
