@@ -226,6 +226,7 @@ def teacher_logits(folder: Path) -> None:
     The second process has none of the 2 rows.
     """
     teacher = _tiny.classifier(4, 24, seed=1)
+    add_teacher_logits(_tiny.dataset(11), teacher, _tiny.tokenizer(), batch_size=2)  # tries its padding out, once
     ran: list[int] = []
     columns: list[Any] = []
     teacher.register_forward_hook(lambda model, inputs, output: ran.append(len(output.logits)))

@@ -163,6 +163,8 @@ def test_inner_losses_equal_the_published_ones(
     student, teacher = models
     objective = objective_of(student, teacher, projection=projection)
     batch = _tiny.batch(rows=3, length=11, padded=padded)
+    if padded == "left":  # a classifier refuses it where the batch brings no positions
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     expected = published(student, teacher, projections_of(objective), batch)
     losses = computed(student, teacher, objective, batch)
     assert tuple(losses) == INNER_TERMS
