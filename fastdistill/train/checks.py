@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, capture, layer_count, probabilities, run
-from fastdistill.train.heads import body, is_peft, unwrapped
+from fastdistill.train.heads import body, evaluating, is_peft, refuse_virtual_tokens, unwrapped
 from fastdistill.train.inputs import is_causal
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reading import TOKENIZER, reading
@@ -149,9 +149,10 @@ def check_shared(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_adapter(student: Any) -> None:
-    """Raises ValueError if a PEFT student trains weights that PEFT does not save."""
+    """Raises ValueError if a PEFT student trains weights that PEFT does not save, or has virtual tokens."""
     if not is_peft(student):
         return
+    refuse_virtual_tokens(student)
     config = student.active_peft_config
     kept = ("lora_", "ia3_", "vera_", "oft_", "hada_", "lokr_", "adaption_", *(config.modules_to_save or ()))
     kept += (student.base_model.prefix,) if hasattr(student.base_model, "prefix") else ()
@@ -272,18 +273,12 @@ def check_packed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
                 "reads the sequences of a row as one; pack no rows"
             )
         return
-    training = [module for module in model.modules() if module.training]
     ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
-    try:
-        for module in training:
-            module.training = False
+    with evaluating(model):
         packed, alone = (
             capture(body(model), {"input_ids": ids[:, start:], "position_ids": ids[:, start:] % 2}, hidden=[1])
             for start in (0, 2)
         )
-    finally:
-        for module in training:
-            module.training = True
     found, expected = packed.hidden[1][:, 2:], alone.hidden[1]
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise ValueError(
