@@ -24,7 +24,7 @@ import fastdistill
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.checks import check_shared
 from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
-from fastdistill.train.inputs import counts_itself, entries, forward_arguments, input_names, refuse_encoder_decoder
+from fastdistill.train.inputs import entries, forward_arguments, input_names, judge, refuse_encoder_decoder
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
@@ -193,7 +193,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         check_virtual_tokens(batch)
         inputs = entries(model, batch)
     else:
-        counts_itself(model, None)  # in the first step of every process, whatever its batch is padded with
+        judge(model, batch)
         inputs = forward_arguments(model, batch)
     return {**inputs, "use_cache": False} if "use_cache" in (input_names(model) or ()) else inputs
 

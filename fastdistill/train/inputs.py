@@ -15,8 +15,8 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from fastdistill.train.heads import evaluating, refuse_virtual_tokens
 
 __all__ = [
-    "check_positions", "counts_itself", "entries", "first_token", "forward_arguments", "input_names", "is_causal",
-    "refuse_encoder_decoder", "text_columns", "transformers_model",
+    "entries", "forward_arguments", "input_names", "is_causal", "is_packed", "judge", "keeps_apart",
+    "refuse_encoder_decoder", "text_columns",
 ]  # fmt: skip
 
 ENCODER_DECODER = (
@@ -24,7 +24,7 @@ ENCODER_DECODER = (
     "count: distil it in transformers' Trainer with fastdistill.kl_div on the logits of both models, as "
     "examples/seq2seq.py does"
 )
-LEFT_PADDING = "_fastdistill_left_padding"  # the answer of `left_padding`, on the model
+LEFT_PADDING, PACKED = "_fastdistill_left_padding", "_fastdistill_packed"  # on the model: what small runs showed
 LABELS = ("labels", "start_positions", "end_positions")
 # Columns that only the losses read: the teacher's, and the sampler's. No model takes them.
 NOT_INPUTS = re.compile(r"topk_logprobs|topk_indices|hidden_\d+|teacher_logits|length")
@@ -99,8 +99,7 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
         return {**found, "position_ids": positions_of(padding)} if needs else found
     if not is_causal(model):
         return found
-    names = input_names(model)
-    check_positions(model, positions, names is None or "position_ids" in names)
+    check_positions(model, batch)
     if padding is None or positions.dim() != 2:
         return found
     # transformers tells packed sequences apart in a batch without a mask only. Padding, at the position of the row's
@@ -109,6 +108,18 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
     positions = positions.expand(padding.shape)
     first = positions.gather(1, first_token(padding))
     return {**found, "position_ids": positions.where(padding.bool(), first)}
+
+
+def judge(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Makes the small runs that show how a model reads padding and packed rows, if it has not made them.
+
+    Call this before the model is changed for a step, and in all processes together if they share its weights: only
+    some of their batches may be padded.
+    """
+    if "input_ids" in batch:
+        counts_itself(model, None)
+    if "position_ids" in batch and is_causal(model) and "position_ids" in (input_names(model) or ()):
+        keeps_apart(model)
 
 
 def first_token(mask: Tensor) -> Tensor:  # (B, 1)
@@ -124,8 +135,7 @@ def counts_itself(model: Any, mask: Tensor | None) -> bool:
     """Returns whether a model reads rows that are padded on the left as they are; otherwise it needs positions.
 
     Raises ValueError if `mask` is padded on the left and the model cannot read that: it takes no positions, or its
-    head reads the first place of a row. The answer comes from four small forward passes, once for a model: the
-    processes of a sharded model should call this together, before their batches differ.
+    head reads the first place of a row. The answer comes from four small forward passes, once for a model.
     """
     if not hasattr(model, LEFT_PADDING):
         setattr(model, LEFT_PADDING, left_padding(model))
@@ -142,16 +152,15 @@ def counts_itself(model: Any, mask: Tensor | None) -> bool:
 def left_padding(model: Any) -> str:
     """Returns how a model takes padding on the left: "as it is", with "positions" given, or "refused".
 
-    The better of the first two is returned, if it gives the states of the same row without padding.
+    It is whatever gives the states of the same row without padding. Positions are given where both do: after a rotary
+    embedding, the scores are the same without them, but not queries and keys.
     """
     text = transformers_model(model).config.get_text_config()
     padding = getattr(text, "pad_token_id", None) or 0
     ids = [i for i in range(min(text.vocab_size, 8)) if i != padding][:3]
     device = next(model.parameters()).device
     names = input_names(model)
-
-    is_half = next(model.parameters()).dtype != torch.float32 or torch.is_autocast_enabled(device.type)
-    rounding = 3e-2 if is_half else 1e-3
+    tolerance = rounding(model)
 
     def read(left: int = 0, right: int = 0, **more: Tensor) -> list[Tensor]:
         rows = torch.tensor([[padding] * left + ids + [padding] * right], device=device)
@@ -161,7 +170,7 @@ def left_padding(model: Any) -> str:
         return [states, *([logits] if logits is not None and logits.dim() == 2 and "start_logits" not in out else [])]
 
     def differences(found: list[Tensor]) -> list[float]:
-        return [float((x - y).norm() / y.norm()) for x, y in zip(found, alone, strict=True)]
+        return [difference(x, y) for x, y in zip(found, alone, strict=True)]
 
     def excess(found: list[Tensor]) -> float:
         """Returns the largest difference, beyond twice the noise."""
@@ -170,12 +179,13 @@ def left_padding(model: Any) -> str:
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         alone = read()
         noises = differences(read(right=2))  # of quantised models, whose rounding depends on the batch
-        wrong = {"as it is": excess(read(left=2))}
-        if names is None or "position_ids" in names:
+        as_it_is = given = excess(read(left=2))
+        if takes_positions := names is None or "position_ids" in names:
             positions = torch.tensor([[0, 0, *range(len(ids))]], device=device)
-            wrong["positions"] = excess(read(left=2, position_ids=positions))
-    best = min(wrong, key=lambda answer: wrong[answer])
-    return best if wrong[best] <= rounding else "refused"
+            given = excess(read(left=2, position_ids=positions))
+    if min(as_it_is, given) > tolerance:
+        return "refused"
+    return "positions" if takes_positions and given <= max(as_it_is, tolerance / 10) else "as it is"
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -183,10 +193,11 @@ def is_causal(model: nn.Module) -> bool:
     return next((bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")), False)
 
 
-def check_positions(model: Any, positions: Tensor, takes_positions: bool) -> None:
-    """Raises ValueError if a model takes no `position_ids`, or its attention tells no sequences of a batch apart."""
-    inner = transformers_model(model)
-    if not takes_positions:
+def check_positions(model: Any, batch: Mapping[str, Any]) -> None:
+    """Raises ValueError if a causal model takes no `position_ids`, or tells no packed sequences of a batch apart."""
+    inner, positions = transformers_model(model), batch["position_ids"]
+    names = input_names(model)
+    if names is not None and "position_ids" not in names:
         raise ValueError(
             f"the batch has position_ids, which {type(inner).__name__} does not take, so that packed sequences would "
             "see each other; leave the column out, and pack no rows"
@@ -196,6 +207,57 @@ def check_positions(model: Any, positions: Tensor, takes_positions: bool) -> Non
             f"the batch has {positions.shape[0]} rows with position_ids; flash attention tells packed sequences apart "
             'in a batch of one row only: use batches of one row, or load the model with attn_implementation="sdpa"'
         )
+    if "seq_idx" not in batch and not keeps_apart(model) and is_packed(positions, batch.get("attention_mask")):
+        raise ValueError(
+            f"the rows are packed (position_ids), and {type(inner).__name__} reads the sequences of a row as one; pack "
+            "no rows, and leave the column position_ids out"
+        )
+
+
+def is_packed(positions: Tensor, mask: Tensor | None) -> bool:
+    """Returns whether positions start anew within a row."""
+    restarts = positions.diff(dim=-1) < 0  # (B, L - 1)
+    return bool((restarts if mask is None else restarts & mask[:, 1:].bool()).any())
+
+
+def keeps_apart(model: Any) -> bool:
+    """Returns whether packed sequences do not see each other. The answer comes from three small forward passes, once
+    for a model."""
+    if not hasattr(model, PACKED):
+        setattr(model, PACKED, packed_is_alone(model))
+    return bool(getattr(model, PACKED))
+
+
+@torch.no_grad()
+def packed_is_alone(model: Any) -> bool:
+    """Returns whether the second of two packed sequences has the states that it has alone, up to the model's noise.
+
+    The first one, which the second follows, shows that noise.
+    """
+    vocabulary = transformers_model(model).config.get_text_config().vocab_size
+    ids = torch.arange(4, device=next(model.parameters()).device)[None] % vocabulary  # (1, 4)
+    positions = torch.arange(4, device=ids.device)[None] % 2
+    options = {"output_hidden_states": True, "return_dict": True}
+    if "use_cache" in (input_names(model) or ()):
+        options["use_cache"] = False  # with a cache, transformers does not look for packed sequences
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        packed, first, second = (
+            model(input_ids=ids[:, some], position_ids=positions[:, some], **options).hidden_states[-1]
+            for some in (slice(0, 4), slice(0, 2), slice(2, 4))
+        )
+    noise = difference(packed[:, :2], first)
+    return difference(packed[:, 2:], second) <= 2 * noise + rounding(model)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def rounding(model: nn.Module) -> float:
+    """Returns the relative difference that rounding may make between two runs of a model."""
+    parameter = next(model.parameters())
+    is_half = parameter.dtype != torch.float32 or torch.is_autocast_enabled(parameter.device.type)
+    return 3e-2 if is_half else 1e-3
 
 
 def refuse_encoder_decoder(**models: Any) -> None:

@@ -33,7 +33,7 @@ from fastdistill.train.checks import (
 )
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator, default_collator
 from fastdistill.train.heads import body
-from fastdistill.train.inputs import counts_itself, input_names, refuse_encoder_decoder
+from fastdistill.train.inputs import input_names, judge, refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, state_mask, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.reached import reached
@@ -246,8 +246,8 @@ class DistillationTrainer(ResumableTrainer):
         for model in (self.student, self.teacher):
             if model is not None and "position_ids" in batch:
                 check_packed(model, batch)
-        if "input_ids" in batch:  # later each process may hold a shard of the student, and padding of its own
-            counts_itself(self.student if self.objective.needs_logits else body(self.student), None)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # each process will hold a shard of the student
+            judge(self.student if self.objective.needs_logits else body(self.student), batch)
         return batch
 
     def _backward(self, batch: Mapping[str, Any]) -> None:
