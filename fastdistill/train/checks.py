@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, layer_count, probabilities, run
 from fastdistill.train.heads import body, is_peft, refuse_virtual_tokens, unwrapped
-from fastdistill.train.inputs import is_causal, is_packed, keeps_apart
+from fastdistill.train.inputs import check_apart, is_causal, is_packed
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reading import TOKENIZER, reading
 
@@ -262,11 +262,7 @@ def check_packed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     """Raises ValueError if a batch has packed rows and the model reads their sequences as one, as a bidirectional model
     does. A causal model is judged by a small run, whatever the first rows hold."""
     if is_causal(model):
-        if "seq_idx" not in batch and not keeps_apart(body(model)):
-            raise ValueError(
-                f"the rows have position_ids, and {type(model).__name__} reads packed sequences of a row as one; pack "
-                "no rows, and leave the column position_ids out"
-            )
+        check_apart(body(model), batch)
     elif is_packed(batch["position_ids"], batch.get("attention_mask")):
         raise ValueError(
             f"the rows are packed (position_ids start anew), and {type(model).__name__}, which is bidirectional, "

@@ -15,7 +15,7 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from fastdistill.train.heads import evaluating, refuse_virtual_tokens
 
 __all__ = [
-    "entries", "forward_arguments", "input_names", "is_causal", "is_packed", "judge", "keeps_apart",
+    "check_apart", "entries", "forward_arguments", "input_names", "is_causal", "is_packed", "judge",
     "refuse_encoder_decoder", "text_columns",
 ]  # fmt: skip
 
@@ -28,7 +28,6 @@ LEFT_PADDING, PACKED = "_fastdistill_left_padding", "_fastdistill_packed"  # on 
 LABELS = ("labels", "start_positions", "end_positions")
 # Columns that only the losses read: the teacher's, and the sampler's. No model takes them.
 NOT_INPUTS = re.compile(r"topk_logprobs|topk_indices|hidden_\d+|teacher_logits|length")
-# What collators without padding say of packed rows. transformers' models hand these on to their layers.
 PACKING = {*FlashAttentionKwargs.__annotations__, "seq_idx"}
 
 
@@ -37,7 +36,7 @@ def input_names(model: nn.Module) -> set[str] | None:
     base class and of the transformers models inside (PEFT, DDP, a model of one's own around a backbone).
 
     None: it takes everything, since it hands inputs on to modules that name none. transformers' own models also have
-    `**kwargs`, which reach no input.
+    `**kwargs`, which reach no input; layers take from them what collators without padding say of packed rows.
     """
     names: set[str] = set()
     for kind in type(model).__mro__:  # wrappers replace the forward of an instance
@@ -47,8 +46,10 @@ def input_names(model: nn.Module) -> set[str] | None:
         parameters = list(inspect.signature(forward).parameters.values())[1:]
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        if not hands_on or forward.__module__.startswith("transformers."):
+        if not hands_on:
             return names
+        if forward.__module__.startswith("transformers."):
+            return names | PACKING
     found = [input_names(inner) for inner in transformers_inside(model)]
     return names.union(*(inner for inner in found if inner is not None)) if found else None
 
@@ -77,7 +78,7 @@ def entries(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of `batch` that a model takes, without labels: with them it computes a loss too."""
     names = input_names(model)
     found = {name: x for name, x in batch.items() if name not in LABELS and not NOT_INPUTS.fullmatch(name)}
-    return found if names is None else {name: x for name, x in found.items() if name in names | PACKING}
+    return found if names is None else {name: x for name, x in found.items() if name in names}
 
 
 def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,10 +208,16 @@ def check_positions(model: Any, batch: Mapping[str, Any]) -> None:
             f"the batch has {positions.shape[0]} rows with position_ids; flash attention tells packed sequences apart "
             'in a batch of one row only: use batches of one row, or load the model with attn_implementation="sdpa"'
         )
-    if "seq_idx" not in batch and not keeps_apart(model) and is_packed(positions, batch.get("attention_mask")):
+    if not keeps_apart(model) and is_packed(positions, batch.get("attention_mask")):
+        check_apart(model, batch)
+
+
+def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raises ValueError if a causal model reads packed sequences as one. `seq_idx` tells a model of its own of them."""
+    if "seq_idx" not in batch and not keeps_apart(model):
         raise ValueError(
-            f"the rows are packed (position_ids), and {type(inner).__name__} reads the sequences of a row as one; pack "
-            "no rows, and leave the column position_ids out"
+            f"the rows are packed (position_ids), and {type(transformers_model(model)).__name__} reads the sequences "
+            "of a row as one; pack no rows, and leave the column position_ids out"
         )
 
 
