@@ -260,7 +260,7 @@ HALF = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 DECODERS = {
     "gpt2": (hf.GPT2LMHeadModel, FAMILIES["gpt2"][1]),
     "llama": (hf.LlamaForCausalLM, FAMILIES["llama"][1]),
-    "roberta": (hf.RobertaForCausalLM, hf.RobertaConfig(**HALF, pad_token_id=0, is_decoder=True, hidden_dropout_prob=0.0)),
+    "roberta": (hf.RobertaForCausalLM, hf.RobertaConfig(**HALF, pad_token_id=0, is_decoder=True)),
     "opt": (hf.OPTForCausalLM, FAMILIES["opt"][1]),
     "bart": (
         hf.BartForCausalLM,
