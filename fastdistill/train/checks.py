@@ -262,7 +262,7 @@ def check_packed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
     """Raises ValueError if a batch has packed rows and the model reads their sequences as one, as a bidirectional model
     does. A causal model is judged by a small run, whatever the first rows hold."""
     if is_causal(model):
-        check_apart(body(model), batch)
+        check_apart(model, batch)
     elif is_packed(batch["position_ids"], batch.get("attention_mask")):
         raise ValueError(
             f"the rows are packed (position_ids start anew), and {type(model).__name__}, which is bidirectional, "
