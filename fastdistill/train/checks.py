@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, layer_count, probabilities, run
-from fastdistill.train.heads import body, is_peft, refuse_virtual_tokens, unwrapped
+from fastdistill.train.heads import is_peft, refuse_virtual_tokens, unwrapped
 from fastdistill.train.inputs import check_apart, is_causal, is_packed
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reading import TOKENIZER, reading
