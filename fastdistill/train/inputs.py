@@ -96,7 +96,7 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
     if "input_ids" not in batch:
         return found
     if positions is None:
-        needs = padding is not None and not counts_itself(model, padding)
+        needs = padding is not None and not counts_itself(model, padding.device, padding)
         return {**found, "position_ids": positions_of(padding)} if needs else found
     if not is_causal(model):
         return found
@@ -118,9 +118,9 @@ def judge(model: nn.Module, batch: Mapping[str, Any]) -> None:
     some of their batches may be padded.
     """
     if "input_ids" in batch:
-        counts_itself(model, None)
+        counts_itself(model, batch["input_ids"].device)
     if "position_ids" in batch and is_causal(model) and "position_ids" in (input_names(model) or ()):
-        keeps_apart(model)
+        keeps_apart(model, batch["position_ids"].device)
 
 
 def first_token(mask: Tensor) -> Tensor:  # (B, 1)
@@ -132,14 +132,14 @@ def positions_of(mask: Any) -> Tensor:  # (B, L)
     return (torch.arange(mask.shape[1], device=mask.device) - first_token(mask)).clamp(min=0)
 
 
-def counts_itself(model: Any, mask: Tensor | None) -> bool:
+def counts_itself(model: Any, device: torch.device, mask: Tensor | None = None) -> bool:
     """Returns whether a model reads rows that are padded on the left as they are; otherwise it needs positions.
 
     Raises ValueError if `mask` is padded on the left and the model cannot read that: it takes no positions, or its
     head reads the first place of a row. The answer comes from a few small forward passes, once for a model.
     """
     if not hasattr(model, LEFT_PADDING):
-        setattr(model, LEFT_PADDING, left_padding(model))
+        setattr(model, LEFT_PADDING, left_padding(model, device))
     answer = getattr(model, LEFT_PADDING)
     if answer == "refused" and mask is not None and not bool(mask[:, 0].all()):
         raise ValueError(
@@ -150,7 +150,7 @@ def counts_itself(model: Any, mask: Tensor | None) -> bool:
 
 
 @torch.no_grad()
-def left_padding(model: Any) -> str:
+def left_padding(model: Any, device: torch.device) -> str:
     """Returns how a model takes padding on the left: "as it is", with "positions" given, or "refused".
 
     It is whatever gives the states of the same row without padding. Positions are given where both do: after a rotary
@@ -159,9 +159,8 @@ def left_padding(model: Any) -> str:
     text = transformers_model(model).config.get_text_config()
     padding = getattr(text, "pad_token_id", None) or 0
     ids = [i for i in range(min(text.vocab_size, 8)) if i != padding][:3]
-    device = next(model.parameters()).device
     names = input_names(model)
-    tolerance = rounding(model)
+    tolerance = rounding(model, device)
 
     def read(left: int = 0, right: int = 0, **more: Tensor) -> list[Tensor]:
         rows = torch.tensor([[padding] * left + ids + [padding] * right], device=device)
@@ -210,13 +209,13 @@ def check_positions(model: Any, batch: Mapping[str, Any]) -> None:
             f"the batch has {positions.shape[0]} rows with position_ids; flash attention tells packed sequences apart "
             'in a batch of one row only: use batches of one row, or load the model with attn_implementation="sdpa"'
         )
-    if not keeps_apart(model) and is_packed(positions, batch.get("attention_mask")):
+    if not keeps_apart(model, positions.device) and is_packed(positions, batch.get("attention_mask")):
         check_apart(model, batch)
 
 
 def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Raises ValueError if a causal model reads packed sequences as one. `seq_idx` tells a model of its own of them."""
-    if "seq_idx" not in batch and not keeps_apart(model):
+    if "seq_idx" not in batch and not keeps_apart(model, batch["position_ids"].device):
         raise ValueError(
             f"the rows are packed (position_ids), and {type(transformers_model(model)).__name__} reads the sequences "
             "of a row as one; pack no rows, and leave the column position_ids out"
@@ -229,23 +228,23 @@ def is_packed(positions: Tensor, mask: Tensor | None) -> bool:
     return bool((restarts if mask is None else restarts & mask[:, 1:].bool()).any())
 
 
-def keeps_apart(model: Any) -> bool:
+def keeps_apart(model: Any, device: torch.device) -> bool:
     """Returns whether packed sequences do not see each other. The answer comes from three small forward passes, once
     for a model."""
     if not hasattr(model, PACKED):
-        setattr(model, PACKED, packed_is_alone(model))
+        setattr(model, PACKED, packed_is_alone(model, device))
     return bool(getattr(model, PACKED))
 
 
 @torch.no_grad()
-def packed_is_alone(model: Any) -> bool:
+def packed_is_alone(model: Any, device: torch.device) -> bool:
     """Returns whether the second of two packed sequences has the states that it has alone, up to the model's noise.
 
     The first one, which the second follows, shows that noise.
     """
     vocabulary = transformers_model(model).config.get_text_config().vocab_size
-    ids = torch.arange(4, device=next(model.parameters()).device)[None] % vocabulary  # (1, 4)
-    positions = torch.arange(4, device=ids.device)[None] % 2
+    ids = torch.arange(4, device=device)[None] % vocabulary  # (1, 4)
+    positions = torch.arange(4, device=device)[None] % 2
     options = {"output_hidden_states": True, "return_dict": True}
     if "use_cache" in (input_names(model) or ()):
         options["use_cache"] = False  # with a cache, transformers does not look for packed sequences
@@ -255,18 +254,18 @@ def packed_is_alone(model: Any) -> bool:
             for some in (slice(0, 4), slice(0, 2), slice(2, 4))
         )
     noise = difference(packed[:, :2], first)
-    return difference(packed[:, 2:], second) <= 2 * noise + rounding(model)
+    return difference(packed[:, 2:], second) <= 2 * noise + rounding(model, device)
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def rounding(model: nn.Module) -> float:
-    """Returns the relative difference that rounding may make between two runs of a model."""
-    parameter = next(model.parameters())
-    is_half = parameter.dtype != torch.float32 or torch.is_autocast_enabled(parameter.device.type)
-    return 3e-2 if is_half else 1e-3
+def rounding(model: nn.Module, device: torch.device) -> float:
+    """Returns the relative difference that rounding may make between two runs of a model on a device, where its
+    weights may be loaded only while it runs."""
+    is_full = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    return 1e-3 if is_full and not torch.is_autocast_enabled(device.type) else 3e-2
 
 
 def refuse_encoder_decoder(**models: Any) -> None:
