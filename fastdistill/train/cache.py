@@ -51,7 +51,7 @@ from fastdistill.train.checkpoints import load_config
 from fastdistill.train.checks import check_classes, check_vocabularies, reads_text
 from fastdistill.train.data import batches_by_length, predict
 from fastdistill.train.heads import body
-from fastdistill.train.inputs import refuse_encoder_decoder
+from fastdistill.train.inputs import refuse_encoder_decoder, text_columns
 from fastdistill.train.outputs import check, whole_output, writing
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.reading import read_json, reading
@@ -281,7 +281,7 @@ class TeacherColumns:
         """Returns rows of one document each for the teacher to read, and their lengths. All tokens keep their order."""
         if "position_ids" not in rows.column_names or LOGITS in self.features:
             return rows, lengths
-        columns = [name for name in self.tokenizer.model_input_names if name in rows.column_names]
+        columns = text_columns(self.teacher, self.tokenizer, rows.column_names)
         table = rows.with_format("arrow")[:]
         lengths = document_lengths(table["position_ids"].combine_chunks(), lengths)
         ends = pa.array(offsets(lengths), pa.int32())

@@ -24,12 +24,11 @@ import fastdistill
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.checks import check_shared
 from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
-from fastdistill.train.inputs import input_names, refuse_encoder_decoder
+from fastdistill.train.inputs import entries, forward_arguments, input_names, judge, refuse_encoder_decoder
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
 DIVERGENCES = ("kl", "jsd", "tvd", "soft_cross_entropy")
-NOT_INPUTS = ("labels", "topk_logprobs", "topk_indices", "length")  # columns that no model takes
 
 
 class CausalLMLoss(NamedTuple):
@@ -186,19 +185,32 @@ def shifted(item_weights: Tensor | None, batch: Mapping[str, Any]) -> Tensor | N
 
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the columns that the model takes. Positions of rows padded on the left start at their first token."""
-    inputs = {name: x for name, x in batch.items() if name not in NOT_INPUTS}
-    takes = input_names(model) or set()
-    mask = inputs.get("attention_mask")
-    prompted = takes_virtual_tokens(model)
-    if prompted and "position_ids" in inputs:
+    """Returns what `forward_arguments` does, without a cache of keys and values.
+
+    Virtual tokens of PEFT are allowed, where a language model reads them before a row that has no other positions.
+    """
+    if takes_virtual_tokens(model):
+        check_virtual_tokens(batch)
+        inputs = entries(model, batch)
+    else:
+        judge(model, batch)
+        inputs = forward_arguments(model, batch)
+    return {**inputs, "use_cache": False} if "use_cache" in (input_names(model) or ()) else inputs
+
+
+def check_virtual_tokens(batch: Mapping[str, Any]) -> None:
+    """Raises ValueError for positions and for padding on the left, which PEFT puts behind virtual tokens."""
+    mask = batch.get("attention_mask")
+    if "position_ids" in batch:
         raise ValueError(
             "batch has position_ids, and the model is a PEFT model with virtual tokens, which ignores them: leave "
             "position_ids out (and do not pack rows), or use another adapter"
         )
-    if mask is not None and not prompted and "position_ids" not in inputs and "position_ids" in takes:
-        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return {**inputs, "use_cache": False} if "use_cache" in takes else inputs
+    if mask is not None and not bool(mask[:, 0].all()):
+        raise ValueError(
+            "the batch is padded on the left, and the model is a PEFT model with virtual tokens, which the padding "
+            'would separate from the text: set padding_side="right" on the tokenizer, or use another adapter'
+        )
 
 
 def cached_teacher(batch: Mapping[str, Any], options: Options) -> tuple[Tensor, Tensor]:  # (B, L, k) each

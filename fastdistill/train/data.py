@@ -31,7 +31,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.utils import logging
 
 from fastdistill.train.capture import States, capture
-from fastdistill.train.inputs import refuse_encoder_decoder
+from fastdistill.train.inputs import refuse_encoder_decoder, text_columns
 from fastdistill.train.processes import processes
 from fastdistill.train.reading import is_full
 
@@ -168,7 +168,9 @@ def predict(
     """
     model.eval()
     device = next(model.parameters()).device
-    columns = [name for name in (*tokenizer.model_input_names, "position_ids") if name in dataset.column_names]
+    columns = text_columns(model, tokenizer, dataset.column_names)
+    if "input_ids" not in columns:
+        columns = [name for name in tokenizer.model_input_names if name in dataset.column_names]
     inputs = dataset.with_format("torch", columns=columns)
     for rows in batches:
         found = inputs[rows]

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-__all__ = ["Head", "body", "head_of", "is_peft", "is_sharded", "replaced", "takes_virtual_tokens", "unwrapped"]
+__all__ = ["Head", "body", "evaluating", "head_of", "is_peft", "is_sharded", "refuse_virtual_tokens", "replaced",
+           "takes_virtual_tokens", "unwrapped"]  # fmt: skip
 
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # factors or divisors in configs
 
@@ -59,7 +60,11 @@ def is_peft(model: Any) -> bool:
 
 
 def body(model: nn.Module) -> PreTrainedModel:
-    """Returns the model without its head, of a PEFT model too, whose adapters are within."""
+    """Returns the model without its head, of a PEFT model too, whose adapters are within.
+
+    Raises ValueError for virtual tokens, which are not.
+    """
+    refuse_virtual_tokens(model)
     return unwrapped(model).base_model
 
 
@@ -67,6 +72,18 @@ def takes_virtual_tokens(model: nn.Module) -> bool:
     """Tells whether PEFT puts trained tokens or keys before each row: prompt tuning, prefix tuning, P-tuning."""
     adapters = (getattr(wrapper, "active_peft_config", None) for wrapper in wrappers(model))
     return any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters)
+
+
+def refuse_virtual_tokens(model: Any) -> None:
+    """Raises ValueError for a PEFT model whose rows have virtual tokens (prompt tuning, prefix tuning, P-tuning)."""
+    if any(
+        getattr(adapter, "is_prompt_learning", False)
+        for adapter in (getattr(model, "peft_config", None) or {}).values()
+    ):
+        raise ValueError(
+            f"the model is a {type(model).__name__} with virtual tokens, whose states have other positions than the "
+            "batch's tokens; use an adapter without them, such as LoRA"
+        )
 
 
 def is_sharded(model: nn.Module, linear: nn.Linear) -> bool:
@@ -143,8 +160,7 @@ def transform_seen(
 ) -> Transform | None:
     """Returns the scale and softcap that lie between the head and the model's logits, None if something else does.
 
-    The model runs once with a head that returns chosen values. Eval mode keeps dropout, the random state and the
-    statistics of the training untouched. bitsandbytes would repack its 4-bit weights for good in eval mode on a CPU.
+    The model runs once with a head that returns chosen values.
     """
 
     def chosen(x: Tensor, module: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -153,15 +169,8 @@ def transform_seen(
 
     if inputs is None:
         inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=next(base.parameters()).device)}
-    training = [m for m in base.modules() if m.training and not type(m).__module__.startswith("bitsandbytes")]
-    try:
-        for module in training:
-            module.training = False
-        with replaced(linear, chosen) as seen, torch.compiler.set_stance("force_eager"):
-            logits = model(**inputs).logits
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(base), replaced(linear, chosen) as seen, torch.compiler.set_stance("force_eager"):
+        logits = model(**inputs).logits
     if len(seen) != 1 or logits.shape != seen[0].shape:
         return None
     tolerance = max(1e-4, 2 * torch.finfo(logits.dtype).eps)  # a wrapper may cast the output
@@ -174,6 +183,22 @@ def transform_seen(
             if torch.allclose(expected, logits.float(), rtol=tolerance, atol=1e-6):
                 return scale, softcap
     return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches a model to eval mode within the block, which keeps dropout, random state and statistics as they are.
+
+    bitsandbytes would repack its 4-bit weights for good in eval mode on a CPU, so its modules stay as they are.
+    """
+    training = [m for m in model.modules() if m.training and not type(m).__module__.startswith("bitsandbytes")]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from fastdistill.train.checks import (
 )
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator, default_collator
 from fastdistill.train.heads import body
-from fastdistill.train.inputs import input_names, refuse_encoder_decoder
+from fastdistill.train.inputs import input_names, judge, refuse_encoder_decoder
 from fastdistill.train.model import DistillationModel, state_mask, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.reached import reached
@@ -246,6 +246,8 @@ class DistillationTrainer(ResumableTrainer):
         for model in (self.student, self.teacher):
             if model is not None and "position_ids" in batch:
                 check_packed(model, batch)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # each process will hold a shard of the student
+            judge(self.student if self.objective.needs_logits else body(self.student), batch)
         return batch
 
     def _backward(self, batch: Mapping[str, Any]) -> None:
@@ -275,7 +277,8 @@ class DistillationTrainer(ResumableTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Keeps the columns that student or teacher take: a BERT teacher of a DistilBERT student takes token types."""
         models = [model for model in (self.student, self.teacher) if model is not None]
-        names = [name for model in models for name in input_names(model) or ()]
+        everything = {name for rows in (self.train_dataset, self.eval_dataset) for name in _columns(rows)}
+        names = [name for model in models for name in input_names(model) or everything]
         hidden = [f"hidden_{i}" for i in self.objective.hidden.values()] if self.teacher is None else []
         cached = ["teacher_logits", "topk_logprobs", "topk_indices", *hidden]
         self._signature_columns = [*names, "labels", "label", "label_ids", *cached]
@@ -306,6 +309,11 @@ class DistillationTrainer(ResumableTrainer):
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _columns(rows: Any) -> Collection[str]:
+    several = rows.values() if isinstance(rows, dict) else (rows,)
+    return [name for each in several for name in getattr(each, "column_names", None) or ()]
 
 
 def _holds_logits(columns: Collection[str]) -> bool:

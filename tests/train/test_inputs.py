@@ -11,11 +11,20 @@ import pytest
 import torch
 import transformers as hf
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch import Tensor, nn
 
 from fastdistill.train.capture import capturable, capture
-from fastdistill.train.inputs import forward_arguments
+from fastdistill.train.causal_lm import causal_lm_loss
+from fastdistill.train.data import add_teacher_logits
+from fastdistill.train.inputs import entries, forward_arguments
 from fastdistill.train.objective import Objective
 from fastdistill.train.trainer import DistillationTrainer
 
@@ -43,12 +52,51 @@ def classifier(seed: int = 0, **sizes: Any) -> hf.BertForSequenceClassification:
 class Around(nn.Module):
     """Names one input and hands the others on to the model inside."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: nn.Module, **attributes: Any) -> None:
         super().__init__()
-        self.inner, self.config = inner, inner.config
+        self.inner, self.config = inner, attributes.get("config", getattr(inner, "config", None))
 
     def forward(self, input_ids: Tensor, **others: Any) -> Any:
         return self.inner(input_ids, **others)
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 4)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.table(input_ids) if attention_mask is None else self.table(input_ids) * attention_mask[..., None]
+
+
+class Named(hf.BertForSequenceClassification):
+    """Names one input and hands the others on to its base class."""
+
+    def forward(self, input_ids: Tensor, **others: Any) -> Any:
+        return super().forward(input_ids, **others)
+
+
+@torch.no_grad()
+def test_a_model_of_ones_own_is_given_what_it_hands_on() -> None:
+    """Its inputs are those of a base class, or all that no loss reads if no module is transformers'."""
+    named = Named(hf.BertConfig(**SIZES)).eval()
+    batch = {**PAIRS, "length": torch.tensor([6, 6]), "teacher_logits": torch.zeros(2, 2), "hidden_1": torch.zeros(2)}
+    assert forward_arguments(named, batch).keys() == PAIRS.keys()
+    assert torch.equal(capture(named, batch).logits, named(**PAIRS).logits)
+    masked = {"input_ids": PAIRS["input_ids"], "attention_mask": torch.ones(2, 6).tril()}
+    table = Around(Table(), config=None)
+    found = entries(table, {**masked, "length": torch.tensor([6, 6]), "topk_indices": torch.zeros(2, 6, 1)})
+    assert torch.equal(table(**found), table(**masked))
+
+
+@torch.no_grad()
+def test_a_teacher_reads_columns_that_the_tokenizer_does_not_name() -> None:
+    model, tokenizer = classifier(), _tiny.tokenizer()
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    columns = {name: PAIRS[name] for name in ("input_ids", "token_type_ids")}
+    rows = Dataset.from_dict({**{name: x.tolist() for name, x in columns.items()}, "labels": [0, 1]})
+    found = add_teacher_logits(rows, model, tokenizer)["teacher_logits"]
+    assert torch.allclose(torch.tensor(found[:]), model(**columns).logits, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*ADAPTERS, "around"])
@@ -66,6 +114,23 @@ def test_virtual_tokens_are_refused() -> None:
     model = get_peft_model(classifier(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     with pytest.raises(ValueError, match=r"^the model is a PeftModelForSequenceClassification with virtual tokens"):
         capture(model, PAIRS)
+
+
+@pytest.mark.parametrize("terms", [("hidden",), ("prediction",)])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_the_trainer_refuses_virtual_tokens(tmp_path: Path, kind: Any, whose: str, terms: tuple[str, ...]) -> None:
+    """For inner terms too, which the model without its head would compute without them."""
+    models = {"student": classifier(), "teacher": classifier(1)}
+    models[whose] = get_peft_model(models[whose], kind(task_type="SEQ_CLS", num_virtual_tokens=2))
+    student, teacher = models.values()
+    args = hf.TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=1)
+    trainer = DistillationTrainer(
+        student, teacher, Objective(student.config, teacher.config, terms=terms), args,
+        train_dataset=Dataset.from_dict({"input_ids": [[5, 6, 7]]}), processing_class=_tiny.tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"with virtual tokens.*use an adapter without them, such as LoRA"):
+        trainer.train()
 
 
 def test_two_peft_models_keep_their_columns_and_learn(tmp_path: Path) -> None:
@@ -136,6 +201,13 @@ FAMILIES = {
     "gpt2": (
         hf.GPT2Model, hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5, **SMALL),
     ),
+    "roberta decoder": (hf.RobertaModel, hf.RobertaConfig(**{**SIZES, "pad_token_id": 1}, is_decoder=True)),
+    "bert decoder": (hf.BertModel, hf.BertConfig(**SIZES, is_decoder=True)),
+    "llama": (
+        hf.LlamaModel,
+        hf.LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                       intermediate_size=32, initializer_range=0.5, **SMALL),
+    ),
     "opt": (
         hf.OPTModel,
         hf.OPTConfig(hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
@@ -179,3 +251,134 @@ def test_a_head_that_reads_the_first_place_refuses_padding_on_the_left() -> None
     assert torch.allclose(capture(model, padded("right", 0)).logits[1], alone[0], atol=1e-5)
     with pytest.raises(ValueError, match=r"^the batch is padded on the left.*padding_side=\"right\""):
         capture(model, padded("left", 0))
+
+
+# -- causal language models ----------------------------------------------------------------------------------------
+
+HALF = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+        "initializer_range": 0.5, "vocab_size": 40}  # fmt: skip
+DECODERS = {
+    "gpt2": (hf.GPT2LMHeadModel, FAMILIES["gpt2"][1]),
+    "llama": (hf.LlamaForCausalLM, FAMILIES["llama"][1]),
+    "roberta": (hf.RobertaForCausalLM, hf.RobertaConfig(**HALF, pad_token_id=0, is_decoder=True)),
+    "opt": (hf.OPTForCausalLM, FAMILIES["opt"][1]),
+    "bart": (
+        hf.BartForCausalLM,
+        hf.BartConfig(d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32, init_std=0.5,
+                      is_encoder_decoder=False, **{**SMALL, "pad_token_id": 1}),
+    ),
+}  # fmt: skip
+
+
+def decoders(name: str) -> Any:
+    kind, config = DECODERS[name]
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        yield kind(config).eval()
+
+
+def expected_loss(student: Any, teacher: Any, *documents: list[int]) -> float:
+    """Returns the mean KL over all next tokens, of each document by itself, in float64."""
+    losses = []
+    with torch.no_grad():
+        for document in documents:
+            ours, theirs = (
+                copy.deepcopy(model).double()(torch.tensor([document])).logits[0, :-1].log_softmax(-1)
+                for model in (student, teacher)
+            )
+            losses.append((theirs.exp() * (theirs - ours)).sum(-1))
+    return torch.cat(losses).mean().item()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_learn_padded_rows_as_they_learn_rows_alone(name: str, side: str) -> None:
+    student, teacher = decoders(name)
+    batch = padded(side, student.config.pad_token_id)
+    if (name, side) == ("bart", "left"):
+        with pytest.raises(ValueError, match=r"^the batch is padded on the left, which BartForCausalLM does not read"):
+            causal_lm_loss(student, teacher, batch)
+        return
+    loss = causal_lm_loss(student, teacher, batch)
+    assert loss.item() == pytest.approx(expected_loss(student, teacher, LONG, SHORT), rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta", "opt"])
+def test_packed_rows_keep_apart_beside_a_mask(name: str, side: str) -> None:
+    """Collators add a mask of ones to packed rows, and of zeros to shorter ones."""
+    student, teacher = decoders(name)
+    rows = [[LONG, SHORT], [[20, 21], [22, 23]]][: 1 if side == "none" else 2]
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "position_ids": [], "attention_mask": []}
+    for row in rows:
+        ids, places = (
+            [token for document in row for token in document],
+            [i for document in row for i in range(len(document))],
+        )
+        more = [0] * (len(LONG + SHORT) - len(ids))
+        for column, x in zip(batch.values(), (ids, places, [1] * len(ids)), strict=True):
+            column.append(more + x if side == "left" else x + more)
+    tensors = {name: torch.tensor(x) for name, x in batch.items()}
+    if name in ("roberta", "opt"):
+        for call in (lambda: causal_lm_loss(student, teacher, tensors), lambda: capture(student, tensors)):
+            with pytest.raises(ValueError, match="reads the sequences of a row as one; pack no rows"):
+                call()
+        return
+    loss = causal_lm_loss(student, teacher, tensors)
+    assert loss.item() == pytest.approx(
+        expected_loss(student, teacher, *(document for row in rows for document in row)), rel=1e-5
+    )
+
+
+@torch.no_grad()
+def test_positions_that_count_padding_leave_it_unseen() -> None:
+    student, _ = decoders("gpt2")
+    batch = {**padded("left", 0), "position_ids": torch.arange(7).expand(2, 7)}
+    assert torch.allclose(capture(student, batch).logits[1, 4:], student(**batch).logits[1, 4:], rtol=1e-4, atol=1e-5)
+
+
+def test_virtual_tokens_stand_next_to_the_text() -> None:
+    student, teacher = decoders("gpt2")
+    student = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    assert causal_lm_loss(student, teacher, padded("right", 0)).isfinite()
+    with pytest.raises(ValueError, match=r"padded on the left.*virtual tokens.*padding_side=\"right\""):
+        causal_lm_loss(student, teacher, padded("left", 0))
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "tinybert": {"terms": ("embedding", "hidden", "attention", "prediction")},
+    "minilm": {"method": "minilm"},
+    "minilmv2": {"method": "minilmv2", "relation_heads": 4},
+}
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "roberta", "opt"])
+def test_every_term_is_the_same_under_padding_on_either_side(tmp_path: Path, name: str, method: str) -> None:
+    """Each is the mean over the items of both rows, each read by itself."""
+    student, teacher = decoders(name)
+
+    def found(side: str, *rows: list[int]) -> dict[str, float]:
+        torch.manual_seed(0)  # of the projections
+        args = hf.TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True)
+        objective = Objective(student.config, teacher.config, **OBJECTIVES[method])
+        tokenizer = _tiny.tokenizer()
+        tokenizer.padding_side = side
+        trainer = DistillationTrainer(student, teacher, objective, args, processing_class=tokenizer)
+        batch = dict(trainer.data_collator([{"input_ids": row} for row in rows]))
+        with trainer._capturable(), torch.no_grad():
+            outputs = trainer.compute_loss(trainer.model.eval(), batch, True)[1]
+        return {term: outputs[term].item() for term in objective.terms}
+
+    def items(term: str, row: list[int]) -> int:
+        length = len(row)
+        if method == "tinybert" and term == "attention":
+            return length * (length + 1) // 2
+        return length - 1 if term == "prediction" else length
+
+    long, short = found("right", LONG), found("right", SHORT)
+    for side in ("right", "left"):
+        for term, loss in found(side, LONG, SHORT).items():
+            first, second = items(term, LONG), items(term, SHORT)
+            expected = (first * long[term] + second * short[term]) / (first + second)
+            assert loss == pytest.approx(expected, rel=2e-5), (term, side)
