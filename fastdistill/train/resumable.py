@@ -4,9 +4,10 @@ by a kill. A resumed run sees the rows that the whole run would have seen.
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import disable_fsdp_ram_efficient_loading
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
@@ -41,6 +42,8 @@ BATCH_SAMPLERS = tuple(
 )
 
 __all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm", "load_student", "training_arguments"]
+
+ADAPTER = "adapter_config.json"
 
 logger = logging.get_logger(__name__)
 
@@ -93,6 +96,8 @@ class ResumableTrainer(Trainer):
     def train_whole(self, student: PreTrainedModel, output: Path, checkpoint: str | None) -> PreTrainedModel:
         """Trains `student`, moves the working folder to `output`, and returns the student, in one piece under FSDP."""
         kind, dtype = type(student), student.dtype  # FSDP changes the class
+        # PEFT's files lack the model below the adapters, which FSDP leaves in shards.
+        whole = copy.deepcopy(student) if self.is_fsdp_enabled and is_peft(student) else None
         self.train(resume_from_checkpoint=checkpoint)
         with outputs.writing(outputs.working_folder(output)):
             self.save_model()
@@ -100,9 +105,11 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         on_main(lambda: outputs.replace(outputs.working_folder(output), output))
         on_main(lambda: outputs.drop_checkpoints(output))  # last, so that a killed run always has one
-        if self.is_fsdp_enabled:
-            student = read_student(kind, output, dtype).to(self.args.device)
-        return student.eval()
+        if whole is not None:
+            load_student(whole, output)
+        elif self.is_fsdp_enabled:
+            whole = read_student(kind, output, dtype)
+        return (student if whole is None else whole.to(self.args.device)).eval()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with reading(resume_from_checkpoint, *WEIGHTS):
@@ -272,16 +279,46 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     """Reads a student's weights back in place, whatever transformers did to write them (ties, shards, renames).
 
     Of a PEFT model these are the adapters; the model below them is as it was.
+
+    Raises ValueError where the files are those of an adapter and the student has none, or another one.
     """
     if is_peft(student):
-        for name in student.peft_config:
-            part = Path(folder, "" if name == "default" else name)
-            with reading(part / "adapter_config.json", "adapter_model.*"):
-                student.load_adapter(str(part), name, is_trainable=True)
+        load_adapters(student, Path(folder))
         return
+    if Path(folder, ADAPTER).is_file() and not Path(folder, "config.json").is_file():
+        raise ValueError(
+            f"{folder}: the adapter of a PEFT model, and the student is a {type(student).__name__}; pass the PEFT "
+            "model that the run trained"
+        )
     weights = read_student(type(student), folder, student.dtype).state_dict()
     with reading(Path(folder, "config.json")):  # another number of layers, for example
         student.load_state_dict(weights)
+
+
+def load_adapters(student: Any, folder: Path) -> None:
+    """Reads the adapters of a PEFT model back in place. PEFT itself would skip what one of the two sides lacks."""
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    for name in student.peft_config:
+        part = folder if name == "default" else folder / name
+        if not (part / ADAPTER).is_file():
+            raise ValueError(
+                f"{part}: no {ADAPTER}, and the student is a PEFT model; pass the student that the run trained"
+            )
+        with reading(part / ADAPTER, "adapter_model.*"):
+            weights = load_peft_weights(str(part), device="cpu")
+        found, own = shapes(weights), shapes(get_peft_model_state_dict(student, adapter_name=name))
+        if found != own:
+            one = sorted(x for x, _ in found.items() ^ own.items())[0]
+            raise ValueError(
+                f"{part}: not the student's adapter {name!r}; {one} is {found.get(one, 'missing')} there and "
+                f"{own.get(one, 'missing')} in the student: pass a PEFT model with the configuration in {ADAPTER}"
+            )
+        set_peft_model_state_dict(student, weights, adapter_name=name)
+
+
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in weights.items()}
 
 
 def read_student(kind: type[PreTrainedModel], folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
