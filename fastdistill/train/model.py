@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fastdistill.train.capture import States, capture
 from fastdistill.train.causal_lm import Logits, balance_weight, in_factors, losses, student_losses
 from fastdistill.train.heads import Head, body, head_of
+from fastdistill.train.inputs import forward_arguments
 from fastdistill.train.objective import Objective
 from fastdistill.train.terms import Counts, next_tokens, prediction_options, with_length
 
@@ -85,6 +86,7 @@ class DistillationModel(nn.Module):
             target = Logits(logits) if logits is not None else None if teacher is None else teacher.factors
             if target is None:
                 raise ValueError("there are no teacher logits; give a teacher with a head, or a cache with top_k")
+        forward_arguments(self.student, batch)  # may run the model once, which needs its own head
         # The ops take both sides in factors or neither.
         head = Head() if target is not None and target.weight is None else head_of(self.student)
         following, counted = next_tokens({**batch, "labels": labels})
@@ -159,6 +161,6 @@ def teacher_states(
     head = head_of(teacher)
     if head.linear is None:
         return run()
-
+    forward_arguments(teacher, batch)  # may run the model once, which needs its own head
     states, factors = in_factors(run, head)
     return replace(states, logits=None, factors=factors)
