@@ -182,7 +182,8 @@ def test_a_head_that_reads_the_first_place_refuses_padding_on_the_left() -> None
 
 
 UNMARKED = {
-    "bloom": hf.BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.0, initializer_range=0.5),
+    "bloom": hf.BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.0,
+                            initializer_range=0.5),
     "mamba": hf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, initializer_range=0.5),
     "xglm": hf.XGLMConfig(vocab_size=60, d_model=16, num_layers=2, attention_heads=2, ffn_dim=16, dropout=0.0,
                           activation_dropout=0.0, attention_dropout=0.0, init_std=0.5),
