@@ -17,7 +17,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, capture, layer_count, probabilities, run
-from fastdistill.train.heads import body, is_peft, unwrapped
+from fastdistill.train.heads import body, unwrapped
 from fastdistill.train.inputs import is_causal
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reached import layerdrop
@@ -151,24 +151,6 @@ def check_shared(student: nn.Module, teacher: nn.Module) -> None:
     shared = [name for name, x in held if places(x) & trained]
     if shared:
         raise ValueError(f"teacher shares {shared[0]} with the student, which trains it; make it a copy.deepcopy")
-
-
-def check_adapter(student: Any) -> None:
-    """Raises ValueError if a PEFT student trains weights that PEFT does not save."""
-    if not is_peft(student):
-        return
-    from peft import get_peft_model_state_dict
-
-    if any(config.is_prompt_learning for config in student.peft_config.values()):
-        return  # refused where its inputs are made, for a reason of its own
-    tensors = {**student.state_dict(), **dict(student.named_parameters())}
-    saved = {id(x) for name in student.peft_config for x in get_peft_model_state_dict(student, tensors, name).values()}
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad and id(parameter) not in saved:
-            raise ValueError(
-                f"{name} trains, and PEFT saves adapters alone, so that it would be lost; name its module in "
-                "modules_to_save, or freeze it"
-            )
 
 
 def places(parameter: Tensor) -> set[tuple[str, int]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import disable_fsdp_ram_efficient_loading
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
@@ -30,6 +30,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fastdistill.train import outputs
+from fastdistill.train.adapters import ADAPTER, load_adapters
 from fastdistill.train.data import OwnRows
 from fastdistill.train.heads import is_peft
 from fastdistill.train.options import Schedule
@@ -42,8 +43,6 @@ BATCH_SAMPLERS = tuple(
 )
 
 __all__ = ["ResumableTrainer", "Terminated", "checkpoint_on_sigterm", "load_student", "training_arguments"]
-
-ADAPTER = "adapter_config.json"
 
 logger = logging.get_logger(__name__)
 
@@ -293,32 +292,6 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     weights = read_student(type(student), folder, student.dtype).state_dict()
     with reading(Path(folder, "config.json")):  # another number of layers, for example
         student.load_state_dict(weights)
-
-
-def load_adapters(student: Any, folder: Path) -> None:
-    """Reads the adapters of a PEFT model back in place. PEFT itself would skip what one of the two sides lacks."""
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-
-    for name in student.peft_config:
-        part = folder if name == "default" else folder / name
-        if not (part / ADAPTER).is_file():
-            raise ValueError(
-                f"{part}: no {ADAPTER}, and the student is a PEFT model; pass the student that the run trained"
-            )
-        with reading(part / ADAPTER, "adapter_model.*"):
-            weights = load_peft_weights(str(part), device="cpu")
-        found, own = shapes(weights), shapes(get_peft_model_state_dict(student, adapter_name=name))
-        if found != own:
-            one = sorted(x for x, _ in found.items() ^ own.items())[0]
-            raise ValueError(
-                f"{part}: not the student's adapter {name!r}; {one} is {found.get(one, 'missing')} there and "
-                f"{own.get(one, 'missing')} in the student: pass a PEFT model with the configuration in {ADAPTER}"
-            )
-        set_peft_model_state_dict(student, weights, adapter_name=name)
-
-
-def shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(x.shape) for name, x in weights.items()}
 
 
 def read_student(kind: type[PreTrainedModel], folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
