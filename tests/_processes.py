@@ -20,6 +20,7 @@ import _tiny
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -393,6 +394,38 @@ def fsdp(folder: Path) -> None:
     student = PredictionStage(**rows).run(student, teacher, _tiny.tokenizer(), folder / "student")
     assert not any(isinstance(p, DTensor) for p in student.parameters())
     torch.save(student.state_dict(), folder / f"student{rank()}.pt")
+
+
+def adapted() -> PeftModel:
+    """Returns the same student with adapters at every call."""
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
+    return get_peft_model(_tiny.classifier(**NO_DROPOUT), config)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= state.global_step == self.step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def fsdp_adapter(folder: Path) -> None:
+    shard_on_cpu()
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+    arguments = {"fsdp": True, "fsdp_config": config, "use_cpu": True, "disable_tqdm": True}
+    stage = PredictionStage(dataset=_tiny.dataset(24), epochs=1, batch_size=4, learning_rate=1e-2, arguments=arguments)
+    teacher, tokenizer = _tiny.classifier(layers=4, width=24, seed=1), _tiny.tokenizer()
+    whole = stage.run(adapted(), teacher, tokenizer, folder / "whole")
+    with suppress(KeyboardInterrupt):
+        stage.run(adapted(), teacher, tokenizer, folder / "stopped", callbacks=[StopAt(1)])
+    resumed = stage.run(adapted(), teacher, tokenizer, folder / "stopped", resume=True)
+    torch.save((whole.state_dict(), resumed.state_dict()), folder / f"student{rank()}.pt")
 
 
 def endangered() -> IntermediateStage:

@@ -116,6 +116,7 @@ def extras() -> dict[str, set[str]]:
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "sentence_transformers": "sentence-transformers"}
 # What `fastdistill lm` imports.
 LM = ("fastdistill.cli", *(f"fastdistill.recipes.lm{part}" for part in ("", "_on_policy", "_rows", "_trainers")))
+ADAPTERS = ("fastdistill.train.adapters",)  # imports PEFT for a model that PEFT made
 # Installed with another distribution of the extra.
 BROUGHT = {"pyarrow": "datasets", "pyyaml": "transformers", "jinja2": "torch"}
 
@@ -127,7 +128,11 @@ def test_a_wing_needs_only_its_extra(module: str) -> None:
     if wing == "kernels":
         allowed |= extras()["triton"]
     elif wing not in LOSSES and module != "fastdistill":
-        allowed |= extras()["train"] | (extras()["lm"] if module in LM else set())
+        allowed |= (
+            extras()["train"]
+            | (extras()["lm"] if module in LM else set())
+            | ({"peft"} if module in ADAPTERS else set())
+        )
     if wing == "integrations":  # an adapter may import the trainer that it is named after
         adapted = module.rpartition(".")[2]
         allowed |= extras()["integrations"] & {DISTRIBUTIONS.get(adapted, adapted)}

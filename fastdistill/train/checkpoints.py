@@ -67,8 +67,9 @@ def check_folder(name: str) -> None:
         folder.stat()  # raises OSError for a link that leads nowhere: it is no name on the hub
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"{name}: an adapter of PEFT; merge it into its model first: load it with PEFT's AutoPeftModel class for "
-            "its task, call merge_and_unload(), and save the result and the tokenizer with save_pretrained"
+            f"{name}: an adapter of PEFT; it should be a whole model. Load the model that it was trained on, merge it, "
+            f"PeftModel.from_pretrained(model, {name!r}).merge_and_unload().save_pretrained(FOLDER), and save the "
+            "tokenizer there too"
         )
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{name}: no config.json; it is not a transformers checkpoint")

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
 from fastdistill.train.capture import WAY_OUT, Sink, layer_count, probabilities, run
-from fastdistill.train.heads import is_peft, refuse_virtual_tokens, unwrapped
+from fastdistill.train.heads import unwrapped
 from fastdistill.train.inputs import check_apart, is_causal, is_packed
 from fastdistill.train.published import is_published, load_published_tokenizer
+from fastdistill.train.reached import layerdrop
 from fastdistill.train.reading import TOKENIZER, reading
 
 logger = logging.getLogger(__name__)
@@ -142,28 +144,13 @@ def check_shared(student: nn.Module, teacher: nn.Module) -> None:
             "teacher is the student itself; it should be another model, or a copy.deepcopy made beforehand (before "
             "peft.get_peft_model, where the student gets adapters)"
         )
-    trained = set().union(*(places(p) for p in student.parameters() if p.requires_grad))
-    shared = [name for name, p in teacher.named_parameters() if places(p) & trained]
+    norms = (module for module in student.modules() if isinstance(module, _NormBase))
+    statistics = (x for norm in norms for x in norm.buffers(recurse=False))  # training changes them without gradients
+    trained = set().union(*map(places, (*(p for p in student.parameters() if p.requires_grad), *statistics)))
+    held = (*teacher.named_parameters(), *teacher.named_buffers())
+    shared = [name for name, x in held if places(x) & trained]
     if shared:
         raise ValueError(f"teacher shares {shared[0]} with the student, which trains it; make it a copy.deepcopy")
-
-
-def check_adapter(student: Any) -> None:
-    """Raises ValueError if a PEFT student trains weights that PEFT does not save, or has virtual tokens."""
-    if not is_peft(student):
-        return
-    refuse_virtual_tokens(student)
-    config = student.active_peft_config
-    kept = ("lora_", "ia3_", "vera_", "oft_", "hada_", "lokr_", "adaption_", *(config.modules_to_save or ()))
-    kept += (student.base_model.prefix,) if hasattr(student.base_model, "prefix") else ()
-    bias = getattr(config, "bias", "none")
-    for name, parameter in student.named_parameters():
-        is_kept = "modules_to_save" in name or "trainable_tokens" in name or any(part in name for part in kept)
-        if parameter.requires_grad and not is_kept and not (bias != "none" and name.endswith("bias")):
-            raise ValueError(
-                f"{name} trains, and PEFT saves adapters alone, so that it would be lost; name its module in "
-                "modules_to_save, or freeze it"
-            )
 
 
 def places(parameter: Tensor) -> set[tuple[str, int]]:
@@ -227,10 +214,10 @@ def check_transcripts(student: PreTrainedModel, teacher: PreTrainedModel | None,
 
 def check_layerdrop(config: Any, terms: Sequence[str]) -> None:
     """Raises ValueError if the student skips layers at random, so that its layers cannot be told apart."""
-    if getattr(config, "layerdrop", 0.0):
+    for name, value in layerdrop(config.to_dict()).items():
         raise ValueError(
-            f"the student's layerdrop is {config.layerdrop}; a skipped layer has no states, so the terms {list(terms)} "
-            "would compare the wrong layers: load the student with layerdrop=0.0"
+            f"the student's {name} is {value}; a skipped layer has no states, so the terms {list(terms)} would compare "
+            f"the wrong layers: load the student with {name}=0.0"
         )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["Reached", "reached"]
+__all__ = ["Reached", "layerdrop", "reached"]
 
 
 class Reached(NamedTuple):
@@ -39,8 +39,14 @@ def reached(model: nn.Module, config: Any, backward: Callable[[], None]) -> Reac
             hook.remove()
     idle = trainable.keys() & idle_experts(model, ran)
     learned = passes[0] | passes[1] | idle
-    skips = any("layerdrop" in name and value for name, value in config.to_dict().items())
-    return Reached(learned, trainable.keys() - learned, skips or bool(idle) or passes[0] != passes[1])
+    is_random = bool(layerdrop(config.to_dict()) or idle or passes[0] != passes[1])
+    return Reached(learned, trainable.keys() - learned, is_random)
+
+
+def layerdrop(config: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the probabilities above 0 at which a config and the configs in it have layers skipped, by name."""
+    found = {name: value for name, value in config.items() if "layerdrop" in str(name) and value}
+    return found | {k: v for part in config.values() if isinstance(part, Mapping) for k, v in layerdrop(part).items()}
 
 
 def idle_experts(model: nn.Module, ran: set[nn.Module]) -> set[str]:

@@ -4,6 +4,7 @@ by a kill. A resumed run sees the rows that the whole run would have seen.
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.utils import logging
 
 from fastdistill.train import outputs
+from fastdistill.train.adapters import ADAPTER, load_adapters
 from fastdistill.train.data import OwnRows
 from fastdistill.train.heads import is_peft
 from fastdistill.train.options import Schedule
@@ -93,6 +95,8 @@ class ResumableTrainer(Trainer):
     def train_whole(self, student: PreTrainedModel, output: Path, checkpoint: str | None) -> PreTrainedModel:
         """Trains `student`, moves the working folder to `output`, and returns the student, in one piece under FSDP."""
         kind, dtype = type(student), student.dtype  # FSDP changes the class
+        # PEFT's files lack the model below the adapters, which FSDP leaves in shards.
+        whole = copy.deepcopy(student) if self.is_fsdp_enabled and is_peft(student) else None
         self.train(resume_from_checkpoint=checkpoint)
         with outputs.writing(outputs.working_folder(output)):
             self.save_model()
@@ -100,9 +104,11 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         on_main(lambda: outputs.replace(outputs.working_folder(output), output))
         on_main(lambda: outputs.drop_checkpoints(output))  # last, so that a killed run always has one
-        if self.is_fsdp_enabled:
-            student = read_student(kind, output, dtype).to(self.args.device)
-        return student.eval()
+        if whole is not None:
+            load_student(whole, output)
+        elif self.is_fsdp_enabled:
+            whole = read_student(kind, output, dtype)
+        return (student if whole is None else whole.to(self.args.device)).eval()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with reading(resume_from_checkpoint, *WEIGHTS):
@@ -272,13 +278,17 @@ def load_student(student: PreTrainedModel, folder: str | Path) -> None:
     """Reads a student's weights back in place, whatever transformers did to write them (ties, shards, renames).
 
     Of a PEFT model these are the adapters; the model below them is as it was.
+
+    Raises ValueError where the files are those of an adapter and the student has none, or another one.
     """
     if is_peft(student):
-        for name in student.peft_config:
-            part = Path(folder, "" if name == "default" else name)
-            with reading(part / "adapter_config.json", "adapter_model.*"):
-                student.load_adapter(str(part), name, is_trainable=True)
+        load_adapters(student, Path(folder))
         return
+    if Path(folder, ADAPTER).is_file() and not Path(folder, "config.json").is_file():
+        raise ValueError(
+            f"{folder}: the adapter of a PEFT model, and the student is a {type(student).__name__}; pass the PEFT "
+            "model that the run trained"
+        )
     weights = read_student(type(student), folder, student.dtype).state_dict()
     with reading(Path(folder, "config.json")):  # another number of layers, for example
         student.load_state_dict(weights)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from fastdistill.train.adapters import check_adapter
 from fastdistill.train.capture import States, capturable, refuse_reentrant_checkpointing
 from fastdistill.train.checks import (
-    check_adapter,
     check_arguments,
     check_attention,
     check_classes,

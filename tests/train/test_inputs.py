@@ -382,3 +382,36 @@ def test_every_term_is_the_same_under_padding_on_either_side(tmp_path: Path, nam
             first, second = items(term, LONG), items(term, SHORT)
             expected = (first * long[term] + second * short[term]) / (first + second)
             assert loss == pytest.approx(expected, rel=2e-5), (term, side)
+
+
+UNMARKED = {
+    "bloom": hf.BloomConfig(vocab_size=60, hidden_size=16, n_layer=2, n_head=2, hidden_dropout=0.0,
+                            initializer_range=0.5),
+    "mamba": hf.MambaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, initializer_range=0.5),
+    "xglm": hf.XGLMConfig(vocab_size=60, d_model=16, num_layers=2, attention_heads=2, ffn_dim=16, dropout=0.0,
+                          activation_dropout=0.0, attention_dropout=0.0, init_std=0.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNMARKED)
+def test_causal_models_whose_attention_does_not_say_so_learn_tokens(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student, teacher = (hf.AutoModelForCausalLM.from_config(UNMARKED[name]).eval() for _ in range(2))
+    rows = _tiny.dataset(2).remove_columns("labels")
+    args = hf.TrainingArguments(
+        tmp_path, use_cpu=True, max_steps=1, per_device_train_batch_size=2, logging_steps=1, report_to="none",
+        disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    before = copy.deepcopy(student)
+    trainer = DistillationTrainer(
+        student, teacher, Objective(student.config, terms=("prediction",)), args, train_dataset=rows,
+        processing_class=_tiny.tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    losses = []
+    with torch.no_grad():
+        for row in rows:  # each by itself, without padding
+            logits = [m(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].double() for m in (before, teacher)]
+            losses.append(-(logits[1].softmax(-1) * logits[0].log_softmax(-1)).sum(-1))
+    expected = float(torch.cat(losses).mean())
+    assert trainer.state.log_history[0]["prediction"] == pytest.approx(expected, rel=1e-5)

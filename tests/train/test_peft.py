@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import _processes
 import _tiny
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from _processes import two_processes
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import BertForSequenceClassification, LlamaForCausalLM, TrainingArguments
 
 from fastdistill.train.checkpoints import load_model
 from fastdistill.train.objective import Objective
+from fastdistill.train.resumable import load_student
 from fastdistill.train.stages import IntermediateStage, PredictionStage
 from fastdistill.train.students import build_student
 from fastdistill.train.trainer import DistillationTrainer
@@ -20,6 +23,7 @@ from fastdistill.train.trainer import DistillationTrainer
 QUICK = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "report_to": "none"}
 ADAPTERS: dict[str, Any] = {
     "lora": lambda: LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"]),
+    "two": lambda: LoraConfig(target_modules=["query", "value"], modules_to_save=["classifier"]),
     "ia3": lambda: IA3Config(target_modules=["key", "value"], feedforward_modules=[], modules_to_save=["classifier"]),
 }
 
@@ -32,7 +36,11 @@ def classifier(layers: int, width: int, seed: int) -> BertForSequenceClassificat
 
 def student(adapter: str = "lora") -> PeftModel:
     torch.manual_seed(3)
-    return get_peft_model(classifier(2, 16, 1), ADAPTERS[adapter]())
+    model = get_peft_model(classifier(2, 16, 1), ADAPTERS[adapter]())
+    if adapter == "two":
+        model.add_adapter("second", LoraConfig(target_modules=["key"]))
+        model.set_adapter("second")
+    return model
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -111,6 +119,36 @@ def test_inner_terms_alone_run_no_head(tmp_path: Path, monkeypatch: pytest.Monke
     assert all("lora" in name for name in moved)
 
 
+@pytest.mark.parametrize(
+    ("targets", "rank", "message"),
+    [
+        (["query", "key"], 8, r"key\.lora_A\.weight is missing there and \(8, 16\) in the student.*adapter_config"),
+        (["query", "value"], 2, r"query\.lora_A\.weight is \(8, 16\) there and \(2, 16\) in the student"),
+    ],
+)
+def test_another_adapter_is_not_read(tmp_path: Path, targets: list[str], rank: int, message: str) -> None:
+    """PEFT's own loading skips what one side lacks, so that a resumed student would be half untrained."""
+    student().save_pretrained(tmp_path)
+    other = get_peft_model(
+        classifier(2, 16, 1), LoraConfig(r=rank, target_modules=targets, modules_to_save=["classifier"])
+    )
+    before = weights(other)
+    with pytest.raises(ValueError, match=message):
+        load_student(other, tmp_path)
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_adapters_and_whole_models_are_not_mistaken_for_each_other(tmp_path: Path) -> None:
+    student().save_pretrained(tmp_path / "adapter")
+    classifier(2, 16, 1).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="the adapter of a PEFT model, and the student is a BertForSequence"):
+        load_student(classifier(2, 16, 1), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"no adapter_config\.json, and the student is a PEFT model"):
+        load_student(student(), tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"no adapter_config\.json, and the student is a PEFT model"):
+        load_student(student("two"), tmp_path / "adapter")
+
+
 def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
     model = student()
     model.get_base_model().bert.pooler.dense.weight.requires_grad_(True)
@@ -120,11 +158,39 @@ def test_what_would_be_lost_is_refused(tmp_path: Path) -> None:
         trainer(model, tmp_path).train()
     model.get_base_model().bert.pooler.dense.weight.requires_grad_(False)
     trainer(model, tmp_path, max_steps=1).train()
+    torch.manual_seed(3)
+    config = LoraConfig(target_modules=["query"], bias="lora_only")  # saves the biases of the queries alone
+    model = get_peft_model(classifier(2, 16, 1), config)
+    model.get_base_model().bert.pooler.dense.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"pooler\.dense\.bias trains"):
+        trainer(model, tmp_path).train()
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused_as_such(tmp_path: Path, kind: Any) -> None:
+    model = get_peft_model(classifier(2, 16, 1), kind(task_type="SEQ_CLS", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="virtual tokens"):
+        trainer(model, tmp_path).train()
+
+
+@pytest.mark.slow
+def test_a_stage_under_fsdp_returns_a_whole_student(tmp_path: Path) -> None:
+    two_processes("fsdp_adapter", tmp_path)
+    found = [torch.load(tmp_path / f"student{rank}.pt") for rank in (0, 1)]
+    exported = PeftModel.from_pretrained(_processes.adapted().get_base_model(), tmp_path / "whole").state_dict()
+    for name, x in exported.items():
+        for whole, resumed in found:
+            assert torch.equal(whole[name], x), name
+            assert torch.equal(resumed[name], x), name
 
 
 def test_where_a_whole_model_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^teacher is a PeftModel.*merge_and_unload"):
         build_student("tinybert-4l-312", student())
-    student().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="an adapter of PEFT; merge it"):
-        load_model(str(tmp_path))
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    student().save_pretrained(adapter)
+    with pytest.raises(ValueError, match=r"an adapter of PEFT; it should be a whole model.*merge_and_unload"):
+        load_model(str(adapter))
+    PeftModel.from_pretrained(classifier(2, 16, 1), adapter).merge_and_unload().save_pretrained(merged)
+    _tiny.tokenizer().save_pretrained(merged)
+    assert load_model(str(merged), "AutoModelForSequenceClassification")[0].num_labels == 2

@@ -12,13 +12,22 @@ import torch
 from _processes import two_processes
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM, PretrainedConfig, TrainingArguments
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TrainingArguments,
+)
 
+from fastdistill.train.checks import check_layerdrop, check_shared
 from fastdistill.train.objective import Objective
-from fastdistill.train.reached import reached
+from fastdistill.train.reached import layerdrop, reached
 from fastdistill.train.trainer import DistillationTrainer
 
 QUICK = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 3}
 
 
 def distil(student: Any, teacher: Any, folder: Path, **options: Any) -> DistillationTrainer:
@@ -113,6 +122,14 @@ def one() -> tuple[nn.Module, nn.Module]:
     return model, model
 
 
+def running_statistics() -> tuple[nn.Module, nn.Module]:
+    """The shared part has no weight that trains, but training mode moves its running mean and variance."""
+    student, teacher = (ResNetForImageClassification(ResNetConfig(**RESNET)) for _ in range(2))
+    student.resnet.embedder.requires_grad_(False)
+    teacher.resnet.embedder = student.resnet.embedder
+    return student, teacher
+
+
 @pytest.mark.parametrize("models", [one, tied, in_one_memory, adapted])
 def test_a_teacher_that_training_would_change_is_refused(tmp_path: Path, models: Any) -> None:
     student, teacher = models()
@@ -120,6 +137,22 @@ def test_a_teacher_that_training_would_change_is_refused(tmp_path: Path, models:
     with pytest.raises(ValueError, match=r"^teacher .*copy\.deepcopy"):
         distil(student, teacher, tmp_path).train()
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+
+
+def test_running_statistics_are_no_part_of_both(tmp_path: Path) -> None:
+    student, teacher = running_statistics()
+    with pytest.raises(ValueError, match=r"^teacher shares .*running_mean.*copy\.deepcopy"):
+        check_shared(student, teacher)
+    check_shared(student, copy.deepcopy(teacher))
+
+
+@pytest.mark.parametrize("name", ["layerdrop", "decoder_layerdrop"])
+def test_where_a_config_says_that_layers_are_skipped(name: str) -> None:
+    for config in (PretrainedConfig(**{name: 0.1}), PretrainedConfig(text_config={name: 0.1})):
+        assert layerdrop(config.to_dict()) == {name: 0.1}
+        with pytest.raises(ValueError, match=rf"^the student's {name} is 0\.1.*load the student with {name}=0\.0"):
+            check_layerdrop(config, ("hidden",))
+    check_layerdrop(PretrainedConfig(**{name: 0.0}), ("hidden",))
 
 
 def test_the_advice_is_right_and_frozen_weights_may_be_shared(tmp_path: Path) -> None:
