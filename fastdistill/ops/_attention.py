@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 from torch.nn import functional as F
 
 from fastdistill.ops import _common
@@ -262,17 +261,15 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
 
 def tiled_op(
     name: str, is_kl: bool, add_block: Callable[[TileBlock, Tensor, Tensor | None, Tensor | None], None]
-) -> CustomOpDef:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Registers an attention loss that computes every score, tile by tile: quadratic time, linear memory.
 
     The op takes `Attention`'s fields, the backend, and whether gradients are wanted. It returns the sum, the count, and
     dQ and dK of the sum in its dtype (empty if not wanted): gradients are cheapest while a tile is in the cache. The
     backward scales them. `add_block` adds a block's part to the sum and, unless they are None, to dQ and dK.
     """
-    schema = f"({SCHEMA}, str backend, bool differentiable) -> (Tensor, Tensor, Tensor, Tensor)"
 
-    @torch.library.custom_op(f"fastdistill::{name}", mutates_args=(), schema=schema)
-    def op(*inputs):  # type: ignore[no-untyped-def]
+    def forward(*inputs):  # type: ignore[no-untyped-def]
         *fields, backend, differentiable = inputs
         call = Attention(*fields)
         counted = count_rows(call)
@@ -292,8 +289,7 @@ def tiled_op(
         items = counted.keys_per_query > 0 if is_kl else counted.keys_per_query
         return loss.to(total.dtype), items.expand(call.student_query.shape[:3]).sum(), d_query, d_key
 
-    @op.register_fake
-    def _(*inputs):  # type: ignore[no-untyped-def]
+    def fake(*inputs):  # type: ignore[no-untyped-def]
         *fields, _, differentiable = inputs
         total, *gradients = _tiled_outputs(Attention(*fields), differentiable)
         return total, total.new_empty((), dtype=torch.int64), *gradients
@@ -312,8 +308,8 @@ def tiled_op(
         gradients = map(_common.scaled, ctx.saved_tensors, (grad_total, grad_total), ctx.dtypes)
         return *gradients, *(None,) * 10
 
-    op.register_autograd(backward, setup_context=setup_context)
-    return op
+    schema = f"({SCHEMA}, str backend, bool differentiable) -> (Tensor, Tensor, Tensor, Tensor)"
+    return _common.registered(name, schema, forward, fake, setup_context, backward)
 
 
 def _tiled_outputs(call: Attention, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:

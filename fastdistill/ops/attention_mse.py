@@ -163,12 +163,7 @@ def _triangle(scaled_queries: Tensor, keys: Tensor, length: int, diagonal: int) 
     return scores
 
 
-@torch.library.custom_op(
-    "fastdistill::attention_mse_linear",
-    mutates_args=(),
-    schema=f"({SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _linear(*inputs):  # type: ignore[no-untyped-def]
+def _forward(*inputs):  # type: ignore[no-untyped-def]
     """Returns sum, count, and the student's columns of Gq and of Gk (not if causal). attn_mask is None."""
     *fields, backend = inputs
     call = Attention(*fields)
@@ -228,8 +223,7 @@ def _within_chunks(call: Attention, counted: Counted, d_query: Tensor | None, d_
     )
 
 
-@_linear.register_fake
-def _(*inputs):  # type: ignore[no-untyped-def]
+def _fake(*inputs):  # type: ignore[no-untyped-def]
     *fields, backend = inputs
     call = Attention(*fields)
     shape, dtype = _gram_shape(call), _common.widest_dtype(call.student_query)
@@ -245,12 +239,7 @@ def _(*inputs):  # type: ignore[no-untyped-def]
     return total, total.new_empty((), dtype=torch.int64), *grams
 
 
-@torch.library.custom_op(
-    "fastdistill::attention_mse_linear_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_total, {SCHEMA}, str backend, Tensor query_gram, Tensor key_gram) -> (Tensor, Tensor)",
-)
-def _linear_backward(grad_total, *inputs):  # type: ignore[no-untyped-def]
+def _gradients(grad_total, *inputs):  # type: ignore[no-untyped-def]
     *fields, backend, query_gram, key_gram = inputs
     call = Attention(*fields)
     counted = _attention.count_rows(call)
@@ -306,7 +295,15 @@ def _linear_gradients(
             dq[:, :, rows] = gradient.view(dq.shape[0], dq.shape[1], -1, width)
 
 
-@_linear_backward.register_fake
+_gradients_op = torch.library.custom_op(
+    "fastdistill::attention_mse_linear_backward",
+    _gradients,
+    mutates_args=(),
+    schema=f"(Tensor grad_total, {SCHEMA}, str backend, Tensor query_gram, Tensor key_gram) -> (Tensor, Tensor)",
+)
+
+
+@_gradients_op.register_fake
 def _(grad_total, student_query, student_key, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(student_query), torch.empty_like(student_key)
 
@@ -327,10 +324,15 @@ def _backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
         return (None,) * 11
     *tensors, key_mask, query_mask, query_gram, key_gram = ctx.saved_tensors
     call = (*tensors, *ctx.scales, key_mask, query_mask, ctx.is_causal, None)  # as Attention has them
-    return *_linear_backward(grad_total, *call, ctx.backend, query_gram, key_gram), *(None,) * 9
+    gradients = _gradients_op if _common.traced() else _gradients
+    return *gradients(grad_total, *call, ctx.backend, query_gram, key_gram), *(None,) * 9
 
 
-_linear.register_autograd(_backward, setup_context=_setup_context)
+_linear = _common.registered(
+    "attention_mse_linear",
+    f"({SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward, _fake, _setup_context, _backward,
+)  # fmt: skip
 
 
 # -- tiles of scores ---------------------------------------------------------------------------------------

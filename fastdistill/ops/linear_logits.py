@@ -347,11 +347,8 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     return *learned, *nothing[3:]
 
 
-_op = torch.library.custom_op(
-    "fastdistill::linear_row_losses",
-    _forward,
-    mutates_args=(),
-    schema=f"({_common.schema(Inputs)}, {_common.schema(RowOptions)}) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-_op.register_fake(_fake)
-_op.register_autograd(_backward, setup_context=_setup_context)
+_op = _common.registered(
+    "linear_row_losses",
+    f"({_common.schema(Inputs)}, {_common.schema(RowOptions)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward, _fake, _setup_context, _backward,
+)  # fmt: skip

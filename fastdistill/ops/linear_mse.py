@@ -68,12 +68,7 @@ def linear_mse(
     return _linear_mse(student, weight, teacher, bias, mask, weights, per_token, *needs, backend)[0] * unit
 
 
-@torch.library.custom_op(
-    "fastdistill::linear_mse",
-    mutates_args=(),
-    schema=f"({_common.schema(_Call)}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _linear_mse(*inputs):  # type: ignore[no-untyped-def]
+def _forward(*inputs):  # type: ignore[no-untyped-def]
     """Returns the loss (N) or (); r R W (N, d_s), (r R)^T X (d_t, d_s), sum r R (d_t), empty where not needed."""
     *fields, backend = inputs
     call = _Call(*fields)
@@ -157,8 +152,7 @@ def _outputs(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return loss, d_student, d_weight, d_bias
 
 
-@_linear_mse.register_fake
-def _(*inputs):  # type: ignore[no-untyped-def]
+def _fake(*inputs):  # type: ignore[no-untyped-def]
     call = _Call(*inputs[:-1])
     loss, *gradients = _outputs(call)
     return loss if call.per_token else loss.new_empty(()), *gradients
@@ -195,4 +189,8 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     return d_student, d_weight, None, d_bias, *nothing[4:]
 
 
-_linear_mse.register_autograd(_backward, setup_context=_setup_context)
+_linear_mse = _common.registered(
+    "linear_mse",
+    f"({_common.schema(_Call)}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward, _fake, _setup_context, _backward,
+)  # fmt: skip

@@ -41,7 +41,7 @@ def row_losses(
 ) -> Tensor:  # (*)
     if indices is not None:
         teacher, indices = (x.reshape(-1, x.shape[-1]) for x in (teacher, indices))
-    loss, _ = (_op if _common.traced() else _Eager.apply)(
+    loss, _ = _op(
         student if student.dim() > 1 else student.unsqueeze(0),
         teacher if teacher.dim() > 1 else teacher.unsqueeze(0),
         indices,
@@ -228,7 +228,7 @@ def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     inputs, options = Inputs._make([*ctx.saved_tensors, grad_loss]), RowOptions(*ctx.options)
     if gradient is None:
         given = inputs._replace(weight=ctx.weight) if ctx.in_forward else inputs
-        _, gradient = (_op if _common.traced() else _forward)(*given, True, *options)
+        _, gradient = _op(*given, True, *options)
     if not ctx.in_forward:
         return gradient, *nothing
     if options.backend != "torch":
@@ -240,21 +240,8 @@ def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     return gradient, *nothing
 
 
-_op = torch.library.custom_op(
-    "fastdistill::row_losses",
-    _forward,
-    mutates_args=(),
-    schema=f"({_common.schema(Inputs)}, bool needs_gradient, {_common.schema(RowOptions)}) -> (Tensor, Tensor)",
-)
-_op.register_fake(_fake)
-_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_backward)
+_op = _common.registered(
+    "row_losses",
+    f"({_common.schema(Inputs)}, bool needs_gradient, {_common.schema(RowOptions)}) -> (Tensor, Tensor)",
+    _forward, _fake, _setup_context, _backward,
+)  # fmt: skip
