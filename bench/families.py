@@ -63,6 +63,23 @@ SIZES: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 4, "rotary_dim": 4,
 }  # fmt: skip
 
+# Sizes that a family checks against one another, or leaves to its checkpoints.
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "attn_layer_indices": [0]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "n_groups": 1},
+    "nemotron": {"num_key_value_heads": 2},
+    "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64, "shape_embed_dim": 8,
+                 "pronunciation_embed_dim": 8},
+    "segformer": {"depths": [1, 1, 1, 1], "image_size": 32},
+    "swin": {"image_size": 32, "patch_size": 2, "window_size": 4, "depths": [1, 1], "num_heads": [2, 4]},
+    "xmod": {"default_language": "en_XX"},
+}  # fmt: skip
+
 # What identifies a message -> what the page says.
 REASONS = {
     "attention interface": "does not compute its attention through transformers' attention interface",
@@ -186,7 +203,7 @@ def tiny_config(kind: type[PreTrainedConfig], given: PreTrainedConfig | None = N
         part = read(default, name)
         if isinstance(part, PreTrainedConfig):
             chosen[name] = tiny_config(type(part), part)
-    return kind(**chosen)
+    return kind(**(chosen | OWN.get(kind.model_type, {})))
 
 
 def read(config: PreTrainedConfig, name: str) -> Any:
