@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 import fastdistill
+from fastdistill import distributed
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.checks import check_shared
-from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
+from fastdistill.train.heads import Head, check_gathered, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
 from fastdistill.train.inputs import entries, forward_arguments, input_names, judge, refuse_encoder_decoder
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
@@ -271,13 +273,15 @@ def losses(
 def divergence(
     student: Logits, teacher: Logits | None, topk: tuple[Tensor, Tensor] | None, options: Options, **keywords: Any
 ) -> Tensor:
+    # Under tensor parallelism each process holds some rows of the head's weight.
+    ops = distributed if any(isinstance(x, DTensor) for x in (student.weight, student.hidden)) else fastdistill
     prefix, tensors = "", [student.hidden]
     if student.weight is not None:
         prefix = "linear_"
         tensors.append(student.weight)
         keywords["student_bias"] = student.bias
     if topk is not None:
-        op = getattr(fastdistill, f"{prefix}topk_soft_cross_entropy")
+        op = getattr(ops, f"{prefix}topk_soft_cross_entropy")
         loss = op(*tensors, *topk, tail=options.tail, reverse=options.reverse, **keywords)
         if options.divergence != "kl" or options.reverse:
             return loss
@@ -292,7 +296,7 @@ def divergence(
     own: dict[str, Any] = {
         "kl": {"reverse": options.reverse, "skew": options.skew}, "jsd": {"beta": options.beta},
     }  # fmt: skip
-    return getattr(fastdistill, prefix + name)(*tensors, **keywords, **own.get(options.divergence, {}))
+    return getattr(ops, prefix + name)(*tensors, **keywords, **own.get(options.divergence, {}))
 
 
 def teacher_entropy(
@@ -334,30 +338,53 @@ def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
 
 
 def student_losses(
-    student: Callable[..., Any], inputs: dict[str, Any], head: Head, compute: Callable[[Logits], CausalLMLoss]
+    student: Any, inputs: dict[str, Any], head: Head, compute: Callable[[Logits], CausalLMLoss]
 ) -> tuple[Any, CausalLMLoss]:
     """Runs the student with the loss in place of its head's product; returns its output as well."""
     if head.linear is None:
         output = student(**inputs)
-        return output, compute(Logits(output.logits))
+        return output, compute(Logits(whole_logits(student, output.logits)))
 
     def carrier(x: Tensor, linear: nn.Linear) -> tuple[Tensor, CausalLMLoss]:
+        check_gathered(student, linear)
         found = compute(Logits(x, linear.weight, linear.bias, head.softcap, head.scale))
         # A sum, since FSDP2 warns about outputs that are views.
-        return found.loss.new_zeros(1, 1, 1) + (found.loss - found.loss.detach()) / head.scale, found
+        carried = found.loss.new_zeros(1, 1, 1) + (found.loss - found.loss.detach()) / head.scale
+        if isinstance(x, DTensor):  # torch's tensor parallelism takes the output for a shard of the logits
+            carried = DTensor.from_local(carried, x.device_mesh, [Shard(2)] * x.device_mesh.ndim, run_check=False)
+        return carried, found
 
     with replaced(head.linear, carrier) as seen:
         output = student(**inputs)
     (found,) = seen
-    return output, found._replace(loss=found.loss.detach() + output.logits.sum())
+    carried = output.logits.to_local() if isinstance(output.logits, DTensor) else output.logits
+    return output, found._replace(loss=found.loss.detach() + carried.sum())
+
+
+def whole_logits(model: Any, logits: Tensor) -> Tensor:
+    """Returns logits of the whole vocabulary: whole on each process, or a DTensor that shards their classes.
+
+    Raises ValueError for plain shards, as torch's tensor parallelism returns them.
+    """
+    if isinstance(logits, DTensor):
+        sharded = any(x.is_shard(logits.dim() - 1) for x in logits.placements)
+        return logits if sharded else logits.full_tensor()
+    head: Any = unwrapped(model).get_output_embeddings() if isinstance(model, nn.Module) else None
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, DTensor) and logits.shape[-1] < weight.shape[0]:
+        raise ValueError(
+            f"the logits have {logits.shape[-1]} of {weight.shape[0]} classes: {type(model).__name__} returns the "
+            "shard of each process; shard the head with ColwiseParallel(use_local_output=False)"
+        )
+    return logits
 
 
 @torch.no_grad()
 def teacher_logits(teacher: nn.Module, inputs: dict[str, Any], linear: bool) -> Logits:
     head = head_of(teacher, inputs) if linear else Head()
     if head.linear is None:
-        return Logits(teacher(**inputs).logits)
-    return in_factors(lambda: teacher(**inputs), head, is_sharded(teacher, head.linear))[1]
+        return Logits(whole_logits(teacher, teacher(**inputs).logits))
+    return in_factors(lambda: teacher(**inputs), head, is_sharded(teacher))[1]
 
 
 @torch.no_grad()

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
-__all__ = ["Head", "body", "evaluating", "head_of", "is_peft", "is_sharded", "refuse_virtual_tokens", "replaced",
-           "takes_virtual_tokens", "unwrapped"]  # fmt: skip
+__all__ = [
+    "Head", "body", "check_gathered", "evaluating", "head_of", "is_peft", "is_sharded", "refuse_virtual_tokens",
+    "replaced", "takes_virtual_tokens", "unwrapped",
+]  # fmt: skip
 
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # factors or divisors in configs
 
@@ -86,10 +88,22 @@ def refuse_virtual_tokens(model: Any) -> None:
         )
 
 
-def is_sharded(model: nn.Module, linear: nn.Linear) -> bool:
+def is_sharded(model: nn.Module) -> bool:
     """Tells whether FSDP frees the memory of the head's whole weight after its forward. ZeRO-3 only lets go of it."""
-    sharded = isinstance(linear.weight, DTensor)
-    return sharded or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
+
+
+def check_gathered(model: nn.Module, linear: nn.Linear) -> None:
+    """Raises ValueError if FSDP2 has not gathered the head's weight: as a shard it looks like one of the vocabulary."""
+    if not isinstance(linear.weight, DTensor):
+        return
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if any(parameter.sharded_param is linear.weight for parameter in (group.fsdp_params if group else ())):
+            raise ValueError(
+                "the head's weight is still sharded by FSDP while the student runs; pass the model that fully_shard "
+                "was called on, not a part of it"
+            )
 
 
 def head_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Head:
@@ -141,8 +155,10 @@ def linear_head(model: PreTrainedModel) -> nn.Linear | None:
         return None
     if type(head.weight.data) not in (Tensor, DTensor):  # torchao's quantised weights are tensors of other classes
         return None
-    changed = "forward" in vars(head) and "_old_forward" not in vars(head)  # by someone other than accelerate
-    return None if changed else head
+    if "_old_forward" in vars(head) or "forward" not in vars(head):
+        return head  # accelerate's forward calls the old one
+    # transformers shards the head over processes in a forward of its own; every other change is unknown.
+    return head if vars(head)["forward"].__qualname__.startswith("TensorParallelLayer.") else None
 
 
 def named_transforms(model: PreTrainedModel) -> tuple[tuple[float, ...], tuple[float | None, ...]]:
@@ -164,20 +180,30 @@ def transform_seen(
     """
 
     def chosen(x: Tensor, module: nn.Linear) -> tuple[Tensor, Tensor]:
-        values = torch.linspace(-100, 100, module.weight.shape[0], device=x.device)[None, None]  # (1, 1, V)
+        classes = module.weight.shape[0]
+        values = torch.linspace(-100, 100, classes, device=x.device)[None, None]  # (1, 1, V)
+        if isinstance(x, DTensor):  # under torch's tensor parallelism the head returns a shard
+            values = distribute_tensor(values, x.device_mesh, [Shard(2)] * x.device_mesh.ndim)
         return values, values
 
     if inputs is None:
         inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=next(base.parameters()).device)}
     with evaluating(base), replaced(linear, chosen) as seen, torch.compiler.set_stance("force_eager"):
         logits = model(**inputs).logits
-    if len(seen) != 1 or logits.shape != seen[0].shape:
+    if len(seen) != 1:
+        return None
+    given = seen[0]
+    logits = logits.to_local() if isinstance(logits, DTensor) else logits
+    if isinstance(given, DTensor):
+        local, full = given.to_local(), given.full_tensor()
+        given = local if local.shape == logits.shape else full
+    if logits.shape != given.shape:
         return None
     tolerance = max(1e-4, 2 * torch.finfo(logits.dtype).eps)  # a wrapper may cast the output
     scales, softcaps = named_transforms(base)
     for softcap in softcaps:
         for scale in scales:
-            expected = seen[0] * scale
+            expected = given * scale
             if softcap:
                 expected = torch.tanh(expected / softcap) * softcap
             if torch.allclose(expected, logits.float(), rtol=tolerance, atol=1e-6):

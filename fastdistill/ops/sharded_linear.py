@@ -1,0 +1,161 @@
+"""The losses over classes from hidden states and shards of the vocabulary weights, over _shards.py.
+
+As in linear_logits.py, only the logits of one chunk of tokens exist, or of two: while the sums of a chunk travel, the
+logits of the next one are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastdistill.ops import _common, _rows
+from fastdistill.ops import linear_logits as whole
+from fastdistill.ops._counted import Selection, select
+from fastdistill.ops._rows import RowOptions, at, capped
+from fastdistill.ops._shards import BUFFERS, Given, Rows, Shard, given_of, losses, receive, send, write_gradient
+
+SHARD = len(Shard._fields)
+
+
+def linear_row_losses(
+    *tensors: Tensor | None,  # of `linear_logits.Inputs`, up to `counted`; the weights are shards
+    item_weights: Tensor | None = None,  # (N), factors of the rows' losses; rows of weight 0 do not count
+    per_row: bool,
+    shard: Shard, options: RowOptions,
+) -> Tensor:  # (N) or () # fmt: skip
+    *others, labels, counted = tensors
+    labels = labels if options.hard_weight else None
+    needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
+    weights, scale = None, None
+    if item_weights is not None:
+        weights, counted = whole._weights(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
+        weights, scale = (None, weights) if per_row else _common.unit(weights)
+    loss = _linear_op(*others, labels, counted, weights, True, *needs, per_row, *shard, *options)[0]
+    return loss if scale is None else loss * scale
+
+
+def _linear_forward(*flat: Any) -> whole.Outputs:
+    """Takes `linear_logits.Inputs`, `Shard` and `RowOptions`, field by field; `classes` are those of all ranks."""
+    inputs, rest = whole.Inputs(*flat[: whole.INPUTS]), flat[whole.INPUTS :]
+    shard, options = Shard(*rest[:SHARD]), RowOptions(*rest[SHARD:])
+    losses_out, d_student, d_weight, d_bias = whole._outputs(inputs)
+    chosen = select(inputs.student.shape[0], inputs.counted, True, "torch")
+    labels, row_weight, indices = (
+        None if x is None else chosen.take(x) for x in (inputs.labels, inputs.row_weight, inputs.indices)
+    )
+    teacher = inputs.teacher if indices is None else chosen.take(inputs.teacher)
+    given = given_of(options, teacher, indices, labels, chosen.counted, losses_out.dtype)
+    weights = _rows.row_weights(row_weight, chosen.counted, losses_out.dtype)
+    inputs = inputs._replace(student_weight=inputs.student_weight[: shard.width], counted=chosen.counted)
+    loss = losses_out.new_zeros(chosen.size)
+    unit = whole._unit(inputs.student, options)
+    size = whole._chunk_size(chosen.size, inputs.student, max(shard.width, 1), loss.dtype)
+    wanted = inputs.needs_student or inputs.needs_weight or inputs.needs_bias
+
+    def step(chunk: slice) -> Iterator[None]:
+        """Sends the sums of a chunk; after the yield, receives them and adds the chunk's gradients."""
+        x = whole._clean(inputs.student, chunk, chosen)
+        student, there = _chunk_logits(options, inputs, chosen, chunk, x, shard)
+        rows = _of_chunk(student, there, given.at(chunk), shard)
+        sent = send(options, shard, rows)
+        yield
+        row, more = receive(options, shard, rows, sent)
+        loss[chunk] = losses(options, row, more, rows.given)
+        if wanted and shard.width:
+            weight = None if weights is None else weights[chunk] * unit
+            d = torch.empty_like(student)  # G
+            write_gradient(options, shard, rows, row, more, weight, lambda block, part: d[block].copy_(part))
+            if weight is None and unit != 1:
+                d *= unit
+            if d.is_cuda and _common.narrow(x):
+                d = d.to(x.dtype)
+            if inputs.needs_bias:
+                d_bias[: shard.width] += d.sum(0, dtype=loss.dtype)
+            if inputs.needs_weight:
+                _common.add_mm_(d_weight[: shard.width], d.mT, x)
+            if inputs.needs_student:
+                chosen.put(d_student, chunk, whole._times_weight(d, inputs.student_weight, loss.dtype, chosen, chunk))
+
+    with _common.no_autocast(inputs.student):
+        # The sums of a chunk travel while the logits of the next one are computed.
+        before: Iterator[None] = iter(())
+        for start in range(0, chosen.size, size):
+            now = step(slice(start, min(start + size, chosen.size)))
+            next(now)
+            next(before, None)
+            before = now
+        next(before, None)
+    if inputs.needs_student:
+        dist.all_reduce(d_student, group=shard.processes())
+    if unit != 1:
+        for total in (d_student, d_weight, d_bias):
+            total *= 1 / unit
+    if chosen.counted is not None:
+        loss.masked_fill_(~chosen.counted, 0)
+    if inputs.per_row:
+        chosen.put(losses_out, slice(None), loss)
+    elif row_weight is not None:
+        loss *= row_weight.masked_fill(~chosen.counted, 0) if chosen.counted is not None else row_weight
+    return losses_out if inputs.per_row else loss.sum(), d_student, d_weight, d_bias
+
+
+def _chunk_logits(
+    options: RowOptions, inputs: whole.Inputs, chosen: Selection, chunk: slice, x: Tensor, shard: Shard
+) -> tuple[Tensor, Tensor | None]:  # (C, V_r) each
+    """Computes the own logits of both sides, scaled and capped."""
+    dtype, width = _common.compute_dtype(inputs.student, inputs.teacher), shard.width
+
+    def own_logits(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+        z = whole._logits(x, weight[:width], bias, x.new_empty(len(x), width, dtype=dtype), chosen, chunk)
+        return capped(z, softcap, z, scale) if softcap is not None or scale != 1 else z
+
+    student = own_logits(x, inputs.student_weight, inputs.student_bias, options.student_softcap, options.student_scale)
+    if inputs.teacher_weight is None or not options.soft_weight:
+        return student, None
+    teacher = whole._clean(inputs.teacher, chunk, chosen)
+    return student, own_logits(
+        teacher, inputs.teacher_weight, inputs.teacher_bias, options.teacher_softcap, options.teacher_scale
+    )
+
+
+def _of_chunk(student: Tensor, teacher: Tensor | None, given: Given, shard: Shard) -> Rows:
+    step = _rows.rows_of_a_block(len(student), max(shard.width, 1), BUFFERS, student)
+    blocks = list(_rows.row_blocks(student.shape[:1], step))
+    return Rows(blocks, lambda index, rows: (student[rows], at(teacher, rows)), given)
+
+
+def _linear_fake(*flat: Any) -> whole.Outputs:
+    inputs = whole.Inputs(*flat[: whole.INPUTS])
+    loss, *gradients = whole._outputs(inputs)
+    return loss if inputs.per_row else loss.new_empty(()), *gradients  # type: ignore[return-value]
+
+
+def _linear_backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+    _common.refuse_double_backward("the linear loss over classes")
+    nothing = (None,) * (whole.INPUTS + len(ctx.options))
+    if grad_loss is None:
+        return nothing
+    needs, scale = ctx.in_forward, grad_loss
+    gradients = saved = ctx.saved_tensors
+    if ctx.per_row:
+        needs, counted = ctx.needs_input_grad[:3], saved[-1]
+        weights, scale = _common.unit(grad_loss if counted is None else grad_loss.masked_fill(~counted, 0))
+        _, *gradients = _linear_op(*saved, weights, ctx.dense, *needs, True, *ctx.options)
+    learned = [
+        _common.scaled(g, scale, dtype) if need else None
+        for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
+    ]
+    return *learned, *nothing[3:]
+
+
+_linear_op = _common.registered(
+    "sharded_linear_row_losses",
+    f"({_common.schema(whole.Inputs)}, {_common.schema(Shard)}, {_common.schema(RowOptions)}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_forward, _linear_fake, whole._setup_context, _linear_backward,
+)  # fmt: skip
