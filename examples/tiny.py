@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 @functools.cache
 def language_models():
     """Returns folders with a student and a teacher, for AutoModelForCausalLM and AutoTokenizer."""
-    common = {"vocab_size": len(WORDS), "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0,
+    common = {"vocab_size": len(WORDS), "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
               "bos_token_id": None, "eos_token_id": 2, "max_position_embeddings": 128}  # fmt: skip
     student = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, **common)
     teacher = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, **common)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastdistill import distributed as distributed
     from fastdistill import functional as functional
     from fastdistill import losses as losses
     from fastdistill.functional import *  # noqa: F403
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("functional", "losses", "reference")
+_MODULES = ("distributed", "functional", "losses", "reference")
 
 
 def __getattr__(name: str) -> Any:

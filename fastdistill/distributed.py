@@ -239,8 +239,9 @@ def _prepared(
         raise ValueError(f"{' and '.join(tensors)} should both be DTensors, or both plain shards")
     if not places:
         places = _exchanged([x.shape[dim] if x.dim() else 0 for x, _ in found], _group_of(group))
-    if len({place.group.group_name for place in places}) > 1:
-        raise ValueError(f"{' and '.join(tensors)} are sharded over two process groups; they should share one")
+    ranks = [dist.get_process_group_ranks(place.group) for place in places]
+    if ranks[0] != ranks[-1]:
+        raise ValueError(f"{' and '.join(tensors)} are sharded over the ranks {ranks}; they should be the same ranks")
     widths = _used(list(tensors), places, given.vocab_size)
     rank = dist.get_rank(places[0].group)
     shard = _Shard(places[0].group.group_name, sum(places[0].widths[:rank]), widths[rank])
@@ -268,7 +269,7 @@ def _place_of(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> tup
             "and no other. Under FSDP, call this inside the forward of the module that FSDP wraps"
         )
     own_group = mesh.get_group(sharded_by[0])
-    if group is not None and group.group_name != own_group.group_name:
+    if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(own_group):
         raise ValueError(f"group is not the group that shards {name}; leave group out")
     size, ranks = x.shape[dim], mesh.size(sharded_by[0])
     step = -(-size // ranks)
@@ -320,11 +321,9 @@ def _whole(hidden: Tensor, shard: _Shard) -> Tensor:
     """Returns hidden states that all processes share; of a DTensor, with the gradient that these functions compute."""
     if not isinstance(hidden, DTensor):
         return hidden
-    mesh = hidden.device_mesh
-    groups = [mesh.get_group(i).group_name for i in range(mesh.ndim)]
-    placements = [
-        Replicate() if name == shard.group else place for name, place in zip(groups, hidden.placements, strict=True)
-    ]
+    mesh, own_ranks = hidden.device_mesh, dist.get_process_group_ranks(shard.processes())
+    shares = [dist.get_process_group_ranks(mesh.get_group(i)) == own_ranks for i in range(mesh.ndim)]
+    placements = [Replicate() if own else place for own, place in zip(shares, hidden.placements, strict=True)]
     return hidden.redistribute(placements=placements).to_local(grad_placements=placements)
 
 

@@ -172,16 +172,35 @@ def loops() -> None:
     assert dist.get_world_size() == 2
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def shards() -> None:
+    """Two processes share the vocabulary, and FSDP2 two such pairs."""
+    sys.path.insert(0, str(EXAMPLES))
+    torch.optim.AdamW = PlainSGD  # type: ignore[misc, assignment]
+    import tiny
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+
+    dist.init_process_group("gloo")
+    folders: list[Any] = [tiny.language_models() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    tiny.language_models = lambda: folders[0]
+    student = run("tensor_parallel")["student"]
+    tokenizer = AutoTokenizer.from_pretrained(folders[0][0])
+    data, collator = tiny.rows(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+    assert student.lm_head.weight.device_mesh.shape == (2, 2)
+    check_steps("tensor_parallel", student, [collator(data[i : i + 8]) for i in range(0, len(data), 8)])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes(tmp_path: Path, processes: int) -> None:
     import _processes
 
-    done = _processes.run([*_processes.TORCHRUN, __file__, tmp_path], tmp_path)
+    done = _processes.run([*_processes.TORCHRUN[:-1], processes, __file__, tmp_path], tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
 if __name__ == "__main__":
     os.chdir(sys.argv[1])
-    loops()
+    (shards if os.environ["WORLD_SIZE"] == "4" else loops)()
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
