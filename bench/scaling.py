@@ -276,6 +276,18 @@ def gather_seconds(nbytes: float, cards: int, card: str) -> float:
     return nbytes * (near - 1) / near / LINK[card] + nbytes / near * (nodes - 1) / nodes / NETWORK
 
 
+def vocabulary_parallel(kind: str, shards: int, tokens: int = TOKENS) -> float:
+    """Returns the bytes that `fastdistill.distributed` moves, as an all-gather; an all-reduce counts twice."""
+    sums = shards * 8 * 4 * tokens  # float32 maxima and sums of every shard
+    more = 2 * 2 * 4 * tokens if kind in ("jsd", "tvd") else 0  # two float32 sums, all-reduced
+    return sums + more + 2 * 4 * LLAMA_1B.width * tokens  # and the float32 gradient of the hidden states
+
+
+def gathered_logits(tokens: int = TOKENS) -> float:
+    """The same where every card gathers the 16-bit logits of both sides."""
+    return 2 * 2 * LLAMA_1B.vocabulary * tokens + 2 * 4 * LLAMA_1B.width * tokens
+
+
 # -- tables ------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +551,24 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
     yield table(
         "8B to 1.2B: both models sharded over the cards, GiB per card and bytes per step, length 4096",
         "cards | student | teacher | gathered | loss, ours | GB moved | ms | step, ms | hidden from tokens per card",
+        rows,
+    )
+
+    rows = []
+    for kind in ("kl_div", "jsd"):
+        for shards in (8, 64):
+            sent, gathered = vocabulary_parallel(kind, shards), gathered_logits()
+            memory = our_head_memory(replace(LLAMA_1B, vocabulary=LLAMA_1B.vocabulary // shards), TOKENS)
+            rows.append(
+                [
+                    f"{kind}, {shards}", sent / 1e6, gathered / 1e6,
+                    gather_seconds(sent, shards, card.name) * 1e3, gather_seconds(gathered, shards, card.name) * 1e3,
+                    llama_seconds(kind, 4096, card, mfu).ours / shards * 1e3, memory / 2**30,
+                ]
+            )  # fmt: skip
+    yield table(
+        "8B to 1.2B: the vocabulary sharded over cards that share their rows, bytes and milliseconds of a step",
+        "loss, cards | MB, ours | MB, logits gathered | ms, ours | ms, logits gathered | loss computes, ms | loss holds, GiB",
         rows,
     )
 

@@ -133,3 +133,12 @@ def test_constants_are_those_of_the_kernels() -> None:
 
     assert scaling.SUMMED == attention_mse.SUMMED
     assert scaling.RESIDUAL == linear_mse.CHUNK_BYTES
+
+
+def test_a_sharded_vocabulary_moves_what_the_processes_send() -> None:
+    """tests/_shards.py counts 8 numbers a row and, for JSD, two more; the hidden states' gradient is all-reduced."""
+    tokens = 1024
+    hidden = 2 * 4 * scaling.LLAMA_1B.width * tokens
+    assert scaling.vocabulary_parallel("kl_div", 8, tokens) == hidden + 8 * 8 * 4 * tokens
+    assert scaling.vocabulary_parallel("jsd", 8, tokens) == hidden + 8 * 8 * 4 * tokens + 2 * 2 * 4 * tokens
+    assert scaling.gathered_logits(tokens) == hidden + 2 * 2 * 128256 * tokens
