@@ -568,7 +568,8 @@ def llama_tables(card: cost.Card, mfu: float) -> Iterator[str]:
             )  # fmt: skip
     yield table(
         "8B to 1.2B: the vocabulary sharded over cards that share their rows, bytes and milliseconds of a step",
-        "loss, cards | MB, ours | MB, logits gathered | ms, ours | ms, logits gathered | loss computes, ms | loss holds, GiB",
+        "loss, cards | MB, ours | MB, logits gathered | ms, ours | ms, logits gathered | loss computes, ms "
+        "| loss holds, GiB",
         rows,
     )
 

@@ -298,12 +298,44 @@ def list_loss(options: RowOptions, given: Given, row: Row, more: Tensor | None) 
 Read = Callable[[Index, slice], tuple[Tensor, Tensor | None]]
 
 
+class Stored(NamedTuple):
+    """Logits as the kernels read them: as given, without bias, scale and softcap."""
+
+    student: Tensor  # (*, >= V_r)
+    teacher: Tensor | None  # (*, >= V_r); None: the soft loss has no weight
+    biases: tuple[Tensor | None, Tensor | None]  # (>= V_r)
+    labels: Tensor | None  # (n), columns of the own shard, or -1
+
+
 class Rows(NamedTuple):
     """Rows on one process: how to read them block by block, and what they are compared with."""
 
     blocks: list[tuple[Index, slice]]
     read: Read
     given: Given
+    size: int  # n
+    dtype: torch.dtype  # of the computation
+    stored: Stored | None = None  # what the kernels read instead
+
+
+def by_kernels(options: RowOptions, shard: Shard, given: Given) -> bool:
+    """Returns whether kernels run. Lists run the portable code on every backend: their part of a row is small."""
+    return options.backend == "triton" and given.indices is None and shard.width > 0
+
+
+def stored_for(
+    options: RowOptions, shard: Shard, student: Tensor, teacher: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None], given: Given,
+) -> Stored | None:  # fmt: skip
+    """Returns what the kernels read, None if portable code runs."""
+    if not by_kernels(options, shard, given):
+        return None
+    labels = None
+    if given.labels is not None:
+        columns, here = own(given.labels, shard)
+        labels = columns.masked_fill(~here, -1)[:, 0].contiguous()
+    student_bias, teacher_bias = _rows.contiguous(*biases)
+    return Stored(student, teacher if options.soft_weight else None, (student_bias, teacher_bias), labels)
 
 
 class Sent(NamedTuple):
@@ -315,44 +347,65 @@ class Sent(NamedTuple):
 
 
 def send(options: RowOptions, shard: Shard, rows: Rows) -> Sent:
-    group = shard.processes()
-    mine, listed = [], []
+    group, listed = shard.processes(), None
+    if rows.stored is not None:
+        from fastdistill.kernels import shards as kernels
+
+        part = kernels.sums(*rows.stored, options, shard.width, rows.size, rows.dtype)
+    else:
+        part, listed = _sums_in_blocks(options, shard, rows)
+    parts = part.new_empty(dist.get_world_size(group), *part.shape)
+    works = [dist.all_gather(list(parts.unbind()), part, group=group, async_op=True)]
+    if listed is not None:
+        works.append(dist.all_reduce(listed, group=group, async_op=True))
+    return Sent(parts, listed, works)
+
+
+def _sums_in_blocks(options: RowOptions, shard: Shard, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    parts, listed = [], []
     for index, block in rows.blocks:
         student, teacher = rows.read(index, block)
         given = rows.given.at(block)
-        mine.append(sums(options, student, teacher, given, shard))
+        parts.append(sums(options, student, teacher, given, shard))
         if given.indices is not None:
             listed.append(gathered(student, given.indices, shard))
-    part = torch.cat(mine, 1)
-    parts = part.new_empty(dist.get_world_size(group), *part.shape)
-    works = [dist.all_gather(list(parts.unbind()), part, group=group, async_op=True)]
-    more = torch.cat(listed) if listed else None
-    if more is not None:
-        works.append(dist.all_reduce(more, group=group, async_op=True))
-    return Sent(parts, more, works)
+    return torch.cat(parts, 1), torch.cat(listed) if listed else None
 
 
 def receive(options: RowOptions, shard: Shard, rows: Rows, sent: Sent) -> tuple[Row, Tensor | None]:
     """Returns what all processes know of the rows, and what the second collective added."""
     for work in sent.works:
         work.wait()
-    row, more = combined(options, sent.parts), sent.listed
-    if options.soft_weight and options.kind in ("jsd", "tvd"):
+    row = combined(options, sent.parts)
+    if not options.soft_weight or options.kind not in ("jsd", "tvd"):
+        return row, sent.listed
+    if rows.stored is not None:
+        from fastdistill.kernels import shards as kernels
+
+        more = kernels.summed(*rows.stored, options, shard.width, torch.stack(row))
+    else:
         more = row.label.new_empty(len(row.label), 2)
         for index, block in rows.blocks:
             student, teacher = rows.read(index, block)
             assert teacher is not None
             loss, value = summands(options, student, teacher, row.at(block))
             more[block] = torch.cat([loss, value.sum(-1, keepdim=True)], 1)
-        dist.all_reduce(more, group=shard.processes())
+    dist.all_reduce(more, group=shard.processes())
     return row, more
 
 
 def write_gradient(
     options: RowOptions, shard: Shard, rows: Rows, row: Row, more: Tensor | None,
     weight: Tensor | None,  # (n, 1), of the rows' gradients; rows of weight 0 may hold anything
-    write: Callable[[slice, Tensor], Any],  # takes a block and the gradient in the logits as they were given
+    out: Tensor,  # (n, >= V_r) contiguous, for the gradient in the logits as they were given
 ) -> None:  # fmt: skip
+    if rows.stored is not None:
+        from fastdistill.kernels import shards as kernels
+
+        mean = row.cross / row.student_sum if options.kind == "reverse_kl" else None
+        mean, weight = _rows.contiguous(mean if more is None else more[:, 1], weight)
+        kernels.gradient(*rows.stored, options, shard.width, torch.stack(row), mean, weight, out)
+        return
     for index, block in rows.blocks:
         student, teacher = rows.read(index, block)
         d = gradient(options, student, teacher, rows.given.at(block), row.at(block), at(more, block), shard)
@@ -363,7 +416,7 @@ def write_gradient(
             d.mul_(slope.mul_(-options.student_scale).add_(options.student_scale))
         elif options.student_scale != 1:
             d.mul_(options.student_scale)
-        write(block, d)
+        out[block, : shard.width].copy_(d)
 
 
 def given_of(

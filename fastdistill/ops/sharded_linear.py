@@ -17,7 +17,19 @@ from fastdistill.ops import _common, _rows
 from fastdistill.ops import linear_logits as whole
 from fastdistill.ops._counted import Selection, select
 from fastdistill.ops._rows import RowOptions, at, capped
-from fastdistill.ops._shards import BUFFERS, Given, Rows, Shard, given_of, losses, receive, send, write_gradient
+from fastdistill.ops._shards import (
+    BUFFERS,
+    Given,
+    Rows,
+    Shard,
+    by_kernels,
+    given_of,
+    losses,
+    receive,
+    send,
+    stored_for,
+    write_gradient,
+)  # fmt: skip
 
 SHARD = len(Shard._fields)
 
@@ -60,20 +72,18 @@ def _linear_forward(*flat: Any) -> whole.Outputs:
     def step(chunk: slice) -> Iterator[None]:
         """Sends the sums of a chunk; after the yield, receives them and adds the chunk's gradients."""
         x = whole._clean(inputs.student, chunk, chosen)
-        student, there = _chunk_logits(options, inputs, chosen, chunk, x, shard)
-        rows = _of_chunk(student, there, given.at(chunk), shard)
+        rows = _of_chunk(options, shard, inputs, chosen, chunk, x, given.at(chunk), loss.dtype)
         sent = send(options, shard, rows)
         yield
         row, more = receive(options, shard, rows, sent)
         loss[chunk] = losses(options, row, more, rows.given)
         if wanted and shard.width:
             weight = None if weights is None else weights[chunk] * unit
-            d = torch.empty_like(student)  # G
-            write_gradient(options, shard, rows, row, more, weight, lambda block, part: d[block].copy_(part))
             if weight is None and unit != 1:
-                d *= unit
-            if d.is_cuda and _common.narrow(x):
-                d = d.to(x.dtype)
+                weight = loss.new_full((len(x), 1), unit)
+            narrow = x.is_cuda and _common.narrow(x)  # a GPU multiplies 16-bit operands
+            d = x.new_empty(len(x), shard.width, dtype=x.dtype if narrow else loss.dtype)  # G
+            write_gradient(options, shard, rows, row, more, weight, d)
             if inputs.needs_bias:
                 d_bias[: shard.width] += d.sum(0, dtype=loss.dtype)
             if inputs.needs_weight:
@@ -104,29 +114,29 @@ def _linear_forward(*flat: Any) -> whole.Outputs:
     return losses_out if inputs.per_row else loss.sum(), d_student, d_weight, d_bias
 
 
-def _chunk_logits(
-    options: RowOptions, inputs: whole.Inputs, chosen: Selection, chunk: slice, x: Tensor, shard: Shard
-) -> tuple[Tensor, Tensor | None]:  # (C, V_r) each
-    """Computes the own logits of both sides, scaled and capped."""
-    dtype, width = _common.compute_dtype(inputs.student, inputs.teacher), shard.width
+def _of_chunk(
+    options: RowOptions, shard: Shard, inputs: whole.Inputs, chosen: Selection, chunk: slice, x: Tensor, given: Given,
+    dtype: torch.dtype,
+) -> Rows:  # fmt: skip
+    """Computes the own logits of both sides (C, V_r). Kernels add bias, scale and softcap as they read them."""
+    width, in_kernel = shard.width, by_kernels(options, shard, given)
 
-    def own_logits(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+        bias = None if in_kernel else bias
         z = whole._logits(x, weight[:width], bias, x.new_empty(len(x), width, dtype=dtype), chosen, chunk)
-        return capped(z, softcap, z, scale) if softcap is not None or scale != 1 else z
+        return z if in_kernel or (softcap is None and scale == 1) else capped(z, softcap, z, scale)
 
-    student = own_logits(x, inputs.student_weight, inputs.student_bias, options.student_softcap, options.student_scale)
-    if inputs.teacher_weight is None or not options.soft_weight:
-        return student, None
-    teacher = whole._clean(inputs.teacher, chunk, chosen)
-    return student, own_logits(
-        teacher, inputs.teacher_weight, inputs.teacher_bias, options.teacher_softcap, options.teacher_scale
-    )
-
-
-def _of_chunk(student: Tensor, teacher: Tensor | None, given: Given, shard: Shard) -> Rows:
-    step = _rows.rows_of_a_block(len(student), max(shard.width, 1), BUFFERS, student)
+    student = product(x, inputs.student_weight, inputs.student_bias, options.student_softcap, options.student_scale)
+    teacher = None
+    if inputs.teacher_weight is not None and options.soft_weight:
+        there = whole._clean(inputs.teacher, chunk, chosen)
+        softcap, scale = options.teacher_softcap, options.teacher_scale
+        teacher = product(there, inputs.teacher_weight, inputs.teacher_bias, softcap, scale)
+    step = _rows.rows_of_a_block(len(student), max(width, 1), BUFFERS, student)
     blocks = list(_rows.row_blocks(student.shape[:1], step))
-    return Rows(blocks, lambda index, rows: (student[rows], at(teacher, rows)), given)
+    biases = inputs.student_bias, inputs.teacher_bias
+    stored = stored_for(options, shard, student, teacher, biases, given)
+    return Rows(blocks, lambda _, rows: (student[rows], at(teacher, rows)), given, len(student), dtype, stored)
 
 
 def _linear_fake(*flat: Any) -> whole.Outputs:

@@ -20,6 +20,7 @@ from fastdistill.ops._shards import (
     losses,
     receive,
     send,
+    stored_for,
     write_gradient,
 )  # fmt: skip
 
@@ -70,8 +71,10 @@ def _of_logits(options: RowOptions, inputs: Inputs, shard: Shard) -> Rows:
             there = wide(teacher, index, options.teacher_softcap, options.teacher_scale)
         return wide(student, index, options.student_softcap, options.student_scale), there
 
-    blocks = list(_rows.row_blocks(student.shape[:-1], step))
-    return Rows(blocks, read, given_of(options, teacher, indices, labels, counted, dtype))
+    given = given_of(options, teacher, indices, labels, counted, dtype)
+    blocks, size = list(_rows.row_blocks(student.shape[:-1], step)), math.prod(student.shape[:-1])
+    stored = stored_for(options, shard, student, teacher, (None, None), given)
+    return Rows(blocks, read, given, size, dtype, stored)
 
 
 def _logits_forward(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,13 +126,11 @@ def _logits_gradient(grad_loss, *flat):  # type: ignore[no-untyped-def]
     inputs, (known, more, *rest) = Inputs(*flat[:INPUTS]), flat[INPUTS:]
     shard, options = Shard(*rest[:SHARD]), RowOptions(*rest[SHARD:])
     out = torch.zeros_like(inputs.student, memory_format=torch.contiguous_format)
-    d_rows = out.view(-1, out.shape[-1])[:, : shard.width]
+    d_rows = out.view(-1, out.shape[-1])
     if shard.width and len(d_rows):
         weight = _rows.row_weights(grad_loss, inputs.counted, known.dtype)
-        write_gradient(
-            options, shard, _of_logits(options, inputs, shard), Row(*known), more if more.shape[1] else None, weight,
-            lambda block, d: d_rows[block].copy_(d),
-        )  # fmt: skip
+        rows, added = _of_logits(options, inputs, shard), more if more.shape[1] else None
+        write_gradient(options, shard, rows, Row(*known), added, weight, d_rows)
     return out
 
 
