@@ -69,7 +69,7 @@ class Instruction:
     def waits_for(self) -> set[int]:
         return {barrier for barrier in range(6) if self.control >> 11 >> barrier & 1}
 
-    @property
+    @cached_property
     def written(self) -> list[str]:
         """The registers that it writes, as far as addresses are computed with them."""
         found = re.match(r"(U?R)(\d+)", self.operands[0]) if self.operands else None
@@ -79,7 +79,7 @@ class Instruction:
         count = 4 if "128" in parts else 2 if {"64", "WIDE"} & {*parts} or self.name in ("CS2R", "DADD", "DFMA") else 1
         return [f"{found[1]}{int(found[2]) + i}" for i in range(count)]
 
-    @property
+    @cached_property
     def read(self) -> list[str]:
         return re.findall(r"\bU?R\d+", " ".join(self.operands[1:]))
 
@@ -188,6 +188,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Counts:
+    everything: Path  # all instructions, in the order of their addresses
     main: Path  # from entry to exit
     loops: tuple[Path, ...]  # by address; each once through its body, inner loops included once
     innermost: tuple[Path, ...]  # those that contain no other
@@ -211,6 +212,7 @@ def sass_counts(text: str, optional: bool = False) -> Counts:
         paths[header] = code.main_path(header, body, loops, paths)
     innermost = [header for header, body in loops.items() if not body & (loops.keys() - {header})]
     return Counts(
+        everything=path(list(code.order)),
         main=path(code.main_path(code.entry, set(code.blocks), loops, paths)),
         loops=tuple(path(paths[header]) for header in sorted(loops)),
         innermost=tuple(path(paths[header]) for header in sorted(innermost)),
@@ -226,7 +228,7 @@ class _Graph:
         generation = re.search(r"EF_CUDA_SM(\d+)", text)
         self.first_parameter = PARAMETERS[int(generation[1]) // 10] if generation else PARAMETERS[9]
         targets = {target for step in steps if (target := _target(step)) is not None}
-        ends = {step.address for step in steps if step.name in ("BRA", "EXIT", "RET", "BRX")}
+        ends = {step.address for step in steps if step.name in ("BRA", "CALL", "EXIT", "RET", "BRX")}
         self.blocks: dict[int, list[Instruction]] = {}
         block: list[Instruction] = []
         for before, step in zip([None, *steps], steps, strict=False):
@@ -238,7 +240,7 @@ class _Graph:
         self.successors: dict[int, list[int]] = {}
         for start, following in zip(starts, [*starts[1:], None], strict=True):
             last = self.blocks[start][-1]
-            target = _target(last) if last.name == "BRA" else None
+            target = _target(last)
             leaves = last.name in ("BRA", "EXIT", "RET", "BRX") and not last.predicate and len(last.operands) < 2
             after = [] if leaves or following is None else [following]
             self.successors[start] = after if target is None else [target, *after]
@@ -355,7 +357,7 @@ class Tracer:
 
 
 def _target(step: Instruction) -> int | None:
-    if step.name != "BRA":
+    if step.name not in ("BRA", "CALL"):  # ptxas calls where a branch would be too far
         return None
     return int(step.operands[-1], 16)
 
@@ -368,13 +370,20 @@ def _instructions(text: str) -> Iterator[Instruction]:
         yield Instruction(int(address, 16), predicate.strip(), opcode, tuple(words), int(high, 16) >> 41)
 
 
-def functions(path: File | str | bytes) -> dict[str, str]:
-    """Returns the SASS of each function of a cubin or a library, by its (mangled) name; bytes are a cubin."""
-    if isinstance(path, bytes):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(path)
-            file.flush()
-            return functions(file.name)
-    tool = File(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+def functions(path: File | str) -> dict[str, str]:
+    """Returns the SASS of each function of a cubin or a library, by its (mangled) name."""
+    text = _cuobjdump(path, "-sass")
     return dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", text, re.DOTALL))
+
+
+def disassembled(cubin: bytes) -> str:
+    """Returns the resources and the SASS of a cubin with one function."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _cuobjdump(file.name, "-res-usage", "-sass")
+
+
+def _cuobjdump(path: File | str, *options: str) -> str:
+    tool = File(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *options, path], capture_output=True, text=True, check=True).stdout

@@ -2,21 +2,33 @@
 
 It calls each launcher of `kernels/` as an op does, on tensors of the sizes in static_cases.py, but compiles the kernels
 for each architecture instead of launching them: the table shows exactly the configurations that run. Its columns are
-registers per thread, bytes of spills, shared memory, tensor-core instructions, the widest load in bits, and how many
-programs fit a multiprocessor at once.
+registers per thread, bytes of spills, shared memory, and how many programs fit a multiprocessor at once. For NVIDIA
+they are also, for the part of the machine code where the time goes (sass.py; `work` of static_cases.py says which part
+and which elements it handles):
+
+    unit          what the next three columns are divided by
+    instructions  thread instructions a unit: an H200 issues 41 in the time that memory needs for 6 bytes
+    MUFU          exponentials, logarithms, reciprocals a unit: 5.2 in the same time
+    wavefronts    passes of 128 bytes through shared memory a unit, without bank conflicts
+    products      operations of the matrix instructions / operations that the products need
+    loads         for each operand: loads of a thread in one pass x their bits; single loads of small operands left out
+    in flight     of the widest loads, how many are issued before the first wait / how many there are
+
+An operand is found by tracing the address of each load back to the kernel's arguments. Where the code chooses between
+two pointers, both are named. Bits are those of the instruction. `--check` fails where a figure is worse than the bound
+in goals.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import subprocess
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,6 +40,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bench import static_cases
+from bench.sass import Counts, Path, disassembled, sass_counts
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,19 @@ class Launch:
         return next(kind for kind in self.signature.values() if kind.startswith("*"))
 
     @property
+    def parameters(self) -> dict[int, str]:
+        """The names of the arguments by their byte offset in the compiled kernel."""
+        names, offset = {}, 0
+        for name, kind in self.signature.items():
+            if kind == "constexpr":
+                continue
+            size = 8 if kind.startswith("*") or kind.endswith("64") else 4
+            offset = -(-offset // size) * size
+            names[offset] = name
+            offset += size
+        return names
+
+    @property
     def key(self) -> tuple[str, ...]:
         """A key that is equal for launches of the same compiled kernel."""
         return (self.name, *map(repr, (self.signature, self.constants, self.attributes, self.options)))
@@ -84,6 +110,66 @@ class Compiled:
     tensor_core: int  # instructions
     widest_load: int  # bits
     programs: int  # that fit a multiprocessor
+    counts: Counts | None = field(default=None, repr=False)  # None: not NVIDIA
+    needed_flops: float = 0  # of the products in the Triton code
+
+    @property
+    def name(self) -> str:
+        return f"{self.launch.name}, {self.case}, {self.arch}"
+
+    @cached_property
+    def hot(self) -> list[Path]:
+        """The parts of the machine code where the time goes; together they handle `elements`."""
+        if self.counts is None:
+            return []
+        if "RESIDENT" not in self.launch.constants:  # not a kernel of rows
+            return [self.counts.hot]
+        student = next(offset for offset, name in self.launch.parameters.items() if name == "student_ptr")
+        paths = [self.counts.main] if self.launch.constants["RESIDENT"] else self.counts.loops
+        loops = [path for path in paths if any(student in load.parameters for load in path.loads)]
+        return [x for x in loops if not any(x.steps[0] in other.steps for other in loops if other is not x)]
+
+    def _of_an_element(self, count: float) -> float:
+        return count / static_cases.work(self.launch.name, self.launch.constants)[1]
+
+    @property
+    def instructions(self) -> float:
+        return self._of_an_element(sum(path.instructions for path in self.hot) * 32 * self.warps)
+
+    @property
+    def mufu(self) -> float:
+        return self._of_an_element(sum(path.mufu for path in self.hot) * 32 * self.warps)
+
+    @property
+    def wavefronts(self) -> float:
+        return self._of_an_element(sum(path.shared_wavefronts for path in self.hot) * self.warps)
+
+    @property
+    def redundancy(self) -> float | None:
+        """How often each product is computed; None if the machine code does not say."""
+        if self.counts is None or not self.needed_flops or self.counts.hot.count("UTCHMMA", "UTCQMMA"):
+            return None
+        return self.counts.everything.flops(self.warps) / self.needed_flops
+
+    @cached_property
+    def loads(self) -> dict[str, Counter[int]]:
+        """For each operand, how many loads of which width a thread does in one pass."""
+        found: dict[str, Counter[int]] = {}
+        names = self.launch.parameters
+        for path in self.hot:
+            for load in path.loads:
+                pointers = [
+                    names[x] for x in load.parameters if self.launch.signature.get(names.get(x, ""), "")[:1] == "*"
+                ]
+                for name in pointers or ["?"]:
+                    found.setdefault(name.removesuffix("_ptr"), Counter())[load.bits] += 1
+        return found
+
+    @property
+    def in_flight(self) -> tuple[int, int]:
+        """Of the widest loads of the longest pass, how many are issued before the first wait; how many there are."""
+        path = max(self.hot, key=lambda path: path.instructions)
+        return path.loads_before_wait, len(path.widest_loads)
 
 
 @contextmanager
@@ -135,9 +221,11 @@ _TYPES = {
 def compiled(launch: Launch, case: str, arch: Arch) -> Compiled:
     source = ASTSource(launch.function, launch.signature, launch.constants, launch.attributes)
     kernel = triton.compile(source, target=arch.target, options={**launch.options, "enable_fp_fusion": True})
-    warps = kernel.metadata.num_warps
+    warps, counts = kernel.metadata.num_warps, None
     if arch.target.backend == "cuda":
-        registers, spills, tensor_core, widest = _nvidia(kernel.asm["cubin"])
+        code = disassembled(kernel.asm["cubin"])
+        registers, spills, tensor_core, widest = _nvidia(code)
+        counts = sass_counts(code)
     else:
         registers, spills, tensor_core, widest = _amd(kernel.asm["amdgcn"])
     threads = warps * arch.target.warp_size
@@ -145,18 +233,21 @@ def compiled(launch: Launch, case: str, arch: Arch) -> Compiled:
     if kernel.metadata.shared:
         programs = min(programs, arch.shared // kernel.metadata.shared)
     return Compiled(
-        launch, case, arch.name, warps, registers, spills, kernel.metadata.shared, tensor_core, widest, programs
-    )
+        launch, case, arch.name, warps, registers, spills, kernel.metadata.shared, tensor_core, widest, programs,
+        counts, _flops_of_dots(kernel.asm["ttgir"]) if counts else 0,
+    )  # fmt: skip
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, int, int]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
+def _flops_of_dots(code: str) -> float:
+    """Adds up the operations of each product in Triton's intermediate code, as if each ran once."""
+    flops = 0
+    for line in re.findall(r"(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*", code):
+        (m, k, dtype), (_, n, _) = re.findall(r"(?:tensor|memdesc)<(?:\d+x)*?(\d+)x(\d+)x(\w+)", line)[:2]
+        flops += 2 * int(m) * int(n) * int(k) * (3 if "tf32x3" in line and dtype == "f32" else 1)
+    return flops
 
-        command = [tools / "cuobjdump", "-res-usage", "-sass", file.name]
-        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+def _nvidia(code: str) -> tuple[int, int, int, int]:
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     loads = re.findall(r"\bLDG(?:STS)?\.E[.\w]*", code)
     widths = [next((int(part) for part in load.split(".") if part.isdigit()), 32) for load in loads]
@@ -208,13 +299,26 @@ def table(rows: list[Compiled]) -> str:
     lines = [
         f"triton {triton.__version__}",
         "",
-        "| kernel | case | arch | warps | registers | spills | shared | tensor core | widest load | programs |",
-        "| --- | --- | --- |" + " ---: |" * 7,
+        "| kernel | case | arch | warps | registers | spills | shared | programs "
+        "| unit | instructions | MUFU | wavefronts | products | loads | in flight |",
+        "| --- | --- | --- |" + " ---: |" * 5 + " --- |" + " ---: |" * 4 + " --- | ---: |",
     ]
     for r in rows:
+        start = f"| {r.launch.name} | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spills} "
+        start += f"| {r.shared / 1024:.1f} KiB | {r.programs} |"
+        if not r.hot:
+            lines.append(f"{start} | | | | {r.tensor_core} instructions | at most {r.widest_load} bits | |")
+            continue
+        unit = static_cases.work(r.launch.name, r.launch.constants)[0]
+        loads = [
+            f"{name} " + " + ".join(f"{count} x {bits}" for bits, count in widths.items())
+            for name, widths in r.loads.items()
+            if widths.total() > 1 or max(widths) >= 64
+        ]
         lines.append(
-            f"| {r.launch.name} | {r.case} | {r.arch} | {r.warps} | {r.registers} | {r.spills} "
-            f"| {r.shared / 1024:.1f} KiB | {r.tensor_core} | {r.widest_load} | {r.programs} |"
+            f"{start} {unit} | {r.instructions:.3g} | {r.mufu:.2g} | {r.wavefronts:.2g} "
+            f"| {'' if r.redundancy is None else f'{r.redundancy:.2f}'} | {', '.join(loads)} "
+            f"| {r.in_flight[0]} / {r.in_flight[1]} |"
         )
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ Tensors are uninitialised: nothing runs, and only sizes, dtypes and alignment ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from fastdistill.kernels import attention_mse, attention_tiles, counted_mm, linear_mse, logits, topk
@@ -17,6 +18,28 @@ from fastdistill.ops._rows import RowOptions
 Call = Callable[[], object]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def work(kernel: str, constants: dict[str, Any]) -> tuple[str, float]:
+    """Returns the unit that a kernel's costs are counted in, and how many units one pass over its hot part handles.
+
+    The hot part is the whole main path if the row is one block, else the loops that read the student's logits; of
+    other kernels it is the innermost loop with the most matrix instructions.
+    """
+    try:
+        if "rows" in kernel:
+            return "class", constants["BLOCK"]
+        if kernel.startswith("attention_tiles."):
+            return "pair", constants["BLOCK_M"] * constants["BLOCK_N"]
+        if kernel == "attention_mse.contract":
+            return "entry", constants["BLOCK"] ** 2
+        if kernel.startswith("attention_mse."):
+            return "row of a head", constants["ROWS"]
+        if kernel.startswith("counted_mm.") or constants.get("weight_ptr", 0) is not None:
+            return "1024 products", constants["BLOCK_M"] * constants["BLOCK_N"] * constants["BLOCK_K"] / 1024
+        return "number", constants["BLOCK_M"] * constants["BLOCK_N"]
+    except KeyError:
+        return "pass", 1
 
 
 def all_cases() -> Iterator[tuple[str, Call]]:
