@@ -1,13 +1,16 @@
 """`python -m bench.goals RESULT.json`: shows which of the library's goals for a GPU are met, with the figures.
 
-A goal whose shape has no figure in the file is shown as open.
+A goal whose shape has no figure in the file is shown as open. Goals that need no card (`STATIC`, of the machine code,
+checked by `bench.static --check`; `HOST`, of the time that a call takes on the host, checked by `bench.host --check`)
+have a bound beside the target: what the code reaches today. Worse figures than the bound fail in CI; whoever improves a
+figure tightens its bound, until it is the target.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from bench.cost import CARDS
@@ -21,6 +24,62 @@ class Goal(NamedTuple):
     least: bool  # whether the figure should be at least the limit, or at most
     limit: float
     figure: Callable[[Record, dict[str, Record]], float | None]  # from our record, and all records of the row by name
+
+
+class Bound(NamedTuple):
+    """A goal that needs no card."""
+
+    what: str  # kernel, or op
+    case: str
+    text: str
+    least: bool  # whether the figure should be at least the target, or at most
+    target: float
+    bound: float  # what fails in CI; the target, once it is met
+    figure: Callable[..., float]
+    arch: str = "sm_90"
+
+    def is_about(self, what: str, case: str, arch: str) -> bool:
+        return (self.what, self.case, self.arch) == (what, case, arch)
+
+    def verdict(self, figure: float) -> str:
+        """Returns "met", "open" (within the bound), or "worse" than the bound."""
+        sign = -1 if self.least else 1
+        if sign * figure <= sign * self.target * (1 + sign * 0.005):  # as many digits as the table shows
+            return "met"
+        return "open" if sign * figure <= sign * self.bound * (1 + sign * 0.005) else "**worse**"
+
+    def faults(self, figure: float) -> list[str]:
+        if self.verdict(figure) != "**worse**":
+            return []
+        return [f"{self.what}, {self.case}: {self.text} is {figure:.3g}, and the bound in goals.py is {self.bound:.3g}"]
+
+
+def _instructions(unit: str, target: float, bound: float, what: str, case: str) -> Bound:
+    return Bound(what, case, f"instructions a {unit}", False, target, bound, lambda kernel: kernel.instructions)
+
+
+def _redundancy(what: str, case: str, target: float, bound: float) -> Bound:
+    return Bound(what, case, "products issued / needed", False, target, bound, lambda kernel: kernel.redundancy)
+
+
+_TILES, _NARROW = "attention_kl tiles 64 / 64 bf16", "attention_mse 26 / 64 bf16 unaligned"
+STATIC = [
+    _instructions("pair", 17.8, 35.6, "attention_tiles.d_query", _TILES),
+    _instructions("pair", 21.0, 39.6, "attention_tiles.d_key", _TILES),
+    _redundancy("attention_tiles.d_query", _TILES, 1.0, 1.67),
+    _redundancy("attention_tiles.d_key", _TILES, 1.0, 1.67),
+    _instructions("row of a head", 720, 1138, "attention_mse.gram", _NARROW),
+    _redundancy("attention_mse.gram", _NARROW, 1.2, 2.3),
+    Bound("attention_mse.gram", _NARROW, "programs on a multiprocessor", True, 2, 1, lambda kernel: kernel.programs),
+    Bound(
+        "attention_mse.gram", _NARROW, "bits of the student's narrowest load", True, 32, 16,
+        lambda kernel: kernel.narrowest_load("a_query"),
+    ),
+    # In the time of 6 bytes a class the card issues 41 instructions; rows that are read twice take 10 bytes, 68.
+    _instructions("class", 68, 68, "logits.rows", "logits kl_div V=131072 bf16"),
+    _instructions("class", 130, 229, "logits.rows", "logits jsd V=131072 bf16"),
+    _instructions("class", 41, 84, "topk.rows", "topk bucket V=8192 bf16"),
+]  # fmt: skip
 
 
 def _faster_than(name: str) -> Callable[[Record, dict[str, Record]], float | None]:
@@ -82,6 +141,17 @@ def goals(card: str | None) -> Iterator[Goal]:
         shape = "8192 tokens, 2048 / 4096, V 128256"
         yield Goal(op, shape, "of the products' speed", True, 0.75, _of_products(card))
         yield Goal(op, shape, "extra memory, bytes", False, 2 * 2**30, _extra)
+
+
+def bounds_table(figures: Iterable[tuple[Bound, float]]) -> str:
+    lines = ["| | case | goal | target | bound | figure | |", "| --- | --- | --- | ---: | ---: | ---: | --- |"]
+    for goal, figure in figures:
+        target = ("at least " if goal.least else "at most ") + f"{goal.target:.3g}"
+        lines.append(
+            f"| {goal.what} | {goal.case} | {goal.text} | {target} | {goal.bound:.3g} | {figure:.3g} "
+            f"| {goal.verdict(figure)} |"
+        )
+    return "\n".join(lines)
 
 
 def table(result: dict) -> str:

@@ -305,8 +305,10 @@ class _Graph:
                 inner,
                 len(steps) if self.optional else -len(steps),
             )
-            following = [x for member, of in owner.items() if of == block for x in self.successors[member]]
-            if not following or first in following:
+            members = [member for member, of in owner.items() if of == block]
+            following = [x for member in members for x in self.successors[member]]
+            leaves = any(self.blocks[member][-1].name in ("EXIT", "RET") for member in members)
+            if leaves or first in following or not following:
                 best[block] = (worth, own)
             after = {owner[x] for x in following if x in owner} - {block, first}
             rest = max((best[x] for x in after if x in best), default=None)

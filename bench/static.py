@@ -39,7 +39,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from bench import static_cases
+from bench import goals, static_cases
 from bench.sass import Counts, Path, disassembled, sass_counts
 
 
@@ -120,7 +120,7 @@ class Compiled:
     @cached_property
     def hot(self) -> list[Path]:
         """The parts of the machine code where the time goes; together they handle `elements`."""
-        if self.counts is None:
+        if self.counts is None or self.counts.everything.count("UTCHMMA", "UTCQMMA"):  # specialised warps on sm_100
             return []
         if "RESIDENT" not in self.launch.constants:  # not a kernel of rows
             return [self.counts.hot]
@@ -147,7 +147,7 @@ class Compiled:
     @property
     def redundancy(self) -> float | None:
         """How often each product is computed; None if the machine code does not say."""
-        if self.counts is None or not self.needed_flops or self.counts.hot.count("UTCHMMA", "UTCQMMA"):
+        if self.counts is None or not self.hot or not self.needed_flops:
             return None
         return self.counts.everything.flops(self.warps) / self.needed_flops
 
@@ -164,6 +164,10 @@ class Compiled:
                 for name in pointers or ["?"]:
                     found.setdefault(name.removesuffix("_ptr"), Counter())[load.bits] += 1
         return found
+
+    def narrowest_load(self, operand: str) -> int:
+        """Returns the bits of the narrowest load from an operand."""
+        return min(self.loads[operand])
 
     @property
     def in_flight(self) -> tuple[int, int]:
@@ -344,18 +348,32 @@ def main() -> int:
     parser.add_argument("--arch", nargs="*", default=list(ARCHS), choices=list(ARCHS))
     parser.add_argument("--kernel", default="", help="only cases whose name contains this")
     parser.add_argument(
-        "--check", action="store_true", help="exit with 1 if a kernel spills, or loads less than 16 bytes at once"
+        "--check",
+        action="store_true",
+        help="exit with 1 if a kernel spills, loads less than 16 bytes, or misses a bound",
     )
     parser.add_argument("--few", action="store_true", help="only one case for each kernel and dtype")
     arguments = parser.parse_args()
     rows = []
     for arch in arguments.arch:
         chosen = list(cases(arch, arguments.kernel))
-        if arguments.few:  # the last, which has the most options
-            chosen = list({(launch.name, launch.dtype): (case, launch) for case, launch in chosen}.values())
+        if arguments.few:  # the last, which has the most options, and those with goals
+            with_goals = [x for x in chosen if any(goal.is_about(x[1].name, x[0], arch) for goal in goals.STATIC)]
+            last = {(launch.name, launch.dtype): (case, launch) for case, launch in chosen}
+            chosen = [*last.values(), *(x for x in with_goals if x not in last.values())]
         rows += [compiled(launch, case, ARCHS[arch]) for case, launch in chosen]
     print(table(rows))
-    failures = [fault for row in rows for fault in faults(row)] if arguments.check else []
+    figures = [
+        (goal, goal.figure(row))
+        for goal in goals.STATIC
+        for row in rows
+        if goal.is_about(row.launch.name, row.case, row.arch) and row.hot
+    ]
+    print("", goals.bounds_table(figures), sep="\n")
+    failures = []
+    if arguments.check:
+        failures = [fault for row in rows for fault in faults(row)]
+        failures += [fault for goal, figure in figures for fault in goal.faults(figure)]
     print(*failures, sep="\n", file=sys.stderr)
     return 1 if failures else 0
 

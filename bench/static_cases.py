@@ -200,6 +200,7 @@ def attention_mse_cases() -> Iterator[tuple[str, Call]]:
         (32, 32, "bf16", False),  # several heads a program
         (18, 32, "fp16", True),
         (32, 64, "bf16", False),
+        (26, 64, "bf16", False),
         (26, 64, "bf16", True),
         (64, 64, "fp16", True),
         (64, 128, "bf16", False),

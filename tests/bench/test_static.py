@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton compiles the kernels")
 
+from bench import goals
+
 
 def test_no_kernel_spills_or_reads_in_small_pieces() -> None:
     """Compiles one configuration of each kernel and dtype; the slow test below compiles all of them."""
@@ -27,6 +29,35 @@ def check(arch: str, *options: str) -> None:
     run = _compiler("-m", "bench.static", "--check", "--arch", arch, *options)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.count(f"| {arch} |") >= 8
+
+
+MEASURED = """
+from bench import goals, static
+known = {(launch.name, case) for case, launch in static.cases("sm_90")}
+print([(goal.what, goal.case) for goal in goals.STATIC if (goal.what, goal.case) not in known])
+chosen = dict((launch.name, (case, launch)) for case, launch in static.cases("sm_90", "attention_mse 32 / 32"))
+kernel = static.compiled(*reversed(chosen["attention_mse.gram"]), static.ARCHS["sm_90"])
+print(kernel.redundancy, sorted(kernel.loads), kernel.narrowest_load("a_query"))
+"""
+
+
+def test_every_static_goal_is_about_a_shipped_configuration_and_operands_have_names() -> None:
+    run = _compiler("-c", MEASURED)
+    assert run.returncode == 0, run.stderr[-3000:]
+    without, kernel = run.stdout.splitlines()
+    assert without == "[]"
+    redundancy, operands = kernel.split(" ", 1)
+    assert float(redundancy) >= 1
+    assert operands == "['a_key', 'a_query', 'b_key', 'b_query'] 128"
+
+
+def test_a_figure_beyond_its_bound_is_a_fault() -> None:
+    goal = goals.Bound("kernel", "case", "instructions a class", False, 41, 57.8, lambda kernel: 0)
+    assert [goal.verdict(figure) for figure in (41.1, 57.9, 58.2)] == ["met", "open", "**worse**"]
+    assert goal.faults(57.9) == []
+    assert goal.faults(58.2) == ["kernel, case: instructions a class is 58.2, and the bound in goals.py is 57.8"]
+    programs = goal._replace(least=True, target=2, bound=1)
+    assert [programs.verdict(figure) for figure in (2, 1, 0)] == ["met", "open", "**worse**"]
 
 
 SIZES = """
