@@ -308,7 +308,7 @@ class _Graph:
             members = [member for member, of in owner.items() if of == block]
             following = [x for member in members for x in self.successors[member]]
             leaves = any(self.blocks[member][-1].name in ("EXIT", "RET") for member in members)
-            if leaves or first in following or not following:
+            if first in following if first in loops else leaves or not following:
                 best[block] = (worth, own)
             after = {owner[x] for x in following if x in owner} - {block, first}
             rest = max((best[x] for x in after if x in best), default=None)
