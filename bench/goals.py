@@ -82,6 +82,39 @@ STATIC = [
 ]  # fmt: skip
 
 
+def _host(op: str, torch: float, triton: float) -> list[Bound]:
+    """Bounds for the ratios of an op's host time to eager's; they leave a fifth for the noise of a busy machine."""
+    return [
+        Bound(op, "backend torch", "times eager's host time", False, 1.5, torch, lambda x: x.ratios["torch"], ""),
+        Bound(op, "backend triton", "times eager's host time", False, 1.5, triton, lambda x: x.ratios["triton"], ""),
+    ]
+
+
+HOST = [
+    *_host("attention_mse", 4.6, 3.5),
+    *_host("attention_mse, causal", 3.5, 3.3),
+    *_host("attention_mse, masks", 4.4, 3.0),
+    *_host("attention_kl", 5.0, 2.0),
+    *_host("attention_kl, causal", 4.3, 1.5),
+    *_host("linear_mse", 5.0, 5.4),
+    *_host("soft_cross_entropy", 6.5, 3.8),
+    *_host("kl_div", 7.8, 3.9),
+    *_host("jsd", 2.7, 1.5),
+    *_host("tvd", 5.6, 3.1),
+    *_host("topk_soft_cross_entropy", 9.4, 7.5),
+    *_host("linear_kl_div", 8.0, 4.5),
+    *_host("linear_jsd", 3.1, 1.9),
+    Bound(
+        "attention_mse, masks", "backend triton", "launches and kernels, forward", False, 4, 16,
+        lambda x: x.launches[0] + x.kernels[0], "",
+    ),
+    Bound(
+        "attention_mse, masks", "backend triton", "launches and kernels, backward", False, 3, 9,
+        lambda x: x.launches[1] + x.kernels[1], "",
+    ),
+]  # fmt: skip
+
+
 def _faster_than(name: str) -> Callable[[Record, dict[str, Record]], float | None]:
     return lambda ours, row: row[name]["seconds"] / ours["seconds"] if name in row else None
 
