@@ -1,12 +1,14 @@
 """`python -m bench.cost [--card NAME]`: counts what each op moves and computes, and the least time it takes on a card.
 
 This is the only place where bytes and operations are counted. An op is a list of consecutive steps, each a kernel or a
-library's matrix product. A step takes as long as the slowest of three parts: its bytes at the memory's speed, its
-products at the speed of the units for their precision, and its exponentials. The sum over steps is the floor of the
-algorithm as shipped. `least` is the floor of the op itself: each input is read once in the forward and, if the
+library's matrix product. A step takes as long as the slowest of four parts: its bytes at the memory's speed, its
+products at the speed of the units for their precision, its exponentials, and the instructions that its kernel issues
+(`INSTRUCTIONS`, counted by `bench.static`). The sum over steps is the floor of the algorithm as shipped. The predicted
+time of a call is its floor, or the host's time for it where that is longer (`HOST`, measured by `bench.host`; a CUDA
+graph takes it away). `least` is the floor of the op itself: each input is read once in the forward and, if the
 algorithm needs the forward's sums first, once in the backward; each gradient is written once; no product is computed
-twice. All counts are for a forward and a backward with mean reduction. Memory that stays in the L2 cache (chunks,
-statistics) is free.
+twice, and instructions are free. All counts are for a forward and a backward with mean reduction. Memory that stays in
+the L2 cache (chunks, statistics) is free; the partial sums of attention_mse are not.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import lcm
+from math import inf, lcm
+from typing import Any
 
 import torch
 
@@ -34,16 +37,35 @@ class Card:
     float64: float  # products on tensor cores
     exponentials: float
     cache: float  # bytes of L2
+    multiprocessors: int = 0  # 0: instructions are free
+    clock: float = 0
+    lanes: int = 128  # threads of a multiprocessor that an instruction is issued for in each clock
+
+    @property
+    def issue(self) -> float:
+        """Thread instructions per second."""
+        return self.multiprocessors * self.lanes * self.clock or inf
 
 
 CARDS = {
     card.name: card
     for card in (
-        Card("H200", "memory and 16 bits measured, else published", 4.3e12, 790e12, 60e12, 60e12, 3.7e12, 50e6),
-        Card("H100", "published", 3.35e12, 989e12, 67e12, 67e12, 3.7e12, 50e6),
-        Card("A100", "published", 2.0e12, 312e12, 19.5e12, 19.5e12, 2.4e12, 40e6),
-        Card("B200", "published", 8.0e12, 2250e12, 75e12, 37e12, 4.6e12, 126e6),
-        Card("MI300X", "published", 5.3e12, 1307e12, 163e12, 163e12, 2.5e12, 256e6),
+        Card(
+            "H200",
+            "memory and 16 bits measured, else published",
+            4.3e12,
+            790e12,
+            60e12,
+            60e12,
+            3.7e12,
+            50e6,
+            132,
+            1.755e9,
+        ),
+        Card("H100", "published", 3.35e12, 989e12, 67e12, 67e12, 3.7e12, 50e6, 132, 1.755e9),
+        Card("A100", "published", 2.0e12, 312e12, 19.5e12, 19.5e12, 2.4e12, 40e6, 108, 1.41e9),
+        Card("B200", "published", 8.0e12, 2250e12, 75e12, 37e12, 4.6e12, 126e6, 148, 1.85e9),
+        Card("MI300X", "published", 5.3e12, 1307e12, 163e12, 163e12, 2.5e12, 256e6, 304, 2.1e9, 64),
     )
 }
 
@@ -55,13 +77,18 @@ class Step:
     flops: float = 0
     precision: str = "bits16"  # the field of Card with the speed of the products
     exponentials: float = 0
+    instructions: float = 0  # of all threads
+
+    def parts(self, card: Card) -> dict[str, float]:
+        return {
+            "memory": self.memory / card.memory,
+            "products": self.flops / getattr(card, self.precision),
+            "exponentials": self.exponentials / card.exponentials,
+            "instructions": self.instructions / card.issue,
+        }
 
     def seconds(self, card: Card) -> float:
-        return max(
-            self.memory / card.memory,
-            self.flops / getattr(card, self.precision),
-            self.exponentials / card.exponentials,
-        )
+        return max(self.parts(card).values())
 
 
 @dataclass(frozen=True)
@@ -70,10 +97,41 @@ class Cost:
     shape: str
     least: Step
     steps: Sequence[Step]
+    host: float = 0  # seconds
+
+    def predicted(self, card: Card) -> float:
+        """Returns the seconds of a call outside a CUDA graph."""
+        return max(self.floor(card), self.host)
 
     def floor(self, card: Card) -> float:
         """Returns the least seconds that the algorithm as shipped can take."""
         return sum(step.seconds(card) for step in self.steps)
+
+
+# Thread instructions for each class, pair, row of a head, or 1024 products, as `bench.static` counts them for sm_90 in
+# bfloat16; `R`: rows in registers, `S`: rows that are read in blocks. Whoever changes a kernel changes its figure here;
+# those that goals.py names are checked in CI.
+INSTRUCTIONS: dict[str, Any] = {
+    "soft_cross_entropy": {"R": 57, "S": 51}, "kl_div": {"R": 65, "S": 58}, "reverse_kl": {"R": 66, "S": 73},
+    "jsd": {"R": 161, "S": 229}, "tvd": {"R": 58, "S": 76}, "topk": {"R": 43, "S": 34},
+    "gram": 1138, "gradient": 970, "statistics": 24, "d_query": 35.6, "d_key": 39.5, "residual": 20,
+}  # fmt: skip
+LISTED = 157  # instructions of every warp for each class of a list
+EPILOGUE = 13  # instructions for each number of linear_mse's residual, after the products
+
+# Seconds of host time of a forward and a backward with stubbed launches, and the launches of Triton kernels, each of
+# which takes about `LAUNCH` on top. From `python -m bench.host` on a server's core.
+HOST = {
+    "attention_mse": (160e-6, 4), "attention_kl": (125e-6, 3), "linear_mse": (145e-6, 1), "logits": (100e-6, 2),
+    "topk": (230e-6, 2), "linear_logits": (165e-6, 1),
+}  # fmt: skip
+LAUNCH = 5e-6
+MULTIPROCESSORS = 132  # the splits of attention_mse's rows depend on them
+
+
+def _host(op: str) -> float:
+    seconds, launches = HOST[op]
+    return seconds + launches * LAUNCH
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -103,15 +161,24 @@ def attention_mse(
     # the backward's matrix has two 16-bit terms.
     narrow = dtype.itemsize == 2
     precision = "bits16" if narrow else "float64"
+    groups, tiles = batch * lcm(student_kv, teacher_kv), -(-heads // lcm(student_kv, teacher_kv) * length // 128)
+    splits = max(min(-(-4 * MULTIPROCESSORS // (2 * groups)), tiles // 4), -(-tiles // 32), 1)
+    partial = 2 * splits * groups * (student_dim + teacher_dim) ** 2 * 4
+    issued = {name: rows * INSTRUCTIONS[name] for name in ("gram", "gradient")} if narrow else {}
     return Cost(
         "attention_mse",
         f"{batch} x {heads} heads x {length}, d {student_dim} / {teacher_dim}",
         Step("", 2 * (student + teacher) + student, gram + products, precision),
         [
-            Step("Gram matrices", student + teacher, gram, precision),
-            Step("gradients", student + teacher + student, products * (2 if narrow else 1), precision),
+            Step("Gram matrices", student + teacher + partial, gram, precision, 0, issued.get("gram", 0)),
+            Step("sums of partial matrices", partial),
+            Step(
+                "gradients", student + teacher + student, products * (2 if narrow else 1), precision, 0,
+                issued.get("gradient", 0),
+            ),
         ],
-    )
+        _host("attention_mse"),
+    )  # fmt: skip
 
 
 def attention_kl(
@@ -129,10 +196,13 @@ def attention_kl(
         f"{batch} x {heads} heads x {length}, d {student_dim} / {teacher_dim}",
         Step("", 2 * both + student, 2 * scores + 2 * product, precision, 4 * pairs),
         [
-            Step("statistics", both, scores, precision, 2 * pairs),
-            Step("d query", both + student / 2, scores + product, precision, 2 * pairs),
-            Step("d key", both + student / 2, scores + product, precision, 2 * pairs),
+            Step("statistics", both, scores, precision, 2 * pairs, pairs * INSTRUCTIONS["statistics"]),
+            Step(
+                "d query", both + student / 2, scores + product, precision, 2 * pairs, pairs * INSTRUCTIONS["d_query"]
+            ),
+            Step("d key", both + student / 2, scores + product, precision, 2 * pairs, pairs * INSTRUCTIONS["d_key"]),
         ],
+        _host("attention_kl"),
     )
 
 
@@ -146,15 +216,23 @@ def linear_mse(tokens: int, student_dim: int, teacher_dim: int, dtype: torch.dty
         f"{tokens} tokens, {student_dim} to {teacher_dim}",
         Step("", 2 * x + t + 2 * weights, 3 * product, precision),
         [
-            Step("residual and loss", x + t + weights, product, precision),
+            Step(
+                "residual and loss", x + t + weights, product, precision, 0,
+                product / 2048 * INSTRUCTIONS["residual"] + tokens * teacher_dim * EPILOGUE,
+            ),
             Step("d student", x + weights, product, precision),
             Step("d weight", x + weights, product, precision),
         ],
-    )
+        _host("linear_mse"),
+    )  # fmt: skip
 
 
 RESIDENT = 8192  # classes of a row that the row kernel holds in registers
 CENTRED = ("reverse_kl", "jsd", "tvd")  # their gradient needs a mean over the row first
+
+
+def _row_instructions(kind: str, rows: int, classes: int) -> float:
+    return rows * classes * INSTRUCTIONS[kind]["R" if classes <= RESIDENT else "S"]
 
 
 def _row_passes(kind: str, classes: int) -> int:
@@ -171,19 +249,32 @@ def logits(kind: str, rows: int, classes: int, dtype: torch.dtype) -> Cost:
         kind,
         f"{rows} rows, V {classes}",
         Step("", 3 * one, exponentials=2 * rows * classes),
-        [Step("rows", (2 * passes + 1) * one, exponentials=2 * passes * rows * classes)],
-    )
+        [
+            Step(
+                "rows", (2 * passes + 1) * one, exponentials=2 * passes * rows * classes,
+                instructions=_row_instructions(kind, rows, classes),
+            )
+        ],
+        _host("logits"),
+    )  # fmt: skip
 
 
 def topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> Cost:
     one, listed = rows * classes * dtype.itemsize, rows * k * (4 + 8)
     passes = 1 if classes <= RESIDENT else 2
+    listing = rows * k * LISTED * 32 * (16 if classes <= RESIDENT else 4 * passes)
     return Cost(
         "topk_soft_cross_entropy",
         f"{rows} rows, V {classes}, k {k}",
         Step("", 2 * one + listed, exponentials=rows * classes),
-        [Step("rows", (passes + 1) * one + listed, exponentials=passes * rows * classes)],
-    )
+        [
+            Step(
+                "rows", (passes + 1) * one + listed, exponentials=passes * rows * classes,
+                instructions=_row_instructions("topk", rows, classes) + listing,
+            )
+        ],
+        _host("topk"),
+    )  # fmt: skip
 
 
 def linear_logits(kind: str, tokens: int, student_dim: int, teacher_dim: int, classes: int, dtype: torch.dtype) -> Cost:
@@ -203,12 +294,16 @@ def linear_logits(kind: str, tokens: int, student_dim: int, teacher_dim: int, cl
         [
             Step("student logits", x + chunks * student_weight + scores, flops[0], precision),
             Step("teacher logits", t + chunks * teacher_weight + scores, flops[1], precision),
-            Step("rows", 2 * passes * scores + gradient, exponentials=2 * passes * tokens * classes),
+            Step(
+                "rows", 2 * passes * scores + gradient, exponentials=2 * passes * tokens * classes,
+                instructions=_row_instructions(kind, tokens, classes),
+            ),
             Step("d student", gradient + chunks * student_weight + x, flops[0], precision),
             # The float32 accumulator is read and written once per chunk.
             Step("d weight", gradient + x + chunks * 2 * classes * student_dim * 4, flops[0], precision),
         ],
-    )
+        _host("linear_logits"),
+    )  # fmt: skip
 
 
 def examples() -> list[Cost]:
@@ -235,27 +330,22 @@ def table(card: Card, costs: Sequence[Cost]) -> str:
     lines = [
         f"{card.name} ({card.source}): {card.memory / 1e12:.2f} TB/s, {card.bits16 / 1e12:.0f} TFLOP/s in 16 bits.",
         "",
-        "| op | shape | step | MB | GFLOP | G exp | bound by | floor |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- | ---: |",
+        "| op | shape | step | MB | GFLOP | G exp | G instructions | bound by | floor |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for cost in costs:
-        for step in [*cost.steps, None]:
-            if step is None:
-                floor, least = cost.floor(card), cost.least.seconds(card)
-                lines.append(
-                    f"| | | **all** | | | | {least / floor:.0%} of it is the op's own least | **{_micro(floor)}** |"
-                )
-                continue
-            parts = {
-                "memory": step.memory / card.memory,
-                "products": step.flops / getattr(card, step.precision),
-                "exponentials": step.exponentials / card.exponentials,
-            }
-            bound = max(parts, key=lambda name: parts[name])
+        for step in cost.steps:
+            parts = step.parts(card)
             lines.append(
                 f"| {cost.op} | {cost.shape} | {step.name} | {step.memory / 1e6:.4g} | {step.flops / 1e9:.4g} "
-                f"| {step.exponentials / 1e9:.3g} | {bound} | {_micro(step.seconds(card))} |"
+                f"| {step.exponentials / 1e9:.3g} | {step.instructions / 1e9:.3g} "
+                f"| {max(parts, key=parts.__getitem__)} | {_micro(step.seconds(card))} |"
             )
+        floor, least = cost.floor(card), cost.least.seconds(card)
+        lines.append(
+            f"| | | **all** | | | | | {least / floor:.0%} of it is the op's own least | **{_micro(floor)}** |\n"
+            f"| | | **predicted** | | | | | the host takes {_micro(cost.host)} | **{_micro(cost.predicted(card))}** |"
+        )
     return "\n".join(lines)
 
 
