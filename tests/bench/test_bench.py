@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -179,11 +180,14 @@ def test_without_a_gpu_it_names_the_stages_that_it_cannot_run(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_stages_begin_with_the_goals_and_name_files_that_exist(tmp_path: Path) -> None:
+def test_stages_are_in_the_order_of_use_and_name_files_that_exist(tmp_path: Path) -> None:
+    """First what is broken, then whether the ops are right, then how fast they are."""
     stages = dict(gpu.stages(tmp_path))
     names = list(stages)
-    assert names[: len(gpu.WITH_GOALS)] == [f"goals: {bench}" for bench in gpu.WITH_GOALS]
+    assert names[:5] == ["smoke", "tests for a GPU", "contract: triton", "contract: cuda", "contract: torch"]
+    assert names[5 : 5 + len(gpu.WITH_GOALS)] == [f"goals: {bench}" for bench in gpu.WITH_GOALS]
     assert names[-1] == "sanitizers"
+    assert find_spec(stages.pop("smoke")[0])
     for name, arguments in stages.items():
         files = [argument for argument in arguments if argument.endswith(".py") and not argument.startswith("-")]
         assert files or "tests" in arguments, name
@@ -195,7 +199,7 @@ def test_stages_resume_where_they_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "test_long.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
     (tmp_path / "test_wrong.py").write_text("def test_wrong(): assert False\n")
     names = ["quick", "long"]
-    monkeypatch.setattr(gpu, "stages", lambda results: [(name, ["-q", f"test_{name}.py"]) for name in names])
+    monkeypatch.setattr(gpu, "stages", lambda results: [(name, ["pytest", "-q", f"test_{name}.py"]) for name in names])
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     run = gpu.run
 

@@ -1,0 +1,96 @@
+"""Runs cases of bench.smoke in Triton's interpreter, and checks that the cases launch every kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the smoke test runs Triton's kernels")
+
+import fastdistill
+from bench import smoke
+
+CPU = torch.device("cpu")
+
+
+def case(op: str, name: str) -> smoke.Case:
+    return next(case for case in smoke.cases(small=True) if (case.op, case.name) == (op, name))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are compiled here")
+@pytest.mark.parametrize("op,name", [("attention_mse", "26 / 64, masks"), ("kl_div", "row in registers")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_case_is_right_in_the_interpreter(op: str, name: str, dtype: torch.dtype) -> None:
+    right, line = smoke.line(case(op, name), dtype, CPU)
+    assert right, line
+    assert line.startswith("ok, error ")
+
+
+def test_a_wrong_gradient_and_an_exception_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    kl_div = fastdistill.kl_div
+
+    def wrong(*, student_logits: torch.Tensor, backend: str, **inputs) -> torch.Tensor:
+        loss = kl_div(student_logits=student_logits, backend="reference", **inputs)
+        return loss if backend == "reference" else loss + 0.1 * (student_logits - student_logits.detach()).sum()
+
+    monkeypatch.setattr(fastdistill, "kl_div", wrong)
+    right, line = smoke.line(case("kl_div", "row in registers"), torch.float32, CPU)
+    assert not right
+    assert line.startswith("WRONG, error ")
+
+    def broken(**inputs) -> torch.Tensor:
+        raise RuntimeError("an illegal memory access\nwas encountered")
+
+    monkeypatch.setattr(fastdistill, "kl_div", broken)
+    right, line = smoke.line(case("kl_div", "row in registers"), torch.float32, CPU)
+    assert (right, line) == (False, "RuntimeError: an illegal memory access")
+
+
+def test_the_program_writes_a_line_a_case_and_names_what_it_does_not_reach(tmp_path: Path) -> None:
+    out = tmp_path / "smoke.txt"
+    for minutes, only, last in (
+        ("1", "kl_div (row in registers), triton", "0 of 3 failed"),
+        ("-1", "tvd", "not reached"),
+    ):
+        command = [sys.executable, "-m", "bench.smoke", "--minutes", minutes, "--only", only, "--out", str(out)]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(
+            command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert last in run.stdout
+        assert out.read_text().endswith(run.stdout)
+    lines = out.read_text().splitlines()
+    assert [line.split(": ")[0] for line in lines[1:4]] == [
+        f"kl_div (row in registers), triton, {dtype}" for dtype in ("float16", "float32", "float64")
+    ]
+
+
+LAUNCHED = """
+import torch
+from triton.runtime.jit import JITFunction
+from bench import host, smoke, static
+names = set()
+with host.stubbed():
+    JITFunction.run = lambda self, *arguments, **keywords: names.add(self.__name__)
+    for case in smoke.cases(small=True):
+        inputs = case.inputs()
+        if case.backend == "triton":
+            smoke._evaluate(case, inputs, "triton")
+print(sorted({launch.function.__name__ for _, launch in static.cases("sm_90")} - names))
+"""
+
+
+def test_the_cases_launch_every_kernel() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LAUNCHED],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.strip() == "[]"
