@@ -90,10 +90,10 @@ CSRC = [
         ("tvd", 41, 5.2, 84, 6.2), ("jsd", 60, 7, 118, 12.2),
     )
     for bound in (
-        Bound(kind, "bf16", "instructions a class", False, instructions, today, lambda kernel: kernel.instructions),
-        Bound(kind, "bf16", "MUFU a class", False, mufu, mufu_today, lambda kernel: kernel.mufu),
-        Bound(kind, "bf16", "share of the row's loads in flight", True, 1, 5 / 8, lambda kernel: kernel.share_in_flight),
-        Bound(kind, "bf16", "shared loads of 2 bytes", False, 0, 25, lambda kernel: kernel.narrow_shared_loads),
+        Bound(kind, "bf16", "instructions a class", False, instructions, today, lambda x: x.instructions),
+        Bound(kind, "bf16", "MUFU a class", False, mufu, mufu_today, lambda x: x.mufu),
+        Bound(kind, "bf16", "share of the row's loads in flight", True, 1, 5 / 8, lambda x: x.share_in_flight),
+        Bound(kind, "bf16", "shared loads of 2 bytes", False, 0, 25, lambda x: x.narrow_shared_loads),
     )
 ]  # fmt: skip
 

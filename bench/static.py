@@ -12,7 +12,8 @@ and which elements it handles):
     wavefronts    passes of 128 bytes through shared memory a unit, without bank conflicts
     products      operations of the matrix instructions / operations that the products need
     loads         for each operand: loads of a thread in one pass x their bits; single loads of small operands left out
-    in flight     of the widest loads, how many are issued before the first wait / how many there are
+    in flight     of the widest loads, how many are issued before the first wait / how many one pass has; asynchronous
+                  copies are issued some passes ahead
 
 An operand is found by tracing the address of each load back to the kernel's arguments. Where the code chooses between
 two pointers, both are named. Bits are those of the instruction. `--check` fails where a figure is worse than the bound

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="one of the measured backends")
 
-from bench import goals
+from bench import goals, host
 
 
 def test_no_op_takes_more_host_time_than_its_bound() -> None:
@@ -29,22 +30,8 @@ def test_no_op_takes_more_host_time_than_its_bound() -> None:
     assert {goal.what for goal in goals.HOST} <= set(measured)
 
 
-COUNTED = """
-import torch
-from bench import host
-x = torch.ones(4, 4, requires_grad=True)
-out, kernels = host._profiled(lambda: (x.reshape(2, 8).t().reshape(4, 4) @ x + 1).exp())
-print(kernels)  # copy, mm, add, exp; the views launch nothing
-[case] = [case for case in host.cases() if case.name == "kl_div"]
-print(host.measure(case, rounds=1).launches)
-"""
-
-
-def test_launches_and_kernels_are_counted() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COUNTED],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split("\n")[:2] == ["4", "(1, 1)"]
+def test_kernels_are_counted_without_views_and_conversions_of_numbers() -> None:
+    x = torch.ones(4, 4, requires_grad=True)
+    out, kernels = host._profiled(lambda: (x.reshape(2, 8).t().reshape(4, 4) @ x + 1).exp())
+    assert out.shape == (4, 4)
+    assert kernels == 4  # copy, mm, add, exp

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="the smoke test runs Triton's kernels")
 
 import fastdistill
 from bench import smoke
+from fastdistill import cuda
 
 CPU = torch.device("cpu")
 
@@ -51,24 +52,26 @@ def test_a_wrong_gradient_and_an_exception_are_reported(monkeypatch: pytest.Monk
     assert (right, line) == (False, "RuntimeError: an illegal memory access")
 
 
-def test_the_program_writes_a_line_a_case_and_names_what_it_does_not_reach(tmp_path: Path) -> None:
-    out = tmp_path / "smoke.txt"
-    for minutes, only, last in (
-        ("1", "kl_div (row in registers), triton", "0 of 3 failed"),
-        ("-1", "tvd", "not reached"),
-    ):
-        command = [sys.executable, "-m", "bench.smoke", "--minutes", minutes, "--only", only, "--out", str(out)]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = subprocess.run(
-            command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False
-        )
-        assert run.returncode == 0, run.stdout + run.stderr
-        assert last in run.stdout
-        assert out.read_text().endswith(run.stdout)
-    lines = out.read_text().splitlines()
-    assert [line.split(": ")[0] for line in lines[1:4]] == [
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the small sizes of the interpreter")
+def test_the_program_writes_a_line_a_case_and_names_what_it_does_not_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(minutes: str, only: str) -> list[str]:
+        out = tmp_path / f"{minutes}.txt"
+        monkeypatch.setattr(cuda, "unavailable", lambda device: "there is no card")
+        monkeypatch.setattr(sys, "argv", ["smoke", "--minutes", minutes, "--only", only, "--out", str(out)])
+        assert smoke.main() == 0
+        return out.read_text().splitlines()
+
+    first, *lines, last = written("1", "kl_div (row in registers), triton")
+    assert first == "backend cuda does not run here: there is no card"
+    assert [line.split(": ok, error ")[0] for line in lines] == [
         f"kl_div (row in registers), triton, {dtype}" for dtype in ("float16", "float32", "float64")
     ]
+    assert last == "0 of 3 failed"
+    assert written("-1", "tvd (row in registers)")[1:] == [
+        "not reached: tvd (row in registers), triton, torch.float16", "0 of 1 failed",
+    ]  # fmt: skip
 
 
 LAUNCHED = """
