@@ -5,9 +5,10 @@ With q' = [q_s, q_t], k' = [k_s, k_t] (D' = D_s + D_t), v = [s_s ..., -s_t ...] 
     sum_ij (a_s - a_t)^2 = < V Gq, Gk V >        Gq = q'^T q', Gk = k'^T k', D' x D'
     dq_s = 2 s_s q' V Gk[:, :D_s]                dk_s = 2 s_s k' V Gq[:, :D_s]
 
-    _gram      (splits of the rows, some batch x groups, queries | keys): the blocks SS, ST, TT of a Gram matrix
-    _contract  (batch x groups, rows of the matrix): sums the splits in order, in float64, into the loss and the
-               student's columns of both matrices
+    _gram      (splits of the rows, batch x groups, queries | keys): the blocks SS, ST or TS, and TT of a Gram matrix
+    _contract  (batch x groups, blocks of a triangle): sums the splits in order, in float64, into the loss and the
+               student's columns of both matrices; counts the allowed pairs
+    _finalise  (one program): adds up the loss and divides it
     _gradient  (tiles of rows, batch x heads): multiplies a row by the other side's matrix
 
 A causal mask becomes a scan over chunks of rows: a chunk of queries uses the Gram matrix of all keys before it, a chunk
@@ -40,16 +41,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastdistill.ops._attention import Attention
 
-# Most rows whose products are summed in float32. Half as many would double the traffic of partial sums, which at 26 /
-# 64 in bfloat16 is 9% of the rows' own (2 * 32 KiB a split, written and read, beside 720 KiB).
-SUMMED = 4096
+# Most rows whose products are summed in float32. Tensor cores truncate: a sum loses half a unit of its last place, on
+# average, with each step of 16 products, so a sum of n squares comes out too small by a factor of 1 - delta,
+#     delta = n / 16 steps * 1/2 (sums grow from 0) * 1/2 * 0.72 * 2^-23 (mean unit of a mantissa) = n * 2^-29.5
+# The loss is off by at most 2 delta / e^2 at a relative mismatch e: at e = 0.01 by 11% with 4096 rows, 2.7% with 1024.
+# Sums of both sides lose alike, so in emulation (26 / 64, equal scores in a rotated basis) it was 0.2% and 0.05%; with
+# 512 rows, rounding at random outweighs that. Wide heads sum 4 times as many: a split costs them more than its rows.
+SUMMED = 1024
 
 
 @triton.jit
 def _load_rows(x_ptr, row_stride, rows, exists, columns, DIM: tl.constexpr, UNIT: tl.constexpr):
     """Returns (rows, columns) of one head, zero where a row is masked; its stride counts units of UNIT numbers."""
-    where = rows[:, None] * row_stride * UNIT + columns[None, :]
-    return tl.load(x_ptr + where, mask=exists[:, None] & (columns < DIM)[None, :], other=0)
+    x_ptr += rows[:, None] * row_stride * UNIT + columns[None, :]
+    return tl.load(x_ptr, mask=exists[:, None] & (columns < DIM)[None, :], other=0)
 
 
 @triton.jit
@@ -133,10 +138,11 @@ def _gram(
     masked_rows = tl.where(((side + 1) & MASKED) != 0, length, 0)
     rows = tl.arange(0, ROWS)
     for tile in range(from_tile, tl.minimum(from_tile + share, tiles * heads)):
-        head, start = (tile // tiles).to(tl.int64), (first + tile % tiles * ROWS).to(tl.int64)
+        head, start = (tile // tiles).to(tl.int64), first + tile % tiles * ROWS
         exists = rows < length - start
         if MASKED:
             exists &= tl.load(mask_ptr + start + rows, mask=rows < masked_rows - start, other=1) != 0
+        start = start.to(tl.int64)
         a = _load_rows(a_ptr + (head * a_head + start * a_row) * UNIT_A, a_row, rows, exists, columns_a, D_A, UNIT_A)
         b = _load_rows(b_ptr + (head * b_head + start * b_row) * UNIT_B, b_row, rows, exists, columns_b, D_B, UNIT_B)
         if a.dtype != b.dtype or tl.float64 == WIDE:
@@ -460,10 +466,9 @@ def _plan(
     tall: int,  # rows of a group's queries or keys, the larger number
     d_s: int, d_t: int,
 ) -> _Plan:  # fmt: skip
-    rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (64 if arch.startswith("gfx") else 128, 128)
-    # The tensor cores' instructions of sm_90 and later have 64 rows. With operands of fewer columns, Triton takes older
-    # instructions, does part of the work in several warps, and does not pipeline the loads.
+    # sm_90's tensor cores multiply 64 rows at once: with fewer columns, warps repeat work and loads are not pipelined.
     has_long_tiles = arch.startswith(("sm_9", "sm_10")) and not wide
+    rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (128 if has_long_tiles else 64, 128)
     block_s, block_t = (min(max(power_of_2(d), 64 if has_long_tiles else 16), widest) for d in (d_s, d_t))
     one_program = d_s <= block_s and d_t <= block_t and block_s + block_t <= 128
     # Each block of wide heads is a program: the launch with the fewest blocks should fill the card.
@@ -479,7 +484,7 @@ def _plan(
         waves = _blocks(programs * splits, slots)
         return waves * slots * _blocks(tiles, splits) * tile_bytes + 2 * splits * partial_bytes  # written and read
 
-    least = 1 if wide else _blocks(tiles, SUMMED // rows)
+    least = 1 if wide else _blocks(tiles, (1 if one_program else 4) * SUMMED // rows)
     most = max(least, min(tiles // 4, _blocks(4 * slots, programs)))
     options = {"num_warps": 4 if block_s + block_t <= 64 else 8, "num_stages": 2}
     if has_long_tiles and one_program:
@@ -512,7 +517,7 @@ def _partial_grams(
             WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32, **plan.options,
         )  # fmt: skip
 
-    # The wider side's columns become the rows of the product: there is no block of fewer rows than tensor cores take.
+    # The wider side's columns become the rows of the product: tensor cores want many.
     wider, narrower = (tq, tk, plan.block_t, d_s), (sq, sk, plan.block_s, 0)
     if d_s > d_t:
         wider, narrower = narrower, wider
@@ -533,8 +538,7 @@ def loss(
     """Returns the loss (), its divisor () float64, the allowed pairs of a head of each batch entry (B; empty without a
     mask to count), and the student's columns of Gq and Gk (B, groups, D', D_s).
 
-    Under a causal mask each chunk has its own matrices (see `grams_of_a_scan`): of the queries after it, and of the
-    keys before it.
+    Under a causal mask each chunk has its own matrices: of the queries after it, and of the keys before it.
     """
     call = call._replace(**{name: _rows(getattr(call, name)) for name in call._fields[:4]})
     (batch, heads, query_length, d_s), is_causal = call.student_query.shape, call.is_causal
@@ -557,8 +561,6 @@ def loss(
     triangle = _blocks(width, block) * (_blocks(width, block) + 1) // 2
     totals = new(batch * groups * triangle, dtype=torch.float64)
     counts = pairs if has_pairs and number is None and num_items is None else None
-    if num_items is not None:
-        num_items = num_items.to(out.device)
     with on_device_of(out):
         _partial_grams(call, query_mask, key_mask, groups, plan, partial)
         _contract[(len(totals),)](

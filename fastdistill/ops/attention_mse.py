@@ -51,11 +51,28 @@ def attention_mse(call: Attention, backend: str, divisor: Divisor) -> tuple[Tens
 def _prefers_gram(call: Attention, backend: str) -> bool:
     d_s, d_t = call.student_query.shape[3], call.teacher_query.shape[3]
     if backend == "triton":  # wider heads have no other kernel
-        return call.is_causal or max(d_s, d_t) > _attention.WIDEST_TILE or takes_gram(*call.tensors())
+        is_scan = call.is_causal and _float64_cost(*call.tensors()) == 1
+        return is_scan or max(d_s, d_t) > _attention.WIDEST_TILE or takes_gram(*call.tensors())
     # Query rows that meet the same keys, and the measured cost of a row either way.
     query_length, key_length = call.lengths()
     rows = query_length * (call.student_query.shape[1] // max(call.student_key.shape[1], call.teacher_key.shape[1]))
-    return rows * key_length > (5 if call.is_causal else 2) * (d_s + d_t) * (rows + key_length)
+    cost = (5 if call.is_causal else 2) * (d_s + d_t) * (20 if _has_slow_float64(call.student_query.device) else 1)
+    return rows * key_length > cost * (rows + key_length)
+
+
+def _has_slow_float64(device: torch.device) -> bool:
+    """Returns whether float64 is a 32nd or 64th of float32's speed, as on consumer cards and inference cards."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None:
+        return not torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9")
+    return torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0))  # A100, H100, B200
+
+
+def _float64_cost(*tensors: Tensor) -> int:
+    """Returns how many times as long as three TF32 products the Gram products of the Triton kernels take."""
+    in_float64 = any(x.itemsize > 2 for x in tensors)
+    return 20 if in_float64 and _has_slow_float64(tensors[0].device) else 1  # 27 and 1.3 TFLOP/s on an RTX 4090
 
 
 def takes_gram(student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> bool:
@@ -76,11 +93,14 @@ def takes_gram(student_query: Tensor, student_key: Tensor, teacher_query: Tensor
     keys, d_t = student_key.shape[2], teacher_query.shape[3]
     rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
     wide, width = max(student_query.itemsize, teacher_query.itemsize) > 2, d_s + d_t
-    if width <= 128:  # one program computes a whole matrix, and the matrices of many heads stay in the L2 cache
+    slowness = _float64_cost(student_query, teacher_query)
+    if (
+        width <= 128 and slowness == 1
+    ):  # one program computes a whole matrix, and the matrices of many heads stay in the L2 cache
         return True
     gram_bytes = 4 * (8 if wide else 4) * width * (width + d_s)
     terms = 1 if wide else 2
-    gram_products = 2 * (rows + keys) * (d_s * d_s + d_s * d_t + d_t * d_t + terms * width * d_s)
+    gram_products = slowness * 2 * (rows + keys) * (d_s * d_s + d_s * d_t + d_t * d_t + terms * width * d_s)
     if max(d_s, d_t) <= _attention.WIDEST_TILE:
         tile_bytes, tile_products = 8 * (rows + keys) * d_s, 4 * rows * keys * (width + d_s)
     else:
@@ -183,6 +203,8 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
             call = counted.as_masks(call)
             if number is None and num_items is None:
                 num_items = counted.pairs(call)
+        if num_items is not None:
+            num_items = num_items.to(call.student_query.device)
         return kernels.loss(call, number, num_items, near)
     counted = _attention.count_rows(call)
     with _common.no_autocast(call.student_query):

@@ -464,6 +464,30 @@ def test_the_gram_form_is_taken_if_cheaper(length: int, d_s: int, d_t: int, dtyp
     assert mse.takes_gram(*pair(8, length // 8, length, d_s, d_t, dtype, kv=1)) == gram
 
 
+@pytest.mark.parametrize("length,dtype,is_causal,linear", [
+    (512, FP32, False, False),
+    (512, FP32, True, False),
+    (8192, FP32, False, True),  # linear in the length, if slowly
+    (512, BF16, False, True),  # multiplied in bfloat16
+    (512, BF16, True, True),
+])  # fmt: skip
+def test_cards_with_slow_float64_take_tiles_of_scores(
+    length: int, dtype: torch.dtype, is_causal: bool, linear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Attention(*pair(4, length, length, 26, 64, dtype), 1.0, 1.0, None, None, is_causal, None)
+    assert mse._prefers_gram(call, "triton")
+    monkeypatch.setattr(mse, "_has_slow_float64", lambda device: True)
+    assert mse._prefers_gram(call, "triton") == linear
+
+
+@pytest.mark.parametrize("capability,slow", [((8, 0), False), ((8, 6), True), ((8, 9), True), ((9, 0), False),
+                                             ((10, 0), False), ((10, 3), True), ((12, 0), True)])  # fmt: skip
+def test_cards_with_slow_float64(capability: tuple[int, int], slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert mse._has_slow_float64(torch.device("cuda")) == slow
+    assert not mse._has_slow_float64(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("shape,is_causal,chosen,linear", [
     ((4, 16, 16, 26, 64, BF16), False, "triton", True),
     ((4, 64, 64, 256, 256, BF16), False, "triton", False),
