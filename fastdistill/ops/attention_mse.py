@@ -39,9 +39,9 @@ def attention_mse(call: Attention, backend: str, divisor: Divisor) -> tuple[Tens
     """Returns the sum of squares () divided by `divisor`, or by the number of allowed pairs if that is None; or the sum
     and what is still to divide it. A divisor of 0 stands for 1."""
     call = call.folded()
+    if divisor is None:
+        divisor = call.pairs()
     if call.attn_mask is None and _prefers_gram(call, backend):
-        if divisor is None:
-            divisor = call.pairs()
         number, num_items = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
         return _linear(*call, backend, number, num_items)[0], None
     total, count, *_ = _tiled(*call, backend, call.differentiable())
