@@ -71,7 +71,7 @@ def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
     return first, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _gram(
     a_query_ptr, b_query_ptr,  # (B, H, L, D_a), (B, H, L, D_b)
     a_key_ptr, b_key_ptr,  # (B, H_a, S, D_a), (B, H_b, S, D_b)
@@ -180,7 +180,7 @@ def _counted(mask_ptr, start, length, BLOCK: tl.constexpr):
     return tl.sum(total, 0).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _contract(
     partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first
     query_mask_ptr, key_mask_ptr,  # (B, L), (B, S) bool; None: all rows count
