@@ -110,6 +110,7 @@ def _launch(function: JITFunction, arguments: tuple, keywords: dict[str, Any]) -
     for i, parameter in enumerate(function.params):
         value = values.get(parameter.name, parameter.default if parameter.has_default else None)
         is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        is_one = is_one and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
@@ -120,7 +121,7 @@ def _launch(function: JITFunction, arguments: tuple, keywords: dict[str, Any]) -
             signature[parameter.name], divisible = parameter.annotation_type or "fp32", False
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            divisible = value % 16 == 0
+            divisible = value % 16 == 0 and not parameter.do_not_specialize
         if divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return Launch(function, signature, constants, attributes, keywords)
