@@ -499,9 +499,8 @@ def _partial_grams(
 ) -> None:  # fmt: skip
     sq, sk, tq, tk = call.tensors()
     heads, d_s, d_t = sq.shape[1], sq.shape[3], tq.shape[3]
-    masks = [query_mask[0], key_mask[0]]
-    if masks != [None, None]:  # a pointer that is not read
-        masks = [key_mask[0] if masks[0] is None else masks[0], query_mask[0] if masks[1] is None else masks[1]]
+    queries, keys = query_mask[0], key_mask[0]
+    masks = keys if queries is None else queries, queries if keys is None else keys  # the other stands in, unread
 
     def launch(a: tuple, b: tuple, everything: bool) -> None:
         (a_query, a_key, block_a, first_a), (b_query, b_key, block_b, first_b) = a, b
@@ -511,7 +510,7 @@ def _partial_grams(
             *_strides(unit_a, a_query), *_strides(unit_b, b_query), *_strides(unit_a, a_key), *_strides(unit_b, b_key),
             query_mask[1], key_mask[1], out.shape[2], groups, *call.lengths(), heads // groups,
             groups // a_key.shape[1], groups // b_key.shape[1], out.shape[0],
-            MASKED=(query_mask[0] is not None) + 2 * (key_mask[0] is not None),
+            MASKED=(queries is not None) + 2 * (keys is not None),
             CHUNK=CHUNK if call.is_causal else 0, UNIT_A=unit_a, UNIT_B=unit_b, D_A=d_a, D_B=d_b, WIDTH=out.shape[3],
             FIRST_A=first_a, FIRST_B=first_b, ALL=everything, BLOCK_A=block_a, BLOCK_B=block_b, ROWS=plan.rows,
             WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32, **plan.options,
