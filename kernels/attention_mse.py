@@ -570,7 +570,7 @@ def loss(
         )  # fmt: skip
         _finalise[(1,)](
             totals, near, counts, num_items, out, divisor, len(totals), batch, heads,
-            0.0 if number is None else number, BLOCK=1024, num_warps=4,
+            0.0 if number is None else float(number), BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return out, divisor, pairs, query_gram, key_gram
 
