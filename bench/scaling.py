@@ -37,7 +37,7 @@ MEMORY = {"H200": 141e9, "H100": 80e9, "A100": 80e9, "B200": 180e9, "MI300X": 19
 LINK = {"H200": 450e9, "H100": 450e9, "A100": 300e9, "B200": 900e9, "MI300X": 448e9}  # published, one direction
 USABLE = 0.9  # share of the memory; the device context and the allocator take the rest
 RESIDUAL = 24 << 20  # CHUNK_BYTES of kernels/linear_mse.py
-SUMMED = 4096  # SUMMED of kernels/attention_mse.py
+SUMMED = 1024  # SUMMED of kernels/attention_mse.py
 
 
 # -- models ------------------------------------------------------------------------------------------------

@@ -218,11 +218,14 @@ def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False, 
     rows = torch.empty(2, 1, length, dtype=torch.bool) if masked else None
 
     def call() -> None:
-        inputs = _attention(student, teacher, rows, is_causal)
-        _, *grams = attention_mse.loss(*inputs)
+        call, _ = _attention(student, teacher, None, is_causal)
+        mask = None if rows is None else rows[:, 0]
+        call = call._replace(query_mask=mask, key_mask=mask)
+        total = torch.empty(()).double() if is_causal else None
+        loss, *saved = attention_mse.loss(call, None if masked and not is_causal else 1.0, None, total)
         near = (student.float(), student[:, :2].float()) if is_causal else (None, None)
         gradients = torch.empty_like(student), torch.empty_like(student[:, :2])
-        attention_mse.gradients(torch.empty(()), *inputs, *grams, near, *gradients)
+        attention_mse.gradients(loss, call, *saved, near, *gradients)
 
     return f"attention_mse {d_s} / {d_t} {name}" + " masked" * masked + " causal" * is_causal + " long" * (
         length > 4096

@@ -5,9 +5,10 @@ With q' = [q_s, q_t], k' = [k_s, k_t] (D' = D_s + D_t), v = [s_s ..., -s_t ...] 
     sum_ij (a_s - a_t)^2 = < V Gq, Gk V >        Gq = q'^T q', Gk = k'^T k', D' x D'
     dq_s = 2 s_s q' V Gk[:, :D_s]                dk_s = 2 s_s k' V Gq[:, :D_s]
 
-    _gram      (splits of the rows, some batch x groups, queries | keys): the blocks SS, ST, TT of a Gram matrix
-    _contract  (batch x groups, rows of the matrix): sums the splits in order, in float64, into the loss and the
-               student's columns of both matrices
+    _gram      (splits of the rows, batch x groups, queries | keys): the blocks SS, ST or TS, and TT of a Gram matrix
+    _contract  (batch x groups, blocks of a triangle): sums the splits in order, in float64, into the loss and the
+               student's columns of both matrices; counts the allowed pairs
+    _finalise  (one program): adds up the loss and divides it
     _gradient  (tiles of rows, batch x heads): multiplies a row by the other side's matrix
 
 A causal mask becomes a scan over chunks of rows: a chunk of queries uses the Gram matrix of all keys before it, a chunk
@@ -26,8 +27,9 @@ of 2 in registers only. Heads too wide for one program, such as hidden states us
 block by block.
 """
 
-from math import lcm
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from math import gcd, lcm
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -37,20 +39,22 @@ from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastdistill.ops._attention import Attention, Counted
+    from fastdistill.ops._attention import Attention
 
-# Most rows whose products are summed in float32. Half as many would double the traffic of partial sums, which at 26 /
-# 64 in bfloat16 is 9% of the rows' own (2 * 32 KiB a split, written and read, beside 720 KiB).
-SUMMED = 4096
+# Most rows whose products are summed in float32. Tensor cores truncate: a sum loses half a unit of its last place, on
+# average, with each step of 16 products, so a sum of n squares comes out too small by a factor of 1 - delta,
+#     delta = n / 16 steps * 1/2 (sums grow from 0) * 1/2 * 0.72 * 2^-23 (mean unit of a mantissa) = n * 2^-29.5
+# The loss is off by at most 2 delta / e^2 at a relative mismatch e: at e = 0.01 by 11% with 4096 rows, 2.7% with 1024.
+# Sums of both sides lose alike, so in emulation (26 / 64, equal scores in a rotated basis) it was 0.2% and 0.05%; with
+# 512 rows, rounding at random outweighs that. Wide heads sum 4 times as many: a split costs them more than its rows.
+SUMMED = 1024
 
 
 @triton.jit
-def _load_rows(
-    x_ptr, row_stride, rows, exists, columns, DIM: tl.constexpr
-):  # (rows, columns) of one head, zero where a row is masked  # fmt: skip
-    return tl.load(
-        x_ptr + rows[:, None] * row_stride + columns[None, :], mask=exists[:, None] & (columns < DIM)[None, :], other=0
-    )
+def _load_rows(x_ptr, row_stride, rows, exists, columns, DIM: tl.constexpr, UNIT: tl.constexpr):
+    """Returns (rows, columns) of one head, zero where a row is masked; its stride counts units of UNIT numbers."""
+    x_ptr += rows[:, None] * row_stride * UNIT + columns[None, :]
+    return tl.load(x_ptr, mask=exists[:, None] & (columns < DIM)[None, :], other=0)
 
 
 @triton.jit
@@ -67,24 +71,27 @@ def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
     return first, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _gram(
     a_query_ptr, b_query_ptr,  # (B, H, L, D_a), (B, H, L, D_b)
     a_key_ptr, b_key_ptr,  # (B, H_a, S, D_a), (B, H_b, S, D_b)
-    counted_queries_ptr, counted_keys_ptr,  # (B, L), (B, S) bool; None: all rows count
-    out_ptr,  # (splits, 2, B * groups, D', D'), from where the block A^T B starts
-    a_query_batch, a_query_head, a_query_row, b_query_batch, b_query_head, b_query_row,  # strides
+    query_mask_ptr, key_mask_ptr,  # (B, L), (B, S) bool
+    out_ptr,  # (splits, 2, B * groups, D', D')
+    a_query_batch, a_query_head, a_query_row, b_query_batch, b_query_head, b_query_row,  # strides / UNIT_A or UNIT_B
     a_key_batch, a_key_head, a_key_row, b_key_batch, b_key_head, b_key_row,
-    counted_queries_batch, counted_keys_batch,
-    groups, query_length, key_length, heads_of_a_group,
+    query_mask_batch, key_mask_batch,
+    count, groups, query_length, key_length, heads_of_a_group,  # count: B * groups
     sharing_a, sharing_b,  # groups that share a key head
     splits,
-    count, groups_of_a_program,  # B * groups, and how many of them one program loops over
-    SEVERAL: tl.constexpr,
+    MASKED: tl.constexpr,  # 1: queries, 2: keys, 3: both
     CHUNK: tl.constexpr,  # rows of a chunk of the causal scan, each a split; 0: a split is any share of the rows
+    UNIT_A: tl.constexpr,
+    UNIT_B: tl.constexpr,
     D_A: tl.constexpr,
     D_B: tl.constexpr,
     WIDTH: tl.constexpr,  # D'
+    FIRST_A: tl.constexpr,  # where A's columns begin in D'
+    FIRST_B: tl.constexpr,
     ALL: tl.constexpr,  # compute A^T A and B^T B as well: both are one block wide
     WIDE: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -97,122 +104,190 @@ def _gram(
     BLOCKS: tl.constexpr = (D_A + BLOCK_A - 1) // BLOCK_A * COLUMN_BLOCKS
     block, program = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
     split, program = program % splits, program // splits
-    programs = tl.cdiv(count, groups_of_a_program)
-    side, first_of = program // programs, program % programs * groups_of_a_program
-    first_a, first_b = block // COLUMN_BLOCKS * BLOCK_A, block % COLUMN_BLOCKS * BLOCK_B
-    columns_a, columns_b = first_a + tl.arange(0, BLOCK_A), first_b + tl.arange(0, BLOCK_B)
-    inside_a, inside_b = columns_a < D_A, columns_b < D_B
-    for nth in range(tl.minimum(groups_of_a_program, count - first_of) if SEVERAL else 1):
-        of = first_of + nth
-        batch, group = (of // groups).to(tl.int64), (of % groups).to(tl.int64)
+    side, of = program // count, program % count
+    batch, group = (of // groups).to(tl.int64), (of % groups).to(tl.int64)
+    columns_a = block // COLUMN_BLOCKS * BLOCK_A + tl.arange(0, BLOCK_A)
+    columns_b = block % COLUMN_BLOCKS * BLOCK_B + tl.arange(0, BLOCK_B)
 
-        # Queries: all heads of the group. Keys: the one head that the group shares.
-        length, heads = query_length, heads_of_a_group
-        a_ptr = a_query_ptr + batch * a_query_batch + group * heads_of_a_group * a_query_head
-        b_ptr = b_query_ptr + batch * b_query_batch + group * heads_of_a_group * b_query_head
-        a_row, b_row, a_head, b_head = a_query_row, b_query_row, a_query_head, b_query_head
-        if side == 1:
-            length, heads = key_length, 1
-            a_ptr = a_key_ptr + batch * a_key_batch + group // sharing_a * a_key_head
-            b_ptr = b_key_ptr + batch * b_key_batch + group // sharing_b * b_key_head
-            a_row, b_row, a_head, b_head = a_key_row, b_key_row, a_key_head, b_key_head
+    # Queries: all heads of the group. Keys: the one head that the group shares.
+    length, heads = query_length, heads_of_a_group
+    a_ptr = a_query_ptr + (batch * a_query_batch + group * heads_of_a_group * a_query_head) * UNIT_A
+    b_ptr = b_query_ptr + (batch * b_query_batch + group * heads_of_a_group * b_query_head) * UNIT_B
+    a_row, b_row, a_head, b_head = a_query_row, b_query_row, a_query_head, b_query_head
+    if MASKED:
+        mask_ptr = query_mask_ptr + batch * query_mask_batch
+    if side == 1:
+        length, heads = key_length, 1
+        a_ptr = a_key_ptr + (batch * a_key_batch + group // sharing_a * a_key_head) * UNIT_A
+        b_ptr = b_key_ptr + (batch * b_key_batch + group // sharing_b * b_key_head) * UNIT_B
+        a_row, b_row, a_head, b_head = a_key_row, b_key_row, a_key_head, b_key_head
+        if MASKED:
+            mask_ptr = key_mask_ptr + batch * key_mask_batch
 
-        ab = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
-        aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
-        bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
-        first = 0
-        if CHUNK:
-            first, length = _chunk(split, side, query_length, key_length, CHUNK)
-        tiles = tl.maximum(tl.cdiv(length - first, ROWS), 0)  # of a head
-        share = tiles * heads
-        if not CHUNK:
-            share = tl.cdiv(share, splits)
-        from_tile = 0 if CHUNK else split * share
-        for tile in range(from_tile, tl.minimum(from_tile + share, tiles * heads)):
-            head = (tile // tiles).to(tl.int64)
-            rows = (first + tile % tiles * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-            exists = rows < length
-            if side == 0:
-                if counted_queries_ptr is not None:
-                    exists &= (
-                        tl.load(counted_queries_ptr + batch * counted_queries_batch + rows, mask=exists, other=0) != 0
-                    )
-            else:
-                if counted_keys_ptr is not None:
-                    exists &= tl.load(counted_keys_ptr + batch * counted_keys_batch + rows, mask=exists, other=0) != 0
-            a = _load_rows(a_ptr + head * a_head, a_row, rows, exists, columns_a, D_A)
-            b = _load_rows(b_ptr + head * b_head, b_row, rows, exists, columns_b, D_B)
-            if a.dtype != b.dtype or tl.float64 == WIDE:
-                a, b = a.to(WIDE), b.to(WIDE)
-            ab = tl.dot(tl.trans(a), b, ab, input_precision="ieee", out_dtype=WIDE)
-            if ALL:
-                aa = tl.dot(tl.trans(a), a, aa, input_precision="ieee", out_dtype=WIDE)
-                bb = tl.dot(tl.trans(b), b, bb, input_precision="ieee", out_dtype=WIDE)
+    ab = tl.zeros((BLOCK_A, BLOCK_B), WIDE)
+    aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
+    bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
+    first = 0
+    if CHUNK:
+        first, length = _chunk(split, side, query_length, key_length, CHUNK)
+    tiles = tl.maximum(tl.cdiv(length - first, ROWS), 0)  # of a head
+    share = tiles * heads
+    if not CHUNK:
+        share = tl.cdiv(share, splits)
+    from_tile = 0 if CHUNK else split * share
+    masked_rows = tl.where(((side + 1) & MASKED) != 0, length, 0)
+    rows = tl.arange(0, ROWS)
+    for tile in range(from_tile, tl.minimum(from_tile + share, tiles * heads)):
+        head, start = (tile // tiles).to(tl.int64), first + tile % tiles * ROWS
+        exists = rows < length - start
+        if MASKED:
+            exists &= tl.load(mask_ptr + start + rows, mask=rows < masked_rows - start, other=1) != 0
+        start = start.to(tl.int64)
+        a = _load_rows(a_ptr + (head * a_head + start * a_row) * UNIT_A, a_row, rows, exists, columns_a, D_A, UNIT_A)
+        b = _load_rows(b_ptr + (head * b_head + start * b_row) * UNIT_B, b_row, rows, exists, columns_b, D_B, UNIT_B)
+        if a.dtype != b.dtype or tl.float64 == WIDE:
+            a, b = a.to(WIDE), b.to(WIDE)
+        ab = tl.dot(tl.trans(a), b, ab, input_precision="ieee", out_dtype=WIDE)
+        if ALL:
+            aa = tl.dot(tl.trans(a), a, aa, input_precision="ieee", out_dtype=WIDE)
+            bb = tl.dot(tl.trans(b), b, bb, input_precision="ieee", out_dtype=WIDE)
 
-        matrix_ptr = out_ptr + ((split * 2 + side).to(tl.int64) * count + of) * (WIDTH * WIDTH)
-        tl.store(
-            matrix_ptr + columns_a[:, None] * WIDTH + columns_b[None, :], ab, mask=inside_a[:, None] & inside_b[None, :]
-        )
-        if ALL:  # the block A^T B starts D_A columns into the matrix
-            aa_ptr, bb_ptr = matrix_ptr - D_A, matrix_ptr + D_A * WIDTH
-            tl.store(
-                aa_ptr + columns_a[:, None] * WIDTH + columns_a[None, :], aa, mask=inside_a[:, None] & inside_a[None, :]
-            )
-            tl.store(
-                bb_ptr + columns_b[:, None] * WIDTH + columns_b[None, :], bb, mask=inside_b[:, None] & inside_b[None, :]
-            )
+    out_ptr += ((split * 2 + side).to(tl.int64) * count + of) * (WIDTH * WIDTH)
+    _store_block(out_ptr, ab, columns_a, columns_b, FIRST_A, FIRST_B, D_A, D_B, WIDTH)
+    if ALL:
+        _store_block(out_ptr, aa, columns_a, columns_a, FIRST_A, FIRST_A, D_A, D_A, WIDTH)
+        _store_block(out_ptr, bb, columns_b, columns_b, FIRST_B, FIRST_B, D_B, D_B, WIDTH)
 
 
 @triton.jit
+def _store_block(
+    matrix_ptr, block, i, j, FIRST_I: tl.constexpr, FIRST_J: tl.constexpr, D_I: tl.constexpr, D_J: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    where = (FIRST_I + i)[:, None] * WIDTH + (FIRST_J + j)[None, :]
+    tl.store(matrix_ptr + where, block, mask=(i < D_I)[:, None] & (j < D_J)[None, :])
+
+
+@triton.jit
+def _counted(mask_ptr, start, length, BLOCK: tl.constexpr):
+    """Returns how many rows count, int64."""
+    if mask_ptr is None:
+        return tl.cast(length, tl.int64)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for block in range(0, length, BLOCK):
+        at = block + tl.arange(0, BLOCK)
+        total += tl.load(mask_ptr + start + at, mask=at < length, other=0).to(tl.int32)
+    return tl.sum(total, 0).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["splits"])
 def _contract(
-    partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first; the block TS is not written
-    total_ptr,  # (B * groups, row blocks)
+    partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first
+    query_mask_ptr, key_mask_ptr,  # (B, L), (B, S) bool; None: all rows count
+    pairs_ptr,  # (B) int64: allowed pairs of a head; None: not wanted
+    total_ptr,  # (B * groups, blocks of a triangle)
     # (B * groups, D', D_s); in the scan (splits, B * groups, D', D_s): of a chunk's queries and all later ones, of its
     # keys and all earlier ones.
     query_gram_ptr, key_gram_ptr,
-    splits,
+    query_mask_batch, key_mask_batch,  # strides
+    groups, query_length, key_length, splits,
     student_scale: tl.float64, teacher_scale: tl.float64,
     D_S: tl.constexpr,
     WIDTH: tl.constexpr,
+    TS: tl.constexpr,  # the partials hold the block TS, not ST
     IS_CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    of, count = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ROW_BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
+    BLOCKS: tl.constexpr = ROW_BLOCKS * (ROW_BLOCKS + 1) // 2
+    of, count = (tl.program_id(0) // BLOCKS).to(tl.int64), (tl.num_programs(0) // BLOCKS).to(tl.int64)
+    # Gram matrices are symmetric: only blocks on or below the diagonal are computed, 0, 1, 2 ... row by row.
+    block = tl.program_id(0) % BLOCKS
+    row = ((tl.sqrt_rn(8.0 * block + 1) - 1) * 0.5).to(tl.int32)
+    column = block - row * (row + 1) // 2
+    i, j = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
+    larger, smaller = tl.maximum(i[:, None], j[None, :]), tl.minimum(i[:, None], j[None, :])
+    if TS:
+        where = larger * WIDTH + smaller
+    else:
+        where = smaller * WIDTH + larger
+    width = tl.cast(WIDTH, tl.int32)
+    if pairs_ptr is not None:
+        # Without a pair, rows that count by their own mask alone may hold NaN: the matrices are zero.
+        batch = of // groups
+        queries = _counted(query_mask_ptr, batch * query_mask_batch, query_length, 1024)
+        pairs = queries * _counted(key_mask_ptr, batch * key_mask_batch, key_length, 1024)
+        width = tl.where(pairs > 0, width, 0)
+        tl.store(pairs_ptr + batch, pairs, mask=(of % groups == 0) & (block == 0))
+    read = (i < width)[:, None] & (j < width)[None, :]
     student_scale, teacher_scale = tl.full((), student_scale, tl.float64), tl.full((), teacher_scale, tl.float64)
-    v_i = tl.where(i < D_S, student_scale, -teacher_scale)
+    v_i, v_j = tl.where(i < D_S, student_scale, -teacher_scale), tl.where(j < D_S, student_scale, -teacher_scale)
+    weight = v_i[:, None] * v_j[None, :] * tl.where(row == column, 1, 2)
     total = tl.zeros((BLOCK, BLOCK), tl.float64)
-    for start in range(0, WIDTH, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        v_j = tl.where(j < D_S, student_scale, -teacher_scale)
-        inside = (i < WIDTH)[:, None] & (j < WIDTH)[None, :]
-        # A Gram matrix is symmetric: read the block TS from ST.
-        where = tl.minimum(i[:, None], j[None, :]) * WIDTH + tl.maximum(i[:, None], j[None, :])
-        query = tl.zeros((BLOCK, BLOCK), tl.float64)
-        key = tl.zeros((BLOCK, BLOCK), tl.float64)
-        columns = (i < WIDTH)[:, None] & (j < D_S)[None, :]
-        out = of * (WIDTH * D_S) + i[:, None] * D_S + j[None, :]
-        size = count * (WIDTH * D_S)
-        for split in range(splits):
-            at = partial_ptr + (split * 2 * count + of) * (WIDTH * WIDTH) + where
-            part = tl.load(at, mask=inside, other=0).to(tl.float64)
-            key += tl.load(at + count * (WIDTH * WIDTH), mask=inside, other=0).to(tl.float64)
-            if IS_CAUSAL:
-                total += part * key * (v_i[:, None] * v_j[None, :])
-                tl.store(key_gram_ptr + split * size + out, key, mask=columns)
-            else:
-                query += part
+    query = tl.zeros((BLOCK, BLOCK), tl.float64)
+    key = tl.zeros((BLOCK, BLOCK), tl.float64)
+    at, side, matrices = partial_ptr + of * (WIDTH * WIDTH) + where, count * (WIDTH * WIDTH), count * (WIDTH * D_S)
+    of *= WIDTH * D_S
+    for split in range(splits):
+        part = tl.load(at + split * 2 * side, mask=read, other=0).to(tl.float64)
+        key += tl.load(at + (split * 2 + 1) * side, mask=read, other=0).to(tl.float64)
         if IS_CAUSAL:
-            for back in range(splits):
-                split = splits - 1 - back
-                at = partial_ptr + (split * 2 * count + of) * (WIDTH * WIDTH) + where
-                query += tl.load(at, mask=inside, other=0).to(tl.float64)
-                tl.store(query_gram_ptr + split * size + out, query, mask=columns)
+            total += part * key * weight
+            _store_twice(key_gram_ptr + split * matrices + of, key, i, j, D_S, WIDTH)
         else:
-            total += query * key * (v_i[:, None] * v_j[None, :])
-            tl.store(query_gram_ptr + out, query, mask=columns)
-            tl.store(key_gram_ptr + out, key, mask=columns)
-    tl.store(total_ptr + of * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(total, 1), 0))
+            query += part
+    if IS_CAUSAL:
+        for back in range(splits):
+            split = splits - 1 - back
+            query += tl.load(at + split * 2 * side, mask=read, other=0).to(tl.float64)
+            _store_twice(query_gram_ptr + split * matrices + of, query, i, j, D_S, WIDTH)
+    else:
+        total += query * key * weight
+        _store_twice(query_gram_ptr + of, query, i, j, D_S, WIDTH)
+        _store_twice(key_gram_ptr + of, key, i, j, D_S, WIDTH)
+    tl.store(total_ptr + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
+def _store_twice(out_ptr, block, i, j, D_S: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes a block of a symmetric matrix and its mirror image, as far as they lie in the first D_S columns."""
+    inside = (i < WIDTH)[:, None] & (j < WIDTH)[None, :]
+    tl.store(out_ptr + i[:, None] * D_S + j[None, :], block, mask=inside & (j < D_S)[None, :])
+    tl.store(out_ptr + j[None, :] * D_S + i[:, None], block, mask=inside & (i < D_S)[:, None])
+
+
+@triton.jit
+def _finalise(
+    total_ptr,  # (parts) float64
+    near_ptr,  # () float64: the part of a causal loss within chunks; None: not causal
+    pairs_ptr,  # (B) int64, of each head; None: the divisor is given
+    num_items_ptr,  # (); None: the divisor is `number`, or the number of pairs
+    loss_ptr, divisor_ptr,  # (), () float64
+    parts, batch, heads,
+    number: tl.float64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the loss up and divides it by the number of items; a number of 0 divides by 1."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, parts, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(total_ptr + at, mask=at < parts, other=0)
+    loss = tl.sum(total, 0)
+    if near_ptr is not None:
+        loss += tl.load(near_ptr)
+    divisor = tl.full((), number, tl.float64)
+    if num_items_ptr is not None:
+        divisor = tl.load(num_items_ptr).to(tl.float64)
+    elif pairs_ptr is not None:
+        pairs = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, batch, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            pairs += tl.load(pairs_ptr + at, mask=at < batch, other=0)
+        divisor = (tl.sum(pairs, 0) * heads).to(tl.float64)
+    divisor = tl.where(divisor == 0, 1, divisor)
+    loss = tl.where(loss < 0, 0, loss)  # rounding must not make the sum of squares of equal scores negative
+    tl.store(loss_ptr, (loss / divisor).to(loss_ptr.dtype.element_ty))
+    tl.store(divisor_ptr, divisor)
 
 
 @triton.jit
@@ -232,13 +307,14 @@ def _times(x, matrix, acc, PRECISION: tl.constexpr):
 @triton.jit
 def _gradient(
     student_ptr, teacher_ptr,  # (B, heads, T, D_s), (B, heads of the teacher, T, D_t)
-    counted_ptr,  # (B, T); None: all rows count
+    mask_ptr,  # (B, T); None: all rows count
+    pairs_ptr,  # (B): no row of a batch entry counts if this is 0; None: all do
     gram_ptr,  # (B * groups, D', D_s) of the other side
-    grad_total_ptr,  # ()
+    grad_loss_ptr, divisor_ptr,  # (), ()
     near_ptr,  # as out, contiguous: unscaled gradients of the pairs within chunks; None: not causal
     out_ptr,  # (B, heads, T, D_s), as the student
-    student_batch, student_head, student_row, teacher_batch, teacher_head, teacher_row,  # strides
-    counted_batch, out_batch, out_head, out_row, out_column,
+    student_batch, student_head, student_row, teacher_batch, teacher_head, teacher_row,  # strides, / UNIT_S, UNIT_T
+    mask_batch, out_batch, out_head, out_row, out_column,
     heads, length, groups,
     heads_of_a_group,  # query heads
     sharing, teacher_sharing,  # groups that share a key head
@@ -246,6 +322,8 @@ def _gradient(
     offset,  # S - L
     QUERIES: tl.constexpr,  # the rows are queries, not keys
     CHUNK: tl.constexpr,  # rows of a chunk of the causal scan, each with a matrix of its own; 0: one matrix for all
+    UNIT_S: tl.constexpr,
+    UNIT_T: tl.constexpr,
     D_S: tl.constexpr,
     D_T: tl.constexpr,
     WIDE: tl.constexpr,
@@ -278,10 +356,12 @@ def _gradient(
     columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows >= 0) & (rows < end)
     exists = inside
-    if counted_ptr is not None:
-        exists &= tl.load(counted_ptr + batch * counted_batch + rows, mask=exists, other=0) != 0
+    if pairs_ptr is not None:
+        exists &= rows < tl.where(tl.load(pairs_ptr + batch) > 0, end, 0)
+    if mask_ptr is not None:
+        exists &= tl.load(mask_ptr + batch * mask_batch + rows, mask=exists, other=0) != 0
 
-    grad = tl.load(grad_total_ptr).to(tl.float64)
+    grad = tl.load(grad_loss_ptr).to(tl.float64) / tl.load(divisor_ptr)
     student_scale, teacher_scale = tl.full((), student_scale, tl.float64), tl.full((), teacher_scale, tl.float64)
     student_factor = (2 * student_scale * student_scale * grad).to(WIDE)
     teacher_factor = (-2 * student_scale * teacher_scale * grad).to(WIDE)
@@ -295,17 +375,17 @@ def _gradient(
             group = head * sharing + part
             teacher_head_index = group // teacher_sharing
         matrix_ptr = gram_ptr + (batch * groups + group) * ((D_S + D_T) * D_S)
-        x_ptr = student_ptr + batch * student_batch + head * student_head
+        x_ptr = student_ptr + (batch * student_batch + head * student_head) * UNIT_S
         for start in range(0, D_S, BLOCK_S):
             inner = start + tl.arange(0, BLOCK_S)
-            x = _load_rows(x_ptr, student_row, rows, exists, inner, D_S)
-            matrix = _load_rows(matrix_ptr, D_S, inner, inner < D_S, columns, D_S)
+            x = _load_rows(x_ptr, student_row, rows, exists, inner, D_S, UNIT_S)
+            matrix = _load_rows(matrix_ptr, D_S, inner, inner < D_S, columns, D_S, 1)
             acc = _times(x, matrix * student_factor, acc, PRECISION)
-        x_ptr = teacher_ptr + batch * teacher_batch + teacher_head_index * teacher_head
+        x_ptr = teacher_ptr + (batch * teacher_batch + teacher_head_index * teacher_head) * UNIT_T
         for start in range(0, D_T, BLOCK_T):
             inner = start + tl.arange(0, BLOCK_T)
-            x = _load_rows(x_ptr, teacher_row, rows, exists, inner, D_T)
-            matrix = _load_rows(matrix_ptr + D_S * D_S, D_S, inner, inner < D_T, columns, D_S)
+            x = _load_rows(x_ptr, teacher_row, rows, exists, inner, D_T, UNIT_T)
+            matrix = _load_rows(matrix_ptr + D_S * D_S, D_S, inner, inner < D_T, columns, D_S, 1)
             acc = _times(x, matrix * teacher_factor, acc, PRECISION)
     out = out_ptr + batch * out_batch + head * out_head
     out += rows[:, None] * out_row + columns.to(tl.int64)[None, :] * out_column
@@ -335,137 +415,205 @@ def gram_dtype(*inputs: Tensor) -> torch.dtype:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """Returns x, or a copy if its columns are not adjacent, or its rows too far apart for 32-bit offsets in a tile."""
+    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous()
 
 
-def _counted(counted: Tensor | None) -> tuple[Tensor | None, int]:  # (B|1, 1, T) bool
+def _mask(mask: Tensor | None) -> tuple[Tensor | None, int]:  # (B|1, T)
     """Returns a mask of rows, and its stride from one batch entry to the next."""
-    if counted is None:
+    if mask is None:
         return None, 0
-    counted = counted[:, 0].contiguous()
-    return counted, 0 if counted.shape[0] == 1 else counted.stride(0)
+    return mask.contiguous(), 0 if mask.shape[0] == 1 else mask.shape[1]
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
+def _unit(*tensors: Tensor) -> int:
+    """Returns the largest power of 2, up to 8, that divides all strides from row to row.
+
+    Triton knows of a stride only whether 16 divides it, and loads one number at a time if not. Kernels that multiply a
+    stride by a constant unit load as many numbers at once: the rows of 26 numbers start at multiples of 2.
+    """
+    return gcd(8, *(stride for x in tensors for stride in x.stride()[:3]))
 
 
-def _block(width: int, widest: int) -> int:
-    return min(max(power_of_2(width), 16), widest)
+def _strides(unit: int, x: Tensor) -> tuple[int, int, int]:
+    batch, head, row, _ = x.stride()
+    return batch // unit, head // unit, row // unit
+
+
+def _blocks(width: int, block: int) -> int:
+    return -(-width // block)
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+class _Plan(NamedTuple):
+    """How `_gram` cuts a call."""
+
+    rows: int  # of a tile
+    block_s: int  # columns of a block
+    block_t: int
+    one_program: bool  # computes all three blocks of a matrix; otherwise each block is a launch
+    splits: int
+    options: dict[str, int]  # of the launch
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    arch: str, multiprocessors: int, wide: bool, matrices: int,  # B * groups
+    tall: int,  # rows of a group's queries or keys, the larger number
+    d_s: int, d_t: int,
+) -> _Plan:  # fmt: skip
+    # sm_90's tensor cores multiply 64 rows at once: with fewer columns, warps repeat work and loads are not pipelined.
+    has_long_tiles = arch.startswith(("sm_9", "sm_10")) and not wide
+    rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (128 if has_long_tiles else 64, 128)
+    block_s, block_t = (min(max(power_of_2(d), 64 if has_long_tiles else 16), widest) for d in (d_s, d_t))
+    one_program = d_s <= block_s and d_t <= block_t and block_s + block_t <= 128
+    # Each block of wide heads is a program: the launch with the fewest blocks should fill the card.
+    programs = 2 * matrices
+    if not one_program:
+        programs *= min(_blocks(d_s, block_s), _blocks(d_t, block_t)) ** 2
+    slots = 2 * multiprocessors  # programs that run at once
+    tiles, size = _blocks(tall, rows), 8 if wide else 4
+    tile_bytes = rows * min(d_s + d_t, block_s + block_t) * size // 2
+    partial_bytes = 2 * matrices * (d_s + d_t) ** 2 * size
+
+    def cost(splits: int) -> int:  # in bytes: tiles, as if the last wave of programs were full, and the partial sums
+        waves = _blocks(programs * splits, slots)
+        return waves * slots * _blocks(tiles, splits) * tile_bytes + 2 * splits * partial_bytes  # written and read
+
+    least = 1 if wide else _blocks(tiles, (1 if one_program else 4) * SUMMED // rows)
+    most = max(least, min(tiles // 4, _blocks(4 * slots, programs)))
+    options = {"num_warps": 4 if block_s + block_t <= 64 else 8, "num_stages": 2}
+    if has_long_tiles and one_program:
+        options["maxnreg"] = 128  # so that two programs run on a multiprocessor
+    return _Plan(rows, block_s, block_t, one_program, min(range(least, most + 1), key=cost), options)
+
+
+def _partial_grams(
+    call: "Attention",  # of tensors that `_rows` returned
+    query_mask: tuple[Tensor | None, int], key_mask: tuple[Tensor | None, int],
+    groups: int, plan: _Plan, out: Tensor,  # (splits, 2, B * groups, D', D')
+) -> None:  # fmt: skip
+    sq, sk, tq, tk = call.tensors()
+    heads, d_s, d_t = sq.shape[1], sq.shape[3], tq.shape[3]
+    queries, keys = query_mask[0], key_mask[0]
+    masks = keys if queries is None else queries, queries if keys is None else keys  # the other stands in, unread
+
+    def launch(a: tuple, b: tuple, everything: bool) -> None:
+        (a_query, a_key, block_a, first_a), (b_query, b_key, block_b, first_b) = a, b
+        d_a, d_b, unit_a, unit_b = a_query.shape[3], b_query.shape[3], _unit(a_query, a_key), _unit(b_query, b_key)
+        _gram[(_blocks(d_a, block_a) * _blocks(d_b, block_b) * out.shape[0] * 2 * out.shape[2],)](
+            a_query, b_query, a_key, b_key, *masks, out,
+            *_strides(unit_a, a_query), *_strides(unit_b, b_query), *_strides(unit_a, a_key), *_strides(unit_b, b_key),
+            query_mask[1], key_mask[1], out.shape[2], groups, *call.lengths(), heads // groups,
+            groups // a_key.shape[1], groups // b_key.shape[1], out.shape[0],
+            MASKED=(queries is not None) + 2 * (keys is not None),
+            CHUNK=CHUNK if call.is_causal else 0, UNIT_A=unit_a, UNIT_B=unit_b, D_A=d_a, D_B=d_b, WIDTH=out.shape[3],
+            FIRST_A=first_a, FIRST_B=first_b, ALL=everything, BLOCK_A=block_a, BLOCK_B=block_b, ROWS=plan.rows,
+            WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32, **plan.options,
+        )  # fmt: skip
+
+    # The wider side's columns become the rows of the product: tensor cores want many.
+    wider, narrower = (tq, tk, plan.block_t, d_s), (sq, sk, plan.block_s, 0)
+    if d_s > d_t:
+        wider, narrower = narrower, wider
+    if plan.one_program:
+        launch(wider, narrower, True)
+    else:
+        launch(wider, wider, False)
+        launch(wider, narrower, False)
+        launch(narrower, narrower, False)
 
 
 def loss(
-    call: "Attention",  # attn_mask is None
-    counted: "Counted",
-) -> tuple[Tensor, Tensor, Tensor]:  # sum () float64; the student's columns of Gq and Gk (B, groups, D', D_s)
-    """Under a causal mask the sum covers the pairs that lie in different chunks, and each chunk has its own matrices
-    (see `grams_of_a_scan`): of the queries after it, and of the keys before it."""
-    student_query, student_key, teacher_query, teacher_key = map(_rows, call.tensors())
-    (counted_queries, queries_batch), (counted_keys, keys_batch) = map(_counted, (counted.queries, counted.keys))
-    is_causal = call.is_causal
-    batch, heads, query_length, d_s = student_query.shape
-    key_length, d_t, width = student_key.shape[2], teacher_query.shape[3], d_s + teacher_query.shape[3]
-    groups = lcm(student_key.shape[1], teacher_key.shape[1])
+    call: "Attention",  # attn_mask is None; a causal call's masks are True only for rows in an allowed pair
+    number: float | None,  # divides the sum; None: num_items does, or else the allowed pairs (not of a causal call)
+    num_items: Tensor | None,  # ()
+    near: Tensor | None,  # () float64: the sum over pairs within chunks, if causal
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the loss (), its divisor () float64, the allowed pairs of a head of each batch entry (B; empty without a
+    mask to count), and the student's columns of Gq and Gk (B, groups, D', D_s).
+
+    Under a causal mask each chunk has its own matrices: of the queries after it, and of the keys before it.
+    """
+    call = call._replace(**{name: _rows(getattr(call, name)) for name in call._fields[:4]})
+    (batch, heads, query_length, d_s), is_causal = call.student_query.shape, call.is_causal
+    key_length, d_t = call.student_key.shape[2], call.teacher_query.shape[3]
+    groups, width = lcm(call.student_key.shape[1], call.teacher_key.shape[1]), d_s + d_t
+    dtype, new = gram_dtype(*call.tensors()), call.student_query.new_empty
+    query_mask, key_mask = _mask(call.query_mask), _mask(call.key_mask)
+    has_pairs = not is_causal and (call.query_mask is not None or call.key_mask is not None)
     chunks = [grams_of_a_scan(query_length)] if is_causal else []
-    dtype = gram_dtype(*call.tensors())
-    wide = dtype == torch.float64
-    query_gram, key_gram = (student_query.new_empty(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
+    query_gram, key_gram = (new(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
+    out, divisor = new((), dtype=call.dtype), new((), dtype=torch.float64)
+    pairs = new(batch if has_pairs else 0, dtype=torch.int64)
     if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
-        return query_gram.new_zeros((), dtype=torch.float64), query_gram.zero_(), key_gram.zero_()
-    arch = _common.arch_of(student_query)
-    rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (64 if arch.startswith("gfx") else 128, 128)
-    block_s, block_t = _block(d_s, widest), _block(d_t, widest)
-    one_program = d_s <= block_s and d_t <= block_t and block_s + block_t <= 128
-    warps = 4 if block_s + block_t <= 64 else 8
-    # Enough programs to fill a card twice, each with at least four tiles of rows and with no more than float32 may sum.
-    per_card = 8  # without a card
-    if student_query.is_cuda:
-        per_card = 4 * torch.cuda.get_device_properties(student_query.device).multi_processor_count
-    tiles = triton.cdiv(max(heads // groups * query_length, key_length), rows)
-    # Each block of wide heads is a program: the launch with the fewest blocks should fill the card.
-    blocks = 1 if one_program else min(triton.cdiv(d_s, block_s), triton.cdiv(d_t, block_t)) ** 2
-    splits = max(min(triton.cdiv(per_card, 2 * batch * groups * blocks), tiles // 4), 1)
-    if not wide:
-        splits = max(splits, triton.cdiv(tiles, SUMMED // rows))
-    if is_causal:
-        splits = grams_of_a_scan(query_length)
-    # With small heads, just enough programs to fill the card loop over several groups each. With larger heads the loop
-    # would spill registers.
-    several = one_program and block_s + block_t <= 64
-    together = max(2 * splits * batch * groups // per_card, 1) if several else 1
-    partial = query_gram.new_empty(splits, 2, batch * groups, width, width)
-
-    def launch(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], out: Tensor, everything: bool) -> None:
-        (a_query, a_key), (b_query, b_key) = a, b
-        d_a, d_b = a_query.shape[3], b_query.shape[3]
-        block_a, block_b = _block(d_a, widest), _block(d_b, widest)
-        blocks = triton.cdiv(d_a, block_a) * triton.cdiv(d_b, block_b)
-        _gram[(blocks * splits * triton.cdiv(batch * groups, together) * 2,)](
-            a_query, b_query, a_key, b_key, counted_queries, counted_keys, out,
-            *_strides(a_query), *_strides(b_query), *_strides(a_key), *_strides(b_key), queries_batch, keys_batch,
-            groups, query_length, key_length, heads // groups, groups // a_key.shape[1], groups // b_key.shape[1],
-            splits, batch * groups, together,
-            SEVERAL=several, CHUNK=CHUNK if is_causal else 0, D_A=d_a, D_B=d_b, WIDTH=width, ALL=everything,
-            WIDE=tl.float64 if wide else tl.float32, BLOCK_A=block_a, BLOCK_B=block_b, ROWS=rows, num_warps=warps,
-            num_stages=2,
+        return out.zero_(), divisor.fill_(1), pairs.zero_(), query_gram.zero_(), key_gram.zero_()
+    arch, tall = _common.arch_of(out), max(heads // groups * query_length, key_length)
+    plan = _plan(arch, _multiprocessors(out.device), dtype == torch.float64, batch * groups, tall, d_s, d_t)
+    splits = chunks[0] if is_causal else plan.splits
+    partial = new(splits, 2, batch * groups, width, width, dtype=dtype)
+    block = 64 if arch == "cpu" else 16 if width <= 16 else 32
+    triangle = _blocks(width, block) * (_blocks(width, block) + 1) // 2
+    totals = new(batch * groups * triangle, dtype=torch.float64)
+    counts = pairs if has_pairs and number is None and num_items is None else None
+    with on_device_of(out):
+        _partial_grams(call, query_mask, key_mask, groups, plan, partial)
+        _contract[(len(totals),)](
+            partial, query_mask[0], key_mask[0], pairs if has_pairs else None, totals, query_gram, key_gram,
+            query_mask[1], key_mask[1], groups, query_length, key_length, splits,
+            call.student_scale, call.teacher_scale, D_S=d_s, WIDTH=width, TS=d_t >= d_s, IS_CAUSAL=is_causal,
+            BLOCK=block, num_warps=4,
         )  # fmt: skip
-
-    student, teacher = (student_query, student_key), (teacher_query, teacher_key)
-    with on_device_of(student_query):
-        if one_program:
-            launch(student, teacher, partial[..., d_s:], True)
-        else:
-            launch(student, student, partial, False)
-            launch(student, teacher, partial[..., d_s:], False)
-            launch(teacher, teacher, partial[..., d_s:, d_s:], False)
-        block = min(_block(width, 64), 32 if arch != "cpu" else 64)
-        totals = query_gram.new_empty(batch * groups, triton.cdiv(width, block), dtype=torch.float64)
-        _contract[tuple(totals.shape)](
-            partial, totals, query_gram, key_gram, splits, call.student_scale, call.teacher_scale,
-            D_S=d_s, WIDTH=width, IS_CAUSAL=is_causal, BLOCK=block, num_warps=4,
+        _finalise[(1,)](
+            totals, near, counts, num_items, out, divisor, len(totals), batch, heads,
+            0.0 if number is None else float(number), BLOCK=1024, num_warps=4,
         )  # fmt: skip
-    return totals.sum(), query_gram, key_gram
+    return out, divisor, pairs, query_gram, key_gram
 
 
 def gradients(
-    grad_total: Tensor,  # ()
-    call: "Attention",
-    counted: "Counted",
-    query_gram: Tensor,  # as `loss` returns them
-    key_gram: Tensor,
+    grad_loss: Tensor,  # ()
+    call: "Attention",  # as in `loss`
+    divisor: Tensor, pairs: Tensor, query_gram: Tensor, key_gram: Tensor,  # as `loss` returns them
     near: tuple[Tensor | None, Tensor | None],  # gradients (B, heads, T, D_s) of the pairs within chunks, if causal
-    d_query: Tensor,  # to be written
-    d_key: Tensor,
-) -> None:
+    d_query: Tensor, d_key: Tensor,  # to be written
+) -> None:  # fmt: skip
     batch, heads, query_length, d_s = call.student_query.shape
     d_t, groups, offset = call.teacher_query.shape[3], query_gram.shape[-3], call.student_key.shape[2] - query_length
-    wide = gram_dtype(*call.tensors()) == torch.float64
+    wide = query_gram.dtype == torch.float64
     arch = _common.arch_of(call.student_query)
     few = arch == "sm_80" or call.student_query.dtype == torch.float16  # fewer rows: registers are short
     rows, widest, deepest = (256, 512, 512) if arch == "cpu" else (64, 32, 32) if wide else (64 if few else 128, 64, 32)
+    columns, block_s, block_t = (
+        min(max(power_of_2(d), 16), x) for d, x in ((d_s, widest), (d_s, deepest), (d_t, deepest))
+    )
 
     def launch(
-        student: Tensor, teacher: Tensor, flags: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
+        student: Tensor, teacher: Tensor, mask: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
     ) -> None:
         if out.numel() == 0:
             return
         student, teacher = _rows(student), _rows(teacher)
         own, length = student.shape[1:3]
-        flags, flags_batch = _counted(flags)
-        columns, block_s, block_t = _block(d_s, widest), _block(d_s, deepest), _block(d_t, deepest)
-        tiles = triton.cdiv(length, rows)
+        mask, mask_batch = _mask(mask)
+        unit_s, unit_t = _unit(student), _unit(teacher)
+        tiles = _blocks(length, rows)
         if call.is_causal and out is d_key:
-            tiles = triton.cdiv(max(offset, 0), rows) + triton.cdiv(query_length, rows)
-        _gradient[(triton.cdiv(d_s, columns) * tiles * own * batch,)](
-            student, teacher, flags, gram, grad_total, near, out, *_strides(student), *_strides(teacher),
-            flags_batch, *out.stride(), own, length, groups, heads // groups, groups // own,
-            groups // teacher.shape[1], call.student_scale, call.teacher_scale, offset,
-            QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, D_S=d_s, D_T=d_t,
-            WIDE=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
+            tiles = _blocks(max(offset, 0), rows) + _blocks(query_length, rows)
+        _gradient[(_blocks(d_s, columns) * tiles * own * batch,)](
+            student, teacher, mask, pairs if len(pairs) else None, gram, grad_loss, divisor, near, out,
+            *_strides(unit_s, student), *_strides(unit_t, teacher), mask_batch, *out.stride(), own, length, groups,
+            heads // groups, groups // own, groups // teacher.shape[1], call.student_scale, call.teacher_scale, offset,
+            QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, UNIT_S=unit_s, UNIT_T=unit_t, D_S=d_s,
+            D_T=d_t, WIDE=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
             ROWS=rows, COLUMNS=columns, BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4,
             num_stages=2,
         )  # fmt: skip
 
     with on_device_of(call.student_query):
-        launch(call.student_query, call.teacher_query, counted.queries, key_gram, near[0], d_query)
-        launch(call.student_key, call.teacher_key, counted.keys, query_gram, near[1], d_key)
+        launch(call.student_query, call.teacher_query, call.query_mask, key_gram, near[0], d_query)
+        launch(call.student_key, call.teacher_key, call.key_mask, query_gram, near[1], d_key)

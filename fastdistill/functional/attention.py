@@ -11,8 +11,8 @@ from fastdistill import _checks as check
 from fastdistill import reference
 from fastdistill.functional._dispatch import mean, pick_backend
 from fastdistill.functional._docs import documented
-from fastdistill.ops._attention import WIDEST_TILE, Attention
-from fastdistill.ops._common import no_autocast
+from fastdistill.ops._attention import WIDEST_TILE, Attention, Divisor
+from fastdistill.ops._common import no_autocast, traced
 from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
 from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
 from fastdistill.ops.attention_mse import takes_gram
@@ -83,7 +83,7 @@ def attention_kl(
 
 
 def _attention(
-    op: Callable[..., tuple[Tensor, Tensor]], definition: Callable[..., Tensor],
+    op: Callable[[Attention, str, Divisor], tuple[Tensor, Divisor]], definition: Callable[..., Tensor],
     tensors: _Tensors, scales: tuple[float | None, float | None],
     masks: tuple[Tensor | None, Tensor | None, bool, Tensor | None],
     reduction: str, num_items: int | float | Tensor | None, backend: str,
@@ -103,8 +103,11 @@ def _attention(
     with no_autocast(query):
         if backend == "reference":
             return definition(**call._asdict(), reduction=reduction, num_items=num_items)
-        total, count = op(call, backend)
-        return total if reduction == "sum" else mean(total, count if num_items is None else num_items)
+        divisor = 1 if reduction == "sum" else num_items
+        if isinstance(divisor, Tensor) and divisor.device.type == "cpu" and not traced():
+            divisor = divisor.item()  # a number: kernels cannot read it, and a copy to the device would wait
+        total, divisor = op(call, backend, divisor)
+        return total if divisor is None or reduction == "sum" else mean(total, divisor)
 
 
 def _pick(backend: str, tensors: _Tensors, is_tiled: bool) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fastdistill.ops import _common
 
 WIDEST_TILE = 256  # largest head dimension of the Triton kernels that compute scores
+Divisor = int | float | Tensor | None  # what a sum is divided by; None: the number of items, still to be counted
 LEAST_ROWS = 64  # queries a tile needs to hold whole rows of scores: with fewer, summing dK over tiles takes too long
 
 
@@ -67,6 +68,17 @@ class Attention(NamedTuple):
         query_length, key_length = self.lengths()
         return key_length - query_length if self.is_causal else None
 
+    def pairs(self) -> int | None:
+        """Returns the number of allowed pairs if shapes alone determine it; None with a mask."""
+        if self.key_mask is not None or self.query_mask is not None or self.attn_mask is not None:
+            return None
+        batch, heads, query_length, _ = self.student_query.shape
+        key_length = self.student_key.shape[2]
+        if not self.is_causal:
+            return batch * heads * query_length * key_length
+        seen, rows = max(key_length - query_length, 0), min(query_length, key_length)  # by all; that see any
+        return batch * heads * (rows * seen + rows * (rows + 1) // 2)
+
     def differentiable(self) -> bool:
         return torch.is_grad_enabled() and (self.student_query.requires_grad or self.student_key.requires_grad)
 
@@ -94,6 +106,15 @@ class Counted(NamedTuple):
     queries: Tensor | None  # (B|1, H|1, L) bool: queries that are allowed a key; None: all
     keys: Tensor | None  # (B|1, H|1, S) bool: keys that a query is allowed; None: all
 
+    def pairs(self, call: Attention) -> Tensor:
+        """Returns the number of allowed pairs, () int64."""
+        return self.keys_per_query.expand(call.student_query.shape[:3]).sum()
+
+    def as_masks(self, call: Attention) -> Attention:
+        """Returns a call without attn_mask whose masks are these rows."""
+        queries, keys = (None if x is None else x[:, 0] for x in (self.queries, self.keys))
+        return call._replace(query_mask=queries, key_mask=keys)
+
     def of_heads(self, heads: int) -> Tensor | None:  # (B|1, heads|1, S)
         """Returns `keys` for key heads: a key counts if it counts for one of the query heads that share it."""
         if self.keys is None or self.keys.shape[1] == 1:
@@ -105,16 +126,21 @@ def count_rows(call: Attention) -> Counted:
     """Finds the rows that count, in time linear in L and S without attn_mask; an attn_mask is read once, unexpanded."""
     query_length, key_length = call.lengths()
     device, offset = call.student_query.device, key_length - query_length
+    keys, queries = call.key_mask, call.query_mask
     if query_length == 0 or key_length == 0:
         none = torch.zeros(1, 1, query_length + key_length, dtype=torch.int64, device=device)
         return Counted(none[:, :, :query_length], none[:, :, :query_length] > 0, none[:, :, query_length:] > 0)
-    unmasked = call.key_mask is None and call.query_mask is None and call.attn_mask is None
-    if unmasked and (offset >= 0 or not call.is_causal):  # one small launch, where the general way has six
+    if keys is None and queries is None and call.attn_mask is None and (offset >= 0 or not call.is_causal):
         seen = torch.arange(offset + 1 if call.is_causal else key_length, key_length + 1, device=device)  # (L), or (1)
         return Counted(seen.expand(1, 1, query_length), None, None)
+    if (
+        keys is not None and queries is None and call.attn_mask is None and not call.is_causal
+    ):  # half the launches of the general way
+        per_query = keys.sum(1).view(-1, 1, 1).expand(-1, 1, query_length)
+        return Counted(per_query, per_query > 0, keys[:, None])
     keys, queries = (
         torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask
-        for mask, length in ((call.key_mask, key_length), (call.query_mask, query_length))
+        for mask, length in ((keys, key_length), (queries, query_length))
     )
     if call.attn_mask is not None:
         return _count_pairs(call._replace(key_mask=keys), keys, queries, call.attn_mask)

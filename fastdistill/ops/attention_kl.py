@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _attention, _common
-from fastdistill.ops._attention import Attention, TileBlock
+from fastdistill.ops._attention import Attention, Divisor, TileBlock
 
 
-def attention_kl(call: Attention, backend: str) -> tuple[Tensor, Tensor]:
-    """Returns the sum of the rows' KL () and the number of rows with an allowed key () int64."""
+def attention_kl(call: Attention, backend: str, divisor: Divisor) -> tuple[Tensor, Divisor]:
+    """Returns the sum of the rows' KL () and what is to divide it: `divisor`, or if None the number of rows with an
+    allowed key () int64."""
     call = call.folded()
-    return _attention_kl(*call, backend, call.differentiable())[:2]
+    total, count, *_ = _attention_kl(*call, backend, call.differentiable())
+    return total, count if divisor is None else divisor
 
 
 class _Softmax:

@@ -29,28 +29,50 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _attention, _common
-from fastdistill.ops._attention import SCHEMA, Attention, Counted, TileBlock, slices
+from fastdistill.ops._attention import SCHEMA, Attention, Counted, Divisor, TileBlock, slices
 
 # Rows of a chunk of the causal scan: its dense triangles cost CHUNK D' a row, its Gram matrices D'^2.
 CHUNK = 64
 
 
-def attention_mse(call: Attention, backend: str) -> tuple[Tensor, Tensor]:
-    """Returns the sum of squares () and the number of allowed pairs () int64."""
+def attention_mse(call: Attention, backend: str, divisor: Divisor) -> tuple[Tensor, Divisor]:
+    """Returns the sum of squares () divided by `divisor`, or by the number of allowed pairs if that is None; or the sum
+    and what is still to divide it. A divisor of 0 stands for 1."""
     call = call.folded()
+    if divisor is None:
+        divisor = call.pairs()
     if call.attn_mask is None and _prefers_gram(call, backend):
-        return _linear(*call, backend)[:2]
-    return _tiled(*call, backend, call.differentiable())[:2]
+        number, num_items = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
+        return _linear(*call, backend, number, num_items)[0], None
+    total, count, *_ = _tiled(*call, backend, call.differentiable())
+    return total, count if divisor is None else divisor
 
 
 def _prefers_gram(call: Attention, backend: str) -> bool:
     d_s, d_t = call.student_query.shape[3], call.teacher_query.shape[3]
     if backend == "triton":  # wider heads have no other kernel
-        return call.is_causal or max(d_s, d_t) > _attention.WIDEST_TILE or takes_gram(*call.tensors())
+        is_scan = call.is_causal and _float64_cost(*call.tensors()) == 1
+        return is_scan or max(d_s, d_t) > _attention.WIDEST_TILE or takes_gram(*call.tensors())
     # Query rows that meet the same keys, and the measured cost of a row either way.
     query_length, key_length = call.lengths()
     rows = query_length * (call.student_query.shape[1] // max(call.student_key.shape[1], call.teacher_key.shape[1]))
-    return rows * key_length > (5 if call.is_causal else 2) * (d_s + d_t) * (rows + key_length)
+    cost = (5 if call.is_causal else 2) * (d_s + d_t) * (20 if _has_slow_float64(call.student_query.device) else 1)
+    return rows * key_length > cost * (rows + key_length)
+
+
+def _has_slow_float64(device: torch.device) -> bool:
+    """Returns whether float64 is a 32nd or 64th of float32's speed, as on consumer cards and inference cards."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None:
+        return not torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx9")
+    return torch.cuda.get_device_capability(device) not in ((8, 0), (9, 0), (10, 0))  # A100, H100, B200
+
+
+def _float64_cost(*tensors: Tensor) -> int:
+    """Returns how many times as long as three TF32 products the Gram products of the Triton kernels take."""
+    in_float64 = any(x.itemsize > 2 for x in tensors)
+    return 20 if in_float64 and _has_slow_float64(tensors[0].device) else 1  # 27 and 1.3 TFLOP/s on an RTX 4090
 
 
 def takes_gram(student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor) -> bool:
@@ -71,11 +93,14 @@ def takes_gram(student_query: Tensor, student_key: Tensor, teacher_query: Tensor
     keys, d_t = student_key.shape[2], teacher_query.shape[3]
     rows = query_length * (heads // max(student_key.shape[1], teacher_key.shape[1]))
     wide, width = max(student_query.itemsize, teacher_query.itemsize) > 2, d_s + d_t
-    if width <= 128:  # one program computes a whole matrix, and the matrices of many heads stay in the L2 cache
+    slowness = _float64_cost(student_query, teacher_query)
+    if (
+        width <= 128 and slowness == 1
+    ):  # one program computes a whole matrix, and the matrices of many heads stay in the L2 cache
         return True
     gram_bytes = 4 * (8 if wide else 4) * width * (width + d_s)
     terms = 1 if wide else 2
-    gram_products = 2 * (rows + keys) * (d_s * d_s + d_s * d_t + d_t * d_t + terms * width * d_s)
+    gram_products = slowness * 2 * (rows + keys) * (d_s * d_s + d_s * d_t + d_t * d_t + terms * width * d_s)
     if max(d_s, d_t) <= _attention.WIDEST_TILE:
         tile_bytes, tile_products = 8 * (rows + keys) * d_s, 4 * rows * keys * (width + d_s)
     else:
@@ -164,22 +189,34 @@ def _triangle(scaled_queries: Tensor, keys: Tensor, length: int, diagonal: int) 
 
 
 def _forward(*inputs):  # type: ignore[no-untyped-def]
-    """Returns sum, count, and the student's columns of Gq and of Gk (not if causal). attn_mask is None."""
-    *fields, backend = inputs
+    """Returns the loss, its divisor, pairs (see `kernels.loss`), and the student's columns of Gq and of Gk (not if
+    causal). attn_mask is None."""
+    *fields, backend, number, num_items = inputs
     call = Attention(*fields)
-    counted = _attention.count_rows(call)
     if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
 
-        total, *grams = kernels.loss(call, counted)
+        near = None
         if call.is_causal:
-            total += _within_chunks(call, counted, None, None)
+            counted = _attention.count_rows(call)
+            near = _within_chunks(call, counted, None, None)
+            call = counted.as_masks(call)
+            if number is None and num_items is None:
+                num_items = counted.pairs(call)
+        if num_items is not None:
+            num_items = num_items.to(call.student_query.device)
+        return kernels.loss(call, number, num_items, near)
+    counted = _attention.count_rows(call)
+    with _common.no_autocast(call.student_query):
+        total, *grams = _linear_loss(call, counted)
+    if number is not None:
+        divisor = total.new_full((), number or 1)
     else:
-        with _common.no_autocast(call.student_query):
-            total, *grams = _linear_loss(call, counted)
+        divisor = (counted.pairs(call) if num_items is None else num_items).to(total)
+        divisor = torch.where(divisor == 0, 1, divisor)
     # Rounding must not make the sum of squares of equal scores negative.
-    total = total.clamp_(min=0).to(call.dtype)
-    return total, counted.keys_per_query.expand(call.student_query.shape[:3]).sum(), *grams
+    loss = total.clamp_(min=0).div_(divisor).to(call.dtype)
+    return loss, divisor, total.new_empty(0, dtype=torch.int64), *grams
 
 
 def _linear_loss(call: Attention, counted: Counted) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,9 +261,10 @@ def _within_chunks(call: Attention, counted: Counted, d_query: Tensor | None, d_
 
 
 def _fake(*inputs):  # type: ignore[no-untyped-def]
-    *fields, backend = inputs
+    *fields, backend, _, _ = inputs
     call = Attention(*fields)
-    shape, dtype = _gram_shape(call), _common.widest_dtype(call.student_query)
+    shape, dtype, pairs = _gram_shape(call), _common.widest_dtype(call.student_query), 0
+    divisor = call.student_query.new_empty((), dtype=dtype)
     key_shape = [0] if call.is_causal else shape
     if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
@@ -234,39 +272,42 @@ def _fake(*inputs):  # type: ignore[no-untyped-def]
         chunks = [kernels.grams_of_a_scan(call.lengths()[0])] if call.is_causal else []
         shape = key_shape = [*chunks, *shape]
         dtype = kernels.gram_dtype(*call.tensors())
-    total = call.student_query.new_empty((), dtype=call.dtype)
-    grams = (total.new_empty(x, dtype=dtype) for x in (shape, key_shape))
-    return total, total.new_empty((), dtype=torch.int64), *grams
+        if not call.is_causal and (call.key_mask is not None or call.query_mask is not None):
+            pairs = call.student_query.shape[0]
+    grams = (divisor.new_empty(x, dtype=dtype) for x in (shape, key_shape))
+    return divisor.new_empty((), dtype=call.dtype), divisor, divisor.new_empty(pairs, dtype=torch.int64), *grams
 
 
-def _gradients(grad_total, *inputs):  # type: ignore[no-untyped-def]
-    *fields, backend, query_gram, key_gram = inputs
+def _gradients(grad_loss, *inputs):  # type: ignore[no-untyped-def]
+    *fields, backend, divisor, pairs, query_gram, key_gram = inputs
     call = Attention(*fields)
-    counted = _attention.count_rows(call)
     d_query, d_key = torch.empty_like(call.student_query), torch.empty_like(call.student_key)
     if backend == "triton":
         from fastdistill.kernels import attention_mse as kernels
 
-        within: tuple[Tensor | None, ...] = None, None
+        near: tuple[Tensor | None, ...] = None, None
         if call.is_causal:
-            within = tuple(torch.zeros(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors()[:2])
-            _within_chunks(call, counted, *within)
-        kernels.gradients(grad_total, call, counted, query_gram, key_gram, within, d_query, d_key)
+            counted = _attention.count_rows(call)
+            near = tuple(torch.zeros(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors()[:2])
+            _within_chunks(call, counted, *near)
+            call = counted.as_masks(call)
+        kernels.gradients(grad_loss, call, divisor, pairs, query_gram, key_gram, near, d_query, d_key)
     else:
+        counted = _attention.count_rows(call)
         with _common.no_autocast(call.student_query):
-            _linear_gradients(grad_total, call, counted, query_gram, key_gram, d_query, d_key)
+            _linear_gradients(grad_loss / divisor, call, counted, query_gram, key_gram, d_query, d_key)
     return d_query, d_key
 
 
 def _linear_gradients(
-    grad_total: Tensor, call: Attention, counted: Counted,
+    grad_sum: Tensor, call: Attention, counted: Counted,
     query_gram: Tensor, key_gram: Tensor,  # as `_linear_loss` returns them
     d_query: Tensor, d_key: Tensor,  # to be written
 ) -> None:  # fmt: skip
     query_length, width = call.lengths()[0], call.student_query.shape[3]
     v = _scales(call)
     sharing = query_gram.shape[1] // call.student_key.shape[1]
-    w = 2 * call.student_scale * grad_total.to(v.dtype) * v
+    w = 2 * call.student_scale * grad_sum.to(v.dtype) * v
     for block in _blocks(call, counted):
         dq, dk = block.take(d_query), block.take(d_key)
         later = (block.take(query_gram) * w[:, None]).flatten(0, 1)  # (P, D', D_s), of queries that see the chunk
@@ -299,38 +340,38 @@ _gradients_op = torch.library.custom_op(
     "fastdistill::attention_mse_linear_backward",
     _gradients,
     mutates_args=(),
-    schema=f"(Tensor grad_total, {SCHEMA}, str backend, Tensor query_gram, Tensor key_gram) -> (Tensor, Tensor)",
+    schema=f"(Tensor grad_loss, {SCHEMA}, str backend, Tensor divisor, Tensor pairs, Tensor query_gram, "
+    "Tensor key_gram) -> (Tensor, Tensor)",
 )
 
 
 @_gradients_op.register_fake
-def _(grad_total, student_query, student_key, *_):  # type: ignore[no-untyped-def]
+def _(grad_loss, student_query, student_key, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(student_query), torch.empty_like(student_key)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *fields, ctx.backend = inputs
+    *fields, ctx.backend, _, _ = inputs
     call = Attention(*fields)
-    _, count, *grams = output
-    ctx.mark_non_differentiable(count, *grams)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*call.tensors(), call.key_mask, call.query_mask, *grams)
+    ctx.save_for_backward(*call.tensors(), call.key_mask, call.query_mask, *output[1:])
     ctx.scales, ctx.is_causal = (call.student_scale, call.teacher_scale), call.is_causal
 
 
-def _backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("attention_mse")
-    if grad_total is None:
-        return (None,) * 11
-    *tensors, key_mask, query_mask, query_gram, key_gram = ctx.saved_tensors
-    call = (*tensors, *ctx.scales, key_mask, query_mask, ctx.is_causal, None)  # as Attention has them
+    if grad_loss is None:
+        return (None,) * 13
+    sq, sk, tq, tk, key_mask, query_mask, *saved = ctx.saved_tensors
+    call = (sq, sk, tq, tk, *ctx.scales, key_mask, query_mask, ctx.is_causal, None)  # as Attention has them
     gradients = _gradients_op if _common.traced() else _gradients
-    return *gradients(grad_total, *call, ctx.backend, query_gram, key_gram), *(None,) * 9
+    return *gradients(grad_loss, *call, ctx.backend, *saved), *(None,) * 11
 
 
 _linear = _common.registered(
     "attention_mse_linear",
-    f"({SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({SCHEMA}, str backend, Scalar? number, Tensor? num_items) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward, _fake, _setup_context, _backward,
 )  # fmt: skip
 

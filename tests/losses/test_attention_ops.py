@@ -135,6 +135,19 @@ def test_rows_without_any_key(op: Op, blocked: str, backend: str) -> None:
     op.assert_accurate({**attention(), "attn_mask": attn_mask}, backend=backend)
 
 
+@both_ops
+@causal_or_not
+def test_rows_that_count_only_by_their_own_mask_may_hold_nan(op: Op, is_causal: bool, backend: str) -> None:
+    """Neither the keys of an entry without queries nor the queries of an entry without keys are in an allowed pair."""
+    inputs = attention(batch=3)
+    masks = {"key_mask": torch.ones(3, 9, dtype=torch.bool), "query_mask": torch.ones(3, 7, dtype=torch.bool)}
+    masks["query_mask"][0], masks["key_mask"][1] = False, False
+    expected = evaluate(op, {**inputs, **masks}, op.learned, is_causal=is_causal, backend="reference")
+    for x in inputs.values():
+        x[:2] = torch.nan
+    assert_same(evaluate(op, {**inputs, **masks}, op.learned, is_causal=is_causal, backend=backend), expected, 1e-5)
+
+
 # -- scales ----------------------------------------------------------------------------------------------------
 
 
@@ -451,6 +464,30 @@ def test_the_gram_form_is_taken_if_cheaper(length: int, d_s: int, d_t: int, dtyp
     assert mse.takes_gram(*pair(8, length // 8, length, d_s, d_t, dtype, kv=1)) == gram
 
 
+@pytest.mark.parametrize("length,dtype,is_causal,linear", [
+    (512, FP32, False, False),
+    (512, FP32, True, False),
+    (8192, FP32, False, True),  # linear in the length, if slowly
+    (512, BF16, False, True),  # multiplied in bfloat16
+    (512, BF16, True, True),
+])  # fmt: skip
+def test_cards_with_slow_float64_take_tiles_of_scores(
+    length: int, dtype: torch.dtype, is_causal: bool, linear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Attention(*pair(4, length, length, 26, 64, dtype), 1.0, 1.0, None, None, is_causal, None)
+    assert mse._prefers_gram(call, "triton")
+    monkeypatch.setattr(mse, "_has_slow_float64", lambda device: True)
+    assert mse._prefers_gram(call, "triton") == linear
+
+
+@pytest.mark.parametrize("capability,slow", [((8, 0), False), ((8, 6), True), ((8, 9), True), ((9, 0), False),
+                                             ((10, 0), False), ((10, 3), True), ((12, 0), True)])  # fmt: skip
+def test_cards_with_slow_float64(capability: tuple[int, int], slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert mse._has_slow_float64(torch.device("cuda")) == slow
+    assert not mse._has_slow_float64(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("shape,is_causal,chosen,linear", [
     ((4, 16, 16, 26, 64, BF16), False, "triton", True),
     ((4, 64, 64, 256, 256, BF16), False, "triton", False),
@@ -466,7 +503,7 @@ def test_linear_or_tiled_form_is_chosen_by_shape(
     taken = []
     for way in ("_linear", "_tiled"):
         monkeypatch.setattr(mse, way, lambda *arguments, way=way: taken.append(way) or (None, None))
-    mse.attention_mse(Attention(*pair(*shape), 1.0, 1.0, None, None, is_causal, None), chosen)
+    mse.attention_mse(Attention(*pair(*shape), 1.0, 1.0, None, None, is_causal, None), chosen, 1)
     assert taken == ["_linear" if linear else "_tiled"]
 
 
@@ -479,7 +516,7 @@ def test_short_hidden_states_use_torch_unless_triton_is_forced(
         fastdistill.functional.attention, "pick_backend", lambda name, *_: "triton" if name == "auto" else name
     )
     monkeypatch.setattr(
-        fastdistill.functional.attention, "_attention_mse_op", lambda *x: taken.append(x[-1]) or (torch.ones(()), 1)
+        fastdistill.functional.attention, "_attention_mse_op", lambda *x: taken.append(x[1]) or (torch.ones(()), 1)
     )
     states = [torch.empty_like(x, device="cpu") for x in pair(1, length, length, 312, 768, BF16)]
     fastdistill.attention_mse(*states)
@@ -505,6 +542,7 @@ def test_unmasked_rows_are_counted_from_shapes_alone(length: int, keys: int, is_
     assert found.queries is None
     assert found.keys is None
     general = _attention.count_rows(call._replace(key_mask=torch.ones(1, keys).bool()))
+    assert call.pairs() == general.pairs(call)
     assert torch.equal(found.keys_per_query, general.keys_per_query)
     assert found.keys_per_query.dtype == general.keys_per_query.dtype
 
@@ -514,9 +552,9 @@ def test_kernel_backward_skips_what_only_torch_needs(monkeypatch: pytest.MonkeyP
     taken = []
     monkeypatch.setattr(mse, "_scales", lambda *arguments: taken.append("_scales"))
     monkeypatch.setattr(kernels, "gradients", lambda *arguments: taken.append("gradients"))
-    inputs = attention().values()
-    grams = (torch.empty(2, 4, 16, 6) for _ in range(2))
-    mse._linear_backward(torch.ones(()), *inputs, 1.0, 1.0, None, None, False, None, "triton", *grams)
+    monkeypatch.setattr(_attention, "count_rows", lambda *arguments: taken.append("count_rows"))
+    call = (*attention().values(), 1.0, 1.0, torch.ones(2, 9).bool(), None, False, None)
+    mse._gradients(torch.ones(()), *call, "triton", *(torch.ones(()) for _ in range(4)))
     assert taken == ["gradients"]
 
 
@@ -569,17 +607,37 @@ def test_grids_stay_within_the_limits_of_cuda(
     student, teacher = (torch.empty(*shape, width, dtype=dtype, device="meta") for width in (d_s, d_t))
     call = Attention(student, student, teacher, teacher, 1.0, 1.0, None, None, is_causal, None)
     inputs = call, Counted(torch.empty(0), None, None)
-    _, *grams = attention_mse.loss(*inputs)
+    loss, *saved = attention_mse.loss(call, 1.0, None, None)
     near = (student.float(), student.float()) if is_causal else (None, None)
     gradients = [torch.empty_like(student) for _ in range(2)]
-    attention_mse.gradients(torch.empty((), device="meta"), *inputs, *grams, near, *gradients)
+    attention_mse.gradients(loss, call, *saved, near, *gradients)
     for is_kl in (False, True):
         d_query, d_key = (torch.empty_like(student, dtype=torch.float32) for _ in range(2))
         attention_tiles.loss(*inputs, is_kl=is_kl, dtype=torch.float32, d_query=d_query, d_key=d_key)
-    assert {name for name, *_ in launches} == {"_gram", "_contract", "_gradient", "_statistics", "_d_query", "_d_key"}
+    names = {"_gram", "_contract", "_finalise", "_gradient", "_statistics", "_d_query", "_d_key"}
+    assert {name for name, *_ in launches} == names
     for name, (x, *others), _ in launches:
         assert 0 < x < 2**31, name
         assert all(0 < n <= 65535 for n in others), f"{name}: {others}"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("num_items", [None, 100, 7.5, torch.tensor(100)], ids=str)
+def test_few_launches(masked: bool, num_items: Any, launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a small model waits for its launches: the kernels read raw masks, count pairs, sum and divide."""
+    monkeypatch.setattr(fastdistill.functional.attention, "pick_backend", lambda name, *_: name)
+    inputs = {name: x.bfloat16() for name, x in attention().items()}
+    leaves = {name: inputs[name].requires_grad_() for name in ATTENTION_MSE.learned}
+    inputs |= ATTENTION_MSE.some_masked(inputs) if masked else {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss = fastdistill.attention_mse(**inputs, num_items=num_items, backend="triton")
+        torch.autograd.grad(loss, list(leaves.values()))
+    assert [name for name, *_ in launches] == ["_gram", "_contract", "_finalise", "_gradient", "_gradient"]
+    # The names of what launches nothing.
+    quiet = ("empty", "view", "detach", "item", "_local_scalar", "alias", "permute", "as_strided", "result_type")
+    found = {event.name for event in profile.events() if event.name.startswith("aten::")}
+    found -= {"aten::ones_like", "aten::fill_"}  # autograd's first gradient
+    assert not [name for name in found if not any(word in name for word in quiet)]
 
 
 def test_rows_are_split_only_until_the_gpu_is_full(launches: Launches) -> None:
@@ -588,6 +646,6 @@ def test_rows_are_split_only_until_the_gpu_is_full(launches: Launches) -> None:
 
     inputs = (x[:1] for x in pair(1, 4096, 4096, 384, 768, BF16))
     call = Attention(*inputs, 1.0, 1.0, None, None, False, None)
-    attention_mse.loss(call, Counted(torch.empty(0), None, None))
+    attention_mse.loss(call, 1.0, None, None)
     partial = [arguments[6] for name, _, arguments in launches if name == "_gram"]
     assert [x.shape[0] for x in partial] == [1, 1, 1]  # without a GPU, 8 programs count as full; here are 18

@@ -135,6 +135,33 @@ def test_more_than_two_to_the_31_numbers_of_queries_and_hidden_states() -> None:
     torch.testing.assert_close(per_token[-5:], expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1024, 4096, 32768])
+def test_tensor_cores_truncate_no_more_than_modelled(length: int, dtype: torch.dtype) -> None:
+    """Sums of squares lose n * 2^-29.5 of themselves in n rows, and a loss at a mismatch of 0.01 twice that / 0.01^2
+    at most (`SUMMED` in kernels/attention_mse.py). Printed with -s: what this card loses."""
+    from fastdistill.kernels import attention_mse as kernels
+
+    from fastdistill.ops._attention import Attention
+
+    basis = torch.linalg.qr(torch.randn(64, 26))[0]
+    student = [torch.randn(4, 12, length, 26) for _ in range(2)]
+    teacher = [(x @ basis.T).to(dtype) for x in student]
+    student = [(x + 0.01 * torch.randn_like(x)).to(dtype) for x in student]
+    call = Attention(*student, *teacher, 1.0, 1.0, None, None, False, None)
+    loss, _, _, query_gram, _ = kernels.loss(call, 1.0, None, None)
+    truth = student[0].double().square().sum(2)
+    bias = (query_gram.diagonal(dim1=2, dim2=3) / truth - 1).mean().item()
+    joined = [torch.cat([s.double(), t.double()], 3) for s, t in zip(student, teacher, strict=True)]
+    signs = torch.tensor([1.0] * 26 + [-1.0] * 64, dtype=torch.float64)
+    gq, gk = (x.mT @ x for x in joined)
+    error = (loss.double() / (signs[:, None] * signs * gq * gk).sum() - 1).item()
+    model = min(length, kernels.SUMMED) * 2**-29.5
+    print(f"{length} rows, {dtype}: sums {bias:+.2e} (model {-model:.2e}), loss {error:+.2e}")
+    assert -1.5 * model < bias < 0.5 * model
+    assert abs(error) < 2 * model / 0.01**2
+
+
 def maybe_masked(op: Op, masked: bool) -> dict[str, Any]:
     inputs = op.make()
     return {**inputs, **op.some_masked(inputs)} if masked else inputs
