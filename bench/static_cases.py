@@ -267,8 +267,8 @@ def _short(d_s: int, d_t: int, name: str, length: int, with_all: bool, sharing: 
     def call() -> None:
         if attention_short.fits(inputs):
             gradients = torch.empty_like(student), torch.empty_like(key)
-            _, pairs = attention_short.loss(inputs, number, None, *gradients)
-            attention_short.gradients(torch.empty(()), inputs, number, None, pairs, *gradients, 1.0)
+            _, divisor = attention_short.loss(inputs, number, None, *gradients)
+            attention_short.gradients(torch.empty(()), inputs, divisor, *gradients, 1.0)
 
     groups = f" {sharing} heads a key" * (sharing > 1)
     options = " all options" * with_all + " unaligned" * (d_s % 8 > 0)

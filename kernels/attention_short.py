@@ -2,11 +2,13 @@
 
 With r = s_t / s_s, the ratio of the scales, a score difference is a_s - a_t = s_s x, and
 
-    x = q_s k_s^T - r q_t k_t^T        loss = s_s^2 sum x^2 / n        dq_s = f x k_s,  dk_s = f x^T q_s,  f = 2 s_s^2 / n
+    x = q_s k_s^T - r q_t k_t^T        loss = s_s^2 sum x^2 / n
+    dq_s = f x k_s        dk_s = f x^T q_s        f = 2 s_s^2 / n
 
-    _count   (batch entries): allowed pairs; only where n, the number of items, is neither given nor known from shapes
+    _count   (batch entries): allowed pairs; only where n, the number of items, is not given
     _scores  (key heads of the student x batch): loops over the query heads that share the key head, in order
-    _finish  (one program): adds the heads' sums and divides by n
+
+`_finalise` of attention_mse.py adds the heads' sums and divides by n.
 
 Each input is read once and each gradient is written once, in the dtype of the inputs. Nothing else of the size of the
 inputs exists: at 32 x 12 heads x 128, 26 / 64 in bfloat16, 22.8 MB instead of the 25 MB of partial Gram matrices on top
@@ -20,7 +22,6 @@ stored before these products: the store ends the life of the float32 x, whose re
 of programs on a multiprocessor.
 """
 
-from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,13 +29,13 @@ import triton
 import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2
+from fastdistill.kernels.attention_mse import _finalise, _mask, _rows, _strides, _unit
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fastdistill.ops._attention import Attention
 
 WIDEST = 64  # largest head dimension
-FARTHEST = 2**24  # numbers between two rows of a head, whose offsets have 32 bits
 
 
 @triton.jit
@@ -58,21 +59,6 @@ def _store(x_ptr, row_stride, column_stride, rows, exist, x, DIM: tl.constexpr, 
     columns = tl.arange(0, PADDED)
     where = rows[:, None] * row_stride + columns[None, :] * column_stride
     tl.store(x_ptr + where, x.to(x_ptr.dtype.element_ty), mask=exist[:, None] & (columns < DIM)[None, :])
-
-
-@triton.jit
-def _divisor(num_items_ptr, pairs_ptr, batch, heads, number, BLOCK: tl.constexpr):
-    """Returns the number of items, float64; 1 in place of 0."""
-    divisor = tl.full((), number, tl.float64)
-    if num_items_ptr is not None:
-        divisor = tl.load(num_items_ptr).to(tl.float64)
-    elif pairs_ptr is not None:
-        pairs = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, batch, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            pairs += tl.load(pairs_ptr + at, mask=at < batch, other=0)
-        divisor = (tl.sum(pairs, 0) * heads).to(tl.float64)
-    return tl.where(divisor == 0, 1, divisor)
 
 
 @triton.jit
@@ -100,7 +86,7 @@ def _count(
 def _scores(
     sq_ptr, sk_ptr, tq_ptr, tk_ptr,  # (B, H, L, D_s), (B, H_s, S, D_s), (B, H, L, D_t), (B, H_t, S, D_t)
     query_mask_ptr, key_mask_ptr,  # (B|1, L), (B|1, S) bool; None: all rows count
-    num_items_ptr, pairs_ptr,  # (), (B) int64; None: see `_divisor`
+    num_items_ptr,  # (), divides the loss, 1 in place of 0; None: `number` does
     total_ptr,  # (B * H) float64: the loss of a head before it is divided; None: not wanted
     d_query_ptr, d_key_ptr,  # (B, H, L, D_s), (B, H_s, S, D_s); None: not wanted
     grad_ptr,  # () of the loss; None: 1
@@ -108,7 +94,7 @@ def _scores(
     sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
     dq_batch, dq_head, dq_row, dk_batch, dk_head, dk_row, dq_column, dk_column,
     query_mask_batch, key_mask_batch,
-    batch_size, heads, sharing, teacher_sharing,  # B, H, H / H_s, H / H_t
+    heads, sharing, teacher_sharing,  # H, H / H_s, H / H_t
     query_length, key_length,
     student_scale: tl.float64, ratio: tl.float64, number: tl.float64,
     expected: tl.float64,  # the gradient of the loss for which dQ and dK are right already
@@ -148,7 +134,10 @@ def _scores(
     sk = _load(sk_ptr, sk_row * UNIT_S, rows, keys, D_S, PADDED_S)
     dk = tl.zeros((BLOCK, PADDED_S), tl.float32)
     if d_query_ptr is not None:
-        factor /= _divisor(num_items_ptr, pairs_ptr, batch_size, heads, number, 256).to(tl.float32)
+        items = tl.full((), number, tl.float64)
+        if num_items_ptr is not None:
+            items = tl.load(num_items_ptr).to(tl.float64)
+        factor /= tl.where(items == 0, 1, items).to(tl.float32)
     for nth in range(sharing if SEVERAL else 1):
         head = (student_head * sharing + nth).to(tl.int64)
         sq_head_ptr = sq_ptr + (batch * sq_batch + head * sq_head) * UNIT_S
@@ -184,23 +173,6 @@ def _scores(
         _store(d_key_ptr, dk_row * UNIT_D, dk_column, rows, rows < key_length, dk * factor, D_S, PADDED_S)
 
 
-@triton.jit
-def _finish(
-    total_ptr,  # (parts) float64
-    num_items_ptr, pairs_ptr,  # see `_divisor`
-    loss_ptr,  # ()
-    parts, batch, heads,
-    number: tl.float64,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, parts, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(total_ptr + at, mask=at < parts, other=0)
-    divisor = _divisor(num_items_ptr, pairs_ptr, batch, heads, number, BLOCK)
-    tl.store(loss_ptr, (tl.sum(total, 0) / divisor).to(loss_ptr.dtype.element_ty))
-
-
 # -- launchers -----------------------------------------------------------------------------------------------
 
 
@@ -227,88 +199,71 @@ def fits(call: "Attention") -> bool:
 
 def loss(
     call: "Attention",
-    number: float | None,
+    number: float | None,  # divides the sum; None: num_items does, or else the allowed pairs
     num_items: Tensor | None,  # ()
-    d_query: Tensor | None,  # as the student's query, to be written for a loss with the gradient 1; None: not wanted
+    d_query: Tensor | None,  # as the student's query, to be written as if the loss will get the gradient 1
     d_key: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:  # (), and the allowed pairs (B) int64 of a head if they divide the loss
-    """Computes the loss divided by `number`, by `num_items`, or by the number of allowed pairs if both are None."""
-    batch, heads, query_length, _ = call.student_query.shape
-    pairs = None
-    if number is None and num_items is None:
-        pairs = call.student_query.new_empty(batch, dtype=torch.int64)
-    totals = call.student_query.new_empty(batch * heads, dtype=torch.float64)
-    out = totals.new_empty((), dtype=call.dtype)
-    with on_device_of(call.student_query):
-        if pairs is not None:
-            block = max(power_of_2(max(call.lengths())), 16)
-            (query_mask, key_mask), strides = _masks(call)
+) -> tuple[Tensor, Tensor]:  # the loss (), its divisor () float64
+    batch, heads, new = *call.student_query.shape[:2], call.student_query.new_empty
+    totals, divisor = (new(shape, dtype=torch.float64) for shape in (batch * heads, ()))
+    out = new((), dtype=call.dtype)
+    if num_items is not None:
+        num_items = num_items.to(out.device)
+    with on_device_of(out):
+
+        def finalise(totals: Tensor, pairs: Tensor | None) -> None:
+            _finalise[(1,)](
+                totals, None, pairs, num_items, out, divisor, len(totals), batch, heads, number or 0.0, BLOCK=1024,
+                num_warps=4,
+            )  # fmt: skip
+
+        if number is None and num_items is None:
+            pairs = new(batch, dtype=torch.int64)
+            (query_mask, query_mask_batch), (key_mask, key_mask_batch) = _mask(call.query_mask), _mask(call.key_mask)
             _count[(batch,)](
-                query_mask, key_mask, pairs, *strides, *call.lengths(), IS_CAUSAL=call.is_causal, BLOCK=block
-            )
-        _launch(call, number, num_items, pairs, totals, d_query, d_key, None, 1.0)
-        _finish[(1,)](
-            totals, num_items, pairs, out, batch * heads, batch, heads, _number(number), BLOCK=1024, num_warps=4
-        )
-    return out, pairs
+                query_mask, key_mask, pairs, query_mask_batch, key_mask_batch, *call.lengths(),
+                IS_CAUSAL=call.is_causal, BLOCK=_block(call),
+            )  # fmt: skip
+            finalise(totals[:0], pairs)
+            num_items = divisor
+        _launch(call, number or 0.0, num_items, totals, d_query, d_key, None, 1.0)
+        finalise(totals, None)
+    return out, divisor
 
 
 def gradients(
     grad_loss: Tensor,  # ()
-    call: "Attention", number: float | None, num_items: Tensor | None,
-    pairs: Tensor | None,  # as `loss` returns them
-    d_query: Tensor, d_key: Tensor,
-    expected: float,  # the gradient of the loss for which dQ and dK are right already, NaN if they are empty
+    call: "Attention",
+    divisor: Tensor,  # as `loss` returns it
+    d_query: Tensor, d_key: Tensor,  # to be written, unless grad_loss is `expected`
+    expected: float,
 ) -> None:  # fmt: skip
     with on_device_of(call.student_query):
-        _launch(call, number, num_items, pairs, None, d_query, d_key, grad_loss, expected)
+        _launch(call, 0.0, divisor, None, d_query, d_key, grad_loss, expected)
+
+
+def _block(call: "Attention") -> int:
+    return 64 if max(call.lengths()) <= 64 else 128
 
 
 def _launch(
-    call: "Attention", number: float | None, num_items: Tensor | None, pairs: Tensor | None, totals: Tensor | None,
+    call: "Attention", number: float, num_items: Tensor | None, totals: Tensor | None,
     d_query: Tensor | None, d_key: Tensor | None, grad_loss: Tensor | None, expected: float,
 ) -> None:  # fmt: skip
     sq, sk, tq, tk = map(_rows, call.tensors())
-    batch, heads, query_length, d_s = sq.shape
-    student_heads, key_length, d_t = sk.shape[1], sk.shape[2], tq.shape[3]
-    unit_s, unit_t = _unit(sq, sk), _unit(tq, tk)
-    unit_d, d_strides = 1, (0,) * 8
+    (batch, heads, _, d_s), student_heads, d_t = sq.shape, sk.shape[1], tq.shape[3]
+    (query_mask, query_mask_batch), (key_mask, key_mask_batch) = _mask(call.query_mask), _mask(call.key_mask)
+    unit_s, unit_t, unit_d, d_strides = _unit(sq, sk), _unit(tq, tk), 1, (0,) * 8
     if d_query is not None and d_key is not None:
         unit_d = _unit(d_query, d_key)
-        d_strides = *_strides(d_query, unit_d), *_strides(d_key, unit_d), d_query.stride(3), d_key.stride(3)
-    masks, mask_strides = _masks(call)
-    block = 64 if max(query_length, key_length) <= 64 else 128
+        d_strides = *_strides(unit_d, d_query), *_strides(unit_d, d_key), d_query.stride(3), d_key.stride(3)
+    block = _block(call)
     _scores[(batch * student_heads,)](
-        sq, sk, tq, tk, *masks, num_items, pairs, totals, d_query, d_key, grad_loss,
-        *_strides(sq, unit_s), *_strides(sk, unit_s), *_strides(tq, unit_t), *_strides(tk, unit_t), *d_strides,
-        *mask_strides, batch, heads, heads // student_heads, heads // tk.shape[1], query_length, key_length,
-        call.student_scale, call.teacher_scale / call.student_scale, _number(number), expected,
+        sq, sk, tq, tk, query_mask, key_mask, num_items, totals, d_query, d_key, grad_loss,
+        *_strides(unit_s, sq), *_strides(unit_s, sk), *_strides(unit_t, tq), *_strides(unit_t, tk), *d_strides,
+        query_mask_batch, key_mask_batch, heads, heads // student_heads, heads // tk.shape[1], *call.lengths(),
+        call.student_scale, call.teacher_scale / call.student_scale, number, expected,
         SEVERAL=heads > student_heads, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_D=unit_d, D_S=d_s, D_T=d_t,
         PADDED_S=max(power_of_2(d_s), 16), PADDED_T=max(power_of_2(d_t), 16), IS_CAUSAL=call.is_causal, BLOCK=block,
         num_warps=block // 16, num_stages=1,
     )  # fmt: skip
-
-
-def _number(number: float | None) -> float:
-    return 1.0 if number is None else float(number)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < FARTHEST else x.contiguous()
-
-
-def _unit(*tensors: Tensor) -> int:
-    """Returns the largest power of 2 up to 8 that divides all strides, so that the compiler knows how far it may widen
-    loads: 26 numbers a head are no multiple of the 16 that Triton looks for, but of 2."""
-    return gcd(8, *(stride for x in tensors for stride in x.stride()[:3]))
-
-
-def _strides(x: Tensor, unit: int) -> tuple[int, int, int]:
-    batch, head, row, _ = x.stride()
-    return batch // unit, head // unit, row // unit
-
-
-def _masks(call: "Attention") -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """Returns the masks of queries and keys, and their strides from one batch entry to the next."""
-    masks = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in (call.query_mask, call.key_mask)]
-    return tuple(masks), tuple(0 if x is None or x.shape[0] == 1 else x.stride(0) for x in masks)
