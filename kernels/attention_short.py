@@ -86,7 +86,7 @@ def _count(
 def _scores(
     sq_ptr, sk_ptr, tq_ptr, tk_ptr,  # (B, H, L, D_s), (B, H_s, S, D_s), (B, H, L, D_t), (B, H_t, S, D_t)
     query_mask_ptr, key_mask_ptr,  # (B|1, L), (B|1, S) bool; None: all rows count
-    num_items_ptr,  # (), divides the loss, 1 in place of 0; None: `number` does
+    num_items_ptr,  # (), divides the gradients, as 1 if it is 0; None: `number` does
     total_ptr,  # (B * H) float64: the loss of a head before it is divided; None: not wanted
     d_query_ptr, d_key_ptr,  # (B, H, L, D_s), (B, H_s, S, D_s); None: not wanted
     grad_ptr,  # () of the loss; None: 1
@@ -96,7 +96,8 @@ def _scores(
     query_mask_batch, key_mask_batch,
     heads, sharing, teacher_sharing,  # H, H / H_s, H / H_t
     query_length, key_length,
-    student_scale: tl.float64, ratio: tl.float64, number: tl.float64,
+    ratio: tl.float64, squared_scale: tl.float64,  # s_t / s_s, s_s^2
+    number: tl.float64,
     expected: tl.float64,  # the gradient of the loss for which dQ and dK are right already
     SEVERAL: tl.constexpr,  # query heads share a key head
     UNIT_S: tl.constexpr, UNIT_T: tl.constexpr, UNIT_D: tl.constexpr,
@@ -104,8 +105,7 @@ def _scores(
     IS_CAUSAL: tl.constexpr,
     BLOCK: tl.constexpr,  # at least L and S
 ):  # fmt: skip
-    student_scale = tl.full((), student_scale, tl.float64)
-    factor = (2 * student_scale * student_scale).to(tl.float32)
+    factor = 2 * tl.full((), squared_scale, tl.float32)
     if grad_ptr is not None:
         grad = tl.load(grad_ptr).to(tl.float64)
         if grad == expected:
@@ -133,11 +133,10 @@ def _scores(
     sk_ptr += (batch * sk_batch + student_head.to(tl.int64) * sk_head) * UNIT_S
     sk = _load(sk_ptr, sk_row * UNIT_S, rows, keys, D_S, PADDED_S)
     dk = tl.zeros((BLOCK, PADDED_S), tl.float32)
-    if d_query_ptr is not None:
-        items = tl.full((), number, tl.float64)
-        if num_items_ptr is not None:
-            items = tl.load(num_items_ptr).to(tl.float64)
-        factor /= tl.where(items == 0, 1, items).to(tl.float32)
+    items = tl.full((), number, tl.float32)
+    if num_items_ptr is not None:
+        items = tl.load(num_items_ptr).to(tl.float32)
+    factor /= tl.where(items == 0, 1, items)
     for nth in range(sharing if SEVERAL else 1):
         head = (student_head * sharing + nth).to(tl.int64)
         sq_head_ptr = sq_ptr + (batch * sq_batch + head * sq_head) * UNIT_S
@@ -151,7 +150,7 @@ def _scores(
         if IS_CAUSAL:
             x = tl.where(rows[None, :] <= rows[:, None] + reach, x, 0)
         if total_ptr is not None:
-            total = tl.sum(tl.sum(x * x, 1), 0).to(tl.float64) * (student_scale * student_scale)
+            total = tl.sum(tl.sum(x * x, 1), 0).to(tl.float64) * squared_scale
             tl.store(total_ptr + batch * heads + head, total)
         if d_query_ptr is not None:
             undo = 1.0
@@ -262,7 +261,7 @@ def _launch(
         sq, sk, tq, tk, query_mask, key_mask, num_items, totals, d_query, d_key, grad_loss,
         *_strides(unit_s, sq), *_strides(unit_s, sk), *_strides(unit_t, tq), *_strides(unit_t, tk), *d_strides,
         query_mask_batch, key_mask_batch, heads, heads // student_heads, heads // tk.shape[1], *call.lengths(),
-        call.student_scale, call.teacher_scale / call.student_scale, number, expected,
+        call.teacher_scale / call.student_scale, call.student_scale**2, number, expected,
         SEVERAL=heads > student_heads, UNIT_S=unit_s, UNIT_T=unit_t, UNIT_D=unit_d, D_S=d_s, D_T=d_t,
         PADDED_S=max(power_of_2(d_s), 16), PADDED_T=max(power_of_2(d_t), 16), IS_CAUSAL=call.is_causal, BLOCK=block,
         num_warps=block // 16, num_stages=1,
