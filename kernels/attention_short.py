@@ -206,13 +206,14 @@ def loss(
     batch, heads, new = *call.student_query.shape[:2], call.student_query.new_empty
     totals, divisor = (new(shape, dtype=torch.float64) for shape in (batch * heads, ()))
     out = new((), dtype=call.dtype)
+    host_number = 0.0 if number is None else float(number)
     if num_items is not None:
         num_items = num_items.to(out.device)
     with on_device_of(out):
 
         def finalise(totals: Tensor, pairs: Tensor | None) -> None:
             _finalise[(1,)](
-                totals, None, pairs, num_items, out, divisor, len(totals), batch, heads, number or 0.0, BLOCK=1024,
+                totals, None, pairs, num_items, out, divisor, len(totals), batch, heads, host_number, BLOCK=1024,
                 num_warps=4,
             )  # fmt: skip
 
@@ -225,7 +226,7 @@ def loss(
             )  # fmt: skip
             finalise(totals[:0], pairs)
             num_items = divisor
-        _launch(call, number or 0.0, num_items, totals, d_query, d_key, None, 1.0)
+        _launch(call, host_number, num_items, totals, d_query, d_key, None, 1.0)
         finalise(totals, None)
     return out, divisor
 
