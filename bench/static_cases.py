@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastdistill.kernels import attention_mse, attention_tiles, counted_mm, linear_mse, logits, topk
+from fastdistill.kernels import attention_mse, attention_short, attention_tiles, counted_mm, linear_mse, logits, topk
 from torch import Tensor
 
 from fastdistill.ops._attention import Attention, Counted
@@ -49,6 +49,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
     yield from counted_mm_cases()
     yield from attention_mse_cases()
     yield from attention_tiles_cases()
+    yield from attention_short_cases()
 
 
 def growing(size: int) -> Iterator[tuple[str, Call]]:
@@ -60,6 +61,7 @@ def growing(size: int) -> Iterator[tuple[str, Call]]:
     for is_causal in (False, True):
         yield f"attention_mse, {is_causal=}", _gram(64, 64, "bf16", True, is_causal, size)[1]
     yield "attention_kl", _tiles(True, 64, 64, "bf16", True, size)[1]
+    yield "attention_mse, short", _short(64, 64, "bf16", 97 + size % 32, True)[1]
 
 
 # beta, teacher_kl and student_kl of the mixtures that RowOptions calls "jsd"
@@ -261,3 +263,37 @@ def _tiles(is_kl: bool, d_s: int, d_t: int, name: str, with_all: bool, length: i
 
     options = " all options" * with_all + " unaligned" * (d_s % 8 > 0)
     return f"attention_{'kl' if is_kl else 'mse'} tiles {d_s} / {d_t} {name}{options}", call
+
+
+def attention_short_cases() -> Iterator[tuple[str, Call]]:
+    for length, d_s, d_t, name, with_all, sharing in (
+        (128, 26, 64, "bf16", False, 1),
+        (128, 26, 64, "bf16", True, 1),
+        (128, 64, 64, "bf16", False, 1),
+        (128, 64, 64, "fp16", True, 1),
+        (128, 64, 64, "bf16", True, 2),
+        (128, 64, 64, "fp16", False, 2),
+        (64, 26, 64, "bf16", True, 1),
+        (64, 64, 64, "fp16", True, 1),
+        (64, 64, 64, "fp16", False, 2),
+    ):
+        yield _short(d_s, d_t, name, length, with_all, sharing)
+
+
+def _short(d_s: int, d_t: int, name: str, length: int, with_all: bool, sharing: int = 1) -> tuple[str, Call]:
+    # As models have them: the heads of a token lie side by side.
+    student, teacher = (torch.empty(4, length, 4, d, dtype=DTYPES[name]).transpose(1, 2) for d in (d_s, d_t))
+    key, teacher_key = student[:, ::sharing], teacher[:, ::sharing]
+    rows = torch.empty(4, length, dtype=torch.bool) if with_all else None
+    number = None if with_all else 1e4
+    inputs = Attention(student, key, teacher, teacher_key, 0.125, 0.125, rows, rows, with_all, None)
+
+    def call() -> None:
+        if attention_short.fits(inputs):
+            gradients = torch.empty_like(student), torch.empty_like(key)
+            _, divisor = attention_short.loss(inputs, number, None, *gradients)
+            attention_short.gradients(torch.empty(()), inputs, divisor, *gradients, 1.0)
+
+    groups = f" {sharing} heads a key" * (sharing > 1)
+    options = " all options" * with_all + " unaligned" * (d_s % 8 > 0)
+    return f"attention_mse short {d_s} / {d_t} {name} {length}{groups}{options}", call

@@ -15,7 +15,7 @@ products of float32 inputs are exact. Devices without float64 (MPS) compute in f
 times less accurate than those of materialised scores, and the value is worthless at e = 1e-3.
 
 Short sequences, and masks that are not the product of a query mask and a key mask, use tiles of scores instead:
-quadratic time, linear memory.
+quadratic time, linear memory. On a GPU, short sequences in 16 bits have a kernel of their own (attention_short.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastdistill.ops import _attention, _common
 from fastdistill.ops._attention import SCHEMA, Attention, Counted, Divisor, TileBlock, slices
+from fastdistill.ops.attention_short import attention_short, takes_short
 
 # Rows of a chunk of the causal scan: its dense triangles cost CHUNK D' a row, its Gram matrices D'^2.
 CHUNK = 64
@@ -41,8 +42,11 @@ def attention_mse(call: Attention, backend: str, divisor: Divisor) -> tuple[Tens
     call = call.folded()
     if divisor is None:
         divisor = call.pairs()
-    if call.attn_mask is None and _prefers_gram(call, backend):
+    is_short = backend == "triton" and takes_short(call)
+    if is_short or (call.attn_mask is None and _prefers_gram(call, backend)):
         number, num_items = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
+        if is_short:
+            return attention_short(call, number, num_items), None
         return _linear(*call, backend, number, num_items)[0], None
     total, count, *_ = _tiled(*call, backend, call.differentiable())
     return total, count if divisor is None else divisor

@@ -189,6 +189,60 @@ def test_cuda_graphs(op: Op, kernels: str, masked: bool) -> None:
     assert_same(outcome, evaluate(op, second, op.learned, backend=kernels))
 
 
+def tinybert_step(student: Any, teacher: Any, objective: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the loss and the gradients of the student and the projections."""
+    from fastdistill.train.capture import capturable, capture
+
+    with capturable(student, teacher):
+        states = capture(student, batch, hidden=tuple(objective.hidden), attention=tuple(objective.attention))
+        with torch.no_grad():
+            layers = set(objective.hidden.values()), set(objective.attention.values())
+            targets = capture(teacher, batch, hidden=layers[0], attention=layers[1])
+        losses = objective(
+            states, targets, mask=batch["attention_mask"], num_items=objective.count(batch),
+        )  # fmt: skip
+        total = torch.stack([x.float() for x in losses.values()]).sum()
+        learned = {f"{i}.{k}": p for i, m in enumerate((student, objective)) for k, p in m.named_parameters()}
+        gradients = torch.autograd.grad(total, list(learned.values()), allow_unused=True)
+    found = {name: x for name, x in zip(learned, gradients, strict=True) if x is not None}
+    return {"value": total.detach(), **found}
+
+
+def test_a_step_of_tinybert_in_a_cuda_graph() -> None:
+    """Both models, all four losses and their gradients are captured once and replayed on another batch."""
+    pytest.importorskip("transformers")
+    from _tiny import batch, classifier
+
+    from fastdistill.train.objective import Objective
+
+    with torch.device("cpu"):  # the batches' generator is the CPU's
+        student, teacher = classifier(2, 16), classifier(4, 32, seed=1)
+        terms = ("embedding", "hidden", "attention", "prediction")
+        objective = Objective(student.config, teacher.config, terms=terms)
+        first, second = batch(rows=4, length=24), batch(rows=4, length=24)
+        second = {"input_ids": second["input_ids"].flip(1), "attention_mask": second["attention_mask"].roll(1, 0)}
+        for x in (first, second):  # without positions, the library reads the mask on the host to refuse left padding
+            x["position_ids"] = torch.arange(24).repeat(4, 1)
+    student, teacher, objective = (m.to("cuda", torch.bfloat16) for m in (student, teacher, objective))
+    static, second = ({name: x.cuda() for name, x in b.items()} for b in (first, second))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            tinybert_step(student, teacher, objective, static)  # compiles the kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outcome = tinybert_step(student, teacher, objective, static)
+    for name, x in second.items():
+        static[name].copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected = tinybert_step(student, teacher, objective, second)
+    assert len(expected) > 10
+    assert_same(outcome, expected, within=1e-2)  # SDPA's backward adds in any order
+
+
 @every_op
 def test_two_streams(op: Op, kernels: str) -> None:
     inputs = [op.make() for _ in range(2)]
