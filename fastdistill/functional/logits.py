@@ -15,6 +15,7 @@ from fastdistill.functional._dispatch import pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
 from fastdistill.ops._common import compute_dtype, no_autocast
+from fastdistill.ops._few import are_few, loss_of_few
 from fastdistill.ops.logits import row_losses
 
 __all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tvd"]
@@ -229,6 +230,12 @@ def _loss(
             weights = weights if counted is None else weights.where(counted, 0)
             counted = weights != 0
         options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
+        if are_few(options, student, teacher):
+            loss = loss_of_few(
+                student, teacher, indices, given.labels, counted, weights, given.reduction, count, options
+            )
+            if loss is not None:
+                return loss
         row_gradient = None if given.reduction == "none" else _row_gradient(student, weights, count, backend)
         loss = row_losses(student, teacher, indices, given.labels, counted, row_gradient, options)
         if weights is not None:

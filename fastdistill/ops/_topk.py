@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _common
-from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, row_max
+from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, may_be_infinite, row_max
 
 
 def topk_divergence(
@@ -106,8 +106,9 @@ def listed(
     logprobs = logprobs.to(dtype)
     if counted is not None:
         logprobs = logprobs.where(counted.unsqueeze(-1), 0)
-    # Entries of -inf are padding at any class, even one that is listed: they take the most likely class.
-    indices = indices.where(logprobs != -math.inf, indices.gather(-1, logprobs.argmax(-1, keepdim=True)))
+    if may_be_infinite(logprobs):
+        # Entries of -inf are padding at any class, even one that is listed: they take the most likely class.
+        indices = indices.where(logprobs != -math.inf, indices.gather(-1, logprobs.argmax(-1, keepdim=True)))
     return logprobs, checked_indices("topk_indices", indices, counted, options.classes)
 
 
