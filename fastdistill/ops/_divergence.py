@@ -91,11 +91,14 @@ def _mixture(
     difference = torch.sub(teacher_q, student_q, out=d)
     loss = difference.sum(-1, keepdim=True).mul_(-bend) if bend else torch.zeros_like(student_p[:, :1])
     if bend and out is not None:
-        m = torch.add(student_q, difference, alpha=beta, out=out)
+        m = torch.mul(teacher_q, beta, out=out).add_(student_q, alpha=1 - beta)
         torch.div(difference, m, out=out).mul_(student_p).mul_((1 - beta) * bend)
     if student_kl:
         # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
-        value = torch.div(difference, student_q, out=b).mul_(beta).log1p_().mul_(student_p)
+        value = torch.div(difference, student_q, out=b if teacher_kl else d).mul_(beta).log1p_()
+        if not teacher_kl:
+            _mend_small_(value, teacher_q.div_(student_q), beta)
+        value.mul_(student_p)
         mean = value.sum(-1, keepdim=True)
         loss -= student_kl * mean
         if bend and out is not None:
@@ -106,8 +109,20 @@ def _mixture(
         _centred(out, student_p, out.sum(-1, keepdim=True), -slope, out)
     if teacher_kl:
         teacher_log = difference.div_(teacher_q).mul_(beta - 1).log1p_()
+        if not student_kl:
+            _mend_small_(teacher_log, student_q.div_(teacher_q), 1 - beta)
         loss -= teacher_kl * teacher_log.mul_(teacher_q).sum(-1, keepdim=True)
     return loss
+
+
+def _mend_small_(log: Tensor, ratio: Tensor, weight: float) -> None:
+    """Computes log(m / p) again where m / p < 1/2: there log1p's argument has lost the digits of a small skew.
+
+    `ratio`, which is overwritten, is the other side's probability over p, and `weight` its weight in m.
+    """
+    if weight > 0.5:
+        small = ratio.mul_(weight).add_(1 - weight)
+        torch.where(small < 0.5, small.log(), log, out=log)
 
 
 def _tvd(

@@ -640,9 +640,9 @@ def test_rows_with_the_expected_weight_are_not_recomputed(
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("skew", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("skew", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_small_skews_lose_no_more_digits_than_promised(reverse: bool, skew: float, backend: str) -> None:
-    inputs = {name: 3 * x for name, x in logits((8,), 60).items()}
+    inputs = {name: 3 * x for name, x in logits((80,), 60).items()}
     keywords = {"reverse": reverse, "skew": skew}
     found = evaluate(fastdistill.kl_div, inputs, ("student_logits",), backend=backend, **keywords)
     wide = cast(inputs, torch.float64)
@@ -652,7 +652,7 @@ def test_small_skews_lose_no_more_digits_than_promised(reverse: bool, skew: floa
     truth = evaluate(fastdistill.kl_div, wide, ("student_logits",), backend="reference", **keywords)
     assert error(truth["value"], expected) < 1e-12
     for name, x in truth.items():
-        assert error(found[name], x) < 1e-7 / skew, name
+        assert error(found[name], x) < (1e-7 / skew if backend == "triton" else 3e-6), name
     if skew >= 1e-3:  # float64 logits keep the digits on every backend
         narrow = evaluate(fastdistill.kl_div, wide, ("student_logits",), backend=backend, **keywords)
         assert error(narrow["value"], expected) < 1e-12
