@@ -36,7 +36,7 @@ def row_losses(
     indices: Tensor | None,  # (*, k)
     labels: Tensor | None,  # (*)
     counted: Tensor | None,  # (*)
-    row_gradient: Tensor | None,  # () or (*), the factor that each row's loss is expected to get; None: unknown
+    row_gradient: Tensor | None,  # (*), the factor that each row's loss is expected to get; None: unknown
     options: RowOptions,
 ) -> Tensor:  # (*)
     if indices is not None:
@@ -63,7 +63,7 @@ def _gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: 
         return None, False
     if row_gradient is None if backend in ("triton", "cuda") else _common.narrow(student):
         return None, False
-    return None if row_gradient is None else row_gradient.expand(student.shape[:-1]).reshape(-1), True
+    return None if row_gradient is None else row_gradient.reshape(-1), True
 
 
 # -- portable ------------------------------------------------------------------------------------------------
