@@ -134,7 +134,8 @@ def _mend_small_(log: Tensor, ratio: Tensor, weight: float) -> None:
     """
     if weight > 0.5:
         small = ratio.mul_(weight).add_(1 - weight)
-        torch.where(small < 0.5, small.log(), log, out=log)
+        is_small = small < 0.5
+        torch.where(is_small, small.log_(), log, out=log)
 
 
 def _tvd(
