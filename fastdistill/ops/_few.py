@@ -1,4 +1,4 @@
-"""The losses on few logits on a CPU, whose time is that of calling operations: the fewest of them win.
+"""Computes the losses on few logits on a CPU in few operations, since calling them takes all the time.
 
 The kinds and gradients are those of _divergence.py, which also handles what is not finite. A divergence adds p_s - p_t,
 whose sum is 0, to its terms: none of them is negative then, and the rounding of the two log-sum-exps cancels.
@@ -14,6 +14,7 @@ from torch import Tensor
 from fastdistill.ops import _common, _rows
 from fastdistill.ops._rows import RowOptions, checked_indices
 
+KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
 FEW = 4096  # logits of one side; with more, blocks in float32 are as fast
 
 
