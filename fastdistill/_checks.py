@@ -53,9 +53,8 @@ def frozen(**tensors: Tensor | None) -> None:
 
 def same_dtype(**tensors: Tensor | None) -> None:
     """Checks the operands of one matrix product, after autocast has cast them."""
-    present = {name: x.dtype for name, x in tensors.items() if x is not None}
-    if len(set(present.values())) > 1:
-        listed = ", ".join(f"{name} {dtype}" for name, dtype in present.items())
+    if len({x.dtype for x in tensors.values() if x is not None}) > 1:
+        listed = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items() if x is not None)
         raise TypeError(f"{listed} should have one dtype: cast them, or run under torch.autocast")
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.ops._common import traced
+
 BACKENDS = ("reference", "torch", "triton", "cuda")
 
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
@@ -86,8 +88,10 @@ def no_triton(device: torch.device) -> str | None:
 def mean(total: Tensor, count: int | float | Tensor) -> Tensor:
     """Returns total / count. A count of 0 divides by 1, so that an empty sum stays 0."""
     if isinstance(count, Tensor):
-        count = count.to(device=total.device, dtype=total.dtype)
-        return total / torch.where(count == 0, 1, count)
+        if count.device.type != "cpu" or traced():
+            count = count.to(device=total.device, dtype=total.dtype)
+            return total / (count + (count == 0))
+        count = count.item()  # the host knows it: no copy to the device
     if isinstance(count, (float, torch.SymFloat)):
         return total / (count or 1.0)
     return total / max(count, 1)

@@ -65,8 +65,8 @@ teacher_bias: `(V)` or None.
     "class_options": CLASS_OPTIONS,
     "skew": """\
 skew: share a of the first side in the second, 0 <= a < 1: KL(p_t || a p_t + (1 - a) p_s), or reversed
-    KL(p_s || a p_s + (1 - a) p_t). In float32 the relative error is at most about 1e-7 / a: below a = 1e-3, use float64
-    logits where more digits matter.
+    KL(p_s || a p_s + (1 - a) p_t). The Triton kernels have a relative error of up to 1e-7 / a in float32: below
+    a = 1e-3, use float64 logits where more digits matter.
 """,
     "topk": """\
 topk_logprobs: `(*, k)` log-probabilities at temperature 1; -inf pads a row with fewer classes. An entry of -inf is

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill.functional._dispatch import mean
-from fastdistill.ops._rows import RowOptions
+from fastdistill.ops._common import traced
+from fastdistill.ops._rows import RowOptions, may_be_infinite
 
 
 class Keywords(NamedTuple):
@@ -118,7 +119,7 @@ def counted_rows(given: Keywords, topk_logprobs: Tensor | None = None) -> Tensor
     if given.labels is not None:
         labelled = given.labels.long() != given.ignore_index  # as uint8 -100 would be class 156
         counted = labelled if counted is None else labelled & counted
-    if topk_logprobs is not None:
+    if topk_logprobs is not None and (traced() or may_be_infinite(topk_logprobs)):
         possible = (topk_logprobs != -math.inf).any(-1)  # also of NaN, which reaches the loss
         counted = possible if counted is None else possible & counted
     return counted

@@ -41,6 +41,7 @@ def divergence(
     target: Target,  # the teacher's logits (n, V)
     out: Tensor | None,  # (n, V)
     work: Sequence[Tensor],
+    weight: Tensor | float,  # (n, 1), multiplies the gradient
 ) -> Tensor:  # (n, 1)
     (teacher,) = target
     a, b, c, d = work
@@ -54,34 +55,45 @@ def divergence(
     exponents_(teacher_x, options.temperature)
     teacher_e = power(teacher_x, d if kind in ("kl_div", "reverse_kl") else c)
     teacher_sum = teacher_e.sum(-1, keepdim=True)
-    slope = options.soft_weight / options.temperature
+    slope = weight * (options.soft_weight / options.temperature)
     if kind == "soft_cross_entropy":
         loss = student_sum.log() - weigh_(student_x, teacher_e) * (unit / teacher_sum)
         if out is not None:
             _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
     elif kind == "kl_div":
         mean = weigh_(teacher_x.sub_(student_x), teacher_e) / teacher_sum
-        loss = mean * unit - _log_ratio(teacher_e, teacher_sum, student_e, student_sum, scratch=a)
-        if out is not None:
-            _difference(student_e, student_sum, teacher_e, teacher_sum, slope, out)
+        difference = torch.sub(student_e, teacher_e, out=a if out is None else out)
+        excess = difference.sum(-1, keepdim=True)
+        loss = mean * unit + _log_ratio(excess, student_sum, teacher_sum)
+        if out is not None:  # p_s - p_t = (e_s - e_t + e_s (Z_t / Z_s - 1)) / Z_t
+            out.addcmul_(student_e, excess / student_sum, value=-1).mul_(slope / teacher_sum)
     elif kind == "reverse_kl":
         mean = weigh_(student_x.sub_(teacher_x), student_e) / student_sum
-        loss = mean * unit - _log_ratio(student_e, student_sum, teacher_e, teacher_sum, scratch=c)
+        excess = torch.sub(student_e, teacher_e, out=c).sum(-1, keepdim=True)
+        loss = mean * unit - _log_ratio(excess, student_sum, teacher_sum)
         if out is not None:
             _centred(student_x, student_e, mean, slope * unit / student_sum, out)
     elif kind == "jsd":
         student_p, teacher_p = student_e.mul_(1 / student_sum), teacher_e.mul_(1 / teacher_sum)
         loss = _mixture(options, student_p, teacher_p, slope, out, b, d)
     else:
-        # The gradient's factor goes into p, which saves one more product.
-        factor = slope / 2
+        # The gradient's factor goes into p, which saves one more product. A weight may be 0.
+        factor = options.soft_weight / options.temperature / 2
         student_p, teacher_p = student_e.mul_(factor / student_sum), teacher_e.mul_(factor / teacher_sum)
         loss = _tvd(student_p, teacher_p, factor, out, b, c)
+        if out is not None and isinstance(weight, Tensor):
+            out *= weight
     return loss.clamp_(min=0).mul_(options.soft_weight)  # rounding may leave -1e-8 of a loss that is 0
 
 
 def _mixture(
-    options: RowOptions, student_p: Tensor, teacher_p: Tensor, slope: float, out: Tensor | None, b: Tensor, d: Tensor
+    options: RowOptions,
+    student_p: Tensor,
+    teacher_p: Tensor,
+    slope: Tensor | float,
+    out: Tensor | None,
+    b: Tensor,
+    d: Tensor,
 ) -> Tensor:
     beta, teacher_kl, student_kl = options.beta, options.teacher_kl, options.student_kl
     bend = (1 - beta) * teacher_kl - beta * student_kl
@@ -91,11 +103,14 @@ def _mixture(
     difference = torch.sub(teacher_q, student_q, out=d)
     loss = difference.sum(-1, keepdim=True).mul_(-bend) if bend else torch.zeros_like(student_p[:, :1])
     if bend and out is not None:
-        m = torch.add(student_q, difference, alpha=beta, out=out)
+        m = torch.mul(teacher_q, beta, out=out).add_(student_q, alpha=1 - beta)
         torch.div(difference, m, out=out).mul_(student_p).mul_((1 - beta) * bend)
     if student_kl:
         # log(m / p_s) = log1p(beta (p_t - p_s) / p_s)
-        value = torch.div(difference, student_q, out=b).mul_(beta).log1p_().mul_(student_p)
+        value = torch.div(difference, student_q, out=b if teacher_kl else d).mul_(beta).log1p_()
+        if not teacher_kl:
+            _mend_small_(value, teacher_q.div_(student_q), beta)
+        value.mul_(student_p)
         mean = value.sum(-1, keepdim=True)
         loss -= student_kl * mean
         if bend and out is not None:
@@ -106,8 +121,21 @@ def _mixture(
         _centred(out, student_p, out.sum(-1, keepdim=True), -slope, out)
     if teacher_kl:
         teacher_log = difference.div_(teacher_q).mul_(beta - 1).log1p_()
+        if not student_kl:
+            _mend_small_(teacher_log, student_q.div_(teacher_q), 1 - beta)
         loss -= teacher_kl * teacher_log.mul_(teacher_q).sum(-1, keepdim=True)
     return loss
+
+
+def _mend_small_(log: Tensor, ratio: Tensor, weight: float) -> None:
+    """Computes log(m / p) again where m / p < 1/2: there log1p's argument has lost the digits of a small skew.
+
+    `ratio`, which is overwritten, is the other side's probability over p, and `weight` its weight in m.
+    """
+    if weight > 0.5:
+        small = ratio.mul_(weight).add_(1 - weight)
+        is_small = small < 0.5
+        torch.where(is_small, small.log_(), log, out=log)
 
 
 def _tvd(
@@ -122,7 +150,7 @@ def _tvd(
 
 
 def _difference(
-    student_e: Tensor, student_sum: Tensor, teacher_e: Tensor, teacher_sum: Tensor, factor: float, out: Tensor
+    student_e: Tensor, student_sum: Tensor, teacher_e: Tensor, teacher_sum: Tensor, factor: Tensor | float, out: Tensor
 ) -> None:
     """Writes factor (p_s - p_t)."""
     torch.mul(student_e, factor / student_sum, out=out)
@@ -134,7 +162,7 @@ def _centred(value: Tensor, p: Tensor, mean: Tensor, factor: float | Tensor, out
     torch.addcmul(value, p, mean, value=-1, out=out).mul_(factor)
 
 
-def _log_ratio(e: Tensor, e_sum: Tensor, other: Tensor, other_sum: Tensor, scratch: Tensor) -> Tensor:
-    """Returns log(e_sum / other_sum), without cancellation where the two are close: it sums class differences."""
-    excess = torch.sub(e, other, out=scratch).sum(-1, keepdim=True).div_(other_sum)
+def _log_ratio(excess: Tensor, e_sum: Tensor, other_sum: Tensor) -> Tensor:
+    """Returns log(e_sum / other_sum). `excess` is the sum of the classes' differences, which cancels nothing."""
+    excess = excess / other_sum
     return torch.where(excess.abs() < 0.5, excess.log1p(), (e_sum / other_sum).log())

@@ -156,9 +156,9 @@ def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes:
     if counted is not None:
         indices = indices.where(counted.unsqueeze(-1), 0)
     if indices.device.type == "cpu" and indices.numel():
-        for extreme in indices.aminmax():
+        for extreme in (x.item() for x in indices.aminmax()):
             if not 0 <= extreme < classes:
-                raise IndexError(f"{name} holds {int(extreme)}; it should hold classes, 0 to {classes - 1}")
+                raise IndexError(f"{name} holds {extreme}; it should hold classes, 0 to {classes - 1}")
     return indices
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _common
-from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, row_max
+from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, may_be_infinite, row_max
 
 
 def topk_divergence(
@@ -33,10 +33,11 @@ def topk_divergence(
     target: Target,  # log-probabilities (n, k) and indices (n, k)
     out: Tensor | None,  # (n, V)
     work: Sequence[Tensor],
+    weight: Tensor | float,  # (n, 1), multiplies the gradient
 ) -> Tensor:  # (n, 1)
     logprobs, indices = target
     if options.kind == "reverse_kl":
-        return _reverse(options, student, student_max, logprobs, indices, out, work[0])
+        return _reverse(options, student, student_max, logprobs, indices, out, work[0], weight)
     a, b, *_ = work
     temperature, has_bucket = options.temperature, options.tail == "bucket"
     teacher_p, teacher_rest = _probabilities(options, logprobs)
@@ -45,7 +46,7 @@ def topk_divergence(
     e_sum = e.sum(-1, keepdim=True)
     log_sum = e_sum.log()
     loss = -_expectation(teacher_p, x.gather(1, indices) / temperature - log_sum)
-    slope = options.soft_weight / temperature
+    slope = weight * (options.soft_weight / temperature)
     if has_bucket:
         rest_max, rest_e, rest_sum = _rest(x, indices)
         loss -= _expectation(teacher_rest, rest_max + rest_sum.log() - log_sum)
@@ -61,7 +62,7 @@ def topk_divergence(
 
 def _reverse(
     options: RowOptions, student: Tensor, student_max: Tensor, logprobs: Tensor, indices: Tensor, out: Tensor | None,
-    scratch: Tensor,
+    scratch: Tensor, weight: Tensor | float,
 ) -> Tensor:  # fmt: skip
     wide = _common.widest_dtype(logprobs)  # the list is short: its digits cost nothing
     teacher_logp, teacher_rest = _log_probabilities(options, logprobs.to(wide))
@@ -78,7 +79,7 @@ def _reverse(
     c = (student_logp - teacher_logp).masked_fill_(p == 0, 0)
     mean = (p * c).sum(-1, keepdim=True)
     if out is not None:
-        slope = (c - mean).mul_(p).mul_(options.soft_weight / options.temperature)
+        slope = (c - mean).mul_(p).mul_(weight * (options.soft_weight / options.temperature))
         if rest_e is None or rest_sum is None:
             out.zero_()
         else:
@@ -106,8 +107,9 @@ def listed(
     logprobs = logprobs.to(dtype)
     if counted is not None:
         logprobs = logprobs.where(counted.unsqueeze(-1), 0)
-    # Entries of -inf are padding at any class, even one that is listed: they take the most likely class.
-    indices = indices.where(logprobs != -math.inf, indices.gather(-1, logprobs.argmax(-1, keepdim=True)))
+    if may_be_infinite(logprobs):
+        # Entries of -inf are padding at any class, even one that is listed: they take the most likely class.
+        indices = indices.where(logprobs != -math.inf, indices.gather(-1, logprobs.argmax(-1, keepdim=True)))
     return logprobs, checked_indices("topk_indices", indices, counted, options.classes)
 
 

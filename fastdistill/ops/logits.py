@@ -36,7 +36,7 @@ def row_losses(
     indices: Tensor | None,  # (*, k)
     labels: Tensor | None,  # (*)
     counted: Tensor | None,  # (*)
-    row_gradient: Tensor | None,  # () or (*), the factor that each row's loss is expected to get; None: unknown
+    row_gradient: Tensor | None,  # (*), the factor that each row's loss is expected to get; None: unknown
     options: RowOptions,
 ) -> Tensor:  # (*)
     if indices is not None:
@@ -63,7 +63,7 @@ def _gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: 
         return None, False
     if row_gradient is None if backend in ("triton", "cuda") else _common.narrow(student):
         return None, False
-    return None if row_gradient is None else row_gradient.expand(student.shape[:-1]).reshape(-1), True
+    return None if row_gradient is None else row_gradient.reshape(-1), True
 
 
 # -- portable ------------------------------------------------------------------------------------------------
@@ -76,11 +76,12 @@ def row_loss(
     labels: Tensor | None,  # (n, 1)
     out: Tensor | None,  # (n, V), for the gradient of each row's loss in its logits before scale and softcap
     work: Sequence[Tensor],  # BUFFERS of (n, V), scratch
+    weight: Tensor | float = 1.0,  # (n, 1), multiplies the gradient
 ) -> Tensor:  # (n)
     student_max = _rows.row_max(student)
     if target:
         soft = topk_divergence if options.tail else divergence
-        loss = soft(options, student, student_max, target, out, work)
+        loss = soft(options, student, student_max, target, out, work, weight)
     else:
         loss = torch.zeros_like(student_max)
         if out is not None:
@@ -90,8 +91,9 @@ def row_loss(
         hard_sum = hard.sum(-1, keepdim=True)
         loss += (hard_sum.log() + (student_max - student.gather(1, labels))) * options.hard_weight
         if out is not None:
-            out += hard.mul_(options.hard_weight / hard_sum)
-            out.scatter_add_(1, labels, torch.full_like(hard_sum, -options.hard_weight))
+            slope = torch.ones_like(hard_sum).mul_(weight).mul_(options.hard_weight)
+            out += hard.mul_(slope / hard_sum)
+            out.scatter_add_(1, labels, -slope)
     if out is not None:
         # A student's class of probability 0 that the target or the label asks for: the loss is inf, its gradient 0.
         if _rows.may_be_infinite(loss):
@@ -142,10 +144,11 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
             target = tuple(x[rows] for x in whole_list)
         here = None if d_rows is None else _rows.rows_at(d_rows, (rows,), classes)
         out = here if wide is None or here is None else wide
-        loss[rows] = row_loss(options, block, target, at(labels, rows), out, work)
+        slope = 1.0 if weight is None else weight[rows]
+        loss[rows] = row_loss(options, block, target, at(labels, rows), out, work, slope)
         if here is not None and out is not None:
-            if weight is not None:
-                _rows.weigh_rows_(out, weight[rows], at(counted, rows))
+            if counted is not None and _rows.may_be_infinite(out):
+                out.masked_fill_(~counted[rows].unsqueeze(-1), 0)  # NaN * 0
             if out is not here:
                 here.copy_(out)
     if counted is not None:

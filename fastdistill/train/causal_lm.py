@@ -14,8 +14,10 @@ wrapper's own output.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -328,12 +330,19 @@ def teacher_entropy(
 # -- the models ----------------------------------------------------------------------------------------------
 
 
+# The teacher with which a student was checked last. The checks visit every module and weight, which takes milliseconds.
+_CHECKED: WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]] = WeakKeyDictionary()
+
+
 def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
-    refuse_encoder_decoder(student=student, teacher=teacher)
-    if teacher is None:
-        return
-    check_shared(student, teacher)
-    if unwrapped(teacher).training:
+    """Raises ValueError if the two cannot be distilled; what no step changes is checked at a pair's first call only."""
+    checked = _CHECKED.get(student)
+    if checked is None or checked() is not teacher:
+        refuse_encoder_decoder(student=student, teacher=teacher)
+        if teacher is not None:
+            check_shared(student, teacher)
+        _CHECKED[student] = (lambda: None) if teacher is None else weakref.ref(teacher)
+    if teacher is not None and unwrapped(teacher).training:
         raise ValueError("teacher is in training mode; it should be in eval mode: call teacher.eval()")
 
 

@@ -31,6 +31,8 @@ from _causal import (
 from torch import Tensor, nn
 
 from fastdistill.integrations import causal_lm_loss
+from fastdistill.train import causal_lm
+from fastdistill.train.checks import check_shared
 from fastdistill.train.heads import head_of
 
 PROBE = {"input_ids": torch.ones(1, 2, dtype=torch.long)}
@@ -60,6 +62,22 @@ def test_left_padding_where_a_wrapper_replaced_the_forward() -> None:
     loss = causal_lm_loss(student, language_model("GPT2", **WIDE).eval(), padded(chats(), "left"))
     right = causal_lm_loss(language_model("GPT2"), language_model("GPT2", **WIDE).eval(), padded(chats()))
     assert abs(loss - right) < 1e-5 * right
+
+
+def test_a_pair_is_checked_once_and_another_teacher_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = language_model("Llama"), language_model("Llama").eval()
+    shared = copy.deepcopy(teacher)
+    shared.get_input_embeddings().weight = student.get_input_embeddings().weight
+    visits: list[Any] = []
+    monkeypatch.setattr(causal_lm, "check_shared", lambda s, t: (visits.append(t), check_shared(s, t)))
+    for _ in range(2):
+        causal_lm_loss(student, teacher, padded(chats()))
+        assert visits == [teacher]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^teacher shares"):
+            causal_lm_loss(student, shared, padded(chats()))
+    with pytest.raises(ValueError, match=r"^teacher is in training mode"):
+        causal_lm_loss(student, teacher.train(), padded(chats()))
 
 
 @pytest.mark.parametrize(

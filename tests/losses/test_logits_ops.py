@@ -11,6 +11,7 @@ from _cases import LOGITS_OPS, TOPK_OPS, Op, logits, topk, with_labels, without_
 from _oracle import assert_same, cast, error, evaluate
 
 import fastdistill
+from fastdistill.ops import _few
 
 OPS = [op for op in LOGITS_OPS if "vocab_size" not in op.options]
 ALL = [*OPS, *TOPK_OPS]
@@ -639,9 +640,9 @@ def test_rows_with_the_expected_weight_are_not_recomputed(
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("skew", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("skew", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_small_skews_lose_no_more_digits_than_promised(reverse: bool, skew: float, backend: str) -> None:
-    inputs = {name: 3 * x for name, x in logits((8,), 60).items()}
+    inputs = {name: 3 * x for name, x in logits((80,), 60).items()}
     keywords = {"reverse": reverse, "skew": skew}
     found = evaluate(fastdistill.kl_div, inputs, ("student_logits",), backend=backend, **keywords)
     wide = cast(inputs, torch.float64)
@@ -651,7 +652,7 @@ def test_small_skews_lose_no_more_digits_than_promised(reverse: bool, skew: floa
     truth = evaluate(fastdistill.kl_div, wide, ("student_logits",), backend="reference", **keywords)
     assert error(truth["value"], expected) < 1e-12
     for name, x in truth.items():
-        assert error(found[name], x) < 1e-7 / skew, name
+        assert error(found[name], x) < (1e-7 / skew if backend == "triton" else 3e-6), name
     if skew >= 1e-3:  # float64 logits keep the digits on every backend
         narrow = evaluate(fastdistill.kl_div, wide, ("student_logits",), backend=backend, **keywords)
         assert error(narrow["value"], expected) < 1e-12
@@ -666,3 +667,42 @@ def test_a_negative_item_weight_changes_the_sign_of_its_row(backend: str) -> Non
     )
     assert error(found["value"], plain["value"] * weights) < 1e-6
     assert error(found["student_logits"], plain["student_logits"] * weights[:, None]) < 1e-6
+
+
+# -- few logits ----------------------------------------------------------------------------------------------------
+
+
+@every_op
+@pytest.mark.parametrize("rows,classes", [((32,), 2), ((2, 4), 64)])
+@pytest.mark.parametrize("options", [{}, {"labels": True}, {"mask": True, "item_weights": True}, {"temperature": 3.0}])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_few_logits_give_what_blocks_give(
+    op: Op, rows: tuple[int, ...], classes: int, options: dict, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    inputs, keywords = make(op, rows, classes), {"reduction": reduction, "backend": "torch"}
+    if "temperature" in options and op.options.get("tail") != "bucket":
+        keywords |= {"temperature": 3.0, "t_squared": True}
+    if "labels" in options:
+        inputs, keywords["alpha"] = with_labels(inputs, classes), 0.4
+    if "mask" in options:
+        inputs["mask"] = torch.rand(rows) > 0.3
+        inputs["student_logits"][~inputs["mask"]] = math.nan
+        inputs["item_weights"] = torch.rand(rows) - 0.2
+    keywords["upstream"] = torch.randn(rows if reduction == "none" else ())
+    found = evaluate(op, inputs, op.learned, **keywords)
+    monkeypatch.setattr(_few, "FEW", 0)
+    assert_same(found, evaluate(op, inputs, op.learned, **keywords), within=2e-6)
+
+
+@every_op
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_few_logits_that_are_not_finite(op: Op, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("student_logits", "topk_logprobs" if op in TOPK_OPS else "teacher_logits"):
+        inputs = make(op, (3, 5), 37)
+        inputs[name][1, 2, 3] = value
+        monkeypatch.undo()
+        found = evaluate(op, inputs, op.learned, backend="torch", reduction="none")
+        monkeypatch.setattr(_few, "FEW", 0)
+        expected = evaluate(op, inputs, op.learned, backend="torch", reduction="none")
+        for key, x in expected.items():
+            torch.testing.assert_close(found[key], x, rtol=1e-5, atol=1e-7, equal_nan=True)
