@@ -70,6 +70,22 @@ def _exp(x, temperature):
 
 
 @triton.jit
+def _add(x_max, x_sum, x, temperature):  # (L), (L), (8 L)
+    """Adds eight numbers to each of L running maxima and sums of exponentials. A thread waits for no other. The maxima
+    stay finite: they are subtracted from -inf."""
+    x = tl.reshape(x, (x_max.shape[0], 8))
+    top = tl.maximum(x_max, tl.max(x, 1))
+    return top, x_sum * _exp(x_max - top, temperature) + tl.sum(_exp(x - top[:, None], temperature), 1)
+
+
+@triton.jit
+def _joined(x_max, x_sum, temperature):  # (L), (L) -> (), ()
+    """Returns the maximum and the sum of exponentials of all numbers."""
+    top = tl.max(x_max, 0)
+    return top, tl.sum(x_sum * _exp(x_max - top, temperature), 0)
+
+
+@triton.jit
 def _terms(
     student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, teacher_kl, student_kl,
     KIND: tl.constexpr,

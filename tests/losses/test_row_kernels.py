@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton runs the kernels")
 from fastdistill.kernels import logits, topk
 
 from fastdistill.ops._rows import RowOptions
-from fastdistill.ops._topk import sorted_list
+from fastdistill.ops._topk import kernel_list
 
 # beta, w_t and w_s: JSD, skewed KL, skewed reverse KL, and one that is neither
 MIXTURES = {
@@ -137,7 +137,7 @@ def run_listed(
     options = options_of("reverse_kl", student.shape[-1], tail=tail, **given)
     loss, gradient = student.new_empty(3, dtype=dtype), torch.full_like(student, float("nan"))
     topk.rows(
-        student, sorted_list(options, logprobs, indices, None, dtype), given.get("labels"), None, options,
+        student, kernel_list(options, logprobs, indices, None), given.get("labels"), None, options,
         loss=loss, gradient=gradient, weight=WEIGHT.to(dtype), student_bias=given.get("bias"),
     )  # fmt: skip
 
@@ -205,7 +205,7 @@ def test_a_list_of_all_classes_has_no_bucket() -> None:
     student, logprobs, indices = a_list(40, 40)
     options = options_of("reverse_kl", 40, tail="bucket")
     loss, gradient = torch.empty(3), torch.empty_like(student)
-    topk.rows(student, sorted_list(options, logprobs, indices, None, torch.float32), None, None, options,
+    topk.rows(student, kernel_list(options, logprobs, indices, None), None, None, options,
               loss=loss, gradient=gradient)  # fmt: skip
     found, truth, usual = run_listed(student, logprobs, indices, "renormalize")
     assert errors({"value": loss}, {"value": truth["value"]})["value"] < 1e-6
@@ -235,7 +235,7 @@ def test_rows_that_do_not_count_are_not_read(tail: str) -> None:
     student[1], logprobs[1], indices[1] = float("nan"), float("nan"), -7
     counted, weight = torch.tensor([True, False, True]), torch.tensor([1.0, 0.0, 1.0])
     options, loss, gradient = options_of("reverse_kl", 301, tail=tail), torch.empty(3), torch.empty_like(student)
-    target = sorted_list(options, logprobs, indices, counted, torch.float32)
+    target = kernel_list(options, logprobs, indices, counted)
     topk.rows(student, target, None, counted, options, loss=loss, gradient=gradient, weight=weight)
     assert loss[1] == 0
     assert (gradient[1] == 0).all()
