@@ -34,12 +34,13 @@ import triton
 import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2, row_offset, rows_of
-from fastdistill.kernels.logits import BLOCK, RESIDENT, _add, _exp, _finish, _joined, _load, _rescale, _shaped, shape_of
+from fastdistill.kernels.logits import RESIDENT, _add, _exp, _finish, _joined, _load, _rescale, _shaped, shape_of
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fastdistill.ops._rows import RowOptions
 
+BLOCK = 8192  # of rows that do not fit in registers
 PIECE = 32  # listed classes that are compared at once with the words of a block
 
 
@@ -296,7 +297,10 @@ def rows(
     length = 1 if logprobs is None else logprobs.shape[-1]
     resident = options.classes <= RESIDENT
     block = max(power_of_2(options.classes), 32) if resident else BLOCK
-    list_block, numbers = power_of_2(length), 32 * _common.warp_size(_common.arch_of(student))
+    arch = _common.arch_of(student)
+    list_block, numbers = power_of_2(length), 32 * _common.warp_size(arch)
+    # Without a limit, NVIDIA's compiler would spill a few registers to fit one more program.
+    limit = {"maxnreg": 224} if not resident and length <= block and arch.startswith("sm_") else {}
     with on_device_of(student):
         _rows[(count,)](
             student, student_bias, logprobs, listed_classes, labels, counted, weight, expected, loss, gradient,
@@ -307,5 +311,5 @@ def rows(
             SHAPE=shape_of(options.student_scale, options.student_softcap),
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
             RESIDENT=resident, BLOCK=block, LIST_BLOCK=list_block, PIECE=PIECE,
-            num_warps=min(max(1, block // numbers, list_block // numbers), 16),  # a thread holds 32 logits
+            num_warps=min(max(1, block // numbers, list_block // numbers), 16), **limit,  # a thread holds 32 logits
         )  # fmt: skip

@@ -28,6 +28,13 @@ WEIGHT = torch.tensor([0.5, 1.0, 2.0])
 EVERYTHING = {"scale": 0.6, "softcap": 2.5, "alpha": 0.7, "labels": torch.tensor([0, 299, 7])}
 
 
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams rows of 8300 classes in several blocks."""
+    monkeypatch.setattr(logits, "BLOCK", 4096)
+    monkeypatch.setattr(topk, "BLOCK", 2048)
+
+
 def options_of(kind: str, classes: int, *, weights: tuple[float, ...] = (0.5, 0.5, 0.5), **given: Any) -> RowOptions:
     alpha = given.get("alpha", 1.0)
     return RowOptions(
@@ -93,6 +100,17 @@ def test_mixtures_of_impossible_classes(name: str, classes: int) -> None:
     found, *others = run_mixture(student, teacher, MIXTURES[name], scale=0.5)
     assert_accurate(found, *others)
     assert (found["student_logits"][:, ::3] == 0).all()
+
+
+@pytest.mark.parametrize("weights", [(1e-6, 1.0, 0.0), (1 - 1e-6, 0.0, 1.0)], ids=["skewed", "skewed reverse"])
+def test_a_skew_that_is_almost_zero(weights: tuple[float, float, float]) -> None:
+    """log(m / p) is about the logarithm of the skew where one side is nearly 0: 1 + (m - p) / p would round it away."""
+    student, teacher = pair(301)
+    student[:, :100] -= 40
+    teacher[:, 200:] -= 40
+    found, truth, _ = run_mixture(student, teacher, weights)
+    assert errors(found, truth)["value"] < 1e-6
+    assert errors(found, truth)["student_logits"] < 3e-6
 
 
 @pytest.mark.parametrize("name", MIXTURES)
