@@ -124,7 +124,7 @@ def _listed(
 
     def call() -> None:
         topk.rows(
-            student, (p, p.long(), loss)[: 3 if tail == "bucket" else 2], labels, loss > 0 if with_all else None,
+            student, (p, p.long()), labels, loss > 0 if with_all else None,
             options, loss=loss, gradient=torch.empty_like(student), weight=loss,
             expected=loss if with_all else None,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Shared by the kernels: launching on a tensor's own device, rows of any layout, accurate log1p and tanh."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,14 +11,19 @@ from torch import Tensor
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Makes the tensor's device current: Triton launches on the current device."""
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device_of(x)
 
 
 def arch_of(x: Tensor) -> str:
     """Returns the architecture that launchers choose tiles for: "sm_90", "gfx942"; "cpu" in the interpreter."""
-    if not x.is_cuda:
-        return "cpu"
-    properties = torch.cuda.get_device_properties(x.device)
+    return _arch(x.get_device()) if x.is_cuda else "cpu"
+
+
+@functools.cache  # to ask for a device's properties takes longer than the rest of a launcher
+def _arch(device: int) -> str:
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
@@ -52,7 +58,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def power_of_2(n: int) -> int:
-    return triton.next_power_of_2(n)
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit

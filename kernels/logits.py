@@ -21,8 +21,14 @@ Each class's difference is taken before the sum, so a student near its teacher k
 A side's logits are z = softcap(scale * (stored + bias)); gradients are in the stored logits. The scale of a side with a
 softcap is part of the factor that the softcap needs anyway, and the student's scale is part of its row's weight.
 
-Rows that fit are held in registers, and each logit is read once. Longer rows are read three times, in blocks: for the
-maxima and sums, for the loss and E_s[c], and for the gradient. Kinds without E_s[c] read them twice.
+The logarithms of a mixture that is close to p are 2 artanh((m - p) / (m + p)), by its series. The others are
+log m - log p, for which both sides need one log m. There m = beta p_t + (1 - beta) p_s has no cancellation, however
+small beta is.
+
+Rows that fit are held in registers, and each logit is read once. Longer rows are read in blocks: for the maxima and
+sums, for the loss and E_s[c], and for the gradient. Only mixtures and TVD need the third reading: without E_s[c] the
+gradient is written with the loss, and reverse KL's E_s[c] is added up in the first reading. A thread adds up eight
+neighbours at a time, and the threads are joined once, after the last block.
 """
 
 from typing import TYPE_CHECKING
@@ -37,10 +43,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastdistill.ops._rows import RowOptions
 
-# Longest row that is held in registers, and the block of longer rows. A row twice as long would leave a thread of the
-# largest program 64 registers and spill; so would a row of 8192 classes if the loss is crowded (`rows`).
+# Longest row that is held in registers, and the largest block of longer rows: a multiprocessor then works on one row or
+# two, which the L2 cache still holds when they are read again. Larger ones would leave a thread too few registers.
 RESIDENT = 8192
-BLOCK = 2048
+BLOCK = 16384
 
 
 @triton.jit
@@ -70,57 +76,141 @@ def _exp(x, temperature):
 
 
 @triton.jit
+def _add(x_max, x_sum, x, temperature):  # (L), (L), (8 L)
+    """Adds eight numbers to each of L running maxima and sums of exponentials. A thread waits for no other. The maxima
+    stay finite: they are subtracted from -inf."""
+    x = tl.reshape(x, (x_max.shape[0], 8))
+    top = tl.maximum(x_max, tl.max(x, 1))
+    return top, x_sum * _exp(x_max - top, temperature) + tl.sum(_exp(x - top[:, None], temperature), 1)
+
+
+@triton.jit
+def _joined(x_max, x_sum, temperature):  # (L), (L) -> (), ()
+    """Returns the maximum and the sum of exponentials of all numbers."""
+    top = tl.max(x_max, 0)
+    return top, tl.sum(x_sum * _exp(x_max - top, temperature), 0)
+
+
+@triton.jit
+def _shift(total, x_sum, student_before, teacher_before, student_max, teacher_max, temperature):
+    """Returns sums of e_s c, with c = x_s - x_t, for larger maxima; x_sum are the sums of e_s."""
+    moved = (student_max - student_before) - (teacher_max - teacher_before)
+    moved = tl.minimum(tl.maximum(moved, -1e30), 1e30)  # finite if there was no maximum
+    return (total - moved * x_sum) * _exp(student_before - student_max, temperature)
+
+
+@triton.jit
+def _mean_terms(student, teacher, student_max, teacher_max, temperature):  # (8 L), (8 L), (L), (L) -> (L)
+    """Returns the sums of eight e_s c, with c = x_s - x_t."""
+    student_x = tl.reshape(student, (student_max.shape[0], 8)) - student_max[:, None]
+    teacher_x = tl.reshape(teacher, (student_max.shape[0], 8)) - teacher_max[:, None]
+    student_e = _exp(student_x, temperature)
+    # A class that the teacher excludes has an infinite c, but its e_s may vanish once the maximum is known.
+    c = tl.minimum(student_x - teacher_x, 1e30)
+    return tl.sum(tl.where(student_e == 0, 0, student_e * c), 1)
+
+
+@triton.jit
+def _neighbours(x):  # (8 L) -> (L)
+    """Adds eight neighbours, which lie in one thread: sums over a row become one number only after its last block."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 8, 8)), 1)
+
+
+@triton.jit
+def _reciprocal(x):
+    """Computes 1 / x to the last digit for x of at least the smallest normal number: a division takes twice as long."""
+    if x.dtype == tl.float64:
+        return 1 / x
+    root = tl.rsqrt(x)
+    return root * root * (2 - x * (root * root))
+
+
+@triton.jit
+def _log(x):
+    """Computes log x of normal numbers: a general logarithm takes twice as long."""
+    if x.dtype == tl.float64:
+        return tl.log(x)
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000  # x = 2^exponent (1 + f) with 2/3 <= 1 + f < 4/3
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1
+    series = 0.20003836 - f * (0.16539125 - f * (0.14116979 - f * (0.14704154 - f * 0.13433774)))
+    series = 0.5 - f * (0.33333319 - f * (0.25001809 - f * series))
+    return exponent.to(tl.float32) * (0.6931471805599453 / 0x800000) + (f - f * f * series)
+
+
+@triton.jit
+def _log_of_ratio(m, p, step, far):
+    """Computes log(m / p) with m = p + step; `far` is log m - log p, which has too few digits if the two are close."""
+    ratio = step * _reciprocal(m + p)
+    if p.dtype == tl.float64:
+        near = log1p(step / (m - step))
+    else:
+        y = ratio * ratio  # 2 artanh(ratio)
+        near = ratio * (2 + y * (2 / 3 + y * (2 / 5 + y * (2 / 7))))
+    return tl.where(tl.abs(ratio) < 0.15, near, far)
+
+
+@triton.jit
 def _terms(
-    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, teacher_kl, student_kl,
-    KIND: tl.constexpr,
+    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, others, teacher_kl,
+    student_kl, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Returns for each class: its term of the loss, p_s, p_t, p_s c, and e_a - e_b, whose sum gives log(Z_a / Z_b)."""
+    """Returns for each class: its term of the loss, p_s, p_t, p_s c, and e_a - e_b, whose sum gives log(Z_a / Z_b).
+    All are 0 beyond the row. `others` is 1 - beta."""
     student_x, teacher_x = student - student_max, teacher - teacher_max
     student_e, teacher_e = _exp(student_x, temperature), _exp(teacher_x, temperature)
-    student_p, teacher_p = student_e / student_sum, teacher_e / teacher_sum
+    student_p, teacher_p = student_e * (1 / student_sum), teacher_e * (1 / teacher_sum)
     value = student_p * 0  # p_s c
     excess = student_p * 0
     if KIND == "soft_cross_entropy":
-        term = -tl.where(teacher_p == 0, 0, teacher_p * student_x) / temperature
+        term = -tl.where(teacher_p == 0, 0, teacher_p * student_x)
     elif KIND == "kl_div":
-        term = tl.where(teacher_p == 0, 0, teacher_p * (teacher_x - student_x)) / temperature
+        term = tl.where(teacher_p == 0, 0, teacher_p * (teacher_x - student_x))
         excess = teacher_e - student_e
     elif KIND == "reverse_kl":
         value = tl.where(student_p == 0, 0, student_p * (student_x - teacher_x))
-        term = value / temperature
+        term = value
         excess = student_e - teacher_e
     elif KIND == "tvd":
         difference = student_p - teacher_p
-        term = tl.abs(difference) / 2
+        term = tl.abs(difference)
         # NaN where the difference is NaN.
         value = student_p * tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     else:
-        # Adding the smallest normal number keeps ratios of the two finite, and 1 where both probabilities are 0.
+        # The smallest normal number keeps logarithms and ratios finite where a probability is 0.
         tiny: tl.constexpr = 2.2250738585072014e-308 if student_p.dtype == tl.float64 else 1.1754943508222875e-38
-        student_q, teacher_q = student_p + tiny, teacher_p + tiny
-        difference = teacher_q - student_q
+        log_tiny: tl.constexpr = -708.3 if student_p.dtype == tl.float64 else -87.3
+        difference = teacher_p - student_p
+        rest = others * student_p + tiny
+        m = beta * teacher_p + rest  # no smaller than beta p_t, however small beta is
+        log_m = _log(m)
         if KIND != "skewed_kl":
-            value = -(student_kl * student_p) * log1p(beta * (difference / student_q))
+            student_log = tl.maximum(student_x * (1 / temperature) - tl.log(student_sum), log_tiny)
+            log_ratio = _log_of_ratio(m, student_p, beta * difference, log_m - student_log)
+            value = -(student_kl * student_p) * log_ratio
         term = value
         if KIND != "skewed_reverse_kl":
-            term -= teacher_kl * teacher_q * log1p((beta - 1) * (difference / teacher_q))
+            teacher_log = tl.maximum(teacher_x * (1 / temperature) - tl.log(teacher_sum), log_tiny)
+            log_ratio = _log_of_ratio(m, teacher_p, -others * difference, log_m - teacher_log)
+            term -= teacher_kl * teacher_p * log_ratio
         if KIND != "jsd":
-            rest = (1 - beta) * student_q
-            bent = ((1 - beta) * teacher_kl - beta * student_kl) * difference
+            bent = (others * teacher_kl - beta * student_kl) * difference
             term -= bent
-            value -= bent * (rest / (beta * teacher_q + rest))
+            value -= bent * (rest * _reciprocal(m))
     return term, student_p, teacher_p, value, excess
 
 
 @triton.jit
-def _row_loss(total, excess, student_sum, teacher_sum, soft_weight, KIND: tl.constexpr):
+def _row_loss(total, excess, student_sum, teacher_sum, temperature, soft_weight, KIND: tl.constexpr):
     """Returns the soft loss of a row from the sum of its classes' terms."""
     if KIND == "soft_cross_entropy":
-        loss = tl.log(student_sum) + total
+        loss = tl.log(student_sum) + total / temperature
     elif KIND == "kl_div":
-        loss = total - _log_ratio(excess, teacher_sum, student_sum)
+        loss = total / temperature - _log_ratio(excess, teacher_sum, student_sum)
     elif KIND == "reverse_kl":
-        loss = total - _log_ratio(excess, student_sum, teacher_sum)
+        loss = total / temperature - _log_ratio(excess, student_sum, teacher_sum)
+    elif KIND == "tvd":
+        loss = total / 2
     else:
         loss = total
     return tl.where(loss < 0, 0, loss) * soft_weight  # rounding may turn a loss of 0 into -1e-8
@@ -209,7 +299,7 @@ def _rows(
 ):  # fmt: skip
     row = tl.program_id(0)
     # Options arrive in float64; cast them to the dtype of the computation.
-    temperature, beta = tl.full((), temperature, WIDE), tl.full((), beta, WIDE)
+    temperature, others, beta = tl.full((), temperature, WIDE), tl.full((), 1 - beta, WIDE), tl.full((), beta, WIDE)
     teacher_kl, student_kl = tl.full((), teacher_kl, WIDE), tl.full((), student_kl, WIDE)
     soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
     student_softcap, teacher_softcap = tl.full((), student_softcap, WIDE), tl.full((), teacher_softcap, WIDE)
@@ -253,116 +343,118 @@ def _rows(
             likely += tl.load(student_bias_ptr + label, mask=is_class, other=0).to(WIDE)
         likely = _shaped(likely, student_gain, student_softcap, STUDENT_SHAPE)
 
-    # 1. Maxima and sums of exponentials; hard_sum is the student's at temperature 1.
-    student = _load(student_row, student_bias_ptr, offsets, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE)
-    teacher = student
-    if teacher_ptr is not None:
-        teacher = _load(
-            teacher_row, teacher_bias_ptr, offsets, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
+    # 1. Maxima and sums of exponentials; hard_sum is the student's at temperature 1. In a longer row reverse KL's mean
+    # is added up with them.
+    END = BLOCK if RESIDENT else classes  # a row in registers takes each loop once
+    ONLINE: tl.constexpr = KIND == "reverse_kl" and teacher_ptr is not None and not RESIDENT
+    LANES: tl.constexpr = BLOCK // 8
+    row_mean = tl.full((), 0.0, WIDE)
+    if RESIDENT:
+        student = _load(
+            student_row, student_bias_ptr, offsets, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
         )
-    student_max, teacher_max = tl.max(student, 0), tl.max(teacher, 0)
-    if not RESIDENT:
-        # Keep the maxima finite: they are subtracted from -inf.
+        teacher = student
+        if teacher_ptr is not None:
+            teacher = _load(
+                teacher_row, teacher_bias_ptr, offsets, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
+            )
+        student_max, teacher_max = tl.max(student, 0), tl.max(teacher, 0)
+        student_sum = tl.sum(_exp(student - student_max, temperature), 0)
+        teacher_sum = tl.sum(_exp(teacher - teacher_max, temperature), 0)
+        hard_max, hard_sum = student_max, student_sum
+        if labels_ptr is not None:
+            hard_sum = tl.sum(_exp(student - student_max, 1.0), 0)
+    else:
+        student = tl.zeros((BLOCK,), WIDE)
+        teacher = student
         lowest: tl.constexpr = -1.7e308 if tl.float64 == WIDE else -3.4e38
-        student_max, teacher_max = tl.maximum(student_max, lowest), tl.maximum(teacher_max, lowest)
-    student_sum = tl.sum(_exp(student - student_max, temperature), 0)
-    teacher_sum = tl.sum(_exp(teacher - teacher_max, temperature), 0)
-    hard_sum = student_sum
-    if labels_ptr is not None:
-        hard_sum = tl.sum(_exp(student - student_max, 1.0), 0)
-    if not RESIDENT:
-        for start in range(BLOCK, classes, BLOCK):
+        student_max, student_sum = tl.full((LANES,), lowest, WIDE), tl.zeros((LANES,), WIDE)
+        teacher_max, teacher_sum, hard_max, hard_sum = student_max, student_sum, student_max, student_sum
+        mean = student_sum
+        for start in range(0, classes, BLOCK):
             columns = start + offsets
             student = _load(
                 student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
             )
-            top = tl.maximum(student_max, tl.max(student, 0))
-            student_sum *= _exp(student_max - top, temperature)
-            student_sum += tl.sum(_exp(student - top, temperature), 0)
+            before, sum_before = (student_max, teacher_max), student_sum
+            student_max, student_sum = _add(student_max, student_sum, student, temperature)
             if labels_ptr is not None:
-                hard_sum *= _exp(student_max - top, 1.0)
-                hard_sum += tl.sum(_exp(student - top, 1.0), 0)
-            student_max = top
+                hard_max, hard_sum = _add(hard_max, hard_sum, student, 1.0)
             if teacher_ptr is not None:
                 teacher = _load(
                     teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
                 )
-                top = tl.maximum(teacher_max, tl.max(teacher, 0))
-                teacher_sum *= _exp(teacher_max - top, temperature)
-                teacher_sum += tl.sum(_exp(teacher - top, temperature), 0)
-                teacher_max = top
-
+                teacher_max, teacher_sum = _add(teacher_max, teacher_sum, teacher, temperature)
+            if ONLINE:
+                mean = _shift(mean, sum_before, before[0], before[1], student_max, teacher_max, temperature)
+                mean += _mean_terms(student, teacher, student_max, teacher_max, temperature)
+        before, sum_before = (student_max, teacher_max), student_sum
+        student_max, student_sum = _joined(student_max, student_sum, temperature)
+        teacher_max, teacher_sum = _joined(teacher_max, teacher_sum, temperature)
+        if ONLINE:
+            mean = _shift(mean, sum_before, before[0], before[1], student_max, teacher_max, temperature)
+            row_mean = tl.sum(mean, 0) / student_sum
+        if labels_ptr is not None:
+            hard_max, hard_sum = _joined(hard_max, hard_sum, 1.0)
     loss = tl.full((), 0.0, WIDE)
     if labels_ptr is not None:
         loss = hard_weight * (tl.log(hard_sum) + (student_max - likely))
 
-    # 2. The loss, and the gradient unless it needs E_s[c].
-    CENTRED: tl.constexpr = teacher_ptr is not None and KIND != "soft_cross_entropy" and KIND != "kl_div"
-    mean = tl.full((), 0.0, WIDE)
-    if RESIDENT:
-        gradient = tl.zeros((BLOCK,), WIDE)
-        if teacher_ptr is not None:
-            term, student_p, teacher_p, value, excess = _terms(
-                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta,
-                teacher_kl, student_kl, KIND,
-            )  # fmt: skip
-            inside = offsets < classes
-            mean = tl.sum(tl.where(inside, value, 0), 0)
-            total, excess_sum = tl.sum(tl.where(inside, term, 0), 0), tl.sum(tl.where(inside, excess, 0), 0)
-            loss += _row_loss(total, excess_sum, student_sum, teacher_sum, soft_weight, KIND)
-            gradient = _slope(student_p, teacher_p, value, mean, temperature, soft_weight, KIND)
-        if d_student_ptr is not None:
-            gradient = _finish(
-                gradient, student, offsets, student_max, hard_sum, label, hard_weight, weight, student_softcap,
-                labels_ptr is not None, STUDENT_SHAPE,
-            )  # fmt: skip
-            tl.store(d_row + offsets, gradient.to(d_row.dtype.element_ty), mask=offsets < classes)
-    else:
-        total, excess_sum = tl.full((), 0.0, WIDE), tl.full((), 0.0, WIDE)
-        for start in range(0, classes, BLOCK):
+    # 2. The loss, and the gradient unless it needs E_s[c] first.
+    CENTRED: tl.constexpr = teacher_ptr is not None and KIND != "soft_cross_entropy" and KIND != "kl_div" and not ONLINE
+    total, excess_sum, mean = tl.zeros((LANES,), WIDE), tl.zeros((LANES,), WIDE), tl.zeros((LANES,), WIDE)
+    student_p, value = tl.zeros((BLOCK,), WIDE), tl.zeros((BLOCK,), WIDE)
+    if teacher_ptr is not None or d_student_ptr is not None:
+        for start in range(0, END, BLOCK):
             columns = start + offsets
-            inside = columns < classes
-            student = _load(
-                student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
-            )
+            if not RESIDENT:
+                student = _load(
+                    student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
+                )
             gradient = tl.zeros((BLOCK,), WIDE)
             if teacher_ptr is not None:
-                teacher = _load(
-                    teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
-                )
+                if not RESIDENT:
+                    teacher = _load(
+                        teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE,
+                        WIDE,
+                    )  # fmt: skip
                 term, student_p, teacher_p, value, excess = _terms(
-                    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta,
+                    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, others,
                     teacher_kl, student_kl, KIND,
                 )  # fmt: skip
-                mean += tl.sum(tl.where(inside, value, 0), 0)
-                total += tl.sum(tl.where(inside, term, 0), 0)
-                excess_sum += tl.sum(tl.where(inside, excess, 0), 0)
+                total += _neighbours(term)
+                excess_sum += _neighbours(excess)
+                mean += _neighbours(value)
                 if not CENTRED:
-                    gradient = _slope(student_p, teacher_p, value, mean, temperature, soft_weight, KIND)
+                    gradient = _slope(student_p, teacher_p, value, row_mean, temperature, soft_weight, KIND)
             if d_student_ptr is not None and not CENTRED:
                 gradient = _finish(
                     gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, student_softcap,
                     labels_ptr is not None, STUDENT_SHAPE,
                 )  # fmt: skip
-                tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=inside)
-        if teacher_ptr is not None:
-            loss += _row_loss(total, excess_sum, student_sum, teacher_sum, soft_weight, KIND)
+                tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=columns < classes)
+    if teacher_ptr is not None:
+        loss += _row_loss(
+            tl.sum(total, 0), tl.sum(excess_sum, 0), student_sum, teacher_sum, temperature, soft_weight, KIND
+        )
 
     # 3. The gradient that needs E_s[c].
-    if d_student_ptr is not None and CENTRED and not RESIDENT:
-        for start in range(0, classes, BLOCK):
+    if d_student_ptr is not None and CENTRED:
+        row_mean = tl.sum(mean, 0)
+        for start in range(0, END, BLOCK):
             columns = start + offsets
-            student = _load(
-                student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
-            )
-            teacher = _load(
-                teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
-            )
-            term, student_p, teacher_p, value, excess = _terms(
-                student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta,
-                teacher_kl, student_kl, KIND,
-            )  # fmt: skip
-            gradient = _slope(student_p, teacher_p, value, mean, temperature, soft_weight, KIND)
+            if not RESIDENT:
+                student = _load(
+                    student_row, student_bias_ptr, columns, classes, student_gain, student_softcap, STUDENT_SHAPE, WIDE
+                )
+                teacher = _load(
+                    teacher_row, teacher_bias_ptr, columns, classes, teacher_gain, teacher_softcap, TEACHER_SHAPE, WIDE
+                )
+                _, student_p, _, value, _ = _terms(
+                    student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta, others,
+                    teacher_kl, student_kl, KIND,
+                )  # fmt: skip
+            gradient = _slope(student_p, student_p, value, row_mean, temperature, soft_weight, KIND)
             gradient = _finish(
                 gradient, student, columns, student_max, hard_sum, label, hard_weight, weight, student_softcap,
                 labels_ptr is not None, STUDENT_SHAPE,
@@ -412,14 +504,16 @@ def rows(
         return
     kind = _kind(options)
     has_softcap = options.student_softcap is not None or options.teacher_softcap is not None
-    # Logarithms and a softcap together take many registers. Without a limit, NVIDIA's compiler would spill a few of a
-    # streamed row, to fit a fourth program.
-    crowded = kind == "mixture" or (options.kind == "jsd" and has_softcap)
-    resident = options.classes <= (RESIDENT // 2 if crowded and kind != "jsd" else RESIDENT)
-    block = max(power_of_2(options.classes), 16) if resident else BLOCK
+    is_mixture = kind in ("jsd", "skewed_kl", "skewed_reverse_kl", "mixture")
     arch = _common.arch_of(student)
-    warps = max(1, block // (16 * _common.warp_size(arch)))  # a thread holds 16 numbers of each side
-    most_registers = min(255, 2048 // warps) if resident else 168
+    # A thread holds 16 numbers of each side. Of logarithms and softcaps it needs more registers.
+    resident = options.classes <= (RESIDENT // 2 if is_mixture and (kind != "jsd" or has_softcap) else RESIDENT)
+    block = BLOCK // 4 if kind == "mixture" else BLOCK // 2 if is_mixture or has_softcap or kind == "tvd" else BLOCK
+    if resident:
+        block = max(power_of_2(options.classes), 32)
+    warps = max(1, block // (16 * _common.warp_size(arch)))
+    # Without a limit, NVIDIA's compiler would spill a few registers to fit one more program.
+    limit = {"maxnreg": 168} if kind == "mixture" and not resident and arch.startswith("sm_") else {}
     with on_device_of(student):
         _rows[(count,)](
             student, teacher, student_bias, teacher_bias, labels, counted, weight, expected, loss, gradient,
@@ -432,5 +526,5 @@ def rows(
             STUDENT_SHAPE=shape_of(options.student_scale, options.student_softcap),
             TEACHER_SHAPE=shape_of(options.teacher_scale, options.teacher_softcap),
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32, RESIDENT=resident, BLOCK=block,
-            num_warps=warps, **({"maxnreg": most_registers} if crowded and arch.startswith("sm_") else {}),
+            num_warps=warps, **limit,
         )  # fmt: skip

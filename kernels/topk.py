@@ -14,13 +14,17 @@ with the teacher's log p: with c = log q - log p of a listed class or of the buc
     gradient = q (c - loss) / T, where a class of the bucket has the bucket's c
 
 A class's term of the loss is q c + p - q. The added parts cancel in the sum, and such a term is never negative, so the
-loss of a student near its teacher keeps its digits. Entries of probability 0 are not listed.
+loss of a student near its teacher keeps its digits.
 
-The listed classes come sorted, so a pass over the row in blocks walks them in step: each class is compared with the
-columns of the one block that holds it, and the block is written once, with p_j already subtracted.
+The list is held in registers, with the logits of its classes. Entries of log-probability -inf are padding: they may
+repeat a class, and are not listed. The other classes are distinct.
+
+The gradient of all classes is first written as if none were listed, which is one factor times the exponentials. After a
+barrier the listed classes are written again. Only the sums of a bucket need to know which classes are listed: a block
+of the row gets a bit for each of its classes, 32 to a word, and each word is compared with the whole list.
 
 Rows that fit are held in registers, and each logit is read once. Longer rows are read twice, in blocks: for the maxima
-and sums, then for the gradient. The logits of the listed classes are fetched in between.
+and sums, then for the gradient.
 """
 
 from typing import TYPE_CHECKING
@@ -30,41 +34,29 @@ import triton
 import triton.language as tl
 from fastdistill.kernels import _common
 from fastdistill.kernels._common import on_device_of, power_of_2, row_offset, rows_of
-from fastdistill.kernels.logits import BLOCK, RESIDENT, _exp, _finish, _load, _rescale, _shaped, shape_of
+from fastdistill.kernels.logits import RESIDENT, _add, _exp, _finish, _joined, _load, _rescale, _shaped, shape_of
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fastdistill.ops._rows import RowOptions
 
-LIST_BLOCK = 1024  # listed classes fetched at a time
+BLOCK = 8192  # of rows that do not fit in registers
+PIECE = 32  # listed classes that are compared at once with the words of a block
 
 
 @triton.jit
-def _sums(x_max, x_sum, x, temperature):
-    """Adds numbers to a maximum and a sum of exponentials. The maximum stays finite: it is subtracted from -inf."""
-    top = tl.maximum(x_max, tl.max(x, 0))
-    return top, x_sum * _exp(x_max - top, temperature) + tl.sum(_exp(x - top, temperature), 0)
-
-
-@triton.jit
-def _walk(columns, end, position, class_row, p_row, length, REVERSE: tl.constexpr, WIDE: tl.constexpr):
-    """Returns which columns are listed, their p (REVERSE: log p), and the position of the first listed class beyond
-    these columns."""
-    listed = columns < 0
-    p = tl.zeros(columns.shape, WIDE)
-    upcoming = tl.load(class_row + position, mask=position < length, other=2147483647).to(tl.int32)
-    while upcoming < end:
-        value = tl.load(p_row + position)
-        if REVERSE:
-            here = columns == tl.where(value == -float("inf"), -1, upcoming)
-            p = tl.where(here, value, p)
-        else:
-            here = columns == upcoming
-            p += tl.where(here, value, 0)
-        listed = listed | here
-        position += 1
-        upcoming = tl.load(class_row + position, mask=position < length, other=2147483647).to(tl.int32)
-    return listed, p, position
+def _listed(start, logprobs_row, classes_row, length, BLOCK: tl.constexpr, PIECE: tl.constexpr):
+    """Returns which of the columns from `start` on are listed."""
+    word = tl.arange(0, BLOCK // 32)
+    words = tl.zeros((BLOCK // 32,), tl.int32)
+    for first in range(0, length, PIECE):
+        places = first + tl.arange(0, PIECE)
+        is_listed = tl.load(logprobs_row + places, mask=places < length, other=-float("inf")) != -float("inf")
+        column = tl.load(classes_row + places, mask=places < length, other=-1).to(tl.int32) - start
+        bit = tl.where(is_listed, 1 << (column & 31), 0)
+        words |= tl.sum(tl.where((column >> 5)[None, :] == word[:, None], bit[None, :], 0), 1)
+    bits = words[:, None] >> tl.arange(0, 32)[None, :]
+    return tl.reshape(bits & 1, (BLOCK,)) != 0
 
 
 @triton.jit
@@ -80,35 +72,11 @@ def _divergence(student_log, teacher_log):
 
 
 @triton.jit
-def _slope(
-    student, listed, p, student_max, student_sum, mass, rest_max, rest_share, scale, temperature,
-    HAS_REST: tl.constexpr,
-):  # fmt: skip
-    """Returns the gradient of the cross-entropy in the student's logits after the softcap; rest_share is p_r / R."""
-    gradient = _exp(student - student_max, temperature) * (mass / student_sum) - p
-    if HAS_REST:
-        gradient -= tl.where(listed, 0, _exp(student - rest_max, temperature) * rest_share)
-    return gradient * scale
-
-
-@triton.jit
-def _reverse_slope(
-    student, listed, p, student_max, student_sum, log_sum, mean, rest_c, scale, temperature, HAS_REST: tl.constexpr
-):
-    """Returns the gradient of reverse KL in the student's logits after the softcap; p is log p, mean the row's loss."""
-    x = student - student_max
-    c = x / temperature - log_sum - p
-    gradient = _exp(x, temperature) / student_sum * (tl.where(listed, c, rest_c) - mean) * scale
-    return gradient if HAS_REST else tl.where(listed, gradient, 0)
-
-
-@triton.jit
 def _rows(
     student_ptr,  # (N, >= V)
     bias_ptr,  # (>= V); None: 0
-    p_ptr,  # (N, k), p of the listed classes, REVERSE: log p; None: the soft loss has no weight
-    class_ptr,  # (N, k), ascending
-    rest_ptr,  # (N), p of all other classes together, REVERSE: log p; None: there is no bucket
+    logprobs_ptr,  # (N, k), the teacher's log-probabilities of the listed classes; None: the soft loss has no weight
+    class_ptr,  # (N, k)
     labels_ptr,  # (N)
     counted_ptr,  # (N)
     weight_ptr,  # (N), of each row's gradient; None: 1
@@ -121,11 +89,13 @@ def _rows(
     classes,  # V
     temperature: tl.float64, soft_weight: tl.float64, hard_weight: tl.float64, scale: tl.float64, softcap: tl.float64,
     REVERSE: tl.constexpr,  # whether the loss is reverse KL
+    BUCKET: tl.constexpr,  # whether the classes that are not listed form one more; else p is normalised over the list
     SHAPE: tl.constexpr,
     WIDE: tl.constexpr,
     RESIDENT: tl.constexpr,  # whether the row is one block
     BLOCK: tl.constexpr,
     LIST_BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     # Options arrive in float64; cast them to the dtype of the computation.
@@ -134,14 +104,14 @@ def _rows(
     gain = scale / softcap
     soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
     student_row = student_ptr + row_offset(row, inner, outer_stride, inner_stride)
-    d_row, p_row, class_row = student_row, p_ptr, class_ptr
+    d_row, logprobs_row, classes_row = student_row, logprobs_ptr, class_ptr
     if d_student_ptr is not None:
         d_row = d_student_ptr + tl.cast(row, tl.int64) * width
-    if p_ptr is not None:
-        p_row = p_ptr + tl.cast(row, tl.int64) * length
-        class_row = class_ptr + tl.cast(row, tl.int64) * length
-    HAS_REST: tl.constexpr = p_ptr is not None and rest_ptr is not None
-    AMONG_LISTED: tl.constexpr = REVERSE and p_ptr is not None and rest_ptr is None
+    HAS_LIST: tl.constexpr = logprobs_ptr is not None
+    HAS_REST: tl.constexpr = HAS_LIST and BUCKET
+    if HAS_LIST:
+        logprobs_row = logprobs_ptr + tl.cast(row, tl.int64) * length
+        classes_row = class_ptr + tl.cast(row, tl.int64) * length
     offsets = tl.arange(0, BLOCK)
 
     weight = tl.full((), 1.0, WIDE)
@@ -164,173 +134,182 @@ def _rows(
     if SHAPE != "":
         weight *= scale
 
-    # 1. Maxima and sums of exponentials; hard_sum is at temperature 1, rest_sum over the classes that are not
-    # listed. Reverse KL without a bucket takes the student's among the listed classes.
-    lowest: tl.constexpr = -1.7e308 if tl.float64 == WIDE else -3.4e38
-    student_max, student_sum = tl.full((), lowest, WIDE), tl.full((), 0.0, WIDE)
-    rest_max, rest_sum = student_max, student_sum
-    hard_max, hard_sum = student_max, student_sum
+    # 1. The list and the logits of its classes; -inf where an entry is padding. A label or a listed class out of range
+    # gives NaN.
     student = tl.zeros((BLOCK,), WIDE)
-    listed, p, first = offsets < 0, student, tl.full((), 0, tl.int32)
-    position = first
     if RESIDENT:
         student = _load(student_row, bias_ptr, offsets, classes, gain, softcap, SHAPE, WIDE)
-        if p_ptr is not None:
-            listed, p, position = _walk(offsets, classes, first, class_row, p_row, length, REVERSE, WIDE)
-        among = student
-        if AMONG_LISTED:
-            among = tl.where(listed | (student != student), student, -float("inf"))  # NaN anywhere gives NaN
-        student_max, student_sum = _sums(student_max, student_sum, among, temperature)
-        if HAS_REST:
-            rest = tl.where(listed, -float("inf"), student)
-            rest_max, rest_sum = _sums(rest_max, rest_sum, rest, temperature)
-        if labels_ptr is not None:
-            hard_max, hard_sum = _sums(hard_max, hard_sum, student, 1.0)
-    else:
-        for start in range(0, classes, BLOCK):
-            columns = start + offsets
-            student = _load(student_row, bias_ptr, columns, classes, gain, softcap, SHAPE, WIDE)
-            if HAS_REST or AMONG_LISTED:
-                listed, p, position = _walk(columns, start + BLOCK, position, class_row, p_row, length, REVERSE, WIDE)
-            among = student
-            if AMONG_LISTED:
-                among = tl.where(listed | (student != student), student, -float("inf"))
-            student_max, student_sum = _sums(student_max, student_sum, among, temperature)
-            if HAS_REST:
-                rest = tl.where(listed, -float("inf"), student)
-                rest_max, rest_sum = _sums(rest_max, rest_sum, rest, temperature)
-            if labels_ptr is not None:
-                hard_max, hard_sum = _sums(hard_max, hard_sum, student, 1.0)
-
-    # 2. The loss. A label or a listed class out of range gives NaN.
-    loss = tl.full((), 0.0, WIDE)
-    label = 0
+    label, likely = 0, 0.0
     if labels_ptr is not None:
         label = tl.load(labels_ptr + row)
         is_class = (label >= 0) & (label < classes)
         likely = tl.load(student_row + label, mask=is_class, other=float("nan")).to(WIDE)
         if bias_ptr is not None:
             likely += tl.load(bias_ptr + label, mask=is_class, other=0).to(WIDE)
-        loss = hard_weight * (tl.log(hard_sum) + (hard_max - _shaped(likely, gain, softcap, SHAPE)))
-    mass, rest_share = tl.full((), 0.0, WIDE), tl.full((), 0.0, WIDE)
-    soft, log_sum, rest_c = mass, mass, mass
-    if p_ptr is not None:
-        log_sum = tl.log(student_sum)
-        for start in range(0, length, LIST_BLOCK):
-            places = start + tl.arange(0, LIST_BLOCK)
-            listed_p = tl.load(p_row + places, mask=places < length, other=-float("inf") if REVERSE else 0)
-            listed_class = tl.load(class_row + places, mask=places < length, other=-1)
-            exists = (listed_class >= 0) & (listed_class < classes)
-            z = tl.load(student_row + listed_class, mask=exists, other=float("nan")).to(WIDE)
-            if bias_ptr is not None:
-                z += tl.load(bias_ptr + listed_class, mask=exists, other=0).to(WIDE)
-            x = _shaped(z, gain, softcap, SHAPE) - student_max
-            if REVERSE:
-                is_listed = listed_p != -float("inf")
-                soft += tl.sum(tl.where(is_listed, _divergence(x / temperature - log_sum, listed_p), 0), 0)
-            else:
-                soft += tl.sum(tl.where(listed_p == 0, 0, listed_p * (log_sum - x / temperature)), 0)
-                mass += tl.sum(listed_p, 0)
+        likely = _shaped(likely, gain, softcap, SHAPE)
+    places = tl.arange(0, LIST_BLOCK)
+    listed_z, teacher_log = tl.zeros((LIST_BLOCK,), WIDE), tl.zeros((LIST_BLOCK,), WIDE)
+    listed_class, exists, is_listed = places, places < 0, places < 0
+    if HAS_LIST:
+        teacher_log = tl.load(logprobs_row + places, mask=places < length, other=-float("inf")).to(WIDE)
+        listed_class = tl.load(classes_row + places, mask=places < length, other=-1)
+        is_listed = teacher_log != -float("inf")
+        exists = is_listed & (listed_class >= 0) & (listed_class < classes)
+        listed_z = tl.load(student_row + listed_class, mask=exists, other=float("nan")).to(WIDE)
+        if bias_ptr is not None:
+            listed_z += tl.load(bias_ptr + listed_class, mask=exists, other=0).to(WIDE)
+        listed_z = tl.where(is_listed, _shaped(listed_z, gain, softcap, SHAPE), -float("inf"))
+
+    # 2. Maxima and sums of exponentials over the row: with a bucket, over its classes; hard_sum is at temperature 1.
+    lowest: tl.constexpr = -1.7e308 if tl.float64 == WIDE else -3.4e38
+    LANES: tl.constexpr = BLOCK // 8
+    row_max, row_sum = tl.full((LANES,), lowest, WIDE), tl.zeros((LANES,), WIDE)
+    hard_max, hard_sum = row_max, row_sum
+    if RESIDENT:
         if HAS_REST:
-            rest_p = tl.load(rest_ptr + row)
-            rest_x = (rest_max - student_max) / temperature
-        if HAS_REST and REVERSE:
-            rest_log = rest_x + tl.log(rest_sum) - log_sum
-            soft += _divergence(rest_log, rest_p)
-            rest_c = tl.where(rest_sum > 0, rest_log - rest_p, 0)
-        elif HAS_REST:
-            soft += tl.where(rest_p == 0, 0, rest_p * (log_sum - (rest_x + tl.log(rest_sum))))
-            # A bucket of probability 0 has no gradient.
-            rest_p = tl.where(rest_sum > 0, rest_p, 0)
-            rest_share = rest_p / tl.where(rest_sum > 0, rest_sum, 1)
-            mass += rest_p
+            listed = _listed(0, logprobs_row, classes_row, length, BLOCK, PIECE)
+            row_max, row_sum = _add(row_max, row_sum, tl.where(listed, -float("inf"), student), temperature)
+        else:
+            row_max, row_sum = _add(row_max, row_sum, student, temperature)
+        if labels_ptr is not None:
+            hard_max, hard_sum = _add(hard_max, hard_sum, student, 1.0)
+    else:
+        for start in range(0, classes, BLOCK):
+            student = _load(student_row, bias_ptr, start + offsets, classes, gain, softcap, SHAPE, WIDE)
+            if HAS_REST:
+                listed = _listed(start, logprobs_row, classes_row, length, BLOCK, PIECE)
+                row_max, row_sum = _add(row_max, row_sum, tl.where(listed, -float("inf"), student), temperature)
+            else:
+                row_max, row_sum = _add(row_max, row_sum, student, temperature)
+            if labels_ptr is not None:
+                hard_max, hard_sum = _add(hard_max, hard_sum, student, 1.0)
+    row_max, row_sum = _joined(row_max, row_sum, temperature)
+    if labels_ptr is not None:
+        hard_max, hard_sum = _joined(hard_max, hard_sum, 1.0)
+
+    # 3. The loss. The gradient of a class that is not listed is exp((z - row_max) / T) factor.
+    loss, factor = tl.full((), 0.0, WIDE), tl.full((), 0.0, WIDE)
+    if labels_ptr is not None:
+        loss = hard_weight * (tl.log(hard_sum) + (hard_max - likely))
+    listed_slope = tl.zeros((LIST_BLOCK,), WIDE)
+    if HAS_LIST:
+        # The teacher's log p of the listed classes and p of the bucket. The latter cancels: it needs the digits.
+        rest_p, log_norm = tl.full((), 0.0, WIDE), tl.full((), 0.0, WIDE)
+        if HAS_REST:
+            listed_p = tl.sum(tl.exp(teacher_log.to(tl.float64)), 0)
+            least: tl.constexpr = 1e-7 if REVERSE else 0.0
+            has_others = tl.sum(is_listed.to(tl.int32), 0) < classes
+            rest = tl.where(has_others, tl.maximum(1 - listed_p, least), 0)
+            rest_p = rest.to(WIDE)
+            if REVERSE:
+                log_norm = tl.log(listed_p + rest).to(WIDE)
+        else:
+            teacher_log = (teacher_log - tl.max(teacher_log, 0)) / temperature
+            log_norm = tl.log(tl.sum(tl.exp(teacher_log), 0))
+        teacher_log -= log_norm
+
+        student_max, student_sum = row_max, row_sum
+        if HAS_REST or REVERSE:  # the student's own, among the listed classes and the bucket
+            student_max = tl.maximum(tl.max(listed_z, 0), lowest)
+            if HAS_REST:
+                student_max = tl.maximum(student_max, row_max)
+            student_sum = tl.sum(_exp(listed_z - student_max, temperature), 0)
+            # NaN in a class that is neither listed nor in a bucket gives NaN, too.
+            student_sum += row_sum * _exp(row_max - student_max, temperature) if HAS_REST else row_sum * 0
+        log_sum = tl.log(student_sum)
+        listed_x = listed_z - student_max
+        listed_q = _exp(listed_x, temperature) / student_sum
+        listed_log = listed_x / temperature - log_sum
+        row_share = _exp(row_max - student_max, temperature) / student_sum
+        # The bucket's log q; a likely bucket's would lose digits as a difference of logarithms.
+        rest_log = (row_max - student_max) / temperature + tl.log(row_sum) - log_sum
+        rest_log = tl.where(row_share * row_sum > 0.1, tl.log(row_share * row_sum), rest_log)
+        slope = soft_weight / temperature
+        if REVERSE:
+            soft = tl.sum(tl.where(is_listed, _divergence(listed_log, teacher_log), 0), 0)
+            rest_c = tl.full((), 0.0, WIDE)
+            if HAS_REST:
+                rest_teacher_log = tl.log(rest_p) - log_norm
+                soft += _divergence(rest_log, rest_teacher_log)
+                rest_c = tl.where(row_sum > 0, rest_log - rest_teacher_log, 0)
+                factor = row_share * (rest_c - soft) * slope
+            listed_slope = listed_q * (listed_log - teacher_log - soft) * slope
+        else:
+            teacher_p = tl.exp(teacher_log)
+            soft = -tl.sum(tl.where(teacher_p == 0, 0, teacher_p * listed_log), 0)
+            mass = tl.sum(teacher_p, 0)
+            if HAS_REST:
+                soft -= tl.where(rest_p == 0, 0, rest_p * rest_log)
+                rest_p = tl.where(row_sum > 0, rest_p, 0)  # a bucket of probability 0 has no gradient
+                mass += rest_p
+            factor = (mass * row_share - rest_p / tl.where(row_sum > 0, row_sum, 1)) * slope
+            listed_slope = (mass * listed_q - teacher_p) * slope
         loss += soft_weight * soft
     tl.store(loss_ptr + row, loss)
 
-    # 3. The gradient. It may overwrite the logits: the barrier waits until other threads have fetched the ones they
+    # 4. The gradient. It may overwrite the logits: the barrier waits until other threads have fetched the ones they
     # need.
     if d_student_ptr is not None:
         tl.debug_barrier()
-        slope = soft_weight / temperature
-        if RESIDENT:
-            if REVERSE and p_ptr is not None:
-                gradient = _reverse_slope(
-                    student, listed, p, student_max, student_sum, log_sum, soft, rest_c, slope, temperature, HAS_REST
-                )
-            else:
-                gradient = _slope(
-                    student, listed, p, student_max, student_sum, mass, rest_max, rest_share, slope, temperature,
-                    HAS_REST,
-                )  # fmt: skip
+        for start in range(0, classes, BLOCK):
+            columns = start + offsets
+            if not RESIDENT:
+                student = _load(student_row, bias_ptr, columns, classes, gain, softcap, SHAPE, WIDE)
+            gradient = tl.zeros((BLOCK,), WIDE)
+            if HAS_REST or (HAS_LIST and not REVERSE):
+                gradient = _exp(student - row_max, temperature) * factor
             gradient = _finish(
-                gradient, student, offsets, hard_max, hard_sum, label, hard_weight, weight, softcap,
+                gradient, student, columns, hard_max, hard_sum, label, hard_weight, weight, softcap,
                 labels_ptr is not None, SHAPE,
             )  # fmt: skip
-            tl.store(d_row + offsets, gradient.to(d_row.dtype.element_ty), mask=offsets < classes)
-        else:
-            position = first
-            for start in range(0, classes, BLOCK):
-                columns = start + offsets
-                student = _load(student_row, bias_ptr, columns, classes, gain, softcap, SHAPE, WIDE)
-                gradient = tl.zeros((BLOCK,), WIDE)
-                if p_ptr is not None:
-                    listed, p, position = _walk(
-                        columns, start + BLOCK, position, class_row, p_row, length, REVERSE, WIDE
-                    )
-                if REVERSE and p_ptr is not None:
-                    gradient = _reverse_slope(
-                        student, listed, p, student_max, student_sum, log_sum, soft, rest_c, slope, temperature,
-                        HAS_REST,
-                    )  # fmt: skip
-                elif p_ptr is not None:
-                    gradient = _slope(
-                        student, listed, p, student_max, student_sum, mass, rest_max, rest_share, slope, temperature,
-                        HAS_REST,
-                    )  # fmt: skip
-                gradient = _finish(
-                    gradient, student, columns, hard_max, hard_sum, label, hard_weight, weight, softcap,
-                    labels_ptr is not None, SHAPE,
-                )  # fmt: skip
-                tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=columns < classes)
+            tl.store(d_row + columns, gradient.to(d_row.dtype.element_ty), mask=columns < classes)
         for start in range(classes, width, BLOCK):
             tl.store(d_row + start + offsets, tl.zeros((BLOCK,), d_row.dtype.element_ty), mask=start + offsets < width)
+        if HAS_LIST:
+            tl.debug_barrier()  # the listed classes come last
+            gradient = _finish(
+                listed_slope, listed_z, listed_class, hard_max, hard_sum, label, hard_weight, weight, softcap,
+                labels_ptr is not None, SHAPE,
+            )  # fmt: skip
+            tl.store(d_row + listed_class, gradient.to(d_row.dtype.element_ty), mask=exists)
 
 
 def rows(
     student: Tensor,  # (*, >= V)
-    target: tuple[Tensor, ...],  # p (N, k), ascending classes (N, k) and, with a bucket, p_r (N); (): no soft loss
+    target: tuple[Tensor, ...],  # the teacher's log-probabilities (N, k) and classes (N, k); (): no soft loss
     labels: Tensor | None,  # (N)
     counted: Tensor | None,  # (N)
     options: "RowOptions",
     *,
-    loss: Tensor,  # (N), float32 or float64, the dtype of the computation and of p
+    loss: Tensor,  # (N), float32 or float64, the dtype of the computation
     gradient: Tensor | None = None,  # (*, >= V) contiguous; may be student itself
     weight: Tensor | None = None,  # (N), of each row's gradient; None: 1
     expected: Tensor | None = None,  # (N), the weights that `gradient` was written with before; None: it was not
     student_bias: Tensor | None = None,  # (>= V), added to each row's logits; None: 0
     teacher_bias: None = None,  # a list has none
 ) -> None:
-    """Writes `loss`, and `gradient` if it is given. With `expected` it writes only the rows whose weight differs.
-
-    For reverse KL the target holds log p and log p_r.
-    """
+    """Writes `loss`, and `gradient` if it is given. With `expected` it writes only the rows whose weight differs."""
     student, *student_rows = rows_of(student)
-    count = student.shape[:-1].numel()
+    count = loss.numel()
     if count == 0:
         return
-    p, listed_classes, rest = (*target, None, None, None)[:3]
-    length = 1 if p is None else p.shape[-1]
+    logprobs, listed_classes = target or (None, None)
+    length = 1 if logprobs is None else logprobs.shape[-1]
     resident = options.classes <= RESIDENT
-    block = max(power_of_2(options.classes), 16) if resident else BLOCK
+    block = max(power_of_2(options.classes), 32) if resident else BLOCK
+    arch = _common.arch_of(student)
+    list_block, numbers = power_of_2(length), 32 * _common.warp_size(arch)
+    # Without a limit, NVIDIA's compiler would spill a few registers to fit one more program.
+    limit = {"maxnreg": 224} if not resident and length <= block and arch.startswith("sm_") else {}
     with on_device_of(student):
         _rows[(count,)](
-            student, student_bias, p, listed_classes, rest, labels, counted, weight, expected, loss, gradient,
+            student, student_bias, logprobs, listed_classes, labels, counted, weight, expected, loss, gradient,
             *student_rows, length, 0 if gradient is None else gradient.shape[-1], options.classes,
             options.temperature, options.soft_weight, options.hard_weight,
             options.student_scale, options.student_softcap or 1.0,
-            REVERSE=options.kind == "reverse_kl", SHAPE=shape_of(options.student_scale, options.student_softcap),
+            REVERSE=options.kind == "reverse_kl", BUCKET=options.tail == "bucket",
+            SHAPE=shape_of(options.student_scale, options.student_softcap),
             WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
-            RESIDENT=resident, BLOCK=block, LIST_BLOCK=min(power_of_2(length), LIST_BLOCK),
-            # A thread holds 16 logits.
-            num_warps=max(1, block // (16 * _common.warp_size(_common.arch_of(student)))),
+            RESIDENT=resident, BLOCK=block, LIST_BLOCK=list_block, PIECE=PIECE,
+            num_warps=min(max(1, block // numbers, list_block // numbers), 16), **limit,  # a thread holds 32 logits
         )  # fmt: skip

@@ -113,16 +113,11 @@ def listed(
     return logprobs, checked_indices("topk_indices", indices, counted, options.classes)
 
 
-def sorted_list(
-    options: RowOptions, logprobs: Tensor, indices: Tensor, counted: Tensor | None, dtype: torch.dtype
-) -> Target:
-    """Returns the list as the kernel takes it: probabilities and classes in ascending order (N, k), and with a bucket
-    the probability of the rest (N). Reverse KL takes log-probabilities."""
-    logprobs, indices = listed(options, logprobs, indices, counted, dtype)
-    p, rest = (_log_probabilities if options.kind == "reverse_kl" else _probabilities)(options, logprobs)
-    indices, order = indices.sort(-1)
-    in_order = p.gather(-1, order), indices
-    return (*in_order, rest[:, 0].contiguous()) if options.tail == "bucket" else in_order
+def kernel_list(options: RowOptions, logprobs: Tensor, indices: Tensor, counted: Tensor | None) -> Target:
+    """Returns the list as the kernel takes it: unchanged. On the CPU it checks the classes."""
+    if indices.device.type == "cpu":
+        listed(options, logprobs, indices, counted, logprobs.dtype)
+    return logprobs.contiguous(), indices.contiguous()
 
 
 def _probabilities(options: RowOptions, logprobs: Tensor) -> tuple[Tensor, Tensor]:

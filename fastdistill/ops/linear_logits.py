@@ -23,7 +23,7 @@ from torch import Tensor
 from fastdistill.ops import _common, _rows
 from fastdistill.ops._counted import Selection, select
 from fastdistill.ops._rows import BUFFERS, RowOptions, Target, at, capped, checked_labels
-from fastdistill.ops._topk import listed, sorted_list
+from fastdistill.ops._topk import kernel_list, listed
 from fastdistill.ops.logits import kernels_of, row_loss
 
 # Tokens of a chunk: enough for products at full speed, within a bound on the bytes of each side's logits.
@@ -161,7 +161,8 @@ def _teacher(
     if options.soft_weight == 0:
         return lambda chunk: ()
     if inputs.indices is not None:
-        whole = (listed if on_torch else sorted_list)(options, teacher, inputs.indices, counted, dtype)
+        given = options, teacher, inputs.indices, counted
+        whole = listed(*given, dtype) if on_torch else kernel_list(*given)
         return lambda chunk: tuple(x[chunk] for x in whole)
     assert inputs.teacher_weight is not None
     head = inputs.teacher_weight[: options.classes]

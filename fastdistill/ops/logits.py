@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdistill.ops import _common, _rows
 from fastdistill.ops._divergence import divergence
 from fastdistill.ops._rows import BUFFERS, SHORT, RowOptions, Target, at, capped, checked_labels
-from fastdistill.ops._topk import listed, sorted_list, topk_divergence
+from fastdistill.ops._topk import kernel_list, listed, topk_divergence
 
 
 class Inputs(NamedTuple):
@@ -176,7 +176,7 @@ def _launch(
     student, teacher, indices, labels, counted, weight = inputs
     target: Target = ()
     if options.soft_weight:
-        target = (teacher,) if indices is None else sorted_list(options, teacher, indices, counted, loss.dtype)
+        target = (teacher,) if indices is None else kernel_list(options, teacher, indices, counted)
     labels = checked_labels(labels, counted, options.classes)
     labels, counted, weight, expected = _rows.contiguous(labels, counted, weight, expected)
     kernels_of(options).rows(

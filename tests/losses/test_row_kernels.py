@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton runs the kernels")
 from fastdistill.kernels import logits, topk
 
 from fastdistill.ops._rows import RowOptions
-from fastdistill.ops._topk import sorted_list
+from fastdistill.ops._topk import kernel_list
 
 # beta, w_t and w_s: JSD, skewed KL, skewed reverse KL, and one that is neither
 MIXTURES = {
@@ -26,6 +26,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CLASSES = (301, 8300)  # held in registers, and streamed
 WEIGHT = torch.tensor([0.5, 1.0, 2.0])
 EVERYTHING = {"scale": 0.6, "softcap": 2.5, "alpha": 0.7, "labels": torch.tensor([0, 299, 7])}
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams rows of 8300 classes in several blocks."""
+    monkeypatch.setattr(logits, "BLOCK", 4096)
+    monkeypatch.setattr(topk, "BLOCK", 2048)
 
 
 def options_of(kind: str, classes: int, *, weights: tuple[float, ...] = (0.5, 0.5, 0.5), **given: Any) -> RowOptions:
@@ -95,6 +102,17 @@ def test_mixtures_of_impossible_classes(name: str, classes: int) -> None:
     assert (found["student_logits"][:, ::3] == 0).all()
 
 
+@pytest.mark.parametrize("weights", [(1e-6, 1.0, 0.0), (1 - 1e-6, 0.0, 1.0)], ids=["skewed", "skewed reverse"])
+def test_a_skew_that_is_almost_zero(weights: tuple[float, float, float]) -> None:
+    """log(m / p) is about the logarithm of the skew where one side is nearly 0: 1 + (m - p) / p would round it away."""
+    student, teacher = pair(301)
+    student[:, :100] -= 40
+    teacher[:, 200:] -= 40
+    found, truth, _ = run_mixture(student, teacher, weights)
+    assert errors(found, truth)["value"] < 1e-6
+    assert errors(found, truth)["student_logits"] < 3e-6
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures_near_the_teacher_keep_their_digits(name: str) -> None:
     for classes in CLASSES:
@@ -137,7 +155,7 @@ def run_listed(
     options = options_of("reverse_kl", student.shape[-1], tail=tail, **given)
     loss, gradient = student.new_empty(3, dtype=dtype), torch.full_like(student, float("nan"))
     topk.rows(
-        student, sorted_list(options, logprobs, indices, None, dtype), given.get("labels"), None, options,
+        student, kernel_list(options, logprobs, indices, None), given.get("labels"), None, options,
         loss=loss, gradient=gradient, weight=WEIGHT.to(dtype), student_bias=given.get("bias"),
     )  # fmt: skip
 
@@ -205,7 +223,7 @@ def test_a_list_of_all_classes_has_no_bucket() -> None:
     student, logprobs, indices = a_list(40, 40)
     options = options_of("reverse_kl", 40, tail="bucket")
     loss, gradient = torch.empty(3), torch.empty_like(student)
-    topk.rows(student, sorted_list(options, logprobs, indices, None, torch.float32), None, None, options,
+    topk.rows(student, kernel_list(options, logprobs, indices, None), None, None, options,
               loss=loss, gradient=gradient)  # fmt: skip
     found, truth, usual = run_listed(student, logprobs, indices, "renormalize")
     assert errors({"value": loss}, {"value": truth["value"]})["value"] < 1e-6
@@ -235,7 +253,7 @@ def test_rows_that_do_not_count_are_not_read(tail: str) -> None:
     student[1], logprobs[1], indices[1] = float("nan"), float("nan"), -7
     counted, weight = torch.tensor([True, False, True]), torch.tensor([1.0, 0.0, 1.0])
     options, loss, gradient = options_of("reverse_kl", 301, tail=tail), torch.empty(3), torch.empty_like(student)
-    target = sorted_list(options, logprobs, indices, counted, torch.float32)
+    target = kernel_list(options, logprobs, indices, counted)
     topk.rows(student, target, None, counted, options, loss=loss, gradient=gradient, weight=weight)
     assert loss[1] == 0
     assert (gradient[1] == 0).all()
