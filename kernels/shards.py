@@ -84,10 +84,10 @@ def _sums(
             teacher_sum += _exp(teacher - teacher_max, temperature)
             if KIND == "soft_cross_entropy" or KIND == "kl_div" or KIND == "reverse_kl":
                 term, student_e, teacher_e, _value, _excess = _terms(
-                    student, teacher, student_max, teacher_max, one, one, temperature, one, one, one, KIND
+                    student, teacher, student_max, teacher_max, one, one, temperature, one, one, one, one, KIND
                 )
                 inside = columns < classes
-                total += tl.where(inside, term * temperature, 0)
+                total += tl.where(inside, term, 0)
                 apart += tl.where(inside, teacher_e - student_e, 0)
     likely = tl.full((), 0.0, WIDE)
     if labels_ptr is not None:
@@ -124,14 +124,14 @@ def _classes(
     teacher_inner, teacher_outer_stride, teacher_inner_stride,
     width,  # of a row of d_student
     classes,  # V_r
-    temperature: tl.float64, beta: tl.float64, teacher_kl: tl.float64, student_kl: tl.float64,
+    temperature: tl.float64, beta: tl.float64, others: tl.float64, teacher_kl: tl.float64, student_kl: tl.float64,
     soft_weight: tl.float64, hard_weight: tl.float64,
     student_scale: tl.float64, teacher_scale: tl.float64, student_softcap: tl.float64, teacher_softcap: tl.float64,
     KIND: tl.constexpr, STUDENT_SHAPE: tl.constexpr, TEACHER_SHAPE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    temperature, beta = tl.full((), temperature, WIDE), tl.full((), beta, WIDE)
+    temperature, beta, others = tl.full((), temperature, WIDE), tl.full((), beta, WIDE), tl.full((), others, WIDE)
     teacher_kl, student_kl = tl.full((), teacher_kl, WIDE), tl.full((), student_kl, WIDE)
     soft_weight, hard_weight = tl.full((), soft_weight, WIDE), tl.full((), hard_weight, WIDE)
     student_softcap, teacher_softcap = tl.full((), student_softcap, WIDE), tl.full((), teacher_softcap, WIDE)
@@ -170,7 +170,7 @@ def _classes(
             )
             term, student_p, teacher_p, value, _excess = _terms(
                 student, teacher, student_max, teacher_max, student_sum, teacher_sum, temperature, beta,
-                teacher_kl, student_kl, KIND,
+                others, teacher_kl, student_kl, KIND,
             )  # fmt: skip
             terms += tl.where(inside, term, 0)
             values += tl.where(inside, value, 0)
@@ -183,7 +183,10 @@ def _classes(
             gradient = tl.where(skipped, 0, gradient)
             tl.store(d_student_ptr + row * width + columns, gradient.to(d_student_ptr.dtype.element_ty), mask=inside)
     if summed_ptr is not None:
-        tl.store(summed_ptr + 2 * row, tl.sum(terms, 0))
+        total = tl.sum(terms, 0)
+        if KIND == "tvd":
+            total = total / 2
+        tl.store(summed_ptr + 2 * row, total)
         tl.store(summed_ptr + 2 * row + 1, tl.sum(values, 0))
 
 
@@ -236,7 +239,7 @@ def _run(
     with on_device_of(student):
         _classes[(known.shape[1],)](
             *sides, *biases, labels, known, mean, weight, out, d_student, *strides,
-            0 if d_student is None else d_student.shape[-1], classes, options.temperature, options.beta,
+            0 if d_student is None else d_student.shape[-1], classes, options.temperature, options.beta, 1 - options.beta,
             options.teacher_kl, options.student_kl, options.soft_weight, options.hard_weight, options.student_scale,
             options.teacher_scale, options.student_softcap or 1.0, options.teacher_softcap or 1.0, **constants,
         )  # fmt: skip
