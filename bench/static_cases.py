@@ -153,12 +153,13 @@ def _residual(
     x, t = torch.empty(tokens, d_s, dtype=dtype), torch.empty(tokens, d_t, dtype=dtype)
     weight = torch.empty(d_t, d_s, dtype=dtype) if project else None
     loss = torch.empty(tokens, dtype=torch.float64 if name == "fp64" else torch.float32)
+    count = torch.empty((), dtype=torch.int64)
 
     def call() -> None:
         linear_mse.residual(
             x, weight, t, t[0] if with_all else None, loss > 0 if with_all else None, loss if with_all else None,
-            loss=loss, out=torch.empty_like(t), clean=torch.empty_like(x) if with_all else None,
-            d_bias=torch.zeros(d_t, dtype=loss.dtype) if with_all else None,
+            count if with_all else None, scale=0.1, slope=0.2, dtype=loss.dtype, weighs_loss=True, wants_loss=True,
+            wants_bias=with_all, out=torch.empty_like(t), clean=torch.empty_like(x) if with_all else None,
         )  # fmt: skip
 
     options = (" all options" if with_all else "") + ("" if project else " no product")
