@@ -110,6 +110,14 @@ def finished(
     return results
 
 
+def divides(student: Tensor) -> bool:
+    """Returns whether an op with its gradients in the forward divides by the count of the mean as well.
+
+    float16 gradients would lose digits, and a compiler should see the division, since it can fuse it.
+    """
+    return student.dtype != torch.float16 and not traced()
+
+
 def host_factor(count: int | float | Tensor | None) -> tuple[float, Tensor | None]:
     """Splits 1 / count into a factor that the host knows, and a count that it would have to wait for. 0 counts as 1."""
     if isinstance(count, Tensor):

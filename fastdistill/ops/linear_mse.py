@@ -64,15 +64,10 @@ class _Call(NamedTuple):
         return self._replace(student=student, teacher=teacher, mask=mask, token_weight=token_weight)
 
 
-def divides(student: Tensor) -> bool:
-    """Returns whether `linear_mse` takes the count of the mean. A compiler sees the division, which it can fuse."""
-    return student.dtype != torch.float16 and not _common.traced()
-
-
 def linear_mse(
     student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None, mask: Tensor | None,  # as in `_Call`
     *, item_weights: Tensor | None,  # (N), factors of the tokens' losses
-    divisor: int | float | Tensor | None,  # divides the reduced loss where `divides` says so
+    divisor: int | float | Tensor | None,  # divides the reduced loss where `_common.divides` says so
     per_token: bool, backend: str,
 ) -> Tensor:  # (N) or () # fmt: skip
     # The gradients of per-token losses are known in the backward only, which computes the residual again.
