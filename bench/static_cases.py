@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastdistill.kernels import attention_mse, attention_short, attention_tiles, counted_mm, linear_mse, logits, topk
+from fastdistill.kernels import (
+    attention_mse, attention_short, attention_tiles, counted_mm, linear_mse, logits, scale, topk,
+)  # fmt: skip
 from torch import Tensor
 
 from fastdistill.ops._attention import Attention, Counted
@@ -47,6 +49,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
     yield from topk_cases()
     yield from linear_mse_cases()
     yield from counted_mm_cases()
+    yield from scale_cases()
     yield from attention_mse_cases()
     yield from attention_tiles_cases()
     yield from attention_short_cases()
@@ -189,6 +192,21 @@ def _products(d: int, classes: int, name: str, tokens: int = 784) -> tuple[str, 
         counted_mm.add_d_weight(gradient, x, count, start, torch.empty_like(weight, dtype=wide))
 
     return f"counted_mm {d} to {classes} {name}", call
+
+
+def scale_cases() -> Iterator[tuple[str, Call]]:
+    for learned, wide, in_place in (("bf16", "fp32", False), ("bf16", "bf16", True), ("fp32", "fp32", True)):
+        yield _scale(learned, wide, in_place)
+
+
+def _scale(name: str, kept: str, in_place: bool, tokens: int = 4096) -> tuple[str, Call]:
+    gradients = [torch.empty(*shape, dtype=DTYPES[kept]) for shape in ((tokens, 312), (768, 312), (768,))]
+    factor = torch.empty((), dtype=torch.float32)
+
+    def call() -> None:
+        scale.scale_gradients(gradients, factor, [DTYPES[name]] * 3, in_place)
+
+    return f"scale {kept} to {name}", call
 
 
 def _attention(
