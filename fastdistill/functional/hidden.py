@@ -61,7 +61,10 @@ def linear_mse(
             divisor = num_items if num_items is not None else tokens.numel() if mask is None else mask.sum()
         divided = divides(student)
         loss = _linear_mse_op(
-            student.reshape(-1, student.shape[-1]), weight, teacher.reshape(-1, width), bias,
+            student if student.dim() == 2 else student.reshape(-1, student.shape[-1]),
+            weight,
+            teacher if teacher.dim() == 2 else teacher.reshape(-1, width),
+            bias,
             None if mask is None else mask.reshape(-1),
             item_weights=None if item_weights is None else item_weights.reshape(-1),
             divisor=divisor if divided else None, per_token=reduction == "none", backend=backend,

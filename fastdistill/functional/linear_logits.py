@@ -250,9 +250,10 @@ def _loss(
 
 def _operands(side: str, head: Head) -> Head:
     hidden, weight, bias = autocast(*head)
-    check.same_dtype(**{side: hidden, f"{side}_weight": weight, f"{side}_bias": bias})
+    if not hidden.dtype == weight.dtype == (weight if bias is None else bias).dtype:
+        check.same_dtype(**{side: hidden, f"{side}_weight": weight, f"{side}_bias": bias})
     return hidden, weight, bias
 
 
 def _flat(x: Tensor) -> Tensor:  # (*, d) -> (N, d)
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

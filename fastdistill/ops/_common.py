@@ -48,6 +48,8 @@ def add_mm_(total: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float =
     """Computes total = beta * total + alpha * a @ b; the product comes out of the accumulator in total's dtype."""
     if total.is_cuda and total.dtype == torch.float32 and narrow(a) and a.dtype == b.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
+    elif total.dtype == a.dtype == b.dtype:
+        total.addmm_(a, b, beta=beta, alpha=alpha)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha)
 
@@ -129,8 +131,7 @@ def host_factor(count: int | float | Tensor | None) -> tuple[float, Tensor | Non
 
 def inverse(count: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns 1 / count, () on its device, with 0 counted as 1."""
-    count = count.to(dtype)
-    return torch.where(count == 0, 1, count).reciprocal_()
+    return (count + (count == 0)).to(dtype).reciprocal_()
 
 
 def unit(weights: Tensor) -> tuple[Tensor, Tensor]:

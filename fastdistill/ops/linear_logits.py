@@ -164,9 +164,11 @@ def _clear(outputs: Outputs, chosen: Selection, classes: int) -> None:
     if (chosen.order is not None and chosen.counted is None) or chosen.size == 0:  # the other rows are left out
         losses.zero_()
         d_student.zero_()
-    none = chosen.products is not None or chosen.size == 0  # these products add to what is there
+    if chosen.products is not None or chosen.size == 0:  # these products add to what is there
+        classes = 0
     for total in (d_weight, d_bias):
-        total[0 if none else classes :].zero_()
+        if classes < total.shape[0]:
+            total[classes:].zero_()
 
 
 # -- the rows of a chunk -------------------------------------------------------------------------------------

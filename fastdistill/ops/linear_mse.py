@@ -14,6 +14,7 @@ the weights, and 2 / d_t come last.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -95,24 +96,22 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 def _forward(*inputs):  # type: ignore[no-untyped-def]
     *fields, backend = inputs
     call = _Call(*fields)
+    if call.student.shape[0] == 0:
+        return tuple(x.zero_() for x in (_loss(call), *_gradients(call)))
     # float16 gradients come without the factor, which the backward knows as well.
     slope = 1.0 if call.student.dtype == torch.float16 else 2 * call.scale
     with _common.no_autocast(call.student):
-        outputs = _outputs(call)
-        if len(call.student) == 0:
-            for x in outputs:
-                x.zero_()
-            return outputs
-        return (_with_kernel if backend == "triton" else _in_chunks)(call, slope, *outputs)
+        return (_with_kernel if backend == "triton" else _in_chunks)(call, slope)
 
 
-def _in_chunks(call: _Call, slope: float, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor) -> Outputs:
-    dtype, tokens, token_weight = loss.dtype, len(call.student), call.token_weight
+def _in_chunks(call: _Call, slope: float) -> Outputs:
+    d_student, d_weight, d_bias = _gradients(call)
+    dtype, tokens, token_weight = call.dtype, call.student.shape[0], call.token_weight
     if call.divisor is not None:
         inverse = _common.inverse(call.divisor, dtype)
         token_weight = inverse.expand(tokens) if token_weight is None else token_weight * inverse
         call = call._replace(token_weight=token_weight)
-    norms = loss.new_empty(tokens)  # of the rows of R
+    losses = []
     for start in range(0, tokens, CHUNK):
         chunk = slice(start, min(start + CHUNK, tokens))
         x, weight, teacher, bias, mask, weights, *_ = call.part(chunk)  # x (C, d_s)
@@ -126,7 +125,7 @@ def _in_chunks(call: _Call, slope: float, loss: Tensor, d_student: Tensor, d_wei
         if mask is not None:  # a masked token may hold NaN: overwrite, do not multiply
             residual.masked_fill_(~mask[:, None], 0)
         if call.wants_loss:
-            torch.linalg.vector_norm(residual, dim=1, out=norms[chunk])
+            losses.append(torch.linalg.vector_norm(residual, dim=1).square_())
         if not call.differentiates:
             continue
         if weights is not None:
@@ -138,52 +137,48 @@ def _in_chunks(call: _Call, slope: float, loss: Tensor, d_student: Tensor, d_wei
             clean = x if mask is None else x.masked_fill(~mask[:, None], 0)
             _common.add_mm_(d_weight, operand.mT, clean, beta=int(start > 0), alpha=slope)
         if call.needs_student:
+            dx = d_student if tokens <= CHUNK else d_student[chunk]
             if weight is None:
-                torch.mul(residual, slope, out=d_student[chunk])
+                torch.mul(residual, slope, out=dx)
             else:
-                _common.mm_(d_student[chunk], operand, weight, alpha=slope)
+                _common.mm_(dx, operand, weight, alpha=slope)
     if not call.wants_loss:
-        return loss, d_student, d_weight, d_bias
-    losses = norms.square_()
-    if call.per_token:
-        return losses.mul_(call.scale), d_student, d_weight, d_bias
-    if token_weight is not None:
-        losses *= token_weight
-    return losses.sum().mul_(call.scale), d_student, d_weight, d_bias
+        return _loss(call), d_student, d_weight, d_bias
+    loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+    if not call.per_token:
+        loss = (loss if token_weight is None else loss * token_weight).sum()
+    return loss.mul_(call.scale), d_student, d_weight, d_bias
 
 
-def _with_kernel(
-    call: _Call, slope: float, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor
-) -> Outputs:
+def _with_kernel(call: _Call, slope: float) -> Outputs:
     from fastdistill.kernels import linear_mse as kernels
 
+    d_student, d_weight, d_bias = _gradients(call)
     tokens, width = call.teacher.shape
     bias, mask, token_weight = (None if x is None else x.contiguous() for x in call[3:6])
     call = call._replace(bias=bias, mask=mask, token_weight=token_weight)
-    dtype = call.student.dtype if _common.narrow(call.student) else loss.dtype  # of R
+    dtype = call.student.dtype if _common.narrow(call.student) else call.dtype  # of R
     products = call.needs_weight or (call.needs_student and call.weight is not None)
     size = max(kernels.CHUNK_BYTES // (width * dtype.itemsize), 1024) if products else tokens
     residual = call.student.new_empty(min(size, tokens), width, dtype=dtype) if products else None
     clean = None
     if call.needs_weight and call.mask is not None:
         clean = torch.empty_like(call.student[:size], memory_format=torch.contiguous_format)
-    total = None
+    losses: list[Tensor] = []
     for start in range(0, tokens, size):
         chunk = slice(start, min(start + size, tokens))
         part, dx = call.part(chunk), d_student[chunk]
         r, x = (None if y is None else y[: chunk.stop - start] for y in (residual, clean))
         if call.weight is None and call.needs_student and r is None:
             r = dx  # R is dX
-        losses, d_biases = kernels.residual(
-            *part[:7], scale=call.scale, slope=slope, dtype=loss.dtype, weighs_loss=not call.per_token,
+        squares, sums = kernels.residual(
+            *part[:7], scale=call.scale, slope=slope, dtype=call.dtype, weighs_loss=not call.per_token,
             wants_loss=call.wants_loss, wants_bias=call.needs_bias, out=r, clean=x,
         )  # fmt: skip
-        if losses is not None and call.per_token:
-            torch.sum(losses, 0, out=loss[chunk])
-        elif losses is not None:
-            total = losses.sum() if total is None else total.add_(losses.sum())
-        if d_biases is not None:
-            torch.sum(d_biases, 0, out=d_bias) if start == 0 else d_bias.add_(d_biases.sum(0))
+        if squares is not None:
+            losses.append(squares.sum(0) if call.per_token else squares.sum())
+        if sums is not None:
+            torch.sum(sums, 0, out=d_bias) if start == 0 else d_bias.add_(sums.sum(0))
         if residual is None or r is None:
             continue
         if call.needs_weight:
@@ -192,23 +187,34 @@ def _with_kernel(
             _common.mm_(dx, r, call.weight)
         elif call.needs_student:
             dx.copy_(r)
-    return loss if total is None else total, d_student, d_weight, d_bias
+    if not losses:
+        loss = _loss(call)
+    elif call.per_token:
+        loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+    else:
+        loss = reduce(Tensor.add_, losses)
+    return loss, d_student, d_weight, d_bias
 
 
-def _outputs(call: _Call) -> Outputs:
+def _loss(call: _Call) -> Tensor:
+    tokens = call.student.shape[0] if call.wants_loss else 0
+    return call.student.new_empty(tokens if call.per_token else (), dtype=call.dtype)
+
+
+def _gradients(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     """Allocates what the chunks write. dW and db are sums over tokens and stay wide. dX has the student's dtype unless
     that is float16, where the small values that a loss scale will multiply would lose their digits."""
     student, width, dtype = call.student, call.teacher.shape[1], call.dtype
     keep = dtype if student.dtype == torch.float16 else student.dtype
-    loss = student.new_empty(student.shape[0] * call.wants_loss if call.per_token else (), dtype=dtype)
     d_student = student.new_empty(student.shape if call.needs_student else 0, dtype=keep)
     d_weight = student.new_empty((width, student.shape[1]) if call.needs_weight else 0, dtype=dtype)
     d_bias = student.new_empty(width if call.needs_bias else 0, dtype=dtype)
-    return loss, d_student, d_weight, d_bias
+    return d_student, d_weight, d_bias
 
 
 def _fake(*inputs):  # type: ignore[no-untyped-def]
-    return _outputs(_Call(*inputs[:-1]))
+    call = _Call(*inputs[:-1])
+    return _loss(call), *_gradients(call)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
