@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from fastdistill.kernels import (
-    attention_mse, attention_short, attention_tiles, counted_mm, linear_mse, logits, scale, topk,
+    attention_mse,
+    attention_short,
+    attention_tiles,
+    counted_mm,
+    linear_mse,
+    logits,
+    scale,
+    topk,
 )  # fmt: skip
 from torch import Tensor
 
