@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from fastdistill.kernels import attention_mse, attention_short, attention_tiles, counted_mm, linear_mse, logits, topk
+from fastdistill.kernels import (
+    attention_mse,
+    attention_short,
+    attention_tiles,
+    counted_mm,
+    linear_mse,
+    logits,
+    scale,
+    topk,
+)  # fmt: skip
 from torch import Tensor
 
 from fastdistill.ops._attention import Attention, Counted
@@ -47,6 +56,7 @@ def all_cases() -> Iterator[tuple[str, Call]]:
     yield from topk_cases()
     yield from linear_mse_cases()
     yield from counted_mm_cases()
+    yield from scale_cases()
     yield from attention_mse_cases()
     yield from attention_tiles_cases()
     yield from attention_short_cases()
@@ -153,12 +163,13 @@ def _residual(
     x, t = torch.empty(tokens, d_s, dtype=dtype), torch.empty(tokens, d_t, dtype=dtype)
     weight = torch.empty(d_t, d_s, dtype=dtype) if project else None
     loss = torch.empty(tokens, dtype=torch.float64 if name == "fp64" else torch.float32)
+    count = torch.empty((), dtype=torch.int64)
 
     def call() -> None:
         linear_mse.residual(
             x, weight, t, t[0] if with_all else None, loss > 0 if with_all else None, loss if with_all else None,
-            loss=loss, out=torch.empty_like(t), clean=torch.empty_like(x) if with_all else None,
-            d_bias=torch.zeros(d_t, dtype=loss.dtype) if with_all else None,
+            count if with_all else None, scale=0.1, slope=0.2, dtype=loss.dtype, weighs_loss=True, wants_loss=True,
+            wants_bias=with_all, out=torch.empty_like(t), clean=torch.empty_like(x) if with_all else None,
         )  # fmt: skip
 
     options = (" all options" if with_all else "") + ("" if project else " no product")
@@ -188,6 +199,21 @@ def _products(d: int, classes: int, name: str, tokens: int = 784) -> tuple[str, 
         counted_mm.add_d_weight(gradient, x, count, start, torch.empty_like(weight, dtype=wide))
 
     return f"counted_mm {d} to {classes} {name}", call
+
+
+def scale_cases() -> Iterator[tuple[str, Call]]:
+    for learned, wide, in_place in (("bf16", "fp32", False), ("bf16", "bf16", True), ("fp32", "fp32", True)):
+        yield _scale(learned, wide, in_place)
+
+
+def _scale(name: str, kept: str, in_place: bool, tokens: int = 4096) -> tuple[str, Call]:
+    gradients = [torch.empty(*shape, dtype=DTYPES[kept]) for shape in ((tokens, 312), (768, 312), (768,))]
+    factor = torch.empty((), dtype=torch.float32)
+
+    def call() -> None:
+        scale.scale_gradients(gradients, factor, [DTYPES[name]] * 3, in_place)
+
+    return f"scale {kept} to {name}", call
 
 
 def _attention(

@@ -2,9 +2,9 @@
 
 One program accumulates a tile of R in float32 (float64) and computes from the accumulator
 
-    loss partials    sum of squares of each token's part       (column tiles, C), summed in order afterwards
-    db partials      sums of the columns                       (row tiles, d_t), likewise
-    R                times its tokens' weights, in the dtype of the gradient products: 16 bits for 16-bit inputs
+    loss partials    scale times the squares of each token's part, summed    (column tiles, C), added up afterwards
+    db partials      slope times the sums of the columns                     (row tiles, d_t), likewise
+    R                times slope and its tokens' weights, in the dtype of the products: 16 bits for 16-bit inputs
 
 so it reads X, W and T, and writes R. cuBLAS (or rocBLAS) computes the gradient products R W and R^T X. A token costs 2
 d_s d_t operations here and 4 d_s d_t there; d_s + d_t numbers are read from memory, while R of a chunk of tokens stays
@@ -17,6 +17,8 @@ The same program could compute dX, as in attention. But R W needs a whole row of
 sums of 128 tokens (312 columns) and their tile of R would leave no registers for the pipeline. So there are three
 products.
 """
+
+import math
 
 import torch
 import triton
@@ -37,7 +39,10 @@ def _residual(
     bias_ptr,  # (d_t); None: 0
     mask_ptr,  # (C); None: all tokens count
     token_weight_ptr,  # (C), multiplies R; None: 1
-    loss_ptr,  # (column tiles, C)
+    divisor_ptr,  # (), divides the loss and R, 0 counts as 1; None: 1
+    scale: tl.float64,  # multiplies the loss
+    slope: tl.float64,  # multiplies R
+    loss_ptr,  # (column tiles, C); None: not wanted
     d_bias_ptr,  # (row tiles, d_t); None: not wanted
     r_ptr,  # (C, d_t), contiguous; None: not wanted
     clean_ptr,  # (C, d_s), contiguous, X with zeros for masked tokens; None: not wanted
@@ -46,8 +51,10 @@ def _residual(
     ALIGN: tl.constexpr,
     D_T: tl.constexpr,
     WIDE: tl.constexpr,
+    WEIGHS_LOSS: tl.constexpr,  # whether the token's weight multiplies its loss
     OPERAND: tl.constexpr,  # dtype of the factors of the product
     PRECISION: tl.constexpr,
+    PREFETCH: tl.constexpr,  # whether the teacher waits in registers for the end of the product
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -84,6 +91,20 @@ def _residual(
             copy_tile = clean_ptr + first * d_s + rows[:, None] * d_s + deep[None, :]
             tl.store(copy_tile, copy, mask=exists[:, None] & (deep < d_s)[None, :])
 
+    # Asked for here, the teacher and the factors arrive while the product is computed.
+    t_stride *= ALIGN
+    t_tile = t_ptr + first * t_stride + rows[:, None] * t_stride + columns[None, :]
+    if PREFETCH:
+        t = tl.load(t_tile, mask=inside, other=0)
+    token_weight = tl.full((BLOCK_M,), 1, WIDE)
+    if token_weight_ptr is not None:
+        token_weight = tl.load(token_weight_ptr + first + rows, mask=counted, other=0).to(WIDE)
+    scale, slope = tl.full((), scale, WIDE), tl.full((), slope, WIDE)
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr).to(WIDE)
+        divisor = tl.where(divisor == 0, 1, divisor)
+        scale, slope = scale / divisor, slope / divisor
+
     if w_ptr is None:
         x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
         r = x.to(WIDE)
@@ -101,20 +122,26 @@ def _residual(
             r = tl.dot(x.to(OPERAND), w.to(OPERAND), r, input_precision=PRECISION, out_dtype=WIDE)
     if bias_ptr is not None:
         r += tl.load(bias_ptr + columns, mask=columns < D_T, other=0).to(WIDE)[None, :]
-    t_stride *= ALIGN
-    t_tile = t_ptr + first * t_stride + rows[:, None] * t_stride + columns[None, :]
-    r -= tl.load(t_tile, mask=inside, other=0).to(WIDE)
+    if not PREFETCH:
+        t = tl.load(t_tile, mask=inside, other=0)
+    r -= t.to(WIDE)
     # where() also clears NaN and inf. Columns past the last exist only where the tiles do not divide d_t.
     r = tl.where(inside if D_T % BLOCK_N else counted[:, None], r, 0)
 
-    tl.store(loss_ptr + column_tile.to(tl.int64) * tokens + first + rows, tl.sum(r * r, 1), mask=exists)
-    if token_weight_ptr is not None:
-        r *= tl.load(token_weight_ptr + first + rows, mask=counted, other=0).to(WIDE)[:, None]
+    if loss_ptr is not None:
+        loss = tl.sum(r * r, 1) * scale
+        if WEIGHS_LOSS:
+            loss *= token_weight
+        tl.store(loss_ptr + column_tile.to(tl.int64) * tokens + first + rows, loss, mask=exists)
+    r *= (token_weight * slope)[:, None]
     if d_bias_ptr is not None:
         tl.store(d_bias_ptr + row_tile.to(tl.int64) * D_T + columns, tl.sum(r, 0), mask=columns < D_T)
     if r_ptr is not None:
         r_tile = r_ptr + first * D_T + rows[:, None] * D_T + columns[None, :]
         tl.store(r_tile, r.to(r_ptr.dtype.element_ty), mask=exists[:, None] & (columns < D_T)[None, :])
+
+
+_TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _tiles(arch: str, operand: torch.dtype, product: bool) -> dict[str, int]:
@@ -141,18 +168,20 @@ def residual(
     bias: Tensor | None,  # (d_t)
     mask: Tensor | None,  # (C)
     token_weight: Tensor | None,  # (C), multiplies R
+    divisor: Tensor | None,  # (), divides the loss and R
     *,
-    loss: Tensor,  # (C), float32 or float64, the dtype of the computation: sum of the squares
+    scale: float,  # multiplies the loss
+    slope: float,  # multiplies R
+    dtype: torch.dtype,  # float32 or float64, of the computation
+    weighs_loss: bool,  # whether the token's weight multiplies its loss
+    wants_loss: bool,
+    wants_bias: bool,
     out: Tensor | None,  # (C, d_t) contiguous, R
     clean: Tensor | None,  # (C, d_s) contiguous, X with zeros for masked tokens
-    d_bias: Tensor | None,  # (d_t), to which the sums of R's columns are added
-) -> None:
-    tokens, d_t = teacher.shape
-    d_s = x.shape[1]
-    if tokens == 0 or d_t == 0:
-        loss.zero_()
-        return
-    operand = loss.dtype if loss.dtype == torch.float64 else x.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the loss (column tiles, C) and db (row tiles, d_t), both to be summed over the tiles."""
+    (tokens, d_t), d_s = teacher.shape, x.shape[1]
+    operand = dtype if dtype == torch.float64 else x.dtype
     arch = _common.arch_of(x)
     tiles = _tiles(arch, operand, weight is not None)
     # Offsets within a tile have 32 bits. Rows too far apart for them, such as the first tokens of long sequences, are
@@ -163,23 +192,20 @@ def residual(
         for y in (x, weight, teacher)
     )
     strides = [0 if y is None else y.stride(0) for y in (x, weight, teacher)]
-    align = next(n for n in (16, 8, 4, 2, 1) if not any(stride % n for stride in (d_s, *strides)))
-    row_tiles, column_tiles = triton.cdiv(tokens, tiles["BLOCK_M"]), triton.cdiv(d_t, tiles["BLOCK_N"])
-    partial = loss.new_empty(column_tiles, tokens)
-    d_bias_partial = None if d_bias is None else loss.new_empty(row_tiles, d_t)
+    align = math.gcd(16, d_s, *strides)
+    row_tiles, column_tiles = -(-tokens // tiles["BLOCK_M"]), -(-d_t // tiles["BLOCK_N"])
+    loss = x.new_empty(column_tiles, tokens, dtype=dtype) if wants_loss else None
+    d_bias = x.new_empty(row_tiles, d_t, dtype=dtype) if wants_bias else None
     with on_device_of(x):
         _residual[(row_tiles * column_tiles,)](
-            x, weight, teacher, bias, mask, token_weight, partial, d_bias_partial, out, clean, tokens,
+            x, weight, teacher, bias, mask, token_weight, divisor, scale, slope, loss, d_bias, out, clean, tokens,
             d_s // align, *(stride // align for stride in strides),
-            ALIGN=align, D_T=d_t,
-            WIDE=tl.float64 if loss.dtype == torch.float64 else tl.float32,
-            OPERAND={torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float16}.get(
-                operand, tl.bfloat16
-            ),
+            ALIGN=align, D_T=d_t, WIDE=_TYPES[dtype], WEIGHS_LOSS=weighs_loss,
+            OPERAND=_TYPES[operand],
             # Three products of two 10-bit terms on tensor cores are as accurate as one in float32; a single one is not.
             PRECISION="tf32x3" if arch.startswith("sm_") and operand == torch.float32 else "ieee",
+            # Elsewhere a second program, which these registers would leave no room for, hides the teacher's latency.
+            PREFETCH=arch.startswith("sm_") and operand.itemsize == 2,
             **tiles,
         )  # fmt: skip
-    torch.sum(partial, 0, out=loss)
-    if d_bias is not None:
-        d_bias += d_bias_partial.sum(0)
+    return loss, d_bias

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastdistill import _checks as check
 from fastdistill import reference
 from fastdistill.functional._dispatch import autocast, mean, pick_backend
-from fastdistill.ops._common import no_autocast
+from fastdistill.ops._common import divides, no_autocast
 from fastdistill.ops.linear_mse import linear_mse as _linear_mse_op
 
 __all__ = ["linear_mse"]
@@ -56,15 +56,22 @@ def linear_mse(
                 student, weight, teacher, bias, mask=mask, item_weights=item_weights, reduction=reduction,
                 num_items=num_items,
             )  # fmt: skip
+        divisor = None
+        if reduction == "mean":
+            divisor = num_items if num_items is not None else tokens.numel() if mask is None else mask.sum()
+        divided = divides(student)
         loss = _linear_mse_op(
-            student.reshape(-1, student.shape[-1]), weight, teacher.reshape(-1, width), bias,
+            student if student.dim() == 2 else student.reshape(-1, student.shape[-1]),
+            weight,
+            teacher if teacher.dim() == 2 else teacher.reshape(-1, width),
+            bias,
             None if mask is None else mask.reshape(-1),
             item_weights=None if item_weights is None else item_weights.reshape(-1),
-            per_token=reduction == "none", backend=backend,
+            divisor=divisor if divided else None, per_token=reduction == "none", backend=backend,
         )  # fmt: skip
-        if reduction != "mean":
-            return loss.view(tokens) if reduction == "none" else loss
-        return mean(loss, num_items if num_items is not None else tokens.numel() if mask is None else mask.sum())
+        if reduction == "none":
+            return loss.view(tokens)
+        return loss if divided or divisor is None else mean(loss, divisor)
 
 
 def _check(

@@ -13,7 +13,7 @@ from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import autocast, pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
-from fastdistill.ops._common import no_autocast
+from fastdistill.ops._common import divides, no_autocast
 from fastdistill.ops.linear_logits import linear_row_losses
 
 __all__ = [
@@ -232,23 +232,28 @@ def _loss(
         rows = hidden.shape[:-1]
         counted = _rows.counted_rows(given, None if indices is None else teacher_hidden)
         options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
-        per_row = given.reduction == "none"
+        per_row, divided = given.reduction == "none", divides(hidden)
+        divisor = _rows.divisor(given, counted, rows.numel())
         loss = linear_row_losses(
             _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
             None if indices is None else _flat(indices),
             None if given.labels is None else given.labels.reshape(-1),
             None if counted is None else counted.reshape(-1),
             item_weights=None if given.item_weights is None else given.item_weights.reshape(-1),
-            dense=given.mask is None and given.labels is None, per_row=per_row, options=options,
+            divisor=divisor if divided else None, dense=given.mask is None and given.labels is None,
+            per_row=per_row, options=options,
         )  # fmt: skip
-        return loss.view(rows) if per_row else _rows.reduced(loss, _rows.divisor(given, counted, rows.numel()))
+        if per_row:
+            return loss.view(rows)
+        return loss if divided else _rows.reduced(loss, divisor)
 
 
 def _operands(side: str, head: Head) -> Head:
     hidden, weight, bias = autocast(*head)
-    check.same_dtype(**{side: hidden, f"{side}_weight": weight, f"{side}_bias": bias})
+    if not hidden.dtype == weight.dtype == (weight if bias is None else bias).dtype:
+        check.same_dtype(**{side: hidden, f"{side}_weight": weight, f"{side}_bias": bias})
     return hidden, weight, bias
 
 
 def _flat(x: Tensor) -> Tensor:  # (*, d) -> (N, d)
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

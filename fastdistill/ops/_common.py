@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_type_hints
 
@@ -44,12 +44,22 @@ def wide_mm(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None)
     return torch.mm(a.to(dtype), b.to(dtype), out=out)
 
 
-def add_mm_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a @ b to total; the product comes out of the accumulator in total's dtype."""
+def add_mm_(total: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> None:
+    """Computes total = beta * total + alpha * a @ b; the product comes out of the accumulator in total's dtype."""
     if total.is_cuda and total.dtype == torch.float32 and narrow(a) and a.dtype == b.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=alpha, out=total)
+    elif total.dtype == a.dtype == b.dtype:
+        total.addmm_(a, b, beta=beta, alpha=alpha)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta, alpha=alpha)
+
+
+def mm_(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1) -> None:
+    """Computes out = alpha * a @ b, rounded once."""
+    if narrow(out) and not (out.is_cuda and out.dtype == a.dtype == b.dtype):
+        torch.mul(wide_mm(a, b, torch.float32), alpha, out=out)
+    else:
+        add_mm_(out, a, b, beta=0, alpha=alpha)
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:
@@ -58,11 +68,70 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Returns gradient * scale (0-d), rounded once to `dtype`. Backward may run again, so it is not done in place."""
+    if out is None:
+        out = torch.empty_like(gradient, dtype=dtype)
     # A 0-d factor would be rounded to the gradient's dtype first; as a 1-d tensor it keeps its own.
-    out = torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, scale.reshape((1,) * max(gradient.dim(), 1)), out=out)
+
+
+def last_backward() -> bool:
+    """Returns whether autograd frees the graph after the backward that is running: what it saved may be overwritten."""
+    return not (traced() or torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def finished(
+    gradients: Sequence[Tensor],  # computed in the forward, for a loss whose own gradient is expected to be 1
+    scale: Tensor | None,  # (), the loss's gradient; None: 1
+    dtypes: Sequence[torch.dtype | None],  # of the results; None: not wanted
+    backend: str,
+) -> list[Tensor | None]:
+    """Returns each gradient * scale, rounded once.
+
+    The last backward of a graph hands over the gradients themselves. It writes them only if `scale` is not 1, and only
+    the kernel knows that of a GPU's: to look would be a host sync. Any earlier backward copies, to the same bits.
+    """
+    if scale is None:  # the gradients are fresh
+        pairs = zip(gradients, dtypes, strict=True)
+        return [None if dtype is None else gradient.to(dtype) for gradient, dtype in pairs]
+    last = last_backward()
+    if backend == "triton" and not traced():
+        from fastdistill.kernels.scale import scale_gradients
+
+        return scale_gradients(gradients, scale, dtypes, in_place=last)
+    known = scale.item() if last and scale.device.type == "cpu" else None
+    results: list[Tensor | None] = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        if dtype is None:
+            results.append(None)
+            continue
+        same = last and gradient.dtype == dtype
+        done = same and known == 1
+        results.append(gradient if done else scaled(gradient, scale, dtype, gradient if same else None))
+    return results
+
+
+def divides(student: Tensor) -> bool:
+    """Returns whether an op with its gradients in the forward divides by the count of the mean as well.
+
+    float16 gradients would lose digits, and a compiler should see the division, since it can fuse it.
+    """
+    return student.dtype != torch.float16 and not traced()
+
+
+def host_factor(count: int | float | Tensor | None) -> tuple[float, Tensor | None]:
+    """Splits 1 / count into a factor that the host knows, and a count that it would have to wait for. 0 counts as 1."""
+    if isinstance(count, Tensor):
+        if count.device.type != "cpu":
+            return 1.0, count
+        count = count.item()
+    return 1 / (count or 1) if count is not None else 1.0, None
+
+
+def inverse(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns 1 / count, () on its device, with 0 counted as 1."""
+    return (count + (count == 0)).to(dtype).reciprocal_()
 
 
 def unit(weights: Tensor) -> tuple[Tensor, Tensor]:

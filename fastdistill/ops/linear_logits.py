@@ -5,16 +5,16 @@ leaves the gradient G in the place of the student's logits, from which
 
     dX = G W        dW += G^T X        db += sum G
 
-That makes four products in all, the minimum. For a reduced loss the forward knows each token's weight up to a common
-factor: it computes the gradients and the backward scales them. Losses per token wait for their weights: the backward
-runs the chunks again. Tokens that do not count are left out before the products (_counted.py).
+That makes four products in all, the minimum. The forward of a reduced loss knows each token's weight up to the gradient
+that the loss will get. It computes the gradients as if that were 1, and the backward hands them over, scaled if it was
+not. Losses per token wait for their weights: the backward runs the chunks again. Tokens that do not count are left out
+before the products (_counted.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from fastdistill.ops.logits import kernels_of, row_loss
 
 # Tokens of a chunk: enough for products at full speed, within a bound on the bytes of each side's logits.
 CHUNK = 1024
-CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 26, 3 << 27
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 27, 3 << 27
 
 # Elements of a block of vocabulary rows that the CPU, which has no product of 16-bit operands, casts at a time.
 CAST_BLOCK = 1 << 22
@@ -44,7 +44,9 @@ class Inputs(NamedTuple):
     indices: Tensor | None  # (N, k)
     labels: Tensor | None  # (N), or (N, 1) once they are checked
     counted: Tensor | None  # (N)
-    row_weight: Tensor | None  # (N), of each row's gradient; None: 1
+    row_weight: Tensor | None  # (N), multiplies each row's gradient, and the reduced loss; None: 1
+    divisor: Tensor | None  # (), on the rows' device, divides the reduced loss; None: 1
+    scale: float  # multiplies the reduced loss
     dense: bool  # whether nearly all rows are expected to count
     needs_student: bool
     needs_weight: bool
@@ -56,23 +58,31 @@ INPUTS = len(Inputs._fields)
 
 
 def linear_row_losses(
+    student: Tensor,
     *tensors: Tensor | None,  # of `Inputs`, up to `counted`
     item_weights: Tensor | None = None,  # (N), factors of the rows' losses; rows of weight 0 do not count
+    divisor: int | float | Tensor | None = None,  # of the reduced loss, where `_common.divides` says so
     dense: bool = False,  # whether nearly all rows are expected to count: a GPU then multiplies all of them
     per_row: bool,
     options: RowOptions,
 ) -> Tensor:  # (N) or ()
-    *others, labels, counted = tensors
+    *others, labels, counted = student, *tensors
     labels = labels if options.hard_weight else None
     # Losses per row wait for their weights.
-    needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
-    weights, scale = None, None
+    needs = [
+        not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in (student, *tensors[:2])
+    ]
+    weights, unit = None, None
     if item_weights is not None:
-        weights, counted = _weights(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
-        # For a reduced loss the forward computes G with the weights, and G may be float16.
-        weights, scale = (None, weights) if per_row else _common.unit(weights)
-    loss = _op(*others, labels, counted, weights, dense and item_weights is None, *needs, per_row, *options)[0]
-    return loss if scale is None else loss * scale
+        weights, counted = _weights(item_weights, counted, _common.compute_dtype(student, tensors[2]))
+        if per_row:
+            weights, unit = None, weights
+        elif student.dtype == torch.float16:  # as is the gradient of the logits, which has their factor
+            weights, unit = _common.unit(weights)
+    factor, divisor = _common.host_factor(divisor)
+    dense = dense and item_weights is None
+    loss = _op(*others, labels, counted, weights, divisor, factor, dense, *needs, per_row, *options)[0]
+    return loss if unit is None else loss * unit
 
 
 def _weights(item_weights: Tensor, counted: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (N), (N)
@@ -91,15 +101,15 @@ def _forward(*flat: Any) -> Outputs:
     """Takes `Inputs` and `RowOptions`, field by field."""
     inputs, options = Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS:])
     student, classes = inputs.student, options.classes
-    losses, d_student, d_weight, d_bias = _outputs(inputs)
     chosen = select(student.shape[0], inputs.counted, inputs.dense, options.backend)
+    losses, d_student, d_weight, d_bias = outputs = _outputs(inputs)
+    _clear(outputs, chosen, classes)
     inputs = _selected(inputs, chosen, classes)
     loss = losses.new_empty(chosen.size)
     size = _chunk_size(chosen.size, student, classes, loss.dtype)
-    unit = _unit(student, options)
     wanted = inputs.needs_student or inputs.needs_weight or inputs.needs_bias
     make_rows = _in_blocks if options.backend == "torch" else _in_one_launch
-    rows = make_rows(options, inputs, chosen, size, unit, loss)
+    rows = make_rows(options, inputs, chosen, size, inputs.scale * _unit(student.dtype, options), loss)
     with _common.no_autocast(student):
         for start in range(0, chosen.size, size):
             chunk = slice(start, min(start + size, chosen.size))
@@ -108,19 +118,17 @@ def _forward(*flat: Any) -> Outputs:
             if gradient is None:
                 continue
             if inputs.needs_bias:
-                d_bias[:classes] += gradient[:, :classes].sum(0, dtype=loss.dtype)
+                _add_d_bias(d_bias[:classes], gradient[:, :classes], chunk)
             if inputs.needs_weight:
                 _add_d_weight(d_weight[:classes], gradient, x, chosen, chunk)
             if inputs.needs_student:
-                chosen.put(d_student, chunk, _times_weight(gradient, inputs.student_weight, loss.dtype, chosen, chunk))
-    if unit != 1:
-        for total in (d_student, d_weight, d_bias):
-            total *= 1 / unit
+                _put_d_student(d_student, gradient, inputs.student_weight, chosen, chunk)
     if inputs.per_row:
         chosen.put(losses, slice(None), loss)
-    elif inputs.row_weight is not None:
+        return outputs
+    if inputs.row_weight is not None:
         loss *= inputs.row_weight
-    return losses if inputs.per_row else loss.sum(), d_student, d_weight, d_bias
+    return loss.sum().mul_(inputs.scale), d_student, d_weight, d_bias
 
 
 def _selected(inputs: Inputs, chosen: Selection, classes: int) -> Inputs:
@@ -128,6 +136,9 @@ def _selected(inputs: Inputs, chosen: Selection, classes: int) -> Inputs:
     labels, row_weight, indices = (
         None if x is None else chosen.take(x) for x in (inputs.labels, inputs.row_weight, inputs.indices)
     )
+    if inputs.divisor is not None:
+        inverse = _common.inverse(inputs.divisor, _common.compute_dtype(inputs.student, inputs.teacher))
+        row_weight = inverse.expand(chosen.size) if row_weight is None else row_weight * inverse
     return inputs._replace(
         student_weight=inputs.student_weight[:classes],
         teacher=inputs.teacher if indices is None else chosen.take(inputs.teacher), indices=indices,
@@ -136,19 +147,34 @@ def _selected(inputs: Inputs, chosen: Selection, classes: int) -> Inputs:
 
 
 def _outputs(inputs: Inputs) -> Outputs:
-    """Allocates the losses and the sums over chunks in the wide dtype: the backward rounds once, when it scales."""
+    """Allocates the losses and the sums over chunks in the wide dtype: the backward rounds once."""
     student, weight = inputs.student, inputs.student_weight
-    loss = student.new_zeros(student.shape[0], dtype=_common.compute_dtype(student, inputs.teacher))
-    d_student = loss.new_zeros(student.shape if inputs.needs_student else 0)
-    d_weight = loss.new_zeros(weight.shape if inputs.needs_weight else 0)
-    d_bias = loss.new_zeros(weight.shape[0] if inputs.needs_bias else 0)
+    loss = student.new_empty(
+        student.shape[0] if inputs.per_row else (), dtype=_common.compute_dtype(student, inputs.teacher)
+    )
+    d_student = loss.new_empty(student.shape if inputs.needs_student else 0)
+    d_weight = loss.new_empty(weight.shape if inputs.needs_weight else 0)
+    d_bias = loss.new_empty(weight.shape[0] if inputs.needs_bias else 0)
     return loss, d_student, d_weight, d_bias
+
+
+def _clear(outputs: Outputs, chosen: Selection, classes: int) -> None:
+    """Writes zeros where no chunk will write."""
+    losses, d_student, d_weight, d_bias = outputs
+    if (chosen.order is not None and chosen.counted is None) or chosen.size == 0:  # the other rows are left out
+        losses.zero_()
+        d_student.zero_()
+    if chosen.products is not None or chosen.size == 0:  # these products add to what is there
+        classes = 0
+    for total in (d_weight, d_bias):
+        if classes < total.shape[0]:
+            total[classes:].zero_()
 
 
 # -- the rows of a chunk -------------------------------------------------------------------------------------
 #
 # Takes a chunk of tokens, their hidden states x (C, d_s), and whether a gradient is wanted. Writes their losses and
-# returns G (C, V), times the rows' weights and `unit`, as the products take it.
+# returns G (C, V), times the rows' weights and `factor`, as the products take it.
 Rows = Callable[[slice, Tensor, bool], Tensor | None]
 
 
@@ -177,7 +203,7 @@ def _teacher(
     return logits
 
 
-def _in_blocks(options: RowOptions, inputs: Inputs, chosen: Selection, size: int, unit: float, loss: Tensor) -> Rows:
+def _in_blocks(options: RowOptions, inputs: Inputs, chosen: Selection, size: int, factor: float, loss: Tensor) -> Rows:
     classes, labels, counted = options.classes, inputs.labels, inputs.counted
     teacher_of = _teacher(options, inputs, chosen, size, loss.dtype)
     weights = _rows.row_weights(inputs.row_weight, counted, loss.dtype)
@@ -199,7 +225,7 @@ def _in_blocks(options: RowOptions, inputs: Inputs, chosen: Selection, size: int
             if out is not None:
                 if weights is not None:
                     _rows.weigh_rows_(out, weights[here], at(counted, here))
-                torch.mul(out, unit, out=z)
+                torch.mul(out, factor, out=z)
         if counted is not None:
             loss[chunk].masked_fill_(~counted[chunk], 0)
         if not wanted:
@@ -211,12 +237,12 @@ def _in_blocks(options: RowOptions, inputs: Inputs, chosen: Selection, size: int
 
 
 def _in_one_launch(
-    options: RowOptions, inputs: Inputs, chosen: Selection, size: int, unit: float, loss: Tensor
+    options: RowOptions, inputs: Inputs, chosen: Selection, size: int, factor: float, loss: Tensor
 ) -> Rows:
     """As `_in_blocks`. The kernel rounds G of 16-bit operands as it writes it; else G takes the place of the logits."""
     weight, row_weight = inputs.student_weight, inputs.row_weight
-    if unit != 1:
-        row_weight = torch.full_like(loss, unit) if row_weight is None else row_weight * unit
+    if factor != 1:
+        row_weight = torch.full_like(loss, factor) if row_weight is None else row_weight * factor
     labels, counted, row_weight = _rows.contiguous(inputs.labels, inputs.counted, row_weight)
     student_bias, teacher_bias = _rows.contiguous(inputs.student_bias, inputs.teacher_bias)
     teacher_of = _teacher(options, inputs, chosen, size, loss.dtype)
@@ -237,10 +263,10 @@ def _in_one_launch(
     return rows
 
 
-def _unit(student: Tensor, options: RowOptions) -> float:
+def _unit(dtype: torch.dtype, options: RowOptions) -> float:
     """Returns the factor of G. float16 ends at 65504 and loses digits below 6e-5: with the largest expected entries at
     1024 to 2048, probabilities keep their digits down to 1e-7."""
-    if student.dtype != torch.float16:
+    if dtype != torch.float16:
         return 1.0
     slope = options.soft_weight / options.temperature ** (2 if options.kind == "reverse_kl" else 1)
     largest = options.student_scale * (slope + options.hard_weight)
@@ -278,28 +304,40 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, chos
     return out if bias is None else out.add_(bias[: weight.shape[0]])
 
 
-def _times_weight(gradient: Tensor, weight: Tensor, dtype: torch.dtype, chosen: Selection, chunk: slice) -> Tensor:
-    """Computes G W in the wide dtype."""
+def _put_d_student(total: Tensor, gradient: Tensor, weight: Tensor, chosen: Selection, chunk: slice) -> None:
+    """Writes G W into the chunk's rows of total."""
     if chosen.products:
         assert chosen.counted is not None
-        product = chosen.products.d_hidden(gradient, weight, chosen.number, chunk.start, dtype)
-        return product.masked_fill_(~chosen.counted[chunk].unsqueeze(-1), 0)
-    parts = (_common.wide_mm(gradient[:, classes], block, dtype) for classes, block in _operand_blocks(weight, dtype))
-    return reduce(Tensor.add_, parts)
+        product = chosen.products.d_hidden(gradient, weight, chosen.number, chunk.start, total.dtype)
+        chosen.put(total, chunk, product.masked_fill_(~chosen.counted[chunk].unsqueeze(-1), 0))
+        return
+    product = total[chunk] if chosen.order is None else total.new_empty(gradient.shape[0], total.shape[1])
+    for classes, block in _operand_blocks(weight, total.dtype):
+        _common.add_mm_(product, gradient[:, classes], block, beta=int(classes.start > 0))
+    if chosen.order is not None:
+        chosen.put(total, chunk, product)
 
 
 def _add_d_weight(total: Tensor, gradient: Tensor, x: Tensor, chosen: Selection, chunk: slice) -> None:
-    """Adds G^T X to total."""
+    """Adds G^T X to total, which the first chunk overwrites."""
     if chosen.products:
         chosen.products.add_d_weight(gradient, x, chosen.number, chunk.start, total)
     else:
-        _common.add_mm_(total, gradient.mT, x)
+        _common.add_mm_(total, gradient.mT, x, beta=int(chunk.start > 0))
+
+
+def _add_d_bias(total: Tensor, gradient: Tensor, chunk: slice) -> None:
+    """Adds the sums of G's columns to total, which the first chunk overwrites."""
+    if chunk.start == 0:
+        torch.sum(gradient, 0, dtype=total.dtype, out=total)
+    else:
+        total += gradient.sum(0, dtype=total.dtype)
 
 
 def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yields the weight whole where products take it as it is, else blocks of classes cast to the wide dtype."""
     if weight.dtype == dtype or (weight.is_cuda and _common.narrow(weight)):
-        yield slice(None), weight
+        yield slice(0, weight.shape[0]), weight
         return
     step = max(CAST_BLOCK // max(weight.shape[1], 1), 1)
     for start in range(0, weight.shape[0], step):
@@ -311,21 +349,18 @@ def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice,
 
 
 def _fake(*flat):  # type: ignore[no-untyped-def]
-    inputs = Inputs(*flat[:INPUTS])
-    loss, *gradients = _outputs(inputs)
-    return loss if inputs.per_row else loss.new_empty(()), *gradients
+    return _outputs(Inputs(*flat[:INPUTS]))
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     given, ctx.options = Inputs(*inputs[:INPUTS]), inputs[INPUTS:]
-    tensors = given[: Inputs._fields.index("row_weight")]
     ctx.in_forward = given.needs_student, given.needs_weight, given.needs_bias
     ctx.dense, ctx.per_row = given.dense, given.per_row
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.dtypes = [None if x is None else x.dtype for x in given[:3]]
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(tensors if ctx.per_row else gradients))
+    ctx.save_for_backward(*(given[: Inputs._fields.index("row_weight")] if ctx.per_row else gradients))
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
@@ -333,18 +368,19 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     nothing = (None,) * (INPUTS + len(ctx.options))
     if grad_loss is None:
         return nothing
+    options, dtype = RowOptions(*ctx.options), ctx.dtypes[0]
     needs, scale = ctx.in_forward, grad_loss
     gradients = saved = ctx.saved_tensors  # read once: under activation checkpointing a second read recomputes
     if ctx.per_row:
-        needs, counted = ctx.needs_input_grad[:3], saved[-1]
-        # G may be float16: the rows' weights are scaled to about 1 for it, and the sums are scaled back.
+        needs, counted, scale = ctx.needs_input_grad[:3], saved[-1], None
         weights = grad_loss if counted is None else grad_loss.masked_fill(~counted, 0)
-        weights, scale = _common.unit(weights)
-        _, *gradients = _op(*saved, weights, ctx.dense, *needs, True, *ctx.options)
-    learned = [
-        _common.scaled(g, scale, dtype) if need else None
-        for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
-    ]
+        if dtype == torch.float16:  # as is G, which has the weights' factor
+            weights, scale = _common.unit(weights)
+        _, *gradients = _op(*saved, weights, None, 1.0, ctx.dense, *needs, True, *ctx.options)
+    if dtype == torch.float16:
+        scale = scale / _unit(dtype, options)
+    dtypes = [dtype if need else None for need, dtype in zip(needs, ctx.dtypes, strict=True)]
+    learned = _common.finished(gradients, scale, dtypes, options.backend)
     return *learned, *nothing[3:]
 
 

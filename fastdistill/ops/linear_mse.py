@@ -5,14 +5,16 @@ loss,
 
     dX = (2 / d_t) r R W        dW = (2 / d_t) (r R)^T X        db = (2 / d_t) sum r R
 
-so a chunk that is still in the cache yields loss and gradients in three products, the minimum. For a reduced loss r is
-known up to a common factor: the forward computes the products with r = 1, or with the item weights, and the backward
-scales them. For per-token losses r arrives with the backward, which runs the same chunks again. The factor 2 / d_t
-always comes last: R fits the range of float16, while R / 1000 would underflow.
+so a chunk that is still in the cache yields loss and gradients in three products, the minimum. The forward of a reduced
+loss knows r up to the gradient that the loss will get, and computes the gradients as if that were 1: r is the item's
+weight divided by the count. The backward hands them over, scaled if it was not 1. For per-token losses r arrives with
+the backward, which runs the same chunks again. float16 has no range for r R / 1000: there the count, a common factor of
+the weights, and 2 / d_t come last.
 """
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -33,7 +35,9 @@ class _Call(NamedTuple):
     teacher: Tensor  # (N, d_t)
     bias: Tensor | None  # (d_t)
     mask: Tensor | None  # (N)
-    token_weight: Tensor | None  # (N), r; None: 1
+    token_weight: Tensor | None  # (N), multiplies the gradients, and the reduced loss; None: 1
+    divisor: Tensor | None  # (), on the tokens' device, divides the reduced loss; None: 1
+    scale: float  # multiplies the loss
     per_token: bool
     needs_student: bool
     needs_weight: bool
@@ -44,7 +48,18 @@ class _Call(NamedTuple):
         """The dtype of the computation and of the loss."""
         return _common.compute_dtype(self.student, self.weight, self.teacher, self.bias)
 
+    @property
+    def differentiates(self) -> bool:
+        return self.needs_student or self.needs_weight or self.needs_bias
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether the loss is wanted: the backward of per-token losses runs for the gradients alone."""
+        return not (self.per_token and self.differentiates)
+
     def part(self, chunk: slice) -> _Call:
+        if chunk == slice(0, len(self.student)):
+            return self
         mask, token_weight = (None if x is None else x[chunk] for x in (self.mask, self.token_weight))
         student, teacher = self.student[chunk], self.teacher[chunk]
         return self._replace(student=student, teacher=teacher, mask=mask, token_weight=token_weight)
@@ -52,140 +67,184 @@ class _Call(NamedTuple):
 
 def linear_mse(
     student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None, mask: Tensor | None,  # as in `_Call`
-    *, item_weights: Tensor | None, per_token: bool, backend: str,  # (N), factors of the tokens' losses
+    *, item_weights: Tensor | None,  # (N), factors of the tokens' losses
+    divisor: int | float | Tensor | None,  # divides the reduced loss where `_common.divides` says so
+    per_token: bool, backend: str,
 ) -> Tensor:  # (N) or () # fmt: skip
     # The gradients of per-token losses are known in the backward only, which computes the residual again.
     learned = (student, weight, bias)
     needs = [not per_token and torch.is_grad_enabled() and x is not None and x.requires_grad for x in learned]
+    factor, divisor = _common.host_factor(divisor)
+    rest = (divisor, factor / teacher.shape[1], per_token, *needs, backend)
     if item_weights is None:
-        return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *needs, backend)[0]
+        return _linear_mse(student, weight, teacher, bias, mask, None, *rest)[0]
     weights = item_weights.to(_common.compute_dtype(student, weight, teacher, bias))
     weights = weights if mask is None else weights.where(mask, 0)
     mask = weights != 0
     if per_token:
-        return _linear_mse(student, weight, teacher, bias, mask, None, per_token, *needs, backend)[0] * weights
-    weights, unit = _common.unit(weights)  # the residual times its weight may be float16
-    return _linear_mse(student, weight, teacher, bias, mask, weights, per_token, *needs, backend)[0] * unit
+        return _linear_mse(student, weight, teacher, bias, mask, None, *rest)[0] * weights
+    if student.dtype != torch.float16:
+        return _linear_mse(student, weight, teacher, bias, mask, weights, *rest)[0]
+    weights, unit = _common.unit(weights)
+    return _linear_mse(student, weight, teacher, bias, mask, weights, *rest)[0] * unit
+
+
+# Loss (N) or (), dX (N, d_s), dW (d_t, d_s), db (d_t); gradients are empty where not needed.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _forward(*inputs):  # type: ignore[no-untyped-def]
-    """Returns the loss (N) or (); r R W (N, d_s), (r R)^T X (d_t, d_s), sum r R (d_t), empty where not needed."""
     *fields, backend = inputs
     call = _Call(*fields)
-    loss, *gradients = _outputs(call)
+    if call.student.shape[0] == 0:
+        return tuple(x.zero_() for x in (_loss(call), *_gradients(call)))
+    # float16 gradients come without the factor, which the backward knows as well.
+    slope = 1.0 if call.student.dtype == torch.float16 else 2 * call.scale
     with _common.no_autocast(call.student):
-        (_with_kernel if backend == "triton" else _in_chunks)(call, loss, *gradients)
-    loss /= call.teacher.shape[1]
-    if call.per_token:
-        return loss, *gradients
-    return loss.sum() if call.token_weight is None else (loss * call.token_weight).sum(), *gradients
+        return (_with_kernel if backend == "triton" else _in_chunks)(call, slope)
 
 
-def _in_chunks(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
-    dtype = loss.dtype
-    for start in range(0, len(call.student), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        x, weight, teacher, bias, mask, token_weight, *_ = call.part(chunk)  # x (C, d_s)
-        residual = x.to(dtype, copy=True) if weight is None else _common.wide_mm(x, weight.mT, dtype)  # (C, d_t)
-        residual -= teacher
+def _in_chunks(call: _Call, slope: float) -> Outputs:
+    d_student, d_weight, d_bias = _gradients(call)
+    dtype, tokens, token_weight = call.dtype, call.student.shape[0], call.token_weight
+    if call.divisor is not None:
+        inverse = _common.inverse(call.divisor, dtype)
+        token_weight = inverse.expand(tokens) if token_weight is None else token_weight * inverse
+        call = call._replace(token_weight=token_weight)
+    losses = []
+    for start in range(0, tokens, CHUNK):
+        chunk = slice(start, min(start + CHUNK, tokens))
+        x, weight, teacher, bias, mask, weights, *_ = call.part(chunk)  # x (C, d_s)
+        residual = teacher.to(dtype, copy=bias is None)  # (C, d_t), first T - b
         if bias is not None:
-            residual += bias
+            residual = residual - bias
+        if weight is None:
+            torch.sub(x.to(dtype), residual, out=residual)
+        else:
+            _common.add_mm_(residual, x, weight.mT, beta=-1)
         if mask is not None:  # a masked token may hold NaN: overwrite, do not multiply
             residual.masked_fill_(~mask[:, None], 0)
-        loss[chunk] = torch.linalg.vector_norm(residual, dim=1).square_()
-        if not (call.needs_student or call.needs_weight or call.needs_bias):
+        if call.wants_loss:
+            losses.append(torch.linalg.vector_norm(residual, dim=1).square_())
+        if not call.differentiates:
             continue
-        if token_weight is not None:
-            residual *= token_weight[:, None]
+        if weights is not None:
+            residual *= weights[:, None]
         if call.needs_bias:
-            d_bias += residual.sum(0)
+            torch.mul(residual.sum(0), slope, out=d_bias) if start == 0 else d_bias.add_(residual.sum(0), alpha=slope)
         operand = residual.to(x.dtype) if x.is_cuda else residual  # a GPU multiplies 16-bit operands
         if call.needs_weight:
             clean = x if mask is None else x.masked_fill(~mask[:, None], 0)
-            _common.add_mm_(d_weight, operand.mT, clean)
+            _common.add_mm_(d_weight, operand.mT, clean, beta=int(start > 0), alpha=slope)
         if call.needs_student:
-            d_student[chunk] = residual if weight is None else _common.wide_mm(operand, weight, dtype)
+            dx = d_student if tokens <= CHUNK else d_student[chunk]
+            if weight is None:
+                torch.mul(residual, slope, out=dx)
+            else:
+                _common.mm_(dx, operand, weight, alpha=slope)
+    if not call.wants_loss:
+        return _loss(call), d_student, d_weight, d_bias
+    loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+    if not call.per_token:
+        loss = (loss if token_weight is None else loss * token_weight).sum()
+    return loss.mul_(call.scale), d_student, d_weight, d_bias
 
 
-def _with_kernel(call: _Call, loss: Tensor, d_student: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
+def _with_kernel(call: _Call, slope: float) -> Outputs:
     from fastdistill.kernels import linear_mse as kernels
 
+    d_student, d_weight, d_bias = _gradients(call)
     tokens, width = call.teacher.shape
     bias, mask, token_weight = (None if x is None else x.contiguous() for x in call[3:6])
     call = call._replace(bias=bias, mask=mask, token_weight=token_weight)
-    dtype = call.student.dtype if _common.narrow(call.student) else loss.dtype  # of R
+    dtype = call.student.dtype if _common.narrow(call.student) else call.dtype  # of R
     products = call.needs_weight or (call.needs_student and call.weight is not None)
-    size = max(kernels.CHUNK_BYTES // (width * dtype.itemsize), 1024) if products else max(tokens, 1)
+    size = max(kernels.CHUNK_BYTES // (width * dtype.itemsize), 1024) if products else tokens
     residual = call.student.new_empty(min(size, tokens), width, dtype=dtype) if products else None
     clean = None
-    if call.needs_weight and mask is not None:
+    if call.needs_weight and call.mask is not None:
         clean = torch.empty_like(call.student[:size], memory_format=torch.contiguous_format)
+    losses: list[Tensor] = []
     for start in range(0, tokens, size):
         chunk = slice(start, min(start + size, tokens))
         part, dx = call.part(chunk), d_student[chunk]
         r, x = (None if y is None else y[: chunk.stop - start] for y in (residual, clean))
         if call.weight is None and call.needs_student and r is None:
             r = dx  # R is dX
-        kernels.residual(*part[:6], loss=loss[chunk], out=r, clean=x, d_bias=d_bias if call.needs_bias else None)
+        squares, sums = kernels.residual(
+            *part[:7], scale=call.scale, slope=slope, dtype=call.dtype, weighs_loss=not call.per_token,
+            wants_loss=call.wants_loss, wants_bias=call.needs_bias, out=r, clean=x,
+        )  # fmt: skip
+        if squares is not None:
+            losses.append(squares.sum(0) if call.per_token else squares.sum())
+        if sums is not None:
+            torch.sum(sums, 0, out=d_bias) if start == 0 else d_bias.add_(sums.sum(0))
         if residual is None or r is None:
             continue
         if call.needs_weight:
-            _common.add_mm_(d_weight, r.mT, part.student if x is None else x)
+            _common.add_mm_(d_weight, r.mT, part.student if x is None else x, beta=int(start > 0))
         if call.needs_student and call.weight is not None:
-            if r.is_cuda and r.dtype == call.weight.dtype == dx.dtype:
-                torch.mm(r, call.weight, out=dx)  # rounded once, out of the accumulator
-            else:
-                dx.copy_(_common.wide_mm(r, call.weight, loss.dtype))
+            _common.mm_(dx, r, call.weight)
         elif call.needs_student:
             dx.copy_(r)
+    if not losses:
+        loss = _loss(call)
+    elif call.per_token:
+        loss = losses[0] if len(losses) == 1 else torch.cat(losses)
+    else:
+        loss = reduce(Tensor.add_, losses)
+    return loss, d_student, d_weight, d_bias
 
 
-def _outputs(call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocates what the chunks add to. dW and db are sums over tokens and stay wide. dX has the student's dtype unless
+def _loss(call: _Call) -> Tensor:
+    tokens = call.student.shape[0] if call.wants_loss else 0
+    return call.student.new_empty(tokens if call.per_token else (), dtype=call.dtype)
+
+
+def _gradients(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocates what the chunks write. dW and db are sums over tokens and stay wide. dX has the student's dtype unless
     that is float16, where the small values that a loss scale will multiply would lose their digits."""
     student, width, dtype = call.student, call.teacher.shape[1], call.dtype
-    loss = student.new_empty(student.shape[0], dtype=dtype)
     keep = dtype if student.dtype == torch.float16 else student.dtype
     d_student = student.new_empty(student.shape if call.needs_student else 0, dtype=keep)
-    d_weight = student.new_zeros((width, student.shape[1]) if call.needs_weight else 0, dtype=dtype)
-    d_bias = student.new_zeros(width if call.needs_bias else 0, dtype=dtype)
-    return loss, d_student, d_weight, d_bias
+    d_weight = student.new_empty((width, student.shape[1]) if call.needs_weight else 0, dtype=dtype)
+    d_bias = student.new_empty(width if call.needs_bias else 0, dtype=dtype)
+    return d_student, d_weight, d_bias
 
 
 def _fake(*inputs):  # type: ignore[no-untyped-def]
     call = _Call(*inputs[:-1])
-    loss, *gradients = _outputs(call)
-    return loss if call.per_token else loss.new_empty(()), *gradients
+    return _loss(call), *_gradients(call)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    student, weight, teacher, bias, mask, _, ctx.per_token, *ctx.in_forward, ctx.backend = inputs
-    _, *gradients = output
+    *fields, ctx.backend = inputs
+    call, (_, *gradients) = _Call(*fields), output
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if x is None else x.dtype for x in (student, weight, bias)]
-    ctx.width = teacher.shape[1]
-    ctx.save_for_backward(*((student, weight, teacher, bias, mask) if ctx.per_token else gradients))
+    ctx.scale, ctx.per_token, *ctx.in_forward = call[7:]
+    ctx.dtypes = [None if x is None else x.dtype for x in (call.student, call.weight, call.bias)]
+    ctx.save_for_backward(*(call[:5] if call.per_token else gradients))
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("linear_mse")
-    nothing = (None,) * 11
+    nothing = (None,) * 13
     if grad_loss is None:
         return nothing
+    needs, gradients, scale = ctx.in_forward, ctx.saved_tensors, grad_loss
+    late = ctx.dtypes[0] == torch.float16  # the factors of R
     if ctx.per_token:
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
-        *tensors, mask = ctx.saved_tensors
+        needs, scale = [ctx.needs_input_grad[i] for i in (0, 1, 3)], None
+        *tensors, mask = gradients
         weights = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
-        weights, scale = _common.unit(weights)
-        _, *gradients = _linear_mse(*tensors, mask, weights, True, *needs, ctx.backend)
-    else:
-        needs, gradients, scale = ctx.in_forward, ctx.saved_tensors, grad_loss
-    scale = scale * (2 / ctx.width)
-    d_student, d_weight, d_bias = (
-        _common.scaled(g, scale, dtype) if need else None
-        for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
-    )
+        if late:
+            weights, scale = _common.unit(weights)
+        _, *gradients = _linear_mse(*tensors, mask, weights, None, ctx.scale, True, *needs, ctx.backend)
+    if late:
+        scale = scale * (2 * ctx.scale)
+    dtypes = [dtype if need else None for need, dtype in zip(needs, ctx.dtypes, strict=True)]
+    d_student, d_weight, d_bias = _common.finished(gradients, scale, dtypes, ctx.backend)
     return d_student, d_weight, None, d_bias, *nothing[4:]
 
 

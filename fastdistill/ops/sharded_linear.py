@@ -47,7 +47,7 @@ def linear_row_losses(
     if item_weights is not None:
         weights, counted = whole._weights(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
         weights, scale = (None, weights) if per_row else _common.unit(weights)
-    loss = _linear_op(*others, labels, counted, weights, True, *needs, per_row, *shard, *options)[0]
+    loss = _linear_op(*others, labels, counted, weights, None, 1.0, True, *needs, per_row, *shard, *options)[0]
     return loss if scale is None else loss * scale
 
 
@@ -55,7 +55,7 @@ def _linear_forward(*flat: Any) -> whole.Outputs:
     """Takes `linear_logits.Inputs`, `Shard` and `RowOptions`, field by field; `classes` are those of all ranks."""
     inputs, rest = whole.Inputs(*flat[: whole.INPUTS]), flat[whole.INPUTS :]
     shard, options = Shard(*rest[:SHARD]), RowOptions(*rest[SHARD:])
-    losses_out, d_student, d_weight, d_bias = whole._outputs(inputs)
+    losses_out, d_student, d_weight, d_bias = (x.zero_() for x in whole._outputs(inputs))
     chosen = select(inputs.student.shape[0], inputs.counted, True, "torch")
     labels, row_weight, indices = (
         None if x is None else chosen.take(x) for x in (inputs.labels, inputs.row_weight, inputs.indices)
@@ -65,7 +65,7 @@ def _linear_forward(*flat: Any) -> whole.Outputs:
     weights = _rows.row_weights(row_weight, chosen.counted, losses_out.dtype)
     inputs = inputs._replace(student_weight=inputs.student_weight[: shard.width], counted=chosen.counted)
     loss = losses_out.new_zeros(chosen.size)
-    unit = whole._unit(inputs.student, options)
+    unit = whole._unit(inputs.student.dtype, options)
     size = whole._chunk_size(chosen.size, inputs.student, max(shard.width, 1), loss.dtype)
     wanted = inputs.needs_student or inputs.needs_weight or inputs.needs_bias
 
@@ -89,7 +89,7 @@ def _linear_forward(*flat: Any) -> whole.Outputs:
             if inputs.needs_weight:
                 _common.add_mm_(d_weight[: shard.width], d.mT, x)
             if inputs.needs_student:
-                chosen.put(d_student, chunk, whole._times_weight(d, inputs.student_weight, loss.dtype, chosen, chunk))
+                whole._put_d_student(d_student, d, inputs.student_weight, chosen, chunk)
 
     with _common.no_autocast(inputs.student):
         # The sums of a chunk travel while the logits of the next one are computed.
@@ -139,12 +139,6 @@ def _of_chunk(
     return Rows(blocks, lambda _, rows: (student[rows], at(teacher, rows)), given, len(student), dtype, stored)
 
 
-def _linear_fake(*flat: Any) -> whole.Outputs:
-    inputs = whole.Inputs(*flat[: whole.INPUTS])
-    loss, *gradients = whole._outputs(inputs)
-    return loss if inputs.per_row else loss.new_empty(()), *gradients  # type: ignore[return-value]
-
-
 def _linear_backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("the linear loss over classes")
     nothing = (None,) * (whole.INPUTS + len(ctx.options))
@@ -155,7 +149,7 @@ def _linear_backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     if ctx.per_row:
         needs, counted = ctx.needs_input_grad[:3], saved[-1]
         weights, scale = _common.unit(grad_loss if counted is None else grad_loss.masked_fill(~counted, 0))
-        _, *gradients = _linear_op(*saved, weights, ctx.dense, *needs, True, *ctx.options)
+        _, *gradients = _linear_op(*saved, weights, None, 1.0, ctx.dense, *needs, True, *ctx.options)
     learned = [
         _common.scaled(g, scale, dtype) if need else None
         for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
@@ -167,5 +161,5 @@ _linear_op = _common.registered(
     "sharded_linear_row_losses",
     f"({_common.schema(whole.Inputs)}, {_common.schema(Shard)}, {_common.schema(RowOptions)}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _linear_forward, _linear_fake, whole._setup_context, _linear_backward,
+    _linear_forward, whole._fake, whole._setup_context, _linear_backward,
 )  # fmt: skip

@@ -115,6 +115,36 @@ def test_extreme_sizes(scale: float, backend: str) -> None:
     OP.assert_accurate(inputs, backend=backend)
 
 
+# -- the last backward of a graph --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("upstream", [1.0, 1 / 3])
+def test_the_last_backward_gives_the_bits_of_those_before(dtype: torch.dtype, upstream: float, backend: str) -> None:
+    """It writes in place what the forward computed; those before it must not."""
+    inputs = cast(hidden(), dtype)
+    leaves = {name: x.detach().requires_grad_(name in OP.learned) for name, x in inputs.items()}
+    loss = OP(**leaves, num_items=torch.tensor(7.0), backend=backend)
+    learned, scale = [leaves[name] for name in OP.learned], torch.tensor(upstream)
+    first = torch.autograd.grad(loss, learned, scale, retain_graph=True)
+    kept = [x.clone() for x in first]
+    for x in first:  # as accumulation in place does
+        x += 1
+    last = torch.autograd.grad(loss, learned, scale)
+    for x, y in zip(last, kept, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_last_backward_copies_no_gradient(backend: str) -> None:
+    inputs = hidden((64,), 300, 400)
+    leaves = {name: x.detach().requires_grad_(name in OP.learned) for name, x in inputs.items()}
+    loss = OP(**leaves, backend=backend)
+    assert loss.grad_fn is not None
+    saved = {x.data_ptr() for x in loss.grad_fn.saved_tensors}
+    loss.backward()
+    assert {leaves[name].grad.data_ptr() for name in OP.learned} == saved
+
+
 FAR = """
 import torch
 from fastdistill import linear_mse

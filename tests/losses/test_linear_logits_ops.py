@@ -336,17 +336,18 @@ def test_work_is_that_of_the_rows_that_count(
     chunks_of(64)
     inputs = {**linear((200,), 37), "mask": counting(200, number)}
     if backend == "torch":
-        rows = [0]
-        for name, operand in (("wide_mm", 0), ("add_mm_", 2)):
+        multiplications = [0]
+        for name, first in (("wide_mm", 0), ("add_mm_", 1)):
             product = getattr(_common, name)
 
-            def count(*operands: Any, product: Any = product, operand: int = operand, **keywords: Any) -> Any:
-                rows[0] += len(operands[operand])
+            def count(*operands: Any, product: Any = product, first: int = first, **keywords: Any) -> Any:
+                multiplications[0] += operands[first].numel() * operands[first + 1].shape[1]
                 return product(*operands, **keywords)
 
             monkeypatch.setattr(_common, name, count)
         evaluate(fastdistill.linear_kl_div, inputs, ("student", "student_weight"), backend=backend)
-        assert rows[0] == 4 * number  # both sides' logits, dX and dW
+        d_s, d_t = (inputs[name].shape[1] for name in ("student", "teacher"))
+        assert multiplications[0] == number * 37 * (3 * d_s + d_t)  # both sides' logits, dX and dW
         return
     if torch.cuda.is_available():
         pytest.skip("the interpreter counts the products")
