@@ -15,8 +15,11 @@ struct Blocks {
   int rank, size, log_size;  // of the block in its cluster
   int thread, threads;
 
-  __device__ Blocks(int rank, int size)
-      : rank(rank), size(size), log_size(__ffs(size) - 1), thread(threadIdx.x), threads(blockDim.x) {}
+  __device__ Blocks(int rank, int size) : rank(rank), size(size), thread(threadIdx.x), threads(blockDim.x) {
+#ifdef __CUDA_ARCH__  // the host's compiler does not know __ffs
+    log_size = __ffs(size) - 1;
+#endif
+  }
 
   // Shared memory holds the mailbox, then a number for each class of kinds that compare.
   IN_KERNEL Mailbox* mailbox() {
