@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 constexpr int VECTOR_BYTES = 16;
 constexpr int HELD = 8;            // vectors of each side that a thread holds: 64 registers
