@@ -538,8 +538,8 @@ def main_path(text: str) -> list[str]:
     return path
 
 
-# Kind, then the most instructions and special functions a class, in bfloat16 and for whole aligned rows. An H200 issues 41
-# instructions and 5.2 special functions a class while its memory moves the class's 6 bytes.
+# The most instructions and special functions a class, in bfloat16 and for plain rows. An H200 issues 41 instructions
+# and 5.2 special functions a class while its memory moves the class's 6 bytes.
 MOST = {
     "soft_cross_entropy": (41, 5.2),
     "kl_div": (41, 5.2),
