@@ -1,5 +1,5 @@
-// Registers torch.ops.fastdistill_cuda.rows through the stable ABI: one binary works with several versions of torch and
-// Python.
+// Registers torch.ops.LIBRARY.rows through the stable ABI: one binary works with several versions of torch and Python.
+// LIBRARY is the file's name: a process may load binaries for several cards, and each registers ops of its own.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -99,12 +99,12 @@ void rows(
       student_rows, teacher_rows, count, width, classes, float(temperature), float(beta), float(teacher_kl),
       float(student_kl), float(soft_weight), float(hard_weight), float(student_scale), float(teacher_scale),
       float(student_softcap), float(teacher_softcap)};
-  launch_rows(call, element, int(kind), stream);
+  launch_rows(call, element, Kind(kind), stream);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(fastdistill_cuda, library) {
+STABLE_TORCH_LIBRARY(LIBRARY, library) {
   library.def(
       "rows(Tensor student, Tensor teacher, Tensor? labels, Tensor? counted, Tensor? weight, Tensor? expected, "
       "Tensor(a!) loss, Tensor(b!)? gradient, int kind, int classes, float temperature, float beta, "
@@ -112,4 +112,4 @@ STABLE_TORCH_LIBRARY(fastdistill_cuda, library) {
       "float teacher_scale, float student_softcap, float teacher_softcap) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdistill_cuda, CUDA, library) { library.impl("rows", TORCH_BOX(&rows)); }
+STABLE_TORCH_LIBRARY_IMPL(LIBRARY, CUDA, library) { library.impl("rows", TORCH_BOX(&rows)); }

@@ -10,7 +10,6 @@
 using std::max;
 using std::min;
 
-#include "launch.h"
 #include "rows.h"
 
 namespace {
@@ -38,7 +37,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<float4> shared;
 
-  Block(const Plan& plan) : warps(plan.threads / 32), shared(plan.shared_bytes / sizeof(float4)) {
+  Block(const Plan& plan)
+      : warps(plan.threads / 32), shared(sizeof(Mailbox) / sizeof(float4) + plan.threads * (sizeof(Held<__half>) / sizeof(float4))) {
     barrier.expected = plan.threads;
     for (Warp& warp : warps) warp.barrier.expected = 32;
     std::fill(shared.begin(), shared.end(), make_float4(NAN, NAN, NAN, NAN));
@@ -53,14 +53,15 @@ struct Simulation {
 
 // The counterpart of Blocks in rows.cu.
 struct Thread {
-  int rank, size, thread, threads;
+  int rank, size, log_size, thread, threads;
   Simulation& simulation;
   ucontext_t context;
   bool done = false;
   int generation = 0, exchanges = 0;
 
   Thread(Simulation& simulation, const Plan& plan, int rank, int thread)
-      : rank(rank), size(plan.cluster), thread(thread), threads(plan.threads), simulation(simulation) {}
+      : rank(rank), size(plan.cluster), log_size(__builtin_ctz(plan.cluster)), thread(thread), threads(plan.threads),
+        simulation(simulation) {}
 
   Block& block() { return simulation.blocks[rank]; }
   Mailbox* mailbox() { return mailbox_of(rank); }
@@ -71,27 +72,36 @@ struct Thread {
   void until(const Barrier& barrier, int generation) {
     while (barrier.generation == generation) swapcontext(&context, &simulation.scheduler);
   }
+  // Leaves values for the other lanes of the warp; returns what each lane has left.
   template <int K>
-  void from_lane(const float (&values)[K], int distance, float (&others)[K]) {
+  float (&exchange(const float (&values)[K]))[32][MOST_VALUES] {
     Warp& warp = block().warps[thread / 32];
     auto& left = warp.left[exchanges++ % 2];  // no thread is two exchanges ahead
     std::copy(values, values + K, left[thread % 32]);
     until(warp.barrier, warp.barrier.arrive());
-    std::copy(left[(thread % 32) ^ distance], left[(thread % 32) ^ distance] + K, others);
+    return left;
+  }
+  template <int K>
+  void from_lane(const float (&values)[K], int distance, float (&others)[K]) {
+    const auto& left = exchange(values)[(thread % 32) ^ distance];
+    std::copy(left, left + K, others);
+  }
+  bool any(bool x) {
+    const auto& left = exchange<1>({float(x)});
+    return std::any_of(left, left + 32, [](const float* lane) { return *lane != 0; });
   }
   void wait_for_block() { until(block().barrier, block().barrier.arrive()); }
   void arrive(bool) { generation = simulation.barrier.arrive(); }
   void wait() { until(simulation.barrier, generation); }
 };
 
-template <Kind KIND, class T>
+template <Kind KIND, bool PLAIN, class T>
 struct Task {
-  const Problem<T>& problem;
-  bool held;
-  int row;
+  const Call& call;
+  int row, count;
 
   void run(Thread& thread) const {
-    held ? held_row<KIND>(thread, problem, row) : streamed_row<KIND>(thread, problem, row);
+    compute_rows<KIND, PLAIN, T>(thread, call, row, count);
     thread.done = true;
   }
 };
@@ -107,7 +117,7 @@ void enter(unsigned task_high, unsigned task_low, unsigned thread_high, unsigned
 
 // `backwards` runs the last thread of the last block first. Results must not depend on it.
 template <class Task>
-void run_row(const Task& task, const Plan& plan, bool backwards, char* stacks) {
+void run_cluster(const Task& task, const Plan& plan, bool backwards, char* stacks) {
   Simulation simulation{{}, {}, std::vector<Block>(plan.cluster, Block(plan))};
   const int count = plan.cluster * plan.threads;
   simulation.barrier.expected = count;
@@ -134,38 +144,13 @@ void run_row(const Task& task, const Plan& plan, bool backwards, char* stacks) {
   }
 }
 
-template <Kind KIND, class T>
-void simulate_as(const Call& c, const Plan& plan, bool backwards) {
-  const Problem<T> problem{
-      static_cast<const T*>(c.student), static_cast<const T*>(c.teacher), c.labels, c.counted, c.weight, c.expected,
-      c.loss, static_cast<T*>(c.gradient), c.student_rows, c.teacher_rows, int(c.width), int(c.classes), c.temperature,
-      {c.beta, c.teacher_kl, c.student_kl}, c.soft_weight, c.hard_weight, {c.student_scale, c.student_softcap},
-      {c.teacher_scale, c.teacher_softcap}, c.student_scale};
-  const std::unique_ptr<char[]> stacks(new char[size_t(plan.cluster) * plan.threads * STACK_BYTES]);
-  for (int row = 0; row < c.count; ++row)
-    run_row(Task<KIND, T>{problem, plan.held, row}, plan, backwards, stacks.get());
-}
-
-template <class T>
-void simulate_kind(const Call& c, int kind, const Plan& plan, bool backwards) {
-  switch (Kind(kind)) {
-    case Kind::soft_cross_entropy: return simulate_as<Kind::soft_cross_entropy, T>(c, plan, backwards);
-    case Kind::kl_div: return simulate_as<Kind::kl_div, T>(c, plan, backwards);
-    case Kind::reverse_kl: return simulate_as<Kind::reverse_kl, T>(c, plan, backwards);
-    case Kind::jsd: return simulate_as<Kind::jsd, T>(c, plan, backwards);
-    case Kind::tvd: return simulate_as<Kind::tvd, T>(c, plan, backwards);
-    case Kind::mixture: return simulate_as<Kind::mixture, T>(c, plan, backwards);
-  }
-}
-
 }  // namespace
 
 extern "C" {
 
-void plan_of(int64_t classes, int element_bytes, int aligned, int largest_cluster, int shared_bytes, int* out) {
-  const Plan p = plan(classes, element_bytes, aligned, {largest_cluster, shared_bytes});
-  const int values[] = {p.held, p.cluster, p.threads, p.shared_bytes};
-  std::copy(values, values + 4, out);
+void plan_of(int64_t classes, int element_bytes, int aligned, int* out) {
+  const Plan p = plan(classes, element_bytes, aligned);
+  out[0] = p.cluster, out[1] = p.threads;
 }
 
 int two_strides(const int64_t* sizes, const int64_t* strides, int dims, int64_t* out) {
@@ -175,14 +160,14 @@ int two_strides(const int64_t* sizes, const int64_t* strides, int dims, int64_t*
   return found;
 }
 
-void simulate(const Call* call, int element, int kind, int held, int cluster, int threads, int backwards) {
-  const int bytes = element == 0 ? 4 : 2;
-  const Plan plan{held != 0, cluster, threads, int(sizeof(Mailbox)) + threads * own_bytes(held, bytes)};
-  switch (Element(element)) {
-    case Element::float32: return simulate_kind<float>(*call, kind, plan, backwards);
-    case Element::float16: return simulate_kind<__half>(*call, kind, plan, backwards);
-    case Element::bfloat16: return simulate_kind<__nv_bfloat16>(*call, kind, plan, backwards);
-  }
+void simulate(const Call* call, int element, int kind, int cluster, int threads, int backwards) {
+  const Plan plan{cluster, threads};
+  const std::unique_ptr<char[]> stacks(new char[size_t(cluster) * threads * STACK_BYTES]);
+  const int each = rows_of_cluster(*call, cluster);
+  with_arguments(*call, Element(element), Kind(kind), [&](auto kind_is, auto plain_is, auto x) {
+    for (int row = 0; row < call->count; row += each)
+      run_cluster(Task<kind_is.value, plain_is.value, decltype(x)>{*call, row, each}, plan, backwards, stacks.get());
+  });
 }
 
 }  // extern "C"

@@ -8,16 +8,18 @@ compiles and loads nothing.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
 _INSIDE = Path(__file__).parent / "csrc"
 SOURCES = _INSIDE if _INSIDE.is_dir() else Path(__file__).parent.parent / "csrc"
 UNITS = ("rows.cu", "binding.cpp")
-HEADERS = ("plan.h", "launch.h", "rows.h")
+HEADERS = ("launch.h", "rows.h")
 
-KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd", "mixture")  # as in rows.h
+KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd", "mixture")  # as in launch.h
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Architectures built ahead of time: machine code, and PTX (compute_90), which cards after Hopper compile on loading.
-ARCHITECTURES = ("sm_80", "sm_90a", "compute_90")
+ARCHITECTURES = ("sm_90", "compute_90")
 
 # The stable ABI of torch 2.10: one binary works with it and all later versions. -ftz flushes numbers below 1e-38 to 0.
 FLAGS = (
@@ -46,23 +48,20 @@ FLAGS = (
 
 @functools.cache  # every call of a loss asks; a failed build is not tried again
 def unavailable(device: torch.device) -> str | None:
-    """Returns why the kernels of csrc/ cannot run on `device`, or None. Before sm_90 it does not try to build them."""
+    """Returns why the kernels of csrc/ cannot run on `device`, or None. It builds and launches them to find out."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on NVIDIA GPUs, not on {'AMD' if device.type == 'cuda' else device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
+    if sys.platform != "linux":
+        return f"its kernels are built for Linux, not for {sys.platform}"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return f"its kernels need compute capability 9.0, and {torch.cuda.get_device_name(device)} has less"
     if not prebuilt().exists() and nvcc() is None:
         return "it was not built ahead of time, and nvcc, which could build it, is neither in CUDA_HOME nor on the PATH"
-    # From sm_90 on "auto" takes these kernels unasked, so they must be known to build; Triton is the alternative. Only
-    # a build shows it: `nvcc --list-gpu-code` omits sm_90a even if nvcc supports it, and does not check the host
-    # compiler.
-    if capability >= (9, 0):
-        try:
-            library(device)
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-            architecture, compiler = _architecture(device), nvcc() or "nvcc"
-            return f"it could not be built for {architecture} with {compiler}, or could not be loaded: {_gist(error)}"
+    try:
+        library(device)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        compiler = nvcc() or "nvcc"
+        return f"it could not be built for {_architecture(device)} with {compiler}, or not be run: {_gist(error)}"
     return None
 
 
@@ -98,16 +97,26 @@ def rows(
 
 
 @functools.cache
-def library(device: torch.device) -> torch._ops._OpNamespace:
+def library(device: torch.device) -> Any:
     """Returns the ops of csrc/; builds them for the card at `device` if they are not built yet."""
     path = prebuilt()
-    _load(path if path.exists() else cached((_architecture(device),)))
-    return torch.ops.fastdistill_cuda
+    return _load(path if path.exists() else cached((_architecture(device),)), device)
+
+
+def _load(path: Path, device: torch.device) -> Any:
+    """Returns the ops of a binary. Raises RuntimeError where the driver is too old: only a launch shows it."""
+    torch.ops.load_library(path)
+    # Called through ctypes, the probe works while torch traces.
+    probe = ctypes.CDLL(str(path)).fastdistill_probe
+    probe.restype = ctypes.c_char_p
+    if failure := probe(torch.cuda.current_device() if device.index is None else device.index):
+        raise RuntimeError(f"a launch fails: {failure.decode()}")
+    return getattr(torch.ops, path.stem)
 
 
 def _architecture(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
-    return "sm_90a" if (major, minor) == (9, 0) else f"sm_{major}{minor}"
+    return f"sm_{major}{minor}"
 
 
 def _gist(error: Exception) -> str:
@@ -118,14 +127,9 @@ def _gist(error: Exception) -> str:
 
 
 @functools.cache
-def _load(path: Path) -> None:
-    torch.ops.load_library(path)
-
-
-@functools.cache
 def prebuilt() -> Path:
     """Returns the path of a binary built ahead of time; the hash of the sources in its name rules out a stale one."""
-    return SOURCES / f"fastdistill_cuda-{_digest()}.so"
+    return SOURCES / f"fastdistill_cuda_{_digest()}.so"
 
 
 def cached(architectures: Sequence[str]) -> Path:
@@ -135,7 +139,13 @@ def cached(architectures: Sequence[str]) -> Path:
     version = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistill"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"fastdistill_cuda-{_digest(version, *FLAGS, *architectures)}.so"
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise RuntimeError(
+            f"others can write to {folder}, from which csrc's binary would be loaded; it should be yours, with mode "
+            f"0700 (chmod 700 {folder}), or set XDG_CACHE_HOME to another folder"
+        )
+    path = folder / f"fastdistill_cuda_{_digest(version, *FLAGS, *architectures)}.so"
     if not path.exists():
         # A second process waits here and finds the binary built.
         with open(path.with_suffix(".lock"), "w") as lock:
@@ -153,7 +163,7 @@ def build(path: Path, architectures: Sequence[str] = ARCHITECTURES, flags: Seque
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         built = Path(folder) / path.name
         command = [
-            _compiler(), *FLAGS, *flags,
+            _compiler(), *FLAGS, *flags, f"-DLIBRARY={path.stem}",
             *(f"-gencode=arch=compute_{name.split('_')[1]},code={name}" for name in architectures),
             "--threads", "0", f"-I{SOURCES}", "-isystem", str(torch_folder / "include"),
             *(str(SOURCES / unit) for unit in UNITS), "-shared", "-o", str(built), f"-L{torch_folder / 'lib'}",
@@ -181,14 +191,14 @@ def _compiler() -> str:
 
 
 def _digest(*others: str) -> str:
-    """Returns a hash of the sources and of `others`."""
+    """Returns a hash of the sources, of `others` and of the machine type: a home folder may serve several."""
     texts = [(SOURCES / name).read_text() for name in (*UNITS, *HEADERS)]
-    return hashlib.sha256("\0".join([*texts, *others]).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join([*texts, *others, platform.machine()]).encode()).hexdigest()[:16]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fastdistill.cuda", description=__doc__)
-    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="sm_80, sm_90a, ...; compute_90 for PTX")
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="sm_90, sm_100, ...; compute_90 for PTX")
     arguments = parser.parse_args()
     try:
         build(prebuilt(), arguments.arch)

@@ -78,12 +78,11 @@ def strides_of(simulator: ctypes.CDLL, x: Tensor) -> Rows | None:
     return Rows(*out) if simulator.two_strides(array(x.shape), array(x.stride()), x.dim(), out) else None
 
 
-def plan(
-    simulator: ctypes.CDLL, classes: int, size: int, aligned: bool = True, cluster: int = 16, shared: int = 232448
-) -> tuple[bool, int, int, int]:
-    out = (ctypes.c_int * 4)()
-    simulator.plan_of(ctypes.c_int64(classes), size, int(aligned), cluster, shared, out)
-    return bool(out[0]), out[1], out[2], out[3]
+def plan(simulator: ctypes.CDLL, classes: int, size: int, aligned: bool = True) -> tuple[int, int]:
+    """Returns the blocks and the threads of a block that hold a row; no blocks where no cluster can."""
+    out = (ctypes.c_int * 2)()
+    simulator.plan_of(ctypes.c_int64(classes), size, int(aligned), out)
+    return out[0], out[1]
 
 
 def _rows(
@@ -117,8 +116,10 @@ def _rows(
         strides_of(library, student), strides_of(library, teacher), count,
         0 if gradient is None else gradient.shape[-1], classes, *numbers,
     )  # fmt: skip
-    held, blocks, threads, _ = plan(library, classes, student.element_size(), aligned=False)
-    library.simulate(ctypes.byref(call), DTYPES[student.dtype], kind, held, blocks, threads, False)
+    blocks, threads = plan(library, classes, student.element_size(), aligned=False)
+    if blocks == 0:
+        raise RuntimeError(f"the row of {classes} classes is too long")
+    library.simulate(ctypes.byref(call), DTYPES[student.dtype], kind, blocks, threads, False)
 
 
 def install() -> None:

@@ -15,7 +15,7 @@ All of them share these rules:
   `backend="reference"`.
 - `backend`: "auto" takes the best one that can run here. These can be forced, and raise where they cannot run:
   "reference" (eager definitions), "torch" (portable, memory-lean), "triton" (fused kernels, on NVIDIA and AMD GPUs),
-  and for the losses on logits "cuda" (csrc/, on NVIDIA GPUs; "auto" takes it from sm_90 on).
+  and for the losses on logits "cuda" (csrc/, on NVIDIA GPUs from sm_90 on; "auto" does not take it yet).
 """
 
 from fastdistill.functional import attention, hidden, linear_logits, logits

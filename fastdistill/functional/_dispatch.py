@@ -60,10 +60,9 @@ def no_cuda(
         return f"csrc has no kernel for {kind}"
     if len(set(logits)) > 1 or logits[0] not in cuda.DTYPES:
         return f"its logits are float32, float16 or bfloat16, both alike, and not {' and '.join(map(str, logits))}"
-    reason = cuda.unavailable(device)
-    if reason is None and automatic and torch.cuda.get_device_capability(device) < (9, 0):
-        reason = "it beats Triton's kernels from compute capability 9.0 on only"  # where blocks form clusters
-    return reason
+    if automatic:
+        return "no measurement has shown yet that it is faster than Triton's kernels"
+    return cuda.unavailable(device)
 
 
 # Dynamo cannot trace the file lookup. torch.compiler.assume_constant_result does the same but imports the compiler.

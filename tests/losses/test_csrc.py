@@ -30,7 +30,7 @@ from fastdistill.ops._rows import RowOptions
 
 pytestmark = pytest.mark.skipif(not _simulated.POSSIBLE, reason="csrc needs nvcc and g++ to build, and one is missing")
 
-STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror", "-Xptxas", "--warn-on-spills,-v")
+STRICT = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
 KINDS = {
     "soft_cross_entropy": (reference.soft_cross_entropy, {}),
     "kl_div": (reference.kl_div, {}),
@@ -60,7 +60,7 @@ def simulate(
     student: Tensor,
     teacher: Tensor,
     *,
-    cluster: int | None = None,  # None: as planned; 0: streamed
+    cluster: int | None = None,  # None: as planned
     backwards: bool = False,
     counted: Tensor | None = None,
     labels: Tensor | None = None,
@@ -91,15 +91,11 @@ def simulate(
         *(mixture or (beta, beta, 1 - beta)), soft_weight, hard_weight, student_scale, teacher_scale,
         student_softcap or 0, teacher_softcap or 0,
     )  # fmt: skip
-    held, blocks, threads, _ = plan(simulator, classes, size, aligned=False)
-    if cluster == 0:
-        held, blocks, threads, _ = plan(simulator, classes, size, aligned=False, cluster=0)
-    elif cluster is not None:
+    blocks, threads = plan(simulator, classes, size, aligned=False)
+    if cluster is not None:
         vectors = -(-(classes + 16) * size // 16)
-        held, blocks, threads = True, cluster, 32 * -(-vectors // (cluster * 4 * 32))
-    simulator.simulate(
-        ctypes.byref(call), DTYPES[student.dtype], cuda.KINDS.index(kind), held, blocks, threads, backwards
-    )
+        blocks, threads = cluster, 32 * -(-vectors // (cluster * 8 * 32))
+    simulator.simulate(ctypes.byref(call), DTYPES[student.dtype], cuda.KINDS.index(kind), blocks, threads, backwards)
     return {"value": loss, "student_logits": gradient}
 
 
@@ -135,8 +131,8 @@ def logits(rows: int, classes: int, dtype: torch.dtype, scale: float = 2.0) -> d
     return {"student_logits": student.to(dtype), "teacher_logits": teacher.to(dtype)}
 
 
-# Sizes of rows, and how many blocks of a cluster hold one; 0: the row is streamed.
-SIZES = [(2, 1), (3, 2), (127, 1), (127, 2), (1000, 1), (1000, 0), (1000, 4), (1000, 16), (8193, None), (8193, 0)]
+# Sizes of rows, and how many blocks of a cluster hold one.
+SIZES = [(2, 1), (3, 2), (127, 1), (128, 2), (1000, 1), (1000, 4), (1000, 16), (8192, None), (8193, None)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,7 +146,7 @@ def test_the_cluster_computes_the_definition(simulator: ctypes.CDLL, kind: str, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [30522, 128256])
-@pytest.mark.parametrize("cluster", [None, 0, 16])
+@pytest.mark.parametrize("cluster", [None, 16])
 def test_vocabularies_of_models(
     simulator: ctypes.CDLL, kind: str, dtype: torch.dtype, classes: int, cluster: int | None
 ) -> None:
@@ -161,7 +157,7 @@ def test_one_vocabulary_of_a_model(simulator: ctypes.CDLL) -> None:
     assert_accurate(*compare(simulator, "kl_div", logits(1, 128256, torch.bfloat16)))
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 2, 8])
+@pytest.mark.parametrize("cluster", [1, 2, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_option_at_once(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
     for dtype in DTYPES:
@@ -178,7 +174,7 @@ def test_every_option_at_once(simulator: ctypes.CDLL, kind: str, cluster: int) -
         assert (outcome["student_logits"][2:4] == 0).all()
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("cluster", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_impossible_classes_and_saturated_rows(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
     for dtype in DTYPES:
@@ -203,7 +199,7 @@ def test_impossible_classes_and_saturated_rows(simulator: ctypes.CDLL, kind: str
             assert_accurate(outcome, *others)
 
 
-@pytest.mark.parametrize("cluster", [0, 2])
+@pytest.mark.parametrize("cluster", [1, 2])
 def test_nan_and_infinite_logits(simulator: ctypes.CDLL, cluster: int) -> None:
     """NaN gives NaN. A class with teacher mass that is -inf for the student costs inf and gets no gradient."""
     inputs = logits(3, 300, torch.float32)
@@ -218,7 +214,7 @@ def test_nan_and_infinite_logits(simulator: ctypes.CDLL, cluster: int) -> None:
         assert outcome["student_logits"][1, 7] == 0
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("cluster", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_student_near_its_teacher_keeps_its_digits(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
     inputs = logits(4, 1000, torch.float32)
@@ -234,7 +230,7 @@ def test_a_student_near_its_teacher_keeps_its_digits(simulator: ctypes.CDLL, kin
         assert (same["value"].abs() < 1e-6).all()
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("cluster", [1, 4])
 def test_rows_of_any_layout(simulator: ctypes.CDLL, cluster: int) -> None:
     """Rows may start anywhere, at other places on each side, if two strides reach them."""
     for dtype in DTYPES:
@@ -261,7 +257,7 @@ def test_rows_of_any_layout(simulator: ctypes.CDLL, cluster: int) -> None:
             assert [starts[i] + y.storage_offset() for i in range(len(starts))] == y[..., 0].reshape(-1).tolist(), name
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("cluster", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_written_with_other_weights_is_corrected(
     simulator: ctypes.CDLL, dtype: torch.dtype, cluster: int
@@ -279,7 +275,23 @@ def test_a_gradient_written_with_other_weights_is_corrected(
     assert (found[3] == 0).all()
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 4])
+def test_the_backward_finds_wrong_rows_among_right_ones(simulator: ctypes.CDLL) -> None:
+    """A cluster checks several rows at once where there are many."""
+    inputs, count = logits(520, 64, torch.bfloat16).values(), 520
+    expected = torch.full((count,), 0.5)
+    weight = expected.clone()
+    weight[[3, 4, 260, 519]] = torch.tensor([0.3, 1.0, 0.7, 0.1])
+    before, wanted = (
+        simulate(simulator, "kl_div", *inputs, weight=x, cluster=4)["student_logits"] for x in (expected, weight)
+    )
+    touched = before.clone()
+    touched[0] = 7  # a right row is not even read
+    found = simulate(simulator, "kl_div", *inputs, weight=weight, expected=expected, gradient=touched, cluster=4)
+    assert (found["student_logits"][0] == 7).all()
+    assert torch.equal(found["student_logits"][1:], wanted[1:])
+
+
+@pytest.mark.parametrize("cluster", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_result_does_not_depend_on_thread_order(simulator: ctypes.CDLL, kind: str, cluster: int) -> None:
     inputs = logits(2, 5000, torch.bfloat16).values()
@@ -341,7 +353,7 @@ def compare_mixture(
     return outcome, textbook(torch.float64), textbook(torch.float32)
 
 
-@pytest.mark.parametrize("cluster", [0, 1, 4])
+@pytest.mark.parametrize("cluster", [1, 4])
 @pytest.mark.parametrize("name", MIXTURES)
 def test_scales_and_mixtures(simulator: ctypes.CDLL, name: str, cluster: int) -> None:
     for dtype in DTYPES:
@@ -371,7 +383,7 @@ def test_scales_and_mixtures(simulator: ctypes.CDLL, name: str, cluster: int) ->
 def test_scaled_logits_equal_logits_that_were_scaled_before(
     simulator: ctypes.CDLL, kind: str, softcap: float | None
 ) -> None:
-    for cluster in (0, 2):
+    for cluster in (1, 2):
         student, teacher = logits(3, 517, torch.float32).values()
         options = {"labels": torch.tensor([0, 5, 516]), "hard_weight": 0.5, "student_softcap": softcap}
         found = simulate(
@@ -384,15 +396,17 @@ def test_scaled_logits_equal_logits_that_were_scaled_before(
 
 
 MISTAKES = {
-    "sums do not follow the maximum": (
-        "power_of_2((top - higher) * exponent)",
-        "power_of_2(0 * (top - higher) * exponent)",
+    "the maximum is not subtracted": ("offset(-(top * exponent))", "offset(-0 * top)"),
+    "blocks do not wait for each other": (
+        "    cluster.arrive(cluster.thread < 32);\n    cluster.wait();\n    collect",
+        "    collect",
     ),
-    "blocks do not wait for each other": ("    cluster.arrive(true);\n    cluster.wait();\n    collect", "    collect"),
-    "a block takes another's classes": ("place.column((cluster.rank + 1) * of_block))};", "p.classes)};"),
-    "the gradient is 5% too large": ("narrow(weight * finish(", "narrow(1.05f * weight * finish("),
-    "a class excluded from the row has a gradient": ("return z == -INFINITE ? 0 : gradient;", "return gradient;"),
+    "a block takes another's classes": ("stop = min(start + of_block, vectors)", "stop = vectors"),
+    "the gradient is 5% too large": ("slope = weight * c.soft_weight", "slope = 1.05f * weight * c.soft_weight"),
+    "a class excluded from the row has a gradient": ("student_z[i] == -INFINITE ? 0 : gradient[i]", "1 * gradient[i]"),
     "warps are added without a barrier": ("    cluster.wait_for_block();\n", ""),
+    "a gradient is rounded twice": ("(bits<uint32_t>(ratio) & 0x7fffff) == 0", "true"),
+    "the backward checks only a cluster's first row": ("row = first + cluster.thread % 32", "row = first"),
 }
 
 
@@ -407,49 +421,38 @@ def test_planted_mistakes_are_found(tmp_path: Path, mistake: str) -> None:
     compile_simulation(tmp_path / "simulate.so", sources)
     wrong = ctypes.CDLL(str(tmp_path / "simulate.so"))
     with pytest.raises(AssertionError):  # noqa: PT012 - any of them
-        for cluster in (0, 4):
+        for cluster in (1, 4):
             assert_accurate(*compare(wrong, "kl_div", logits(3, 3001, torch.float32), cluster=cluster))
             test_impossible_classes_and_saturated_rows(wrong, "kl_div", cluster)
             test_nan_and_infinite_logits(wrong, cluster)
             test_the_result_does_not_depend_on_thread_order(wrong, "kl_div", cluster)
+            test_a_gradient_written_with_other_weights_is_corrected(wrong, torch.bfloat16, cluster)
+        test_the_backward_finds_wrong_rows_among_right_ones(wrong)
 
 
 # -- The planner -----------------------------------------------------------------------------------------------
 
 
 def test_clusters_are_the_smallest_that_hold_a_row(simulator: ctypes.CDLL) -> None:
-    def clusters(size: int) -> list[tuple[bool, int, int]]:
-        sizes = (1024, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
-        return [plan(simulator, classes, size)[:3] for classes in sizes]
-
-    assert clusters(2) == [
-        (True, 1, 32), (True, 1, 256), (True, 1, 512), (True, 2, 512), (True, 4, 512), (True, 8, 512), (True, 16, 512),
-        (False, 1, 512),
-    ]  # fmt: skip
-    assert clusters(4) == [
-        (True, 1, 64), (True, 1, 512), (True, 2, 512), (True, 4, 512), (True, 8, 512), (True, 16, 512),
-        (False, 1, 512), (False, 1, 512),
-    ]  # fmt: skip
-    # A row that may start within a vector touches one more vector. A GPU without clusters streams; one with less
-    # shared memory has smaller blocks.
-    assert plan(simulator, 131072, 2, aligned=False)[:2] == (True, 16)
-    assert plan(simulator, 131072, 2, cluster=0)[:2] == (False, 1)
-    assert plan(simulator, 131072, 2, shared=99 << 10)[:2] == (True, 16)
-    assert plan(simulator, 262144, 2, cluster=8)[:2] == (False, 1)
+    sizes = (1024, 8192, 16384, 32768, 65536, 131072, 262144, 524288)
+    blocks, threads = zip(*(plan(simulator, classes, 2) for classes in sizes), strict=True)
+    assert blocks == (1, 1, 1, 2, 4, 8, 16, 0)  # 0: no cluster holds the row
+    assert threads[:3] == (32, 128, 256)
+    blocks, threads = zip(*(plan(simulator, classes, 4) for classes in sizes), strict=True)
+    assert blocks == (1, 1, 2, 4, 8, 16, 0, 0)
+    assert plan(simulator, 131072, 2, aligned=False)[0] == 16  # a row within vectors touches one more
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_plan_fits(simulator: ctypes.CDLL, size: int) -> None:
-    for classes in (*range(1, 70), 127, 1000, 4095, 4097, 8192, 30522, 50257, 128256, 151936, 262144, 1 << 22):
+    for classes in (*range(1, 70), 127, 1000, 4095, 4097, 8192, 30522, 50257, 128256):
         for aligned in (True, False):
-            held, cluster, threads, shared = plan(simulator, classes, size, aligned)
+            cluster, threads = plan(simulator, classes, size, aligned)
             assert threads % 32 == 0
-            assert 32 <= threads <= 512
-            assert 2 * (shared + 1024) <= 228 << 10  # two blocks per multiprocessor
-            if held:
-                vectors = -(-classes * size // 16) if aligned else (classes * size + 30 - size) // 16
-                assert -(-vectors // cluster) <= 4 * threads
-                assert cluster == 1 or plan(simulator, classes, size, aligned, cluster // 2)[0] is False
+            assert 32 <= threads <= 256
+            vectors = -(-classes * size // 16) if aligned else (classes * size + 30 - size) // 16
+            assert -(-vectors // cluster) <= 8 * threads
+            assert cluster == 1 or -(-vectors // (cluster // 2)) > 8 * 256
 
 
 # -- The compiled code -----------------------------------------------------------------------------------------
@@ -465,58 +468,112 @@ def tool(name: str) -> str:
     return found
 
 
-@pytest.fixture(scope="session", params=["sm_90a", pytest.param("sm_80", marks=pytest.mark.slow)])
-def kernels(request: pytest.FixtureRequest, shared: Path) -> tuple[str, dict[str, str], dict[str, str]]:
-    """Returns the architecture, and the resources and machine code of each kernel."""
-    architecture = request.param
-    binary = once(shared / f"fastdistill_cuda_{architecture}.so", lambda path: cuda.build(path, [architecture], STRICT))
+@pytest.fixture(scope="session")
+def binary(shared: Path) -> Path:
+    return once(shared / "fastdistill_cuda_sm_90.so", lambda path: cuda.build(path, ["sm_90"], STRICT))
+
+
+@pytest.fixture(scope="session")
+def kernels(binary: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns the resources and the machine code of each kernel."""
 
     def dump(flag: str) -> str:
         return subprocess.run([tool("cuobjdump"), flag, binary], capture_output=True, text=True, check=True).stdout
 
-    usage = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", dump("-res-usage")))
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function :|\Z)", dump("-sass"), re.DOTALL))
-    return architecture, usage, code
+    usage = dict(re.findall(r"Function (\S+rowsI\S+):\s*\n\s*(REG:.*)", dump("-res-usage")))
+    code = dict(re.findall(r"Function : (\S+rowsI\S+)\n(.*?)(?=\n\s*Function :|\Z)", dump("-sass"), re.DOTALL))
+    assert len(usage) == len(code) == 36  # kinds, dtypes, plain rows or not
+    return usage, code
+
+
+def test_two_blocks_fit_and_nothing_spills_but_a_word(kernels: tuple[dict[str, str], dict[str, str]]) -> None:
+    """jsd and mixture, with the most arithmetic, store and load one word a row. Every thread may have 128 registers."""
+    for name, resources in kernels[0].items():
+        count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
+        assert count["REG"] <= 128, name
+        spills = re.findall(r"\b(?:LDL|STL)\b", kernels[1][name])
+        assert len(spills) <= (2 if "Kind3ELb1" in name or "Kind5ELb1" in name else 0), name
 
 
 def named(x: dict[str, str], part: str) -> list[str]:
     return [text for name, text in x.items() if part in name]
 
 
-def test_no_kernel_spills_and_two_blocks_fit(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
-    _, usage, code = kernels
-    assert len(named(usage, "held_rows")) == len(named(usage, "streamed_rows")) == 18
-    for name, resources in usage.items():
-        count = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
-        assert count["REG"] <= 64, name
-        assert count["STACK"] == count["LOCAL"] == 0, name
-        assert not re.search(r"\b(LDL|STL)\b", code[name]), name
+def instructions(text: str) -> list[tuple[int, str, str, str]]:
+    """Returns address, predicate, operation and operands of each instruction."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+ +)?([A-Z][\w.]+)([^;]*);", text)
+    return [(int(address, 16), *rest) for address, *rest in found]
 
 
-def test_memory_is_read_and_written_16_bytes_at_a_time(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
-    architecture, _, code = kernels
-    for text in named(code, "streamed_rows"):
-        assert len(re.findall(r"\bLDG\.E\.128\b", text)) >= 4  # two passes, two sides
+def main_path(text: str) -> list[str]:
+    """Returns the operations of the way through a kernel on which a whole row of an aligned block goes.
+
+    It is the shortest way forward that passes every exponential, reduction, barrier of the cluster and 16-byte store.
+    """
+    code = instructions(text)
+    index = {address: i for i, (address, *_) in enumerate(code)}
+    target = [re.search(r"0x([0-9a-f]+)", operands) for *_, operands in code]
+    jumps = [op.startswith(("BRA", "EXIT", "RET", "CALL")) for _, _, op, _ in code]
+    reduces = next(i for i, (_, _, op, _) in enumerate(code) if op.startswith("SHFL"))
+    wanted = {
+        i for i, (_, _, op, _) in enumerate(code)
+        if re.match(r"MUFU\.EX2|SHFL|UCGABAR_WAIT|LDS\.128", op) or (op.startswith("STG.E.128") and i > reduces)
+    }  # fmt: skip
+    # From the end backwards: how many wanted instructions the best way from i meets, then how few instructions it has.
+    best: list[tuple[int, int, int]] = [(0, 0, 0)] * (len(code) + 1)
+    for i in reversed(range(len(code))):
+        _, predicate, op, operands = code[i]
+        ways = []
+        if op.startswith("BRA") and target[i] and index[int(target[i][1], 16)] > i:
+            ways.append(index[int(target[i][1], 16)])
+        falls = bool(predicate) or not jumps[i] or "DIV" in op or re.match(r"\s*!?U?P\d", operands)
+        if falls:
+            ways.append(i + 1)
+        met, length, way = max(((*best[way][:2], way) for way in ways), default=(0, 0, len(code)))
+        best[i] = (met + (i in wanted), length - 1, way)
+    path, i = [], 0
+    while i < len(code):
+        path.append(code[i][2])
+        i = best[i][2]
+    return path
+
+
+# The most instructions and special functions a class, in bfloat16 and for plain rows. An H200 issues 41 instructions
+# and 5.2 special functions a class while its memory moves the class's 6 bytes.
+MOST = {
+    "soft_cross_entropy": (41, 5.2),
+    "kl_div": (41, 5.2),
+    "reverse_kl": (41, 5.2),
+    "tvd": (41, 5.2),
+    "jsd": (60, 7.2),
+}
+
+
+@pytest.mark.parametrize("kind", MOST)
+def test_instructions_for_a_class(kernels: tuple[dict[str, str], dict[str, str]], kind: str) -> None:
+    for dtype, more in (("13__nv_bfloat16", 0), ("6__half", 0.5)):
+        (text,) = named(kernels[1], f"Kind{cuda.KINDS.index(kind)}ELb1E{dtype}")
+        path = main_path(text)
+        assert sum(op == "MUFU.EX2" for op in path) >= 3 * 64  # it is the main path
+        assert len(path) / 64 <= MOST[kind][0] + more
+        assert sum(op.startswith("MUFU") for op in path) / 64 <= MOST[kind][1] + 0.01
+
+
+def test_all_loads_of_a_row_are_in_flight_at_once(kernels: tuple[dict[str, str], dict[str, str]]) -> None:
+    """Nothing stands between the 16 loads of a thread, so nothing waits for one of them."""
+    for name, text in kernels[1].items():
+        code = "".join("L" if op.startswith("LDG.E.128") and not p else "." for _, p, op, _ in instructions(text))
+        assert "L" * 16 in code or "Lb0" in name, name
+        assert code.count("L") >= 16
         assert "STG.E.128" in text
-    for text in named(code, "held_rows") if architecture == "sm_90a" else []:
-        # Four vectors per side, and one of a gradient that is only scaled.
-        assert len(re.findall(r"\bLDG\.E\.128\b", text)) in (8, 9)
-        assert "STG.E.128" in text
-        assert "LDS.128" in text
-        assert "STS.128" in text
+        assert not re.search(r"\b(LDS|STS)\.[US](8|16)\b", text), name
 
 
-def test_blocks_of_a_cluster_communicate(kernels: tuple[str, dict[str, str], dict[str, str]]) -> None:
-    architecture, _, code = kernels
-    if architecture == "sm_80":
-        assert not any("UCGABAR" in text for text in code.values())
-        return
-    for text in named(code, "held_rows"):
+def test_blocks_of_a_cluster_communicate(kernels: tuple[dict[str, str], dict[str, str]]) -> None:
+    for text in kernels[1].values():
         assert "UCGABAR_ARV" in text  # barriers of the cluster
         assert "UCGABAR_WAIT" in text
         assert "MAPA" in text or re.search(r"\bST\.E\b|\bSTAS\b", text)  # stores to another block's shared memory
-    for text in named(code, "streamed_rows"):
-        assert "UCGABAR" not in text
 
 
 # -- Building --------------------------------------------------------------------------------------------------
@@ -545,7 +602,7 @@ def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_concurrent_processes_build_once(pretended: Path) -> None:
-    command = [sys.executable, "-c", "from fastdistill import cuda; print(cuda.cached(('sm_90a',)))"]
+    command = [sys.executable, "-c", "from fastdistill import cuda; print(cuda.cached(('sm_90',)))"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {process.communicate()[0].strip() for process in both}
     assert len(paths) == 1
@@ -557,12 +614,12 @@ def test_concurrent_processes_build_once(pretended: Path) -> None:
 
 
 def test_each_architecture_and_compiler_has_its_own_binary(pretended: Path) -> None:
-    first = cuda.cached(("sm_90a",))
-    assert cuda.cached(("sm_90a",)) == first
-    assert cuda.cached(("sm_80",)) != first
+    first = cuda.cached(("sm_90",))
+    assert cuda.cached(("sm_90",)) == first
+    assert cuda.cached(("sm_100",)) != first
     compiler = pretended / "bin" / "nvcc"
     compiler.write_text(compiler.read_text().replace("13.0", "13.1"))
-    assert cuda.cached(("sm_90a",)) != first
+    assert cuda.cached(("sm_90",)) != first
     assert (pretended / "runs").read_text() == "run\n" * 3
 
 
@@ -571,11 +628,11 @@ def test_a_failed_build_says_why(pretended: Path, monkeypatch: pytest.MonkeyPatc
         '#!/bin/sh\n[ "$1" = --version ] && exit\necho no host compiler >&2\nexit 1\n'
     )
     with pytest.raises(RuntimeError, match="no host compiler"):
-        cuda.cached(("sm_90a",))
+        cuda.cached(("sm_90",))
     assert not list((pretended / "cache" / "fastdistill").glob("*.so"))
     monkeypatch.setattr(cuda, "nvcc", lambda: None)
     with pytest.raises(RuntimeError, match="nvcc is neither in CUDA_HOME nor on the PATH"):
-        cuda.cached(("sm_90a",))
+        cuda.cached(("sm_90",))
 
 
 @pytest.fixture
@@ -599,64 +656,106 @@ def card(as_it_is: ModuleType, pretended: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 # nvcc's messages if the toolkit is older than the GPU, and if there is no host compiler.
-@pytest.mark.parametrize("says", ["Unsupported gpu architecture 'compute_90a'", "Failed to preprocess host compiler"])
-def test_auto_takes_triton_if_the_build_fails(says: str, card: torch.device, pretended: Path) -> None:
-    """The build is tried once, whatever makes it fail, and backend="cuda" raises with the reason."""
+@pytest.mark.parametrize("says", ["Unsupported gpu architecture 'compute_90'", "Failed to preprocess host compiler"])
+def test_a_build_that_fails_is_tried_once(says: str, card: torch.device, pretended: Path) -> None:
     (pretended / "bin" / "nvcc").write_text(
         f'#!/bin/sh\n[ "$1" = --version ] && echo 11.5 && exit\necho run >> {pretended}/runs\n'
         f'echo "nvcc fatal   : {says}" >&2\nexit 1\n'
     )
-    alike = (torch.bfloat16, torch.bfloat16)
-    assert [pick_backend("auto", card, alike) for _ in range(3)] == ["triton"] * 3
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"^backend is 'cuda', but .* for sm_90a with .*nvcc fatal : {says}"):
-            pick_backend("cuda", card, alike)
-    assert says in why_of(card, "kl_div")
+        with pytest.raises(ValueError, match=rf"^backend is 'cuda', but .* for sm_90 with .*nvcc fatal : {says}"):
+            pick_backend("cuda", card, (torch.bfloat16, torch.bfloat16))
     assert (pretended / "runs").read_text() == "run\n"
 
 
-def test_auto_takes_triton_if_loading_fails(card: torch.device, pretended: Path, as_it_is: ModuleType) -> None:
-    """The fake compiler's output is not a binary."""
-    assert pick_backend("auto", card, (torch.bfloat16, torch.bfloat16)) == "triton"
-    assert re.search(r"not be loaded: .*fastdistill_cuda-\w+\.so", as_it_is.unavailable(card))
-    assert (pretended / "runs").read_text() == "run\n"
-
-
-def test_auto_takes_csrc_if_it_can_be_built(
-    card: torch.device, as_it_is: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_a_binary_that_cannot_be_loaded_is_not_available(
+    card: torch.device, pretended: Path, as_it_is: ModuleType
 ) -> None:
-    loaded: list[Path] = []
-    monkeypatch.setattr(as_it_is, "_load", loaded.append)
-    assert [pick_backend("auto", card, (torch.bfloat16, torch.bfloat16)) for _ in range(2)] == ["cuda"] * 2
-    assert [path.read_text() for path in loaded] == ["built\n"]
+    """The fake compiler's output is not a binary."""
+    assert re.search(r"not be run: .*fastdistill_cuda_\w+\.so", as_it_is.unavailable(card))
+    assert (pretended / "runs").read_text() == "run\n"
+
+
+def test_a_binary_that_cannot_launch_is_not_available(
+    card: torch.device, pretended: Path, as_it_is: ModuleType
+) -> None:
+    """A toolkit newer than the driver builds a binary that loads; only its launches fail."""
+    (pretended / "bin" / "nvcc").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 99 && exit\nwhile [ "$1" != -o ]; do shift; done\n'
+        'echo \'extern "C" const char* fastdistill_probe(int) { return "the driver is too old"; }\' '
+        '| g++ -shared -fPIC -x c++ - -o "$2"\n'
+    )
+    assert re.search(r"not be run: a launch fails: the driver is too old$", as_it_is.unavailable(card))
+
+
+def test_other_systems_are_refused(card: torch.device, as_it_is: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # absent on Windows
+    assert as_it_is.unavailable(card) == "its kernels are built for Linux, not for win32"
+    assert pick_backend("auto", card, (torch.bfloat16, torch.bfloat16)) == "triton"
+
+
+def test_machines_of_two_kinds_do_not_share_a_binary(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may share a home folder."""
+    first = cuda.cached(("sm_90",))
+    monkeypatch.setattr("platform.machine", lambda: "another")
+    assert cuda.cached(("sm_90",)) != first
+
+
+def test_a_cache_that_others_can_write_to_is_refused(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pretended / "cache" / "fastdistill"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    with pytest.raises(RuntimeError, match=r"others can write to .*fastdistill, .* \(chmod 700 .*\), or set XDG_CACHE"):
+        cuda.cached(("sm_90",))
+    folder.chmod(0o755)
+    cuda.cached(("sm_90",))
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(RuntimeError, match="others can write to"):
+        cuda.cached(("sm_90",))
 
 
 BOUND = """
 import ctypes, sys, torch
-ctypes.CDLL(sys.argv[2], ctypes.RTLD_GLOBAL)
-torch.ops.load_library(sys.argv[1])
-print(torch.ops.fastdistill_cuda.rows.default._schema)
-x = torch.zeros(2, 8)
-try:
-    torch.ops.fastdistill_cuda.rows(x, x, None, None, None, None, x[0, :2], None, 0, 8, 1, *[0.5] * 5, 1, 1, 0, 0)
-except NotImplementedError as error:
-    print("CPU" in str(error))
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+for name in ("fastdistill_cuda_sm_90", "fastdistill_cuda_other"):
+    torch.ops.load_library(f"{sys.argv[2]}/{name}.so")
+    rows = getattr(torch.ops, name).rows
+    print(rows.default._schema)
+    x = torch.zeros(2, 8)
+    try:
+        rows(x, x, None, None, None, None, x[0, :2], None, 0, 8, 1, *[0.5] * 5, 1, 1, 0, 0)
+    except NotImplementedError as error:
+        print("CPU" in str(error))
+probe = ctypes.CDLL(f"{sys.argv[2]}/fastdistill_cuda_sm_90.so").fastdistill_probe
+probe.restype = ctypes.c_char_p
+print(probe(0))
 """
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch with CUDA loads the binary without a stub")
-def test_the_binary_registers_its_op(shared: Path, kernels: Any, tmp_path: Path) -> None:
-    """A stub provides the one function that a CPU build of torch lacks."""
+def test_binaries_for_two_cards_register_their_ops_in_one_process(binary: Path, tmp_path: Path) -> None:
+    """A stub provides the one function that a CPU build of torch lacks. The second binary has no kernels."""
     stub = tmp_path / "stub.so"
     source = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
     subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", stub], input=source, text=True, check=True)
-    binary = shared / f"fastdistill_cuda_{kernels[0]}.so"
+    (tmp_path / binary.name).symlink_to(binary)
+    kernels = tmp_path / "kernels.cpp"
+    kernels.write_text('#include "launch.h"\nvoid launch_rows(const Call&, Element, Kind, void*) {}\n')
+    flags = [flag for flag in cuda.FLAGS if flag.startswith(("-std", "-D"))]
+    torch_folder = Path(torch.__file__).parent
+    subprocess.run(
+        ["g++", *flags, "-O0", "-fPIC", "-shared", "-DLIBRARY=fastdistill_cuda_other", f"-I{cuda.SOURCES}",
+         "-isystem", torch_folder / "include", cuda.SOURCES / "binding.cpp", kernels, f"-L{torch_folder / 'lib'}",
+         "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-o", tmp_path / "fastdistill_cuda_other.so"],
+        check=True,
+    )  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", BOUND, binary, stub], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", "-c", BOUND, stub, tmp_path], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "Tensor(a!) loss" in run.stdout
-    assert run.stdout.rstrip().endswith("True")
+    assert run.stdout.count("Tensor(a!) loss") == run.stdout.count("True") == 2
+    assert torch.cuda.is_available() or "driver" in run.stdout.splitlines()[-1]
 
 
 # -- As a backend ----------------------------------------------------------------------------------------------
@@ -711,21 +810,25 @@ def test_a_cpu_is_refused() -> None:
         fastdistill.kl_div(**logits(2, 5, torch.bfloat16), backend="cuda")
 
 
-def test_auto_takes_csrc_for_logits_of_one_dtype_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    card, alike, mixed = torch.device("cuda:0"), (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)
+def test_auto_takes_triton_until_a_measurement_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, alike = torch.device("cuda:0"), (torch.bfloat16,) * 2
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "unavailable", lambda device: None)
-    picked = [pick_backend("auto", card, logits) for logits in (alike, mixed, ())]
-    assert picked == ["cuda", "triton", "triton"]
-    (ops,) = (ops for backend, _, ops in explain_backends(card) if backend == "cuda")
-    assert set(ops) == {"soft_cross_entropy", "kl_div", "jsd", "tvd"}
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert pick_backend("auto", card, alike) == "triton"
     assert pick_backend("cuda", card, alike) == "cuda"
-    monkeypatch.setattr(cuda, "unavailable", lambda device: "there is no nvcc")
+    monkeypatch.setattr(cuda, "unavailable", None)  # and "auto" does not build them to find out
     assert pick_backend("auto", card, alike) == "triton"
-    assert "not cuda: there is no nvcc" in why_of(card, "kl_div")
+    assert "not cuda: no measurement" in why_of(card, "kl_div")
     assert "not cuda" not in why_of(card, "linear_kl_div")
+
+
+def test_cards_without_clusters_are_refused(card: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    with pytest.raises(
+        ValueError, match=r"^backend is 'cuda', but .* need compute capability 9.0, and a card has less"
+    ):
+        pick_backend("cuda", card, (torch.bfloat16, torch.bfloat16))
 
 
 def why_of(device: torch.device, op: str) -> str:
@@ -746,7 +849,7 @@ def plain(kind: str, classes: int) -> RowOptions:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_card_agrees_with_the_simulation(simulator: ctypes.CDLL, kind: str, dtype: torch.dtype) -> None:
-    for classes in (2, 127, 1000, 8193, 30522, 128256, 262144, 600001):
+    for classes in (2, 127, 1000, 8193, 30522, 128256):
         inputs = logits(3, classes, dtype)
         student, teacher = (x.cuda() for x in inputs.values())
         loss, gradient = student.new_empty(3, dtype=torch.float32), torch.empty_like(student)
@@ -796,7 +899,7 @@ def test_the_sanitizer_finds_nothing(check: str) -> None:
         pytest.skip("compute-sanitizer is missing")
     script = (
         "import torch; from fastdistill import cuda; from fastdistill.ops._rows import RowOptions\n"
-        "for v in (1000, 20001, 128256, 600001):\n"
+        "for v in (1000, 20001, 128256):\n"
         "    x, t = torch.randn(2, 2, v, device='cuda', dtype=torch.bfloat16)\n"
         "    options = RowOptions('jsd', '', v, 1.0, 0.5, 0.5, 0.5, 1.0, 0.0, None, None, 1.0, 1.0, 'cuda')\n"
         "    loss = x.new_empty(2, dtype=torch.float32)\n"
