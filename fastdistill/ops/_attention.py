@@ -201,7 +201,7 @@ def blocks(batch: int, units: int, most: int) -> Iterator[Callable[[Tensor], Ten
     A unit is heads / units consecutive heads of every tensor. Each block is a function that takes a tensor
     (B|1, heads|1, ...) to the view of it that belongs to the block.
     """
-    if batch * units <= most:
+    if 0 < batch * units <= most:
         yield lambda x: x
         return
     if units <= most:
