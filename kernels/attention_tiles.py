@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _load(x_ptr, row_stride, rows, exists, DIM: tl.constexpr, PADDED: tl.constexpr):  # (rows, PADDED)
+def _load(x_ptr, row_stride, first, exists, ROWS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Returns the rows from `first` on, (ROWS, PADDED). Within the tile 32-bit offsets save instructions."""
     columns = tl.arange(0, PADDED)
-    where = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    x_ptr += tl.cast(first, tl.int64) * row_stride
+    where = tl.arange(0, ROWS)[:, None] * row_stride + columns[None, :]
     return tl.load(x_ptr + where, mask=exists[:, None] & (columns < DIM)[None, :], other=0)
 
 
@@ -119,8 +121,8 @@ def _statistics(
         mask_ptr += batch * mask_batch + head * mask_head
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, rows < query_length)
-    sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
-    tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
+    sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, tile * BLOCK_M, counted, BLOCK_M, D_S, PADDED_S)
+    tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, tile * BLOCK_M, counted, BLOCK_M, D_T, PADDED_T)
     offset = key_length - query_length
     end = key_length
     if IS_CAUSAL:
@@ -132,8 +134,8 @@ def _statistics(
     for start in range(0, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
-        sk = _load(sk_ptr, sk_row, columns, keys, D_S, PADDED_S)
-        tk = _load(tk_ptr, tk_row, columns, keys, D_T, PADDED_T)
+        sk = _load(sk_ptr, sk_row, start, keys, BLOCK_N, D_S, PADDED_S)
+        tk = _load(tk_ptr, tk_row, start, keys, BLOCK_N, D_T, PADDED_T)
         allowed = _allowed(
             rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
             IS_CAUSAL, CHUNK,
@@ -204,8 +206,8 @@ def _d_query(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = rows < query_length
     counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, exists)
-    sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
-    tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
+    sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, tile * BLOCK_M, counted, BLOCK_M, D_S, PADDED_S)
+    tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, tile * BLOCK_M, counted, BLOCK_M, D_T, PADDED_T)
     offset = key_length - query_length
     begin, end = 0, key_length
     if IS_CAUSAL:
@@ -226,8 +228,8 @@ def _d_query(
     for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
-        sk = _load(sk_ptr, sk_row, columns, keys, D_S, PADDED_S)
-        tk = _load(tk_ptr, tk_row, columns, keys, D_T, PADDED_T)
+        sk = _load(sk_ptr, sk_row, start, keys, BLOCK_N, D_S, PADDED_S)
+        tk = _load(tk_ptr, tk_row, start, keys, BLOCK_N, D_T, PADDED_T)
         allowed = _allowed(
             rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
             IS_CAUSAL, CHUNK,
@@ -281,8 +283,9 @@ def _d_key(
     dk = tl.zeros((BLOCK_N, PADDED_S), WIDE)
     for head in range(student_head * student_sharing, (student_head + 1) * student_sharing):
         keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
-        sk = _load(sk_ptr, sk_row, columns, keys, D_S, PADDED_S)
-        tk = _load(tk_ptr + batch * tk_batch + head // teacher_sharing * tk_head, tk_row, columns, keys, D_T, PADDED_T)
+        sk = _load(sk_ptr, sk_row, tile * BLOCK_N, keys, BLOCK_N, D_S, PADDED_S)
+        of_teacher = batch * tk_batch + head // teacher_sharing * tk_head
+        tk = _load(tk_ptr + of_teacher, tk_row, tile * BLOCK_N, keys, BLOCK_N, D_T, PADDED_T)
         of_head = batch * heads + head
         head_mask_ptr = mask_ptr
         if mask_ptr is not None:
@@ -291,8 +294,8 @@ def _d_key(
             rows = start + tl.arange(0, BLOCK_M)
             exists = rows < query_length
             counted = _flags(queries_ptr, batch * queries_batch + head * queries_head + rows, exists)
-            sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, rows, counted, D_S, PADDED_S)
-            tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, rows, counted, D_T, PADDED_T)
+            sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, start, counted, BLOCK_M, D_S, PADDED_S)
+            tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, start, counted, BLOCK_M, D_T, PADDED_T)
             s_max = tl.zeros((BLOCK_M,), WIDE)
             t_max, s_inverse, t_inverse = s_max, s_max, s_max
             if IS_KL:
@@ -318,16 +321,27 @@ def _d_key(
     tl.store(d_key_ptr + at, dk * factor, mask=(columns < key_length)[:, None] & (width < D_S)[None, :])
 
 
-def _tiles(arch: str, itemsize: int, width: int) -> dict[str, int]:
-    """Chooses the queries and keys of a tile, for heads `width` wide after padding."""
+# For 16-bit inputs: queries and keys of a tile, warps, stages of the pipeline. A warp multiplies 16 rows (on AMD 32):
+# with more than a warp for that many queries, several would compute the same scores. No tile here spills.
+_UP_TO_64 = {"gfx": (128, 64, 4, 1), "sm_80": (64, 32, 4, 2), "sm_90": (64, 64, 4, 2), "sm_100": (128, 64, 8, 1)}
+_UP_TO_128 = {"gfx": (128, 32, 4, 1), "sm_80": (64, 32, 4, 1), "sm_90": (64, 64, 4, 1), "sm_100": (64, 32, 4, 1)}
+
+
+def _tiles(arch: str, itemsize: int, width: int, masked: bool) -> dict[str, int]:
+    """Chooses a tile for heads `width` wide after padding; `masked`: with a mask of pairs."""
+    on_amd = arch.startswith("gfx")
+    family = "gfx" if on_amd else arch if arch in ("sm_90", "sm_100") else "sm_80"
     if arch == "cpu":
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}
-    stages = 1 if arch.startswith("gfx") else 2
-    if itemsize > 2:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": stages}
-    if width > 128 or (width > 64 and arch == "sm_80"):
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": stages}
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if width > 64 else 64, "num_warps": 4, "num_stages": stages}
+        tile = 128, 128, 4, 1
+    elif itemsize > 2 and width > 64:
+        tile = (32, 16, 4, 1) if on_amd else (32, 16, 8, 2)
+    elif itemsize > 2:
+        tile = (64, 16, 2, 1) if on_amd else (32, 32, 4, 1) if itemsize == 4 else (32, 16, 4, 2)
+    elif width > 128:
+        tile = (64, 16, 4, 1) if on_amd else (32, 16, 4, 1) if masked else (32, 32, 4, 2)
+    else:
+        tile = (_UP_TO_64 if width <= 64 else _UP_TO_128)[family]
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
 
 
 def loss(
@@ -344,8 +358,14 @@ def loss(
     student_heads, key_length, d_t = call.student_key.shape[1], call.student_key.shape[2], call.teacher_query.shape[3]
     rows = call.student_query.new_empty((5 if is_kl else 1) * batch * heads * query_length, dtype=dtype)
     if rows.numel() == 0 or key_length == 0:
+        for gradient in (d_query, d_key):
+            if gradient is not None:
+                gradient.zero_()
         return rows.new_zeros((), dtype=torch.float64)
-    tensors = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in call.tensors()]
+    # Offsets within a tile of up to 128 rows have 32 bits.
+    tensors = [
+        x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous() for x in call.tensors()
+    ]
     flags = [None if x is None else x.contiguous() for x in (counted.queries, counted.keys)]
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     for x, dimensions in ((flags[0], 2), (flags[1], 2), (call.attn_mask, 4)):  # 0 where a mask is broadcast
@@ -356,7 +376,7 @@ def loss(
     itemsize = max(8 if dtype == torch.float64 else 2, *(x.itemsize for x in tensors))
     if not is_kl and call.student_query.dtype == torch.float16:
         itemsize = 4  # its gradient products take float32
-    tiles = _tiles(arch, itemsize, max(padded_s, padded_t))
+    tiles = _tiles(arch, itemsize, max(padded_s, padded_t), call.attn_mask is not None)
     options = {
         "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": call.is_causal, "CHUNK": chunk,
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -364,22 +384,22 @@ def loss(
         "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",
         **tiles,
     }  # fmt: skip
-    gradient_options = options | {"num_warps": 8 if arch.startswith("sm_") else tiles["num_warps"]}
     sizes = (heads, heads // student_heads, heads // call.teacher_key.shape[1], query_length, key_length)
     scales = (call.student_scale, call.teacher_scale)
     factor = call.student_scale / 1024 if is_kl else 2 * call.student_scale
-    over_queries = (triton.cdiv(query_length, tiles["BLOCK_M"]) * heads * batch,)
+    over_queries = (-(-query_length // tiles["BLOCK_M"]) * heads * batch,)
+    over_keys = (-(-key_length // tiles["BLOCK_N"]) * student_heads * batch,)
     with on_device_of(call.student_query):
         if is_kl:
             _statistics[over_queries](*inputs, *strides, *sizes, *scales, **options)
         if d_query is not None or not is_kl:
             d_query_strides = (0,) * 4 if d_query is None else d_query.stride()
             _d_query[over_queries](
-                *inputs, d_query, *strides, *d_query_strides, *sizes, *scales, factor, IS_KL=is_kl, **gradient_options
+                *inputs, d_query, *strides, *d_query_strides, *sizes, *scales, factor, IS_KL=is_kl, **options
             )
         if d_key is not None:
-            _d_key[(triton.cdiv(key_length, tiles["BLOCK_N"]) * student_heads * batch,)](
+            _d_key[over_keys](
                 *inputs, d_key, *strides, *d_key.stride(), *sizes, batch * heads * query_length, *scales, factor,
-                IS_KL=is_kl, **gradient_options,
+                IS_KL=is_kl, **options,
             )  # fmt: skip
     return rows[-batch * heads * query_length :].sum(dtype=torch.float64)

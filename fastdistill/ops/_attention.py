@@ -15,16 +15,19 @@ from fastdistill.ops import _common
 
 WIDEST_TILE = 256  # largest head dimension of the Triton kernels that compute scores
 Divisor = int | float | Tensor | None  # what a sum is divided by; None: the number of items, still to be counted
-LEAST_ROWS = 64  # queries a tile needs to hold whole rows of scores: with fewer, summing dK over tiles takes too long
+LEAST_ROWS = 64  # query rows of a tile for each key head: dK is summed over tiles, which takes long with fewer rows
 
 
 def tile_side(device: torch.device) -> int:
-    """Returns the most queries a tile of scores may have, and the most keys where it does not hold all of them."""
+    """Returns the most queries a tile of scores may have."""
     return 256 if device.type == "cpu" else 1024
 
 
 def tile_area(device: torch.device) -> int:
-    """Returns the most numbers in a tile over all heads: a CPU's cache holds them; on a GPU they fill a launch."""
+    """Returns the most numbers in a tile over all heads: a CPU's cache holds them; on a GPU they fill a launch.
+
+    Tiles hold whole rows, so those of very long rows have more.
+    """
     return 2**18 if device.type == "cpu" else 2**24
 
 
@@ -198,6 +201,9 @@ def blocks(batch: int, units: int, most: int) -> Iterator[Callable[[Tensor], Ten
     A unit is heads / units consecutive heads of every tensor. Each block is a function that takes a tensor
     (B|1, heads|1, ...) to the view of it that belongs to the block.
     """
+    if 0 < batch * units <= most:
+        yield lambda x: x
+        return
     if units <= most:
         for entries in slices(0, batch, most // units):
             yield partial(_part, entries=entries, part=slice(0, units), units=units)
@@ -241,18 +247,17 @@ def _read(x: Tensor, counted: Tensor | None, rows: slice, dtype: torch.dtype) ->
 class TileBlock(NamedTuple):
     take: Callable[[Tensor], Tensor]  # returns the block's view of a tensor
     call: Attention  # of the block's views
-    keys_per_query: Tensor  # (B|1, H|1, L)
     student: Side
     teacher: Side
     rows: int  # queries of a tile
-    columns: int  # its keys
 
-    def tiles(self) -> Iterator[tuple[slice, list[slice]]]:
-        """Yields rows of queries, each with the rows of keys that it meets."""
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """Yields the queries of each tile, and the keys that one of them may be allowed."""
         (query_length, key_length), offset = self.call.lengths(), self.call.causal_offset
         for rows in slices(0, query_length, self.rows):
             end = key_length if offset is None else min(key_length, rows.stop + offset)
-            yield rows, list(slices(0, end, self.columns))
+            if end > 0:
+                yield rows, slice(0, end)
 
     def allowed(self, queries: slice, keys: slice) -> tuple[slice, Tensor | None]:
         """Returns the columns of a tile that may hold a masked pair, and `allowed_pairs` of these columns."""
@@ -263,18 +268,15 @@ class TileBlock(NamedTuple):
 
 
 def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
-    """Cuts a call into blocks of batch entries and heads. A tile holds whole rows of scores if `LEAST_ROWS` of them
-    fit."""
+    """Cuts a call into blocks of batch entries and heads, whose tiles hold whole rows of scores."""
     batch, heads, query_length, _ = call.student_query.shape
     device, key_length = call.student_query.device, call.student_key.shape[2]
-    side, area = tile_side(device), tile_area(device)
     units = gcd(call.student_key.shape[1], call.teacher_key.shape[1])  # the fewest heads that share no key with others
-    shared = heads // units
-    columns = max(1, key_length if shared * key_length * LEAST_ROWS <= area else min(side, key_length))
-    across = shared * columns
-    rows = max(1, min(side, query_length, max(16, area // across)))
+    area, shared = tile_area(device), heads // units
+    across = max(1, shared * key_length)
+    rows = max(1, min(tile_side(device), query_length, max(-(-LEAST_ROWS // shared), area // across)))
     student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (call.student_key, call.teacher_key))
-    for take in blocks(batch, units, area // (rows * across)):
+    for take in blocks(batch, units, max(1, area // (rows * across))):
         sq, sk, tq, tk = map(take, call.tensors())
         queries, s_keys, t_keys, attn_mask = (
             None if x is None else take(x) for x in (counted.queries, student_keys, teacher_keys, call.attn_mask)
@@ -282,7 +284,7 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
         key_mask = None if call.key_mask is None else take(call.key_mask[:, None])[:, 0]
         part = Attention(sq, sk, tq, tk, *call[4:6], key_mask, None, call.is_causal, attn_mask)
         student, teacher = Side(sq, sk, queries, s_keys, call.dtype), Side(tq, tk, queries, t_keys, call.dtype)
-        yield TileBlock(take, part, take(counted.keys_per_query), student, teacher, rows, columns)
+        yield TileBlock(take, part, student, teacher, rows)
 
 
 def tiled_op(
@@ -299,7 +301,9 @@ def tiled_op(
         *fields, backend, differentiable = inputs
         call = Attention(*fields)
         counted = count_rows(call)
-        total, d_query, d_key = _tiled_outputs(call, differentiable)
+        # The kernels write all of dQ and dK; the tiles of the other backends are added to zeros.
+        allocate = torch.empty_like if backend == "triton" else torch.zeros_like
+        total, d_query, d_key = _tiled_outputs(call, differentiable, allocate)
         gradients = (d_query, d_key) if differentiable else (None, None)
         if backend == "triton":
             from fastdistill.kernels import attention_tiles as kernels
@@ -317,7 +321,7 @@ def tiled_op(
 
     def fake(*inputs):  # type: ignore[no-untyped-def]
         *fields, _, differentiable = inputs
-        total, *gradients = _tiled_outputs(Attention(*fields), differentiable)
+        total, *gradients = _tiled_outputs(Attention(*fields), differentiable, torch.empty_like)
         return total, total.new_empty((), dtype=torch.int64), *gradients
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -338,12 +342,14 @@ def tiled_op(
     return _common.registered(name, schema, forward, fake, setup_context, backward)
 
 
-def _tiled_outputs(call: Attention, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocates the sum, dQ and dK as zeros in the dtype of the loss, since dQ and dK are still to be scaled."""
+def _tiled_outputs(
+    call: Attention, differentiable: bool, allocate: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocates the sum as zero, and dQ and dK, in the dtype of the loss, since dQ and dK are still to be scaled."""
     total = call.student_query.new_zeros((), dtype=call.dtype)
     if not differentiable:
         return total, total.new_empty(0), total.new_empty(0)
-    d_query, d_key = (torch.zeros_like(x, dtype=call.dtype) for x in call.tensors()[:2])
+    d_query, d_key = (allocate(x, dtype=call.dtype) for x in call.tensors()[:2])
     return total, d_query, d_key
 
 
@@ -351,11 +357,12 @@ def add_gradients(
     d_scores: Tensor,  # (B * H_kv, H / H_kv * rows, keys)
     query: Tensor,  # (B * H_kv, H / H_kv * rows, D)
     key: Tensor,  # (B * H_kv, keys, D)
-    d_query: Tensor,  # as query
+    weight: Tensor | float,  # of each row of d_scores, (B * H_kv, H / H_kv * rows, 1), or of all
+    d_query: Tensor,  # (B, H, rows, D)
     d_key: Tensor,  # (B, H_kv, keys, D)
-    scale: float,
 ) -> None:
-    """Adds the gradients of scale * query @ key.mT of a tile."""
-    d_query.baddbmm_(d_scores, key, alpha=scale)
-    # Transposed twice: the product of narrow heads runs faster with longer rows.
-    d_key.add_(torch.bmm(query.mT, d_scores).mT.unflatten(0, d_key.shape[:2]), alpha=scale)
+    """Writes and adds the gradients of query @ key.mT of a tile from its gradient weight * d_scores."""
+    # Both products are computed transposed: those of narrow heads run faster with longer rows.
+    dq = torch.bmm(key.mT, d_scores.mT).mT * weight
+    d_query.copy_(dq.reshape(d_query.shape))
+    d_key.add_(torch.bmm((query * weight).mT, d_scores).mT.unflatten(0, d_key.shape[:2]))

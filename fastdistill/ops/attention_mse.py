@@ -385,22 +385,18 @@ _linear = _common.registered(
 
 def _add_block(block: TileBlock, total: Tensor, d_query: Tensor | None, d_key: Tensor | None) -> None:
     student_scale, teacher_scale = block.call.student_scale, block.call.teacher_scale
-    for rows, tiles in block.tiles():
+    for rows, keys in block.tiles():
         sq, tq = block.student.queries(rows), block.teacher.queries(rows)
-        dq = sq.new_zeros(sq.shape)
-        for keys in tiles:
-            sk, tk = block.student.keys(keys), block.teacher.keys(keys)
-            # The scales multiply scores: multiplied into the operands, they would round a whole row of keys alike.
-            scores = torch.bmm(sq, sk.mT).mul_(student_scale)  # (B * H_s, H / H_s * rows, keys)
-            scores.sub_(torch.bmm(tq, tk.mT).mul_(teacher_scale).view(scores.shape))
-            columns, allowed = block.allowed(rows, keys)
-            if allowed is not None:
-                scores.view(*block.call.student_query.shape[:2], -1, sk.shape[1])[..., columns] *= allowed
-            total += torch.linalg.vector_norm(scores, dim=2).to(total.dtype).square_().sum()
-            if d_key is not None:
-                _attention.add_gradients(scores, sq, sk, dq, d_key[:, :, keys], 2 * student_scale)
-        if d_query is not None:
-            d_query[:, :, rows] = dq.view(d_query[:, :, rows].shape)
+        sk, tk = block.student.keys(keys), block.teacher.keys(keys)
+        # The scales multiply scores: multiplied into the operands, they would round a whole row of keys alike.
+        scores = torch.bmm(sq, sk.mT).mul_(student_scale)  # (B * H_s, H / H_s * rows, keys)
+        scores.sub_(torch.bmm(tq, tk.mT).mul_(teacher_scale).view(scores.shape))
+        columns, allowed = block.allowed(rows, keys)
+        if allowed is not None:
+            scores.view(*block.call.student_query.shape[:2], -1, sk.shape[1])[..., columns] *= allowed
+        total += torch.linalg.vector_norm(scores, dim=2).to(total.dtype).square_().sum()
+        if d_query is not None and d_key is not None:
+            _attention.add_gradients(scores, sq, sk, 2 * student_scale, d_query[:, :, rows], d_key[:, :, keys])
 
 
 _tiled = _attention.tiled_op("attention_mse_tiled", False, _add_block)

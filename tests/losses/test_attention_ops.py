@@ -649,3 +649,31 @@ def test_rows_are_split_only_until_the_gpu_is_full(launches: Launches) -> None:
     attention_mse.loss(call, 1.0, None, None)
     partial = [arguments[6] for name, _, arguments in launches if name == "_gram"]
     assert [x.shape[0] for x in partial] == [1, 1, 1]  # without a GPU, 8 programs count as full; here are 18
+
+
+# -- kernels that compute scores in tiles ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_two_warps_compute_the_same_scores(arch: str, width: int, masked: bool) -> None:
+    """A warp multiplies 16 rows at once, 32 with AMD's 64 threads; tiles of wide heads may split their keys as well."""
+    kernels = pytest.importorskip("fastdistill.kernels.attention_tiles", reason="needs triton")
+    tile = kernels._tiles(arch, 2, width, masked)
+    rows = tile["BLOCK_M"] * (2 if width > 128 else 1)
+    assert tile["num_warps"] * (32 if arch == "gfx942" else 16) <= rows
+
+
+@pytest.mark.parametrize("is_kl", [False, True], ids=["mse", "kl"])
+@pytest.mark.parametrize("length,keys", [(70, 50), (50, 70), (3, 0)])
+def test_kernels_write_all_of_their_gradients(is_kl: bool, length: int, keys: int) -> None:
+    kernels = pytest.importorskip("fastdistill.kernels.attention_tiles", reason="needs triton")
+    sizes = ((length, 6), (keys, 6), (length, 10), (keys, 10))
+    tensors = (torch.randn(2, 4, *size) for size in sizes)
+    call = Attention(*tensors, 1.0, 1.0, torch.rand(2, keys) > 0.5, torch.rand(2, length) > 0.5, True, None)
+    d_query, d_key = (torch.full_like(x, torch.nan) for x in call.tensors()[:2])
+    counted = _attention.count_rows(call)
+    kernels.loss(call, counted, is_kl=is_kl, dtype=torch.float32, d_query=d_query, d_key=d_key)
+    assert d_query.isfinite().all()
+    assert d_key.isfinite().all()
