@@ -239,7 +239,8 @@ def _run(
     with on_device_of(student):
         _classes[(known.shape[1],)](
             *sides, *biases, labels, known, mean, weight, out, d_student, *strides,
-            0 if d_student is None else d_student.shape[-1], classes, options.temperature, options.beta, 1 - options.beta,
+            0 if d_student is None else d_student.shape[-1], classes, options.temperature, options.beta,
+            1 - options.beta,
             options.teacher_kl, options.student_kl, options.soft_weight, options.hard_weight, options.student_scale,
             options.teacher_scale, options.student_softcap or 1.0, options.teacher_softcap or 1.0, **constants,
         )  # fmt: skip
