@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, lcm
 from typing import Any
 
@@ -112,11 +112,10 @@ class Cost:
 # bfloat16; `R`: rows in registers, `S`: rows that are read in blocks. Whoever changes a kernel changes its figure here;
 # those that goals.py names are checked in CI.
 INSTRUCTIONS: dict[str, Any] = {
-    "soft_cross_entropy": {"R": 57, "S": 51}, "kl_div": {"R": 65, "S": 58}, "reverse_kl": {"R": 66, "S": 73},
-    "jsd": {"R": 161, "S": 229}, "tvd": {"R": 58, "S": 76}, "topk": {"R": 43, "S": 34},
-    "gram": 1138, "gradient": 970, "statistics": 24, "d_query": 35.6, "d_key": 39.5, "residual": 20,
+    "soft_cross_entropy": {"R": 57, "S": 39}, "kl_div": {"R": 58, "S": 42}, "reverse_kl": {"R": 58, "S": 49},
+    "jsd": {"R": 110, "S": 141}, "tvd": {"R": 54, "S": 63}, "topk": {"R": 28, "S": 34},
+    "short": 17, "gram": 700, "gradient": 970, "statistics": 24, "d_query": 17.6, "d_key": 19.5, "residual": 20,
 }  # fmt: skip
-LISTED = 157  # instructions of every warp for each class of a list
 EPILOGUE = 13  # instructions for each number of linear_mse's residual, after the products
 
 # Seconds of host time of a forward and a backward with stubbed launches, and the launches of Triton kernels, each of
@@ -138,6 +137,19 @@ def _precision(dtype: torch.dtype) -> str:
     return {torch.float32: "float32", torch.float64: "float64"}.get(dtype, "bits16")
 
 
+def splits(groups: int, rows: int, student_dim: int, teacher_dim: int) -> int:
+    """Returns into how many shares kernels/attention_mse.py cuts a group's rows: the fewest bytes, in whole waves."""
+    tiles, width, slots = -(-rows // 128), student_dim + teacher_dim, 2 * MULTIPROCESSORS
+    least = -(-tiles // 8)  # SUMMED rows
+    most = max(least, min(tiles // 4, -(-2 * slots // groups)))
+
+    def nbytes(n: int) -> int:
+        waves = -(-2 * groups * n // slots)
+        return waves * slots * -(-tiles // n) * 128 * width * 2 + 2 * n * 2 * groups * width**2 * 4
+
+    return min(range(least, most + 1), key=nbytes)
+
+
 def attention_mse(
     batch: int,
     heads: int,
@@ -149,7 +161,10 @@ def attention_mse(
     student_kv: int | None = None,
     teacher_kv: int | None = None,
 ) -> Cost:
-    """Counts the way with Gram matrices, for as many keys as queries and no dense mask."""
+    """Counts as many keys as queries, no dense mask, and an incoming gradient of 1.
+
+    Short sequences take one program a head, all others Gram matrices.
+    """
     student_kv, teacher_kv = student_kv or heads, teacher_kv or heads
     size = dtype.itemsize
     student = batch * length * (heads + student_kv) * student_dim * size
@@ -161,14 +176,21 @@ def attention_mse(
     # the backward's matrix has two 16-bit terms.
     narrow = dtype.itemsize == 2
     precision = "bits16" if narrow else "float64"
-    groups, tiles = batch * lcm(student_kv, teacher_kv), -(-heads // lcm(student_kv, teacher_kv) * length // 128)
-    splits = max(min(-(-4 * MULTIPROCESSORS // (2 * groups)), tiles // 4), -(-tiles // 32), 1)
-    partial = 2 * splits * groups * (student_dim + teacher_dim) ** 2 * 4
+    shape = f"{batch} x {heads} heads x {length}, d {student_dim} / {teacher_dim}"
+    least = Step("", 2 * (student + teacher) + student, gram + products, precision)
+    if narrow and length <= 128 and max(student_dim, teacher_dim) <= 64:
+        pairs = batch * heads * length * length
+        step = Step(
+            "scores and gradients", student + teacher + student, 2 * pairs * (3 * student_dim + teacher_dim), precision,
+            0, pairs * INSTRUCTIONS["short"],
+        )  # fmt: skip
+        return Cost("attention_mse", shape, replace(step, name=""), [step], _host("attention_mse"))
+    groups = batch * lcm(student_kv, teacher_kv)
+    partial = splits(groups, heads // lcm(student_kv, teacher_kv) * length, student_dim, teacher_dim)
+    partial *= 2 * groups * (student_dim + teacher_dim) ** 2 * 4
     issued = {name: rows * INSTRUCTIONS[name] for name in ("gram", "gradient")} if narrow else {}
     return Cost(
-        "attention_mse",
-        f"{batch} x {heads} heads x {length}, d {student_dim} / {teacher_dim}",
-        Step("", 2 * (student + teacher) + student, gram + products, precision),
+        "attention_mse", shape, least,
         [
             Step("Gram matrices", student + teacher + partial, gram, precision, 0, issued.get("gram", 0)),
             Step("sums of partial matrices", partial),
@@ -228,7 +250,7 @@ def linear_mse(tokens: int, student_dim: int, teacher_dim: int, dtype: torch.dty
 
 
 RESIDENT = 8192  # classes of a row that the row kernel holds in registers
-CENTRED = ("reverse_kl", "jsd", "tvd")  # their gradient needs a mean over the row first
+CENTRED = ("jsd", "tvd")  # their gradient needs a mean over the row that is known after the second reading only
 
 
 def _row_instructions(kind: str, rows: int, classes: int) -> float:
@@ -262,7 +284,6 @@ def logits(kind: str, rows: int, classes: int, dtype: torch.dtype) -> Cost:
 def topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> Cost:
     one, listed = rows * classes * dtype.itemsize, rows * k * (4 + 8)
     passes = 1 if classes <= RESIDENT else 2
-    listing = rows * k * LISTED * 32 * (16 if classes <= RESIDENT else 4 * passes)
     return Cost(
         "topk_soft_cross_entropy",
         f"{rows} rows, V {classes}, k {k}",
@@ -270,7 +291,7 @@ def topk(rows: int, classes: int, k: int, dtype: torch.dtype) -> Cost:
         [
             Step(
                 "rows", (passes + 1) * one + listed, exponentials=passes * rows * classes,
-                instructions=_row_instructions("topk", rows, classes) + listing,
+                instructions=_row_instructions("topk", rows, classes),
             )
         ],
         _host("topk"),

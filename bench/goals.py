@@ -83,22 +83,6 @@ STATIC = [
 ]  # fmt: skip
 
 
-# csrc's kernels for rows held on chip, bfloat16: what memory leaves time for at 6 bytes a class.
-CSRC = [
-    bound
-    for kind, instructions, mufu, today, mufu_today in (
-        ("soft_cross_entropy", 41, 5.2, 70, 5.2), ("kl_div", 41, 5.2, 74, 5.2), ("reverse_kl", 41, 5.2, 74, 5.2),
-        ("tvd", 41, 5.2, 84, 6.2), ("jsd", 60, 7, 118, 12.2),
-    )
-    for bound in (
-        Bound(kind, "bf16", "instructions a class", False, instructions, today, lambda x: x.instructions),
-        Bound(kind, "bf16", "MUFU a class", False, mufu, mufu_today, lambda x: x.mufu),
-        Bound(kind, "bf16", "share of the row's loads in flight", True, 1, 5 / 8, lambda x: x.share_in_flight),
-        Bound(kind, "bf16", "shared loads of 2 bytes", False, 0, 25, lambda x: x.narrow_shared_loads),
-    )
-]  # fmt: skip
-
-
 def _host(op: str, torch: float, triton: float) -> list[Bound]:
     """Bounds for the ratios of an op's host time to eager's; they leave a fifth for the noise of a busy machine."""
     return [

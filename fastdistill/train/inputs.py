@@ -25,6 +25,7 @@ ENCODER_DECODER = (
     "examples/seq2seq.py does"
 )
 LEFT_PADDING, PACKED = "_fastdistill_left_padding", "_fastdistill_packed"  # on the model: what small runs showed
+SIDE_SEEN = "_fastdistill_padded_on_the_right"  # on the model: a batch on a device was
 LABELS = ("labels", "start_positions", "end_positions")
 # Columns that only the losses read: the teacher's, and the sampler's. No model takes them.
 NOT_INPUTS = re.compile(r"topk_logprobs|topk_indices|hidden_\d+|teacher_logits|length")
@@ -141,12 +142,16 @@ def counts_itself(model: Any, device: torch.device, mask: Tensor | None = None) 
     if not hasattr(model, LEFT_PADDING):
         setattr(model, LEFT_PADDING, left_padding(model, device))
     answer = getattr(model, LEFT_PADDING)
-    if answer == "refused" and mask is not None and not bool(mask[:, 0].all()):
+    if answer != "refused" or mask is None or hasattr(model, SIDE_SEEN):
+        return bool(answer != "positions")
+    if not bool(mask[:, 0].all()):
         raise ValueError(
             f"the batch is padded on the left, which {type(transformers_model(model)).__name__} does not read as it "
             'reads padding on the right; set padding_side="right" on the tokenizer'
         )
-    return bool(answer != "positions")
+    if mask.device.type != "cpu" and not bool(mask[:, -1].all()):
+        setattr(model, SIDE_SEEN, True)  # a collator pads on one side; to look again would be a host sync a step
+    return True
 
 
 @torch.no_grad()
