@@ -71,6 +71,8 @@ def cases(small: bool) -> Iterator[Case]:
 
     yield Case("attention_mse", "26 / 64, masks", masked(attention(26, 64)), learned)
     yield Case("attention_mse", "64 / 64, short", attention(64, 64, length // 4), learned, dtypes=TRAINING)
+    short = masked(attention(26, 64, min(length, 128)))
+    yield Case("attention_mse", "26 / 64, masks, short", short, learned, options={"reduction": "mean"}, dtypes=TRAINING)
     yield Case("attention_mse", "causal", attention(32, 64), learned, options={"is_causal": True})
     yield Case("attention_mse", "mask of pairs", dense(attention(64, 64)), learned)
     yield Case("attention_mse", "384 / 768", attention(384, 768), learned, dtypes=TRAINING)
@@ -168,7 +170,8 @@ def line(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[bool, st
 def _evaluate(case: Case, inputs: dict[str, Tensor], backend: str) -> list[Tensor]:
     leaves = {name: inputs[name].detach().requires_grad_() for name in case.learned}
     # The sum, since the mean's gradients would underflow in float16.
-    value = getattr(fastdistill, case.op)(**inputs | leaves, **case.options, reduction="sum", backend=backend)
+    options = {"reduction": "sum"} | case.options
+    value = getattr(fastdistill, case.op)(**inputs | leaves, **options, backend=backend)
     return [value.detach(), *torch.autograd.grad(value, list(leaves.values()))]
 
 

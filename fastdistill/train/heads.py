@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 __all__ = [
-    "Head", "body", "check_gathered", "evaluating", "head_of", "is_peft", "is_sharded", "refuse_virtual_tokens",
-    "replaced", "takes_virtual_tokens", "unwrapped",
+    "Head", "body", "evaluating", "head_of", "is_peft", "is_sharded", "refuse_virtual_tokens",
+    "replaced", "shard_of", "takes_virtual_tokens", "unwrapped",
 ]  # fmt: skip
 
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # factors or divisors in configs
@@ -93,17 +93,14 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
 
 
-def check_gathered(model: nn.Module, linear: nn.Linear) -> None:
-    """Raises ValueError if FSDP2 has not gathered the head's weight: as a shard it looks like one of the vocabulary."""
-    if not isinstance(linear.weight, DTensor):
-        return
+def shard_of(model: Any, linear: nn.Linear) -> Tensor | None:
+    """Returns FSDP2's shard of the head's weight, which is no shard of the vocabulary; None without FSDP2."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        if any(parameter.sharded_param is linear.weight for parameter in (group.fsdp_params if group else ())):
-            raise ValueError(
-                "the head's weight is still sharded by FSDP while the student runs; pass the model that fully_shard "
-                "was called on, not a part of it"
-            )
+        for parameter in group.fsdp_params if group else ():
+            if parameter.sharded_param is linear.weight:
+                return linear.weight
+    return None
 
 
 def head_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Head:

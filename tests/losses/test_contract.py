@@ -608,7 +608,10 @@ def test_the_table_reaches_every_registered_op() -> None:
         for reduction in op.forms
         for call in registered_calls(op, op.make(), "torch", reduction)
     }
-    registered = {name for name in torch._library.custom_ops.OPDEFS if name.startswith("fastdistill::")}
+    # tests of their own: test_distributed.py, test_attention_short.py
+    others = ("fastdistill::sharded", "fastdistill::attention_mse_short")
+    names = [name for name in torch._library.custom_ops.OPDEFS if name.startswith("fastdistill::")]
+    registered = {name for name in names if not name.startswith(others)}
     assert {name.removesuffix(".default") for name in registered} == reached
 
 
