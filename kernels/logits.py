@@ -513,7 +513,7 @@ def rows(
         block = max(power_of_2(options.classes), 32)
     warps = max(1, block // (16 * _common.warp_size(arch)))
     # Without a limit, NVIDIA's compiler would spill a few registers to fit one more program.
-    limit = {"maxnreg": 168} if kind == "mixture" and not resident and arch.startswith("sm_") else {}
+    limit = {"maxnreg": 224} if kind == "mixture" and not resident and arch.startswith("sm_") else {}
     with on_device_of(student):
         _rows[(count,)](
             student, teacher, student_bias, teacher_bias, labels, counted, weight, expected, loss, gradient,
