@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from importlib import import_module
@@ -12,16 +13,26 @@ import griffe
 KINDS = {kind: griffe.ParameterKind[kind.name.lower()] for kind in inspect._ParameterKind}
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turns links to files outside docs/ into plain text: the site does not have these files."""
+    if "/" in page.file.src_uri:
+        return markdown
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)
 
 
 class MadeAtImport(griffe.Extension):
-    """Reads docstrings of functions and signatures of modules that the source text does not spell out.
+    """Reads docstrings and signatures that the source text does not spell out.
 
-    `fastdistill.functional._docs` fills in what the functions share, `fastdistill.losses` derives its constructors.
+    `fastdistill.functional._docs` fills in what the functions share, `fastdistill.losses` derives its constructors, and
+    `fastdistill.train.options` gives a dataclass its defaults and their explanation by `option(default, help)`.
     """
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        made = attr.value
+        if isinstance(made, griffe.ExprCall) and str(made.function) == "option":
+            attr.value, explanation = made.arguments[:2]
+            if isinstance(explanation, str):
+                attr.docstring = griffe.Docstring(ast.literal_eval(explanation), parent=attr)
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         if func.docstring and any(str(decorator.value) == "documented" for decorator in func.decorators):
