@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 60
 
-.PHONY: demo test test-all lint bench gpu clean
+.PHONY: demo test test-all lint docs bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill demo --output demo-output --overwrite
@@ -22,6 +22,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Builds the site in site/. Broken links are errors. The variable hides the theme's notice about its successor.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 bench: $(VENV)/ready-for-bench
 	$(BIN)/python -m pytest bench --benchmark-only --results bench/results
 
@@ -31,7 +35,7 @@ gpu:
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,integrations,triton,dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[train,integrations,triton,dev,docs]"
 	touch $@
 
 $(VENV)/ready-for-bench: $(VENV)/ready

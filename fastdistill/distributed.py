@@ -77,7 +77,7 @@ def soft_cross_entropy(
             all shards.
 
     Raises:
-        What the function without shards raises, and ValueError where student and teacher are sharded in other ways.
+        ValueError: student and teacher are sharded in other ways; and what the function without shards raises.
     """
     return _on_logits("soft_cross_entropy", "soft_cross_entropy", student_logits, teacher_logits, group, options)
 
@@ -149,7 +149,7 @@ def linear_soft_cross_entropy(
             classes of all shards.
 
     Raises:
-        What the function without shards raises, and ValueError where student and teacher are sharded in other ways.
+        ValueError: student and teacher are sharded in other ways; and what the function without shards raises.
     """
     heads = (student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)
     return _on_heads("linear_soft_cross_entropy", "soft_cross_entropy", *heads, group, options)
