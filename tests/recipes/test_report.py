@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -15,8 +16,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
 
+import torch
 from _tiny import classifier, texts, tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastdistill import cli
 from fastdistill.recipes import report
@@ -193,3 +195,56 @@ class TestCompare:
         assert (tmp_path / "table.md").read_text() == "mine"
         assert cli.main([*argv, "--overwrite"]) == 0
         assert table((tmp_path / "table.md").read_text(), "run")
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Writes a student of a language model, `out`, one of the same rows by a LoRA, and one of the labels alone."""
+    pytest.importorskip("trl")
+    from test_lm import save, words, write_lines
+
+    root, rng = tmp_path_factory.mktemp("chats"), random.Random(0)
+    save(root / "teacher", 32, 3, 0)
+    save(root / "student", 16, 2, 1)
+    for name, count in (("train.txt", 8), ("held.txt", 5)):
+        write_lines(root / name, [words(rng, 5) for _ in range(count)])
+    argv = ["lm", "--student", root / "student", "--dataset", root / "train.txt", "--eval", root / "held.txt"]
+    argv += ["--epochs", 1, "--batch-size", 2, "--logging_steps", 1, "--output"]
+    teacher = ["--teacher", root / "teacher"]
+    for more in (["out", *teacher], ["lora", *teacher, "--lora", 2], ["labels", "--alpha", 0]):
+        assert cli.main([str(part) for part in (*argv, root / str(more[0]), *more[1:])]) == 0
+    return root
+
+
+class TestLanguageModels:
+    def test_held_out_figures_are_those_of_all_labels(self, chats: Path) -> None:
+        from test_lm import rows_of, token_losses
+
+        text = (chats / "out" / "report.md").read_text()
+        for row, name in zip(table(text, "model"), ("teacher", "out"), strict=True):
+            model = AutoModelForCausalLM.from_pretrained(chats / name, dtype=torch.float64)
+            with torch.no_grad():
+                rows = rows_of(chats, "held.txt")
+                losses = [x for row, mask in rows for x in token_losses(model, model, row, mask, 0.0)]
+            assert float(row["held-out loss"]) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
+            assert row["parameters"] == f"{model.num_parameters() / 1e6:.2f}M"
+        assert is_png(chats / "out" / "losses.png")
+
+    def test_a_lora_has_the_size_of_the_merged_model(self, chats: Path) -> None:
+        whole, merged = (table((chats / name / "report.md").read_text(), "model")[1] for name in ("out", "lora"))
+        assert whole["parameters"] == merged["parameters"]
+        assert re.fullmatch(r"\d+\.\d\dx", merged["speed-up"])
+
+    def test_without_a_teacher(self, chats: Path) -> None:
+        (row,) = table((chats / "labels" / "report.md").read_text(), "model")
+        assert (row["model"], row["speed-up"]) == ("student", "")
+
+    def test_compare(self, chats: Path, tmp_path: Path) -> None:
+        runs = [str(chats / name) for name in ("out", "labels")]
+        assert cli.main(["compare", *runs, "--output", str(tmp_path / "table.md")]) == 0
+        found = table((tmp_path / "table.md").read_text(), "run")
+        for row, run in zip(found, runs, strict=True):
+            log = json.loads((Path(run) / "trainer_state.json").read_text())["log_history"]
+            last = [entry["eval_loss"] for entry in log if "eval_loss" in entry][-1]
+            assert float(row["held-out loss"]) == pytest.approx(last, abs=1e-4)
+            assert row["last loss"] == f"{[entry['loss'] for entry in log if 'loss' in entry][-1]:.4g}"
