@@ -41,11 +41,15 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "lm": (of.LMOptions, "distil_lm"),
     "finetune": (of.FinetuneOptions, "finetune_task"),
     "evaluate": (of.EvaluateOptions, "evaluate_task"),
+    "compare": (of.CompareOptions, "compare_runs"),
     "info": (InfoOptions, ""),
 }
 
 CPUINFO = Path("/proc/cpuinfo")
-PRINTERS = {"task": "print_results", "finetune": "print_results", "evaluate": "print_figures", "lm": "print_held_out"}
+PRINTERS = {
+    "task": "print_results", "finetune": "print_results", "evaluate": "print_figures", "lm": "print_held_out",
+    "compare": "print_comparison",
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -181,9 +185,12 @@ def flags_of(title: str, options: type) -> Any:
     parser = HfArgumentParser(groups(options), allow_abbrev=False, **more)
     parser.usage = "%(prog)s"
     for action in parser._actions:
-        if action.dest != "help":
+        if action.dest == "runs":  # the one positional argument
+            action.option_strings, action.metavar = [], "RUN"
+            parser.usage += " RUN [RUN ...]"
+        elif action.dest != "help":
             action.option_strings = ["--" + action.dest.replace("_", "-")]
-        if action.required:
+        if action.required and action.option_strings:
             parser.usage += f" {action.option_strings[0]} {action.dest.upper()}"
         if action.default not in (None, False, -1, [], argparse.SUPPRESS) and "default:" not in action.help:
             action.help += f" (default: {str(action.default).strip('[]')})"

@@ -15,6 +15,7 @@ _MODULES = {
     "distil_lm": "lm", "print_held_out": "lm",
     "distil_cached": "distil", "distil_general": "distil", "distil_task": "distil", "finetune_task": "distil",
     "print_figures": "evaluate", "print_results": "search",
+    "compare_runs": "report", "print_comparison": "report",
 }  # fmt: skip
 __all__ = list(_MODULES)
 

@@ -29,14 +29,13 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from rich.box import MARKDOWN, SIMPLE, Box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, TrainerCallback
 
 import fastdistill
 from fastdistill.recipes.glue import Task, compute_metrics
+from fastdistill.recipes.report import Cells, markdown, mean_and_spread, plot_losses, print_table
 from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus
 from fastdistill.train.finetune import finetune
 from fastdistill.train.outputs import whole_output, write_whole, writing
@@ -97,7 +96,7 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
         results["seconds"]["all"] = time.perf_counter() - start
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
         write_whole(folder / "report.md", report(results))
-    console.print(table(results, SIMPLE))
+    print_table(*table(results))
     console.print(f"{results['seconds']['all'] / 60:.1f} minutes; wrote {Path(output) / 'report.md'}")
     return results
 
@@ -143,7 +142,8 @@ class Demo:
             students[0].save_pretrained(folder / "student")
             self.tokenizer.save_pretrained(folder / "student")
         results = self.results(teacher, students[0], steps)
-        plot(results, logs, folder)
+        plot_losses(logs, folder / "losses.png")
+        plot_accuracy(results, folder / "accuracy.png")
         return results
 
     def results(self, teacher: Any, student: Any, steps: int) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class Demo:
             )
             students += [last.run(copy.deepcopy(student), teacher, self.tokenizer, output, callbacks=[watch])]
             self.curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
-        return students, {name: watch.state.log_history for name, watch in watches.items()}
+        return students, {f"{name} stage": watch.state.log_history for name, watch in watches.items()}
 
     def finetune(self, model: Any, name: str, **schedule: Any) -> list[tuple[int, float]]:
         """Trains a model on the labels, and returns its accuracies on the dev set by step."""
@@ -371,34 +371,32 @@ def word_runs(passage: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
 
 
-def table(results: dict[str, Any], box: Box) -> Table:
+def table(results: dict[str, Any]) -> Cells:
     """Returns a table with a row for each model, for a terminal of 80 columns."""
-    heads = ("model", "parameters", "encoder", "speed-up", "accuracy", "kept")
-    found = Table(*(Column(head, no_wrap=True) for head in heads), box=box)
+    rows = []
     teacher = statistics.mean(results["accuracy"]["teacher"])
     for name, label in {"teacher": "teacher", **STUDENTS}.items():
         values, kind = results["accuracy"][name], "teacher" if name == "teacher" else "student"
-        mean, parameters = statistics.mean(values), results["parameters"][kind]
-        spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-        found.add_row(
-            label,
-            f"{parameters['total'] / 1e6:.2f}M",
-            f"{parameters['encoder'] / 1e6:.2f}M",
-            f"{results['speed_up'] if kind == 'student' else 1:.1f}x",
-            f"{100 * mean:.1f}{spread}",
-            f"{100 * mean / teacher:.1f}%",
+        parameters = results["parameters"][kind]
+        rows.append(
+            [
+                label,
+                f"{parameters['total'] / 1e6:.2f}M",
+                f"{parameters['encoder'] / 1e6:.2f}M",
+                f"{results['speed_up'] if kind == 'student' else 1:.1f}x",
+                mean_and_spread(values, 1),
+                f"{100 * statistics.mean(values) / teacher:.1f}%",
+            ]
         )
-    return found
+    return ["model", "parameters", "encoder", "speed-up", "accuracy", "kept"], rows
 
 
 def report(results: dict[str, Any]) -> str:
     rows, size, seconds = results["rows"], results["size"], results["seconds"]
-    rows_of_models = io.StringIO()
-    Console(file=rows_of_models, width=120).print(table(results, MARKDOWN))
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "all")
     return f"""# fastdistill demo
 
-{rows_of_models.getvalue().strip()}
+{markdown(*table(results))}
 
 Accuracy on the dev set in per cent, mean and standard deviation over {len(size["seeds"])} seeds of the last training;
 kept: the share of the teacher's. Speed-up: one batch, {torch.get_num_threads()} threads. All students have one
@@ -423,18 +421,11 @@ transformers {transformers.__version__}, fastdistill {fastdistill.__version__}, 
 """
 
 
-def plot(results: dict[str, Any], logs: dict[str, list[dict[str, float]]], folder: Path) -> None:
-    """Plots the inner losses of each stage to `losses.png`, the dev accuracies over steps to `accuracy.png`."""
+def plot_accuracy(results: dict[str, Any], file: Path) -> None:
+    """Plots the accuracies on the dev set over the steps."""
     from matplotlib.figure import Figure
 
-    losses, accuracy = (Figure(figsize=size, layout="constrained", dpi=120) for size in ((9, 3.5), (6, 4)))
-    for axes, (name, history) in zip(losses.subplots(1, 2), logs.items(), strict=True):
-        for term in ("embedding", "hidden", "attention"):
-            points = [(log["step"], log[term]) for log in history if term in log]
-            axes.plot(*zip(*points, strict=True), label=term)
-        axes.set(title=f"{name} stage", xlabel="step", ylabel="loss", yscale="log")
-        axes.legend()
-    losses.savefig(folder / "losses.png")
+    accuracy = Figure(figsize=(6, 4), layout="constrained", dpi=120)
     axes = accuracy.subplots()
     for (name, runs), color in zip(results["curves"].items(), ("tab:blue", "tab:green", "tab:orange"), strict=True):
         for i, points in enumerate(runs):
@@ -442,4 +433,4 @@ def plot(results: dict[str, Any], logs: dict[str, list[dict[str, float]]], folde
     axes.axhline(results["accuracy"]["teacher"][0], color="gray", linestyle="--", label="teacher")
     axes.set(xlabel="step, all stages counted", ylabel="dev accuracy")
     axes.legend()
-    accuracy.savefig(folder / "accuracy.png")
+    accuracy.savefig(file)

@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset
 
 from fastdistill.recipes.augment import read_augmented
-from fastdistill.recipes.evaluate import evaluation_sets, metrics, named_task
+from fastdistill.recipes.evaluate import evaluation_sets, kept, metrics, named_task, speed_up
 from fastdistill.recipes.glue import Task, get_task
 from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralOptions, TaskOptions
+from fastdistill.recipes.report import where, write_report
 from fastdistill.recipes.search import check_grid, report, search
 from fastdistill.train import cache, objective
 from fastdistill.train.checkpoints import load_model, load_tokenizer
@@ -29,7 +30,14 @@ from fastdistill.train.outputs import check, drop_checkpoints, whole_output
 from fastdistill.train.processes import check_gpus, main_first, on_main, processes
 from fastdistill.train.reading import read_json, reading
 from fastdistill.train.stages import CachedStage, GeneralStage, IntermediateStage, PredictionStage
-from fastdistill.train.students import build_student, init_from_teacher, is_config, positions, save_projections
+from fastdistill.train.students import (
+    build_student,
+    count_parameters,
+    init_from_teacher,
+    is_config,
+    positions,
+    save_projections,
+)
 
 __all__ = ["distil_cached", "distil_general", "distil_task", "finetune_task"]
 
@@ -130,7 +138,7 @@ def distil_task(options: TaskOptions) -> dict[str, Any]:
         return results
     with tempfile.TemporaryDirectory() as scratch:
         run.load(Path(scratch))
-        return grid_search(options, run.grid, run.train_last, run.evaluate, run.prepare)
+        return grid_search(options, run.grid, run.train_last, run.evaluate, run.prepare, run.report)
 
 
 class TaskRun:
@@ -168,7 +176,7 @@ class TaskRun:
         self.task = task = self.task.for_model(self.teacher.config)
         rows = read_augmented(task, options.augmented) if options.augmented else task.load_split("train", options.data)
         self.rows = rows = task.tokenize(rows, self.tokenizer)
-        sets = evaluation_sets(task, options.data)
+        self.sets = sets = evaluation_sets(task, options.data)
         self.evaluate = partial(metrics, task, sets, self.tokenizer)
         evaluates_early = options.arguments.get("eval_strategy", "no") != "no"
         self.dev = task.tokenize(sets[task.evaluations[0]], self.tokenizer) if evaluates_early else None
@@ -211,6 +219,31 @@ class TaskRun:
             return finetune(model, self.rows, self.tokenizer, folder, **schedule, resume=True)
         stage = PredictionStage(dataset=self.rows, **self.prediction, **schedule)
         return stage.run(model, self.teacher, self.tokenizer, folder, eval_dataset=self.dev, resume=True)
+
+    def report(self, work: Path, results: dict[str, Any]) -> None:
+        """Writes `report.md`. All processes evaluate the teacher."""
+        best = results["best"]
+        runs = {(x["learning_rate"], x["batch_size"]): x["seeds"] for x in results["combinations"]}
+        theirs, run = self.evaluate(self.teacher), runs[best["learning_rate"], best["batch_size"]][str(best["seed"])]
+        if not processes().is_main_process:
+            return
+        models = {"teacher": (self.teacher, theirs), "student": (self.student, run["metrics"])}
+        figures: dict[str, dict[str, Any]] = {
+            name: {"parameters": count_parameters(model), "metrics": found} for name, (model, found) in models.items()
+        }
+        rows = self.sets[self.task.evaluations[0]]
+        figures["student"] |= {
+            "speed_up": speed_up(self.task, rows, self.student, self.teacher, self.tokenizer),
+            "kept": kept(run["metrics"], theirs),
+        }
+        last = "prediction stage" if self.has_prediction else "intermediate stage"
+        trainings = {"intermediate stage": work / "intermediate", last: work}
+        notes = (
+            "Metrics are those of the dev sets, in per cent; kept is the share of the teacher's score. The speed-up is "
+            f"that of one batch of the dev set on {where()}."
+        )
+        title = f"{self.task.name}: {self.options.student} from {self.options.teacher}"
+        write_report(work, title, figures, trainings, notes, (results, *report(results)))
 
 
 def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
@@ -365,8 +398,10 @@ def finished(options: Any) -> dict[str, Any] | None:
     return results
 
 
-def grid_search(options: Any, grid: dict[str, Any], train: Any, evaluate: Any, prepare: Any = None) -> dict[str, Any]:
-    """Prepares once, trains at each point of the grid, and keeps the best run as the output itself."""
+def grid_search(
+    options: Any, grid: dict[str, Any], train: Any, evaluate: Any, prepare: Any = None, report: Any = None
+) -> dict[str, Any]:
+    """Prepares once, trains at each point of the grid, keeps the best run as the output itself, and reports on it."""
 
     def train_at(learning_rate: float, batch_size: int, seed: int, folder: Path) -> Any:
         point = {"learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
@@ -376,6 +411,8 @@ def grid_search(options: Any, grid: dict[str, Any], train: Any, evaluate: Any, p
         if prepare is not None:
             prepare(work)
         results = search(train_at, evaluate, work, name=get_task(options.task).name, **grid)
+        if report is not None:
+            report(work, results)
     finish(options.output)
     return results
 

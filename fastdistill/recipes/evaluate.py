@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdistill.recipes.glue import get_task, mean_score
 from fastdistill.recipes.options import EvaluateOptions
+from fastdistill.recipes.report import figures_table, print_table
 from fastdistill.train.checkpoints import load_model
 from fastdistill.train.checks import check_tokens
 from fastdistill.train.data import PaddingCollator
@@ -37,8 +38,7 @@ def evaluate_task(options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if options.against:
         (student, tokenizer), (teacher, _) = models
         figures[options.model]["speed_up"] = speed_up(task, sets[task.evaluations[0]], student, teacher, tokenizer)
-        scores = [mean_score(figures[name]["metrics"]) for name in names]
-        figures[options.model]["kept"] = scores[0] / scores[1] if scores[1] > 0 else None
+        figures[options.model]["kept"] = kept(*(figures[name]["metrics"] for name in names))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(options.json, json.dumps(figures, indent=2) + "\n")
@@ -66,6 +66,12 @@ def metrics(task: Any, sets: Mapping[str, Any], tokenizer: Any, model: Any) -> d
     return {split: task.evaluate(rows, model, tokenizer) for split, rows in sets.items()}
 
 
+def kept(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> float | None:
+    """Returns the share of a teacher's score that its student keeps; None where the teacher has none above 0."""
+    score = mean_score(teacher)
+    return mean_score(student) / score if score > 0 else None
+
+
 def speed_up(task: Any, rows: Any, student: Any, teacher: Any, tokenizer: Any) -> float:
     """Returns teacher seconds / student seconds on the same batch of the dev set, in interleaved runs."""
     rows = task.encode(rows.select(range(min(len(rows), 32))), tokenizer)
@@ -77,15 +83,4 @@ def speed_up(task: Any, rows: Any, student: Any, teacher: Any, tokenizer: Any) -
 
 def print_figures(figures: Mapping[str, Mapping[str, Any]]) -> None:
     """Prints what `evaluate_task` returns, a row for each model."""
-    from rich.console import Console
-    from rich.table import Table
-
-    found = next(iter(figures.values()))["metrics"]
-    shown = [(split, metric) for split in found for metric in found[split] if metric != "score"]
-    table = Table("model", "parameters", *(f"{split} {metric}" for split, metric in shown), "speed-up", "kept")
-    for name, row in figures.items():
-        cells = [f"{100 * row['metrics'][split][metric]:.2f}" for split, metric in shown]
-        speed_up, kept = row.get("speed_up"), row.get("kept")
-        cells += [f"{speed_up:.2f}x" if speed_up else "", f"{kept:.1%}" if kept else ""]
-        table.add_row(name, f"{row['parameters']['total'] / 1e6:.2f}M", *cells)
-    Console().print(table)
+    print_table(*figures_table(figures))

@@ -9,6 +9,7 @@ The teacher is live, or a cache that `cache_teacher` wrote, or absent (`alpha=0`
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -27,6 +28,7 @@ from fastdistill.recipes.lm_on_policy import OnPolicyTrainer, on_policy_argument
 from fastdistill.recipes.lm_rows import read_and_tokenize
 from fastdistill.recipes.lm_trainers import LMTrainer, StudentTrainer
 from fastdistill.recipes.options import CacheOptions, Divergence, LMOptions
+from fastdistill.recipes.report import where, write_report
 from fastdistill.train.cache import check_cache, read_cache, warn_of_lost_mass, weightless_teacher
 from fastdistill.train.causal_lm import check_options
 from fastdistill.train.checkpoints import check_folder, load_config, load_model, load_tokenizer
@@ -38,10 +40,18 @@ from fastdistill.train.outputs import claimed, last_checkpoint, working_folder, 
 from fastdistill.train.processes import on_main, processes
 from fastdistill.train.reading import read_json, reading
 from fastdistill.train.resumable import training_arguments
-from fastdistill.train.students import auto_name, build_student, is_config, positions
+from fastdistill.train.students import (
+    auto_name,
+    build_student,
+    count_parameters,
+    is_config,
+    measure_seconds,
+    positions,
+)
 
 __all__ = ["LMTrainer", "distil_lm"]
 
+ROW = 128  # tokens of the row that measures the speed-up
 SETTINGS = "distillation.json"  # how the student was distilled; a resumed run must agree
 
 
@@ -85,6 +95,10 @@ class LMRun:
             raise ValueError(f"student is {options.student}, a config file; --lora adapts the weights of a checkpoint")
         self.teacher, self.tokenizer = load_teacher(options)
         self.student = self.make_student()
+        models = (
+            {"student": self.student} if self.has_no_teacher() else {"teacher": self.teacher, "student": self.student}
+        )
+        self.parameters = {name: count_parameters(model) for name, model in models.items()}
         classes = min(model.config.vocab_size for model in (self.student, self.teacher) if model is not None)
         if (options.vocab_size or 0) > classes:
             raise ValueError(f"vocab_size is {options.vocab_size}; the models have {classes} classes")
@@ -95,6 +109,10 @@ class LMRun:
             )
         self.args = self.arguments()
         self.train_rows, self.eval_rows = self.rows()
+
+    def has_no_teacher(self) -> bool:
+        """Returns whether no teacher with weights is there: the labels alone, or a cache."""
+        return self.teacher is None or self.options.cache is not None
 
     def make_student(self) -> PreTrainedModel:
         """Returns the student. Each call makes the same one."""
@@ -184,6 +202,7 @@ class LMRun:
         shared: dict[str, Any] = {
             "args": self.args, "train_dataset": self.train_rows, "eval_dataset": self.eval_rows,
             "processing_class": self.tokenizer, "peft_config": lora_config(self.options), "base": self.make_student,
+            "report": self.report,
         }  # fmt: skip
         try:
             if self.options.on_policy:
@@ -204,6 +223,35 @@ class LMRun:
             teacher=self.teacher if options.cache is None and options.alpha > 0 else None,
             distillation=self.distillation, **shared,
         )  # fmt: skip
+
+    def report(self, trainer: StudentTrainer) -> None:
+        """Writes `report.md`. All processes evaluate the teacher."""
+        figures: dict[str, dict[str, Any]] = {
+            name: {"parameters": found, "metrics": {}} for name, found in self.parameters.items()
+        }
+        ours = held_out(trainer.state.log_history)
+        if ours:
+            figures["student"]["metrics"]["held-out"] = {name.removeprefix("eval_"): x for name, x in ours.items()}
+            if "teacher" in figures:
+                figures["teacher"]["metrics"]["held-out"] = trainer.evaluate_teacher(self.teacher)
+        if not processes().is_main_process:
+            return
+        notes = "Held-out figures are those of the labels, per token."
+        if "teacher" in figures and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            figures["student"]["speed_up"] = self.speed_up(trainer)
+            notes += f" The speed-up is that of one row of {ROW} tokens on {where()}."
+        title = f"{self.options.student} from {self.options.teacher or self.options.cache or 'labels alone'}"
+        work = Path(trainer.args.output_dir)
+        write_report(work, title, figures, {"training": work}, notes)
+
+    def speed_up(self, trainer: StudentTrainer) -> float:
+        """Returns teacher seconds / student seconds of one row; a LoRA is left out, as it is merged into the output."""
+        student: Any = trainer.accelerator.unwrap_model(trainer.model)
+        row = {"input_ids": torch.arange(min(ROW, self.positions()))[None] % student.config.vocab_size}  # (1, tokens)
+        with student.disable_adapter() if isinstance(student, PeftModel) else nullcontext():
+            whole = student.get_base_model() if isinstance(student, PeftModel) else student
+            seconds = measure_seconds({"teacher": self.teacher, "student": whole}, row)
+        return seconds["teacher"] / seconds["student"]
 
 
 def load_teacher(options: LMOptions) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from fastdistill.integrations.transformers import CausalLMDistillationMixin
+from fastdistill.train.causal_lm import causal_lm_loss, targets
 from fastdistill.train.processes import on_main
 from fastdistill.train.resumable import ResumableTrainer
 
@@ -27,34 +28,67 @@ class StudentTrainer(ResumableTrainer):
 
     Args:
         base: makes the student again, for the output of a LoRA, which is merged.
+        report: writes the report to the working folder, on all processes, when all else is there.
     """
 
-    def __init__(self, *args: Any, base: Callable[[], PreTrainedModel], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, base: Callable[[], PreTrainedModel], report: Callable[[StudentTrainer], None], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError("fsdp is set; accelerate shards on accelerators only: leave it out on a CPU")
-        self.base = base
+        self.base, self.report = base, report
         self.held_out = torch.zeros(2, dtype=torch.float64)  # sum of the losses of all labels, their number
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.mask_repeated(self._prepare_inputs(inputs))
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        self.hold_out(result[0], inputs["labels"])
+        return result
+
+    def mask_repeated(self, inputs: Any) -> Any:
+        """Leaves the labels of repeated rows out of the count."""
         state, labels = self.accelerator.gradient_state, inputs["labels"]
         if state.end_of_dataloader and state.remainder > 0 and not getattr(self, "padding_free", False):
             # accelerate fills the last batches with rows from the start
             labels[max(state.remainder - len(labels) * self.args.process_index, 0) :] = -100
-        result = super().prediction_step(model, inputs, *args, **kwargs)
+        return inputs
+
+    def hold_out(self, loss: Tensor, labels: Tensor) -> None:
+        """Adds a batch's mean loss to that of all held-out rows."""
         count = (labels[:, 1:] != -100).sum()
-        total = (result[0] * count).masked_fill(count == 0, 0)  # the mean of no labels is NaN
+        total = (loss * count).masked_fill(count == 0, 0)  # the mean of no labels is NaN
         self.held_out += torch.stack([total, count]).double().cpu()
-        return result
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "eval_loss" in logs:
-            total: Tensor = self.accelerator.reduce(self.held_out.to(self.args.device, torch.float32), "sum")
-            logs["eval_loss"] = float(total[0] / total[1])
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
-            self.held_out.zero_()
+            logs.update({f"eval_{name}": value for name, value in self.take_held_out().items()})
         super().log(logs, *args, **kwargs)
+
+    def take_held_out(self) -> dict[str, float]:
+        """Returns the loss and perplexity of the held-out rows that were read since the last call."""
+        total: Tensor = self.accelerator.reduce(self.held_out.to(self.args.device, torch.float32), "sum")
+        self.held_out.zero_()
+        loss = float(total[0] / total[1])
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+
+    @torch.no_grad()
+    def evaluate_teacher(self, teacher: nn.Module) -> dict[str, float]:
+        """Returns a teacher's loss and perplexity on the held-out rows, without storing its logits."""
+        self.model.eval()  # else on-policy training would answer the rows
+        for inputs in self.get_eval_dataloader():
+            inputs = self.mask_repeated(self._prepare_inputs(inputs))
+            following, _ = targets(inputs)
+            labels = {"topk_indices": following.clamp_min(0)[..., None]}  # as of a teacher that is sure of them
+            labels["topk_logprobs"] = torch.zeros_like(labels["topk_indices"], dtype=torch.float32)
+            with self.compute_loss_context_manager():
+                loss = causal_lm_loss(teacher, None, {**inputs, **labels}, divergence="soft_cross_entropy")
+            self.hold_out(cast(Tensor, loss), inputs["labels"])
+        return self.take_held_out()
+
+    def save_state(self) -> None:
+        super().save_state()
+        self.report(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, and evaluates once more if the last step was not."""

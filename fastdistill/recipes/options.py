@@ -250,6 +250,15 @@ class EvaluateOptions(Data, Loading):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Put runs side by side: scores, sizes, speed and last losses."""
+
+    runs: list[Path] = flag("folders that task, lm or another training wrote")
+    output: Path | None = flag("write the table there as well, as Markdown", None)
+    overwrite: bool = flag("replace that file", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rows:
     """Rows of a language model: `messages`, `prompt` and `completion`, or `text`."""
 

@@ -15,10 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from fastdistill.recipes.glue import mean_score
+from fastdistill.recipes.report import Cells, print_table
 from fastdistill.train.outputs import write_whole
 from fastdistill.train.processes import processes
 
@@ -91,26 +89,27 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def report(results: Mapping[str, Any]) -> tuple[Table, str]:
+def report(results: Mapping[str, Any]) -> tuple[Cells, str]:
     """Returns a table of every metric, in per cent, as mean ± standard deviation, a row a combination; and the best."""
     best, combinations = results["best"], results["combinations"]
     metrics = next(iter(combinations[0]["seeds"].values()))["metrics"]
     columns = [(split, metric) for split in metrics for metric in metrics[split] if metric != "score"]
-    table = Table("learning rate", "batch size", *(f"{split} {metric}" for split, metric in columns), "score")
+    rows = []
     for combination in combinations:
         runs = combination["seeds"].values()
         values = [[run["metrics"][split][metric] for run in runs] for split, metric in columns]
         values.append([run["score"] for run in runs])
         cells = [f"{100 * statistics.mean(x):.2f} ± {100 * spread(x):.2f}" for x in values]
-        pair, chosen = ([str(x[name]) for name in ("learning_rate", "batch_size")] for x in (combination, best))
-        table.add_row(*pair, *cells, style="bold" if pair == chosen else None)
-    return table, (
+        rows.append([str(combination["learning_rate"]), str(combination["batch_size"]), *cells])
+    heads = ["learning rate", "batch size", *(f"{split} {metric}" for split, metric in columns), "score"]
+    return (heads, rows), (
         f"best: learning rate {best['learning_rate']}, batch size {best['batch_size']}; "
         f"of its seeds {best['seed']} with {100 * best['score']:.2f}"
     )
 
 
 def print_results(results: Mapping[str, Any]) -> None:
-    table, best = report(results)
-    Console().print(table)
+    (heads, rows), best = report(results)
+    pair = [str(results["best"][name]) for name in ("learning_rate", "batch_size")]
+    print_table(heads, rows, bold=[i for i, row in enumerate(rows) if row[:2] == pair])
     print(best)

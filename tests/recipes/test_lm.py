@@ -603,6 +603,10 @@ def test_two_processes_learn_what_one_does(files: Path, tmp_path: Path, kind: st
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, x in one.items():
         torch.testing.assert_close(x, two[name], atol=1e-5, rtol=1e-4, msg=name)
+    theirs = [
+        json.loads((tmp_path / name / "report.json").read_text())["teacher"]["metrics"] for name in ("one", "two")
+    ]
+    assert theirs[1]["held-out"] == pytest.approx(theirs[0]["held-out"], rel=1e-5)
     logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")]
     first, second = ([entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in logs)
     assert second == pytest.approx(first, rel=1e-5)
