@@ -29,8 +29,8 @@ def floating(**tensors: Tensor) -> None:
                 f"{name} is a DTensor; it should be a plain tensor. Under FSDP, where each process has its own data, "
                 "call the op inside the forward of the module that FSDP wraps, or pass "
                 f'{name}.full_tensor(grad_placements=[Partial("avg")]), which averages its gradient over processes. '
-                f"Under tensor parallelism, where the processes share their data, pass {name}.full_tensor(): the op "
-                "does not work on shards of a vocabulary"
+                "Under tensor parallelism, where the processes share their data, call the function of the same name in "
+                "fastdistill.distributed"
             )
         if hasattr(x, "ds_id") and x.numel() == 0:
             raise ValueError(
