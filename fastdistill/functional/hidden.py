@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
-from fastdistill.functional._dispatch import autocast, mean, pick_backend
-from fastdistill.ops._common import divides, no_autocast
+from fastdistill.functional._dispatch import autocast, pick_backend
+from fastdistill.ops._common import divides, mean, no_autocast
 from fastdistill.ops.linear_mse import linear_mse as _linear_mse_op
 
 __all__ = ["linear_mse"]

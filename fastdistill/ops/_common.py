@@ -134,6 +134,18 @@ def inverse(count: Tensor, dtype: torch.dtype) -> Tensor:
     return (count + (count == 0)).to(dtype).reciprocal_()
 
 
+def mean(total: Tensor, count: int | float | Tensor) -> Tensor:
+    """Returns total / count. A count of 0 divides by 1, so that an empty sum stays 0."""
+    if isinstance(count, Tensor):
+        if count.device.type != "cpu" or traced():
+            count = count.to(device=total.device, dtype=total.dtype)
+            return total / (count + (count == 0))
+        count = count.item()  # the host knows it: no copy to the device
+    if isinstance(count, (float, torch.SymFloat)):
+        return total / (count or 1.0)
+    return total / max(count, 1)
+
+
 def unit(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (weights / u, u) with u () a power of 2: the largest becomes about 1, so none underflows in float16."""
     if weights.numel() == 0:
