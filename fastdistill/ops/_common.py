@@ -131,7 +131,8 @@ def host_factor(count: int | float | Tensor | None) -> tuple[float, Tensor | Non
 
 def inverse(count: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns 1 / count, () on its device, with 0 counted as 1."""
-    return (count + (count == 0)).to(dtype).reciprocal_()
+    count = count + (count == 0) if count.is_floating_point() else count.clamp(min=1)
+    return count.to(dtype).reciprocal_()
 
 
 def mean(total: Tensor, count: int | float | Tensor) -> Tensor:

@@ -254,7 +254,7 @@ def _in_one_launch(
         gradient = None
         if wanted:
             gradient = logits if narrow is None else narrow[: x.shape[0]]
-        kernels_of(options).rows(
+        kernels_of(options.backend, options.tail).rows(
             logits, teacher_of(chunk), at(labels, chunk), at(counted, chunk), options, loss=loss[chunk],
             gradient=gradient, weight=at(row_weight, chunk), student_bias=student_bias, teacher_bias=teacher_bias,
         )  # fmt: skip

@@ -5,6 +5,7 @@ The teacher is its logits, or a list of its most likely classes. The gradient is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -159,15 +160,16 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
         d_rows[:, classes:] = 0
 
 
-def kernels_of(options: RowOptions) -> Any:
+@functools.cache  # an import takes its time even if the module is there
+def kernels_of(backend: str, tail: str) -> Any:
     """Returns the module whose `rows` launches the kernel."""
-    if options.backend == "cuda":
+    if backend == "cuda":
         from fastdistill import cuda
 
         return cuda
     from fastdistill.kernels import logits, topk
 
-    return topk if options.tail else logits
+    return topk if tail else logits
 
 
 def _launch(
@@ -178,10 +180,10 @@ def _launch(
     student, teacher, indices, labels, counted, weight = inputs
     target: Target = ()
     if options.soft_weight:
-        target = (teacher,) if indices is None else kernel_list(options, teacher, indices, counted)
+        target = (teacher,) if indices is None else kernel_list(options, teacher, indices, counted, expected is None)
     labels = checked_labels(labels, counted, options.classes)
     labels, counted, weight, expected = _rows.contiguous(labels, counted, weight, expected)
-    kernels_of(options).rows(
+    kernels_of(options.backend, options.tail).rows(
         student, target, labels, counted, options, loss=loss, gradient=gradient, weight=weight, expected=expected
     )
 
@@ -204,14 +206,13 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, call):  # type: ignore[no-untyped-def]
         inputs, weights, ctx.per_row, count, ctx.in_forward, ctx.options = call
-        inputs = inputs._replace(student=student)
-        loss = _new_loss(inputs)
+        loss, has_weights = _new_loss(inputs), weights is not None
         if not ctx.per_row:
             factor, divisor = _common.host_factor(count)
-            inverse = None if divisor is None else _common.inverse(divisor, loss.dtype)
-            if weights is not None:
-                weights = weights * factor if inverse is None else weights * inverse
-            elif inverse is not None:
+            inverse = factor if divisor is None else _common.inverse(divisor, loss.dtype)
+            if has_weights:
+                weights = weights * inverse
+            elif isinstance(inverse, Tensor):
                 weights = inverse.expand(loss.shape).contiguous()
             elif factor != 1 or ctx.options.backend != "torch":
                 weights = torch.full_like(loss, factor)
@@ -222,27 +223,29 @@ class _Loss(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         if ctx.per_row:
             return loss
-        if call[1] is not None:
+        ctx.losses = loss
+        if has_weights:
             return (loss * weights).sum()
-        loss = loss.sum()
-        return loss if count is None else loss.mul_(factor) if inverse is None else loss.mul_(inverse)
+        return loss.sum() if count is None else loss.sum().mul_(inverse)
 
     @staticmethod
     def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
         _common.refuse_double_backward("the loss over classes")
         gradient, ctx.gradient = ctx.gradient, None
-        options, expected, weight = ctx.options, ctx.weight, grad_loss
-        inputs = Inputs(*ctx.saved_tensors, None)
-        if not ctx.per_row:
-            weight = grad_loss.expand(inputs.student.shape[:-1].numel()) if expected is None else expected * grad_loss
+        options, expected = ctx.options, ctx.weight
+        inputs = Inputs._make([*ctx.saved_tensors, expected])
+        loss = _new_loss(inputs) if ctx.per_row else ctx.losses  # overwritten
+        if ctx.per_row:
+            weight = grad_loss
+        else:
+            weight = grad_loss.expand(loss.shape) if expected is None else expected * grad_loss
         if gradient is None:
             gradient = torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
-            given = inputs._replace(weight=expected if ctx.in_forward else weight)
-            _run(options, given, _new_loss(inputs), gradient)
+            _run(options, inputs if ctx.in_forward else inputs._replace(weight=weight), loss, gradient)
         if not ctx.in_forward:
             return gradient, None
         if options.backend != "torch":
-            _launch(options, inputs._replace(weight=weight), _new_loss(inputs), gradient, expected)
+            _launch(options, inputs._replace(weight=weight), loss, gradient, expected)
         elif ctx.per_row:
             gradient.view(-1, gradient.shape[-1]).mul_(_rows.row_weights(grad_loss, inputs.counted, grad_loss.dtype))
         elif grad_loss.device.type != "cpu" or grad_loss.item() != 1:
