@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 REDUCTIONS = ("mean", "sum", "none")
+_PLAIN = (Tensor, Parameter)
 
 
 def given(**optional: Tensor | None) -> dict[str, Tensor]:
@@ -21,12 +22,12 @@ def floating(**tensors: Tensor) -> None:
     """Checks that all are real floating tensors on one device."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
+        if type(x) in _PLAIN and x.is_floating_point() and x.device == first.device and x.numel():
+            continue  # the usual case: to look for attributes that are not there is slow
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is {type(x).__name__}; it should be a torch.Tensor")
         if not x.is_floating_point():
             raise TypeError(f"{name} has dtype {x.dtype}; it should be floating point: cast it with .float()")
-        if type(x) in (Tensor, Parameter) and x.device == first.device and x.numel():  # to look for attributes is slow
-            continue
         if hasattr(x, "full_tensor"):
             raise TypeError(
                 f"{name} is a DTensor; it should be a plain tensor. Under FSDP, where each process has its own data, "
@@ -63,7 +64,7 @@ def same_dtype(**tensors: Tensor | None) -> None:
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     if x.shape != expected:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {expected}, {meaning}")
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {tuple(expected)}, {meaning}")
 
 
 def mask(name: str, x: Tensor | None, expected: tuple[int, ...] | None, meaning: str, device: torch.device) -> None:
