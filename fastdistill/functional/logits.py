@@ -222,7 +222,8 @@ def _loss(
             tensors = (teacher,) if indices is None else (teacher, indices)
             return definition(student, *tensors, **_rows.for_reference(given, own))
         counted = _rows.counted_rows(given, None if indices is None else teacher)
-        count = _rows.divisor(given, counted, student.shape[:-1].numel())
+        rows = student.shape[:-1].numel()
+        count = _rows.divisor(given, counted, rows)
         weights = given.item_weights
         if weights is not None:
             weights = weights.to(compute_dtype(student, teacher))
@@ -230,7 +231,7 @@ def _loss(
             counted = weights != 0
         options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
         arguments = student, teacher, indices, given.labels, counted, weights, given.reduction, count, options
-        if are_few(options, student, teacher):
+        if are_few(options, rows, student.shape[-1], teacher.shape[-1], student.device):
             loss = loss_of_few(*arguments)
             if loss is not None:
                 return loss
