@@ -399,11 +399,11 @@ def _fake(*flat):  # type: ignore[no-untyped-def]
     return _outputs(Inputs(*flat[:INPUTS]))
 
 
-def _setup_context(ctx, flat, output):  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    _keep(ctx, Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS:]), gradients)
+    _keep(ctx, Inputs(*inputs[:INPUTS]), RowOptions(*inputs[INPUTS:]), gradients)
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
