@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -222,7 +223,7 @@ def _loss(
             tensors = (teacher,) if indices is None else (teacher, indices)
             return definition(student, *tensors, **_rows.for_reference(given, own))
         counted = _rows.counted_rows(given, None if indices is None else teacher)
-        rows = student.shape[:-1].numel()
+        rows = math.prod(student.shape[:-1])
         count = _rows.divisor(given, counted, rows)
         weights = given.item_weights
         if weights is not None:

@@ -21,6 +21,7 @@ FEW = 4096  # logits of one side; with more, blocks in float32 are as fast
 def are_few(options: RowOptions, rows: int, student_classes: int, teacher_classes: int, device: torch.device) -> bool:
     return (
         options.backend == "torch"
+        and not _common.traced()
         and 0 < rows * student_classes <= FEW
         and device.type == "cpu"
         and student_classes == options.classes
@@ -28,7 +29,6 @@ def are_few(options: RowOptions, rows: int, student_classes: int, teacher_classe
         and (options.kind == "soft_cross_entropy" or not options.tail)
         and options.student_softcap is options.teacher_softcap is None
         and options.student_scale == options.teacher_scale == 1
-        and not _common.traced()
     )
 
 

@@ -259,7 +259,7 @@ def _run(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tensor | N
 
 def _new_loss(inputs: Inputs) -> Tensor:  # (N)
     student = inputs.student
-    return student.new_empty(student.shape[:-1].numel(), dtype=_common.compute_dtype(student, inputs.teacher))
+    return student.new_empty(math.prod(student.shape[:-1]), dtype=_common.compute_dtype(student, inputs.teacher))
 
 
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
