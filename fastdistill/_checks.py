@@ -7,8 +7,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 REDUCTIONS = ("mean", "sum", "none")
+_PLAIN = (Tensor, Parameter)
 
 
 def given(**optional: Tensor | None) -> dict[str, Tensor]:
@@ -20,6 +22,8 @@ def floating(**tensors: Tensor) -> None:
     """Checks that all are real floating tensors on one device."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
+        if type(x) in _PLAIN and x.is_floating_point() and x.device == first.device and x.numel():
+            continue  # the usual case: to look for attributes that are not there is slow
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} is {type(x).__name__}; it should be a torch.Tensor")
         if not x.is_floating_point():
@@ -59,8 +63,8 @@ def same_dtype(**tensors: Tensor | None) -> None:
 
 
 def shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(x.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {expected}, {meaning}")
+    if x.shape != expected:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be {tuple(expected)}, {meaning}")
 
 
 def mask(name: str, x: Tensor | None, expected: tuple[int, ...] | None, meaning: str, device: torch.device) -> None:
@@ -140,6 +144,8 @@ def fraction(name: str, value: float) -> None:
 
 
 def _is_number(name: str, value: object) -> bool:
+    if type(value) is float:
+        return True
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} is {type(value).__name__}; it should be a number")
     return True

@@ -39,6 +39,8 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
 
     No single stride leads from each row of logits like y[:, :-1] to the next; two strides reach them without a copy.
     """
+    if x.is_contiguous():  # nearly always, and the rest takes as long as a launch
+        return x, max(x.shape[:-1].numel(), 1), 0, x.shape[-1]
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     sizes, strides = [], []  # of the leading dimensions; adjacent ones are merged where one stride covers both

@@ -123,9 +123,10 @@ def _fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _few_or_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs half of the cases with few logits on the blocks that large ones take."""
+    """Runs half of the cases with few logits or residuals on the blocks that large ones take."""
     if "backend" in request.fixturenames and zlib.crc32(request.node.name.encode()) % 2:
         monkeypatch.setattr("fastdistill.ops._few.FEW", 0)
+        monkeypatch.setattr("fastdistill.ops.linear_mse.FEW", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops._common import traced
+from fastdistill.ops._common import mean as mean
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 
@@ -82,18 +82,6 @@ def no_triton(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"its kernels need compute capability 8.0, and {torch.cuda.get_device_name(device)} has less"
     return None
-
-
-def mean(total: Tensor, count: int | float | Tensor) -> Tensor:
-    """Returns total / count. A count of 0 divides by 1, so that an empty sum stays 0."""
-    if isinstance(count, Tensor):
-        if count.device.type != "cpu" or traced():
-            count = count.to(device=total.device, dtype=total.dtype)
-            return total / (count + (count == 0))
-        count = count.item()  # the host knows it: no copy to the device
-    if isinstance(count, (float, torch.SymFloat)):
-        return total / (count or 1.0)
-    return total / max(count, 1)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

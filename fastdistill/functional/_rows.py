@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import _checks as check
-from fastdistill.functional._dispatch import mean
-from fastdistill.ops._common import traced
+from fastdistill.ops._common import mean, traced
 from fastdistill.ops._rows import RowOptions, may_be_infinite
 
 

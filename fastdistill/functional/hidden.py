@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
-from fastdistill.functional._dispatch import autocast, mean, pick_backend
-from fastdistill.ops._common import divides, no_autocast
+from fastdistill.functional._dispatch import autocast, pick_backend
+from fastdistill.ops._common import divides, mean, no_autocast
 from fastdistill.ops.linear_mse import linear_mse as _linear_mse_op
 
 __all__ = ["linear_mse"]
@@ -42,7 +42,7 @@ def linear_mse(
         TypeError: tensors that are not floating, student, weight and bias of several dtypes outside autocast.
     """
     tokens, width = _check(student, weight, teacher, bias, mask)
-    check.item_weights(item_weights, tuple(tokens), "the student's leading dimensions", student.device)
+    check.item_weights(item_weights, tokens, "the student's leading dimensions", student.device)
     check.reduction(reduction, num_items)
     backend = pick_backend(backend, student.device)
     if weight is not None:
@@ -78,13 +78,13 @@ def _check(
     student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> tuple[torch.Size, int]:
     """Returns the shape of the tokens and d_t."""
-    check.floating(student=student, **check.given(weight=weight), teacher=teacher, **check.given(bias=bias))
+    check.floating(student=student, teacher=teacher, **check.given(weight=weight, bias=bias))
     check.frozen(teacher=teacher)
     if student.dim() < 1:
         raise ValueError("student is a scalar; it should be (*, d_s)")
     tokens = student.shape[:-1]
     if weight is None:
-        check.shape("teacher", teacher, tuple(student.shape), "the student's shape, as weight is None")
+        check.shape("teacher", teacher, student.shape, "the student's shape, as weight is None")
         width = student.shape[-1]
     else:
         if weight.dim() != 2 or weight.shape[1] != student.shape[-1]:
@@ -98,5 +98,5 @@ def _check(
         raise ValueError("teacher has width 0; the mean over d_t needs at least one feature")
     if bias is not None:
         check.shape("bias", bias, (width,), "(d_t)")
-    check.mask("mask", mask, tuple(tokens), "the student's leading dimensions", student.device)
+    check.mask("mask", mask, tokens, "the student's leading dimensions", student.device)
     return tokens, width

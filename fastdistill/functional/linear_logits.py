@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fastdistill import _checks as check
 from fastdistill import reference
@@ -14,6 +16,8 @@ from fastdistill.functional._dispatch import autocast, pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
 from fastdistill.ops._common import divides, no_autocast
+from fastdistill.ops._few import are_few, loss_of_few
+from fastdistill.ops._rows import RowOptions
 from fastdistill.ops.linear_logits import linear_row_losses
 
 __all__ = [
@@ -232,8 +236,12 @@ def _loss(
         rows = hidden.shape[:-1]
         counted = _rows.counted_rows(given, None if indices is None else teacher_hidden)
         options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
-        per_row, divided = given.reduction == "none", divides(hidden)
         divisor = _rows.divisor(given, counted, rows.numel())
+        if counted is given.item_weights is None:
+            loss = _of_few(options, (hidden, weight, bias), teacher, indices, given.reduction, divisor)
+            if loss is not None:
+                return loss
+        per_row, divided = given.reduction == "none", divides(hidden)
         loss = linear_row_losses(
             _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
             None if indices is None else _flat(indices),
@@ -246,6 +254,23 @@ def _loss(
         if per_row:
             return loss.view(rows)
         return loss if divided else _rows.reduced(loss, divisor)
+
+
+def _of_few(
+    options: RowOptions, student: Head, teacher: Head, indices: Tensor | None, reduction: str,
+    count: int | float | Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """Returns the loss of few logits on a CPU, which are then stored; None if they are many or it is not finite."""
+    hidden, weight, _ = student
+    classes = weight.shape[0]
+    teacher_classes = teacher[0].shape[-1] if indices is not None else teacher[1].shape[0]
+    alike = hidden.dtype == teacher[0].dtype in (torch.float32, torch.float64)
+    if not alike or torch.is_autocast_enabled("cpu"):  # autocast would round the products of the backward
+        return None
+    if not are_few(options, hidden.shape[:-1].numel(), classes, teacher_classes, hidden.device):
+        return None
+    target = teacher[0] if indices is not None else linear(*teacher)
+    return loss_of_few(linear(*student), target, indices, None, None, None, reduction, count, options)
 
 
 def _operands(side: str, head: Head) -> Head:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdistill import _checks as check
@@ -14,9 +14,9 @@ from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
-from fastdistill.ops._common import compute_dtype, no_autocast, traced
+from fastdistill.ops._common import compute_dtype, no_autocast
 from fastdistill.ops._few import are_few, loss_of_few
-from fastdistill.ops.logits import row_losses
+from fastdistill.ops.logits import loss_over_classes
 
 __all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tvd"]
 
@@ -223,42 +223,17 @@ def _loss(
             tensors = (teacher,) if indices is None else (teacher, indices)
             return definition(student, *tensors, **_rows.for_reference(given, own))
         counted = _rows.counted_rows(given, None if indices is None else teacher)
-        count = _rows.divisor(given, counted, student.shape[:-1].numel())
+        rows = math.prod(student.shape[:-1])
+        count = _rows.divisor(given, counted, rows)
         weights = given.item_weights
         if weights is not None:
             weights = weights.to(compute_dtype(student, teacher))
             weights = weights if counted is None else weights.where(counted, 0)
             counted = weights != 0
         options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
-        if are_few(options, student, teacher):
-            loss = loss_of_few(
-                student, teacher, indices, given.labels, counted, weights, given.reduction, count, options
-            )
+        arguments = student, teacher, indices, given.labels, counted, weights, given.reduction, count, options
+        if are_few(options, rows, student.shape[-1], teacher.shape[-1], student.device):
+            loss = loss_of_few(*arguments)
             if loss is not None:
                 return loss
-        row_gradient = None if given.reduction == "none" else _row_gradient(student, weights, count, backend)
-        loss = row_losses(student, teacher, indices, given.labels, counted, row_gradient, options)
-        if weights is not None:
-            loss = loss * weights
-        if given.reduction == "none":
-            return loss
-        if type(count) is int and count == loss.numel() > 0 and not traced():
-            return loss.mean()  # one operation, and one in the backward
-        return _rows.reduced(loss.sum(), count)
-
-
-def _row_gradient(
-    student: Tensor, weights: Tensor | None, count: int | float | Tensor | None, backend: str
-) -> Tensor | None:
-    """Returns the gradient of the mean or sum in each row's loss, (*), as autograd will compute it; None: unknown."""
-    if torch.compiler.is_compiling():
-        return None
-    # Plain torch takes None for 1. It compares the weight with the gradient that arrives, a host sync on a device.
-    if backend == "torch" and ((count is None and weights is None) or student.device.type != "cpu"):
-        return None
-    rows, dtype = student.shape[:-1], torch.promote_types(student.dtype, torch.float32)
-    if not isinstance(count, Tensor):
-        row_gradient = torch.full(rows, 1 / (count or 1), dtype=dtype, device=student.device)
-    else:
-        row_gradient = _rows.reduced(torch.ones(rows, dtype=dtype, device=student.device), count)
-    return row_gradient if weights is None else row_gradient * weights
+        return loss_over_classes(*arguments)

@@ -131,7 +131,20 @@ def host_factor(count: int | float | Tensor | None) -> tuple[float, Tensor | Non
 
 def inverse(count: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns 1 / count, () on its device, with 0 counted as 1."""
-    return (count + (count == 0)).to(dtype).reciprocal_()
+    count = count + (count == 0) if count.is_floating_point() else count.clamp(min=1)
+    return count.to(dtype).reciprocal_()
+
+
+def mean(total: Tensor, count: int | float | Tensor) -> Tensor:
+    """Returns total / count. A count of 0 divides by 1, so that an empty sum stays 0."""
+    if isinstance(count, Tensor):
+        if count.device.type != "cpu" or traced():
+            count = count.to(device=total.device, dtype=total.dtype)
+            return total / (count + (count == 0))
+        count = count.item()  # the host knows it: no copy to the device
+    if isinstance(count, (float, torch.SymFloat)):
+        return total / (count or 1.0)
+    return total / max(count, 1)
 
 
 def unit(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,17 +18,17 @@ KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
 FEW = 4096  # logits of one side; with more, blocks in float32 are as fast
 
 
-def are_few(options: RowOptions, student: Tensor, teacher: Tensor) -> bool:
+def are_few(options: RowOptions, rows: int, student_classes: int, teacher_classes: int, device: torch.device) -> bool:
     return (
-        0 < student.numel() <= FEW
-        and options.backend == "torch"
-        and student.device.type == "cpu"
-        and student.shape[-1] == options.classes
-        and (options.tail == "renormalize" or teacher.shape[-1] == options.classes)
+        options.backend == "torch"
+        and not _common.traced()
+        and 0 < rows * student_classes <= FEW
+        and device.type == "cpu"
+        and student_classes == options.classes
+        and (options.tail == "renormalize" or teacher_classes == options.classes)
         and (options.kind == "soft_cross_entropy" or not options.tail)
         and options.student_softcap is options.teacher_softcap is None
         and options.student_scale == options.teacher_scale == 1
-        and not _common.traced()
     )
 
 

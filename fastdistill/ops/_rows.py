@@ -147,6 +147,11 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
+def within(indices: Tensor, classes: int) -> bool:
+    """Returns whether all are classes; a host sync on a device."""
+    return indices.numel() == 0 or all(0 <= extreme.item() < classes for extreme in indices.aminmax())
+
+
 def checked_indices(name: str, indices: Tensor, counted: Tensor | None, classes: int) -> Tensor:
     """Returns class numbers (N, k) to index with: int64, and 0 in rows that are masked out.
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdistill.ops import _common
-from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, may_be_infinite, row_max
+from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, may_be_infinite, row_max, within
 
 
 def topk_divergence(
@@ -113,10 +113,12 @@ def listed(
     return logprobs, checked_indices("topk_indices", indices, counted, options.classes)
 
 
-def kernel_list(options: RowOptions, logprobs: Tensor, indices: Tensor, counted: Tensor | None) -> Target:
-    """Returns the list as the kernel takes it: unchanged. On the CPU it checks the classes."""
-    if indices.device.type == "cpu":
-        listed(options, logprobs, indices, counted, logprobs.dtype)
+def kernel_list(
+    options: RowOptions, logprobs: Tensor, indices: Tensor, counted: Tensor | None, unchecked: bool = True
+) -> Target:
+    """Returns the list as the kernel takes it: unchanged. On the CPU it checks the classes once."""
+    if unchecked and indices.device.type == "cpu" and not within(indices, options.classes):
+        listed(options, logprobs, indices, counted, logprobs.dtype)  # entries that do not count may hold anything
     return logprobs.contiguous(), indices.contiguous()
 
 

@@ -81,7 +81,11 @@ def linear_row_losses(
             weights, unit = _common.unit(weights)
     factor, divisor = _common.host_factor(divisor)
     dense = dense and item_weights is None
-    loss = _op(*others, labels, counted, weights, divisor, factor, dense, *needs, per_row, *options)[0]
+    inputs = Inputs._make([*others, labels, counted, weights, divisor, factor, dense, *needs, per_row])
+    if _common.traced():
+        loss = _op(*inputs, *options)[0]
+    else:
+        loss = _Eager.apply(*others[:3], inputs, options)
     return loss if unit is None else loss * unit
 
 
@@ -97,9 +101,7 @@ def _weights(item_weights: Tensor, counted: Tensor | None, dtype: torch.dtype) -
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _forward(*flat: Any) -> Outputs:
-    """Takes `Inputs` and `RowOptions`, field by field."""
-    inputs, options = Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS:])
+def _run(inputs: Inputs, options: RowOptions) -> Outputs:
     student, classes = inputs.student, options.classes
     chosen = select(student.shape[0], inputs.counted, inputs.dense, options.backend)
     losses, d_student, d_weight, d_bias = outputs = _outputs(inputs)
@@ -254,7 +256,7 @@ def _in_one_launch(
         gradient = None
         if wanted:
             gradient = logits if narrow is None else narrow[: x.shape[0]]
-        kernels_of(options).rows(
+        kernels_of(options.backend, options.tail).rows(
             logits, teacher_of(chunk), at(labels, chunk), at(counted, chunk), options, loss=loss[chunk],
             gradient=gradient, weight=at(row_weight, chunk), student_bias=student_bias, teacher_bias=teacher_bias,
         )  # fmt: skip
@@ -345,30 +347,35 @@ def _operand_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice,
         yield classes, weight[classes].to(dtype)
 
 
-# -- registration --------------------------------------------------------------------------------------------
+# -- autograd ------------------------------------------------------------------------------------------------
 
 
-def _fake(*flat):  # type: ignore[no-untyped-def]
-    return _outputs(Inputs(*flat[:INPUTS]))
+class _Eager(torch.autograd.Function):
+    """The op in eager calls. What has no gradient comes as one value: autograd looks at each argument."""
+
+    @staticmethod
+    def forward(ctx, student, weight, bias, inputs, options):  # type: ignore[no-untyped-def]
+        loss, *gradients = _run(inputs, options)
+        _keep(ctx, inputs, options, gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        return *_learned(ctx, grad_loss), None, None
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    given, ctx.options = Inputs(*inputs[:INPUTS]), inputs[INPUTS:]
-    ctx.in_forward = given.needs_student, given.needs_weight, given.needs_bias
-    ctx.dense, ctx.per_row = given.dense, given.per_row
-    ctx.dtypes = [None if x is None else x.dtype for x in given[:3]]
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(given[: Inputs._fields.index("row_weight")] if ctx.per_row else gradients))
+def _keep(ctx, inputs, options, gradients):  # type: ignore[no-untyped-def]
+    """Keeps what the backward needs."""
+    ctx.options, ctx.dense, ctx.per_row = options, inputs.dense, inputs.per_row
+    ctx.in_forward = inputs.needs_student, inputs.needs_weight, inputs.needs_bias
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+    ctx.save_for_backward(*(inputs[: Inputs._fields.index("row_weight")] if ctx.per_row else gradients))
 
 
-def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+def _learned(ctx, grad_loss):  # type: ignore[no-untyped-def]
+    """Returns the gradients of the student's hidden states, weight and bias."""
     _common.refuse_double_backward("the linear loss over classes")
-    nothing = (None,) * (INPUTS + len(ctx.options))
-    if grad_loss is None:
-        return nothing
-    options, dtype = RowOptions(*ctx.options), ctx.dtypes[0]
+    options, dtype = ctx.options, ctx.dtypes[0]
     needs, scale = ctx.in_forward, grad_loss
     gradients = saved = ctx.saved_tensors  # read once: under activation checkpointing a second read recomputes
     if ctx.per_row:
@@ -376,12 +383,32 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         weights = grad_loss if counted is None else grad_loss.masked_fill(~counted, 0)
         if dtype == torch.float16:  # as is G, which has the weights' factor
             weights, scale = _common.unit(weights)
-        _, *gradients = _op(*saved, weights, None, 1.0, ctx.dense, *needs, True, *ctx.options)
+        _, *gradients = _op(*saved, weights, None, 1.0, ctx.dense, *needs, True, *options)
     if dtype == torch.float16:
         scale = scale / _unit(dtype, options)
     dtypes = [dtype if need else None for need, dtype in zip(needs, ctx.dtypes, strict=True)]
-    learned = _common.finished(gradients, scale, dtypes, options.backend)
-    return *learned, *nothing[3:]
+    return _common.finished(gradients, scale, dtypes, options.backend)
+
+
+def _forward(*flat: Any) -> Outputs:
+    """Takes `Inputs` and `RowOptions`, field by field."""
+    return _run(Inputs(*flat[:INPUTS]), RowOptions(*flat[INPUTS:]))
+
+
+def _fake(*flat):  # type: ignore[no-untyped-def]
+    return _outputs(Inputs(*flat[:INPUTS]))
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    gradients = output[1:]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+    _keep(ctx, Inputs(*inputs[:INPUTS]), RowOptions(*inputs[INPUTS:]), gradients)
+
+
+def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
+    learned = (None,) * 3 if grad_loss is None else _learned(ctx, grad_loss)
+    return *learned, *(None,) * (INPUTS + len(ctx.options) - 3)
 
 
 _op = _common.registered(

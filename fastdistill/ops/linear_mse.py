@@ -26,6 +26,8 @@ from fastdistill.ops import _common
 # to stay in the last-level cache between them.
 CHUNK = 1024
 
+FEW = 4096  # residuals; with more, chunks are as fast
+
 
 class _Call(NamedTuple):
     """The arguments of the op, or a chunk of them."""
@@ -75,33 +77,70 @@ def linear_mse(
     learned = (student, weight, bias)
     needs = [not per_token and torch.is_grad_enabled() and x is not None and x.requires_grad for x in learned]
     factor, divisor = _common.host_factor(divisor)
-    rest = (divisor, factor / teacher.shape[1], per_token, *needs, backend)
-    if item_weights is None:
-        return _linear_mse(student, weight, teacher, bias, mask, None, *rest)[0]
-    weights = item_weights.to(_common.compute_dtype(student, weight, teacher, bias))
-    weights = weights if mask is None else weights.where(mask, 0)
-    mask = weights != 0
-    if per_token:
-        return _linear_mse(student, weight, teacher, bias, mask, None, *rest)[0] * weights
-    if student.dtype != torch.float16:
-        return _linear_mse(student, weight, teacher, bias, mask, weights, *rest)[0]
-    weights, unit = _common.unit(weights)
-    return _linear_mse(student, weight, teacher, bias, mask, weights, *rest)[0] * unit
+    unit = token_weight = None
+    if item_weights is not None:
+        weights = item_weights.to(_common.compute_dtype(student, weight, teacher, bias))
+        weights = weights if mask is None else weights.where(mask, 0)
+        mask = weights != 0
+        if per_token:
+            unit = weights
+        elif student.dtype == torch.float16:
+            token_weight, unit = _common.unit(weights)
+        else:
+            token_weight = weights
+    scale = factor / teacher.shape[1]
+    call = _Call(student, weight, teacher, bias, mask, token_weight, divisor, scale, per_token, *needs)
+    if _common.traced():
+        loss = _op(*call, backend)[0]
+    else:
+        loss = _Eager.apply(student, weight, bias, call, backend)
+    return loss if unit is None else loss * unit
 
 
 # Loss (N) or (), dX (N, d_s), dW (d_t, d_s), db (d_t); gradients are empty where not needed.
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _forward(*inputs):  # type: ignore[no-untyped-def]
-    *fields, backend = inputs
-    call = _Call(*fields)
+def _run(call: _Call, backend: str) -> Outputs:
     if call.student.shape[0] == 0:
-        return tuple(x.zero_() for x in (_loss(call), *_gradients(call)))
+        loss, d_student, d_weight, d_bias = _loss(call), *_gradients(call)
+        return loss.zero_(), d_student, d_weight.zero_(), d_bias.zero_()
     # float16 gradients come without the factor, which the backward knows as well.
     slope = 1.0 if call.student.dtype == torch.float16 else 2 * call.scale
-    with _common.no_autocast(call.student):
-        return (_with_kernel if backend == "triton" else _in_chunks)(call, slope)
+    if backend == "triton":
+        return _with_kernel(call, slope)
+    return _of_few(call, slope) if _are_few(call) else _in_chunks(call, slope)
+
+
+def _are_few(call: _Call) -> bool:
+    """Returns whether to call the operations of a CPU takes all the time."""
+    student, teacher = call.student, call.teacher
+    return (
+        teacher.numel() <= FEW
+        and student.device.type == "cpu"
+        and student.dtype == teacher.dtype in (torch.float32, torch.float64)
+        and call.weight is not None
+        and call.mask is call.token_weight is call.divisor is None
+        and not call.per_token
+    )
+
+
+def _of_few(call: _Call, slope: float) -> Outputs:
+    """As `_in_chunks`, in few operations."""
+    x, weight, teacher, bias, *_ = call
+    assert weight is not None
+    residual = torch.mm(x, weight.mT) if bias is None else torch.addmm(bias, x, weight.mT)
+    residual.sub_(teacher)
+    flat = residual.view(-1)
+    loss = torch.dot(flat, flat).mul_(call.scale)
+    if not call.differentiates:
+        return loss, *_gradients(call)
+    residual.mul_(slope)
+    none = flat[:0]
+    return (
+        loss, torch.mm(residual, weight) if call.needs_student else none,
+        torch.mm(residual.mT, x) if call.needs_weight else none, residual.sum(0) if call.needs_bias else none,
+    )  # fmt: skip
 
 
 def _in_chunks(call: _Call, slope: float) -> Outputs:
@@ -155,9 +194,11 @@ def _with_kernel(call: _Call, slope: float) -> Outputs:
 
     d_student, d_weight, d_bias = _gradients(call)
     tokens, width = call.teacher.shape
-    bias, mask, token_weight = (None if x is None else x.contiguous() for x in call[3:6])
-    call = call._replace(bias=bias, mask=mask, token_weight=token_weight)
-    dtype = call.student.dtype if _common.narrow(call.student) else call.dtype  # of R
+    if any(x is not None and not x.is_contiguous() for x in call[3:6]):
+        bias, mask, token_weight = (None if x is None else x.contiguous() for x in call[3:6])
+        call = call._replace(bias=bias, mask=mask, token_weight=token_weight)
+    wide = call.dtype
+    dtype = call.student.dtype if _common.narrow(call.student) else wide  # of R
     products = call.needs_weight or (call.needs_student and call.weight is not None)
     size = max(kernels.CHUNK_BYTES // (width * dtype.itemsize), 1024) if products else tokens
     residual = call.student.new_empty(min(size, tokens), width, dtype=dtype) if products else None
@@ -166,13 +207,15 @@ def _with_kernel(call: _Call, slope: float) -> Outputs:
         clean = torch.empty_like(call.student[:size], memory_format=torch.contiguous_format)
     losses: list[Tensor] = []
     for start in range(0, tokens, size):
-        chunk = slice(start, min(start + size, tokens))
-        part, dx = call.part(chunk), d_student[chunk]
-        r, x = (None if y is None else y[: chunk.stop - start] for y in (residual, clean))
+        part, dx, r, x = call, d_student, residual, clean
+        if tokens > size:
+            chunk = slice(start, min(start + size, tokens))
+            part, dx = call.part(chunk), d_student[chunk]
+            r, x = (None if y is None else y[: chunk.stop - start] for y in (residual, clean))
         if call.weight is None and call.needs_student and r is None:
             r = dx  # R is dX
         squares, sums = kernels.residual(
-            *part[:7], scale=call.scale, slope=slope, dtype=call.dtype, weighs_loss=not call.per_token,
+            *part[:7], scale=call.scale, slope=slope, dtype=wide, weighs_loss=not call.per_token,
             wants_loss=call.wants_loss, wants_bias=call.needs_bias, out=r, clean=x,
         )  # fmt: skip
         if squares is not None:
@@ -212,43 +255,75 @@ def _gradients(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     return d_student, d_weight, d_bias
 
 
+# -- autograd ------------------------------------------------------------------------------------------------
+
+
+class _Eager(torch.autograd.Function):
+    """The op in eager calls. What has no gradient comes as one value: autograd looks at each argument."""
+
+    @staticmethod
+    def forward(ctx, student, weight, bias, call, backend):  # type: ignore[no-untyped-def]
+        loss, *gradients = _run(call, backend)
+        _keep(ctx, call, gradients, backend)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        return *_learned(ctx, grad_loss, ctx.needs_input_grad[:3]), None, None
+
+
+def _keep(ctx, call, gradients, backend):  # type: ignore[no-untyped-def]
+    """Keeps what the backward needs."""
+    ctx.scale, ctx.per_token, *ctx.in_forward = call[7:]
+    ctx.backend, ctx.dtypes = backend, [None if x is None else x.dtype for x in (call.student, call.weight, call.bias)]
+    ctx.save_for_backward(*(call[:5] if call.per_token else gradients))
+
+
+def _learned(ctx, grad_loss, needs):  # type: ignore[no-untyped-def]
+    """Returns the gradients of student, weight and bias."""
+    _common.refuse_double_backward("linear_mse")
+    gradients, scale = ctx.saved_tensors, grad_loss
+    late = ctx.dtypes[0] == torch.float16  # the factors of R
+    if ctx.per_token:
+        scale = None
+        *tensors, mask = gradients
+        weights = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
+        if late:
+            weights, scale = _common.unit(weights)
+        _, *gradients = _op(*tensors, mask, weights, None, ctx.scale, True, *needs, ctx.backend)
+    else:
+        needs = ctx.in_forward
+    if late:
+        scale = scale * (2 * ctx.scale)
+    dtypes = [dtype if need else None for need, dtype in zip(needs, ctx.dtypes, strict=True)]
+    return _common.finished(gradients, scale, dtypes, ctx.backend)
+
+
+def _forward(*inputs):  # type: ignore[no-untyped-def]
+    with _common.no_autocast(inputs[0]):  # the backward may run under the caller's
+        return _run(_Call(*inputs[:-1]), inputs[-1])
+
+
 def _fake(*inputs):  # type: ignore[no-untyped-def]
     call = _Call(*inputs[:-1])
     return _loss(call), *_gradients(call)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *fields, ctx.backend = inputs
-    call, (_, *gradients) = _Call(*fields), output
+    gradients = output[1:]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.scale, ctx.per_token, *ctx.in_forward = call[7:]
-    ctx.dtypes = [None if x is None else x.dtype for x in (call.student, call.weight, call.bias)]
-    ctx.save_for_backward(*(call[:5] if call.per_token else gradients))
+    _keep(ctx, _Call(*inputs[:-1]), gradients, inputs[-1])
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-    _common.refuse_double_backward("linear_mse")
-    nothing = (None,) * 13
     if grad_loss is None:
-        return nothing
-    needs, gradients, scale = ctx.in_forward, ctx.saved_tensors, grad_loss
-    late = ctx.dtypes[0] == torch.float16  # the factors of R
-    if ctx.per_token:
-        needs, scale = [ctx.needs_input_grad[i] for i in (0, 1, 3)], None
-        *tensors, mask = gradients
-        weights = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
-        if late:
-            weights, scale = _common.unit(weights)
-        _, *gradients = _linear_mse(*tensors, mask, weights, None, ctx.scale, True, *needs, ctx.backend)
-    if late:
-        scale = scale * (2 * ctx.scale)
-    dtypes = [dtype if need else None for need, dtype in zip(needs, ctx.dtypes, strict=True)]
-    d_student, d_weight, d_bias = _common.finished(gradients, scale, dtypes, ctx.backend)
-    return d_student, d_weight, None, d_bias, *nothing[4:]
+        return (None,) * 13
+    d_student, d_weight, d_bias = _learned(ctx, grad_loss, [ctx.needs_input_grad[i] for i in (0, 1, 3)])
+    return d_student, d_weight, None, d_bias, *(None,) * 9
 
 
-_linear_mse = _common.registered(
+_op = _common.registered(
     "linear_mse",
     f"({_common.schema(_Call)}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward, _fake, _setup_context, _backward,

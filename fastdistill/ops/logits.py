@@ -5,6 +5,7 @@ The teacher is its logits, or a list of its most likely classes. The gradient is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,40 +31,42 @@ class Inputs(NamedTuple):
 INPUTS = len(Inputs._fields)
 
 
-def row_losses(
+def loss_over_classes(
     student: Tensor,  # (*, >= V)
     teacher: Tensor,  # logits (*, >= V), or with `indices` log-probabilities (*, k)
     indices: Tensor | None,  # (*, k)
     labels: Tensor | None,  # (*)
     counted: Tensor | None,  # (*)
-    row_gradient: Tensor | None,  # (*), the factor that each row's loss is expected to get; None: unknown
+    weights: Tensor | None,  # (*), factors of the rows' losses, 0 in rows that are masked out
+    reduction: str,
+    count: int | float | Tensor | None,  # what the mean divides by
     options: RowOptions,
-) -> Tensor:  # (*)
-    if indices is not None:
-        teacher, indices = (x.reshape(-1, x.shape[-1]) for x in (teacher, indices))
-    loss, _ = _op(
-        student if student.dim() > 1 else student.unsqueeze(0),
-        teacher if teacher.dim() > 1 else teacher.unsqueeze(0),
-        indices,
-        labels.reshape(-1) if labels is not None and options.hard_weight else None,
-        None if counted is None else counted.reshape(-1),
-        *_gradient_in_forward(student, row_gradient, options.backend),
-        *options,
-    )
-    return loss if student.dim() == 2 else loss.view(student.shape[:-1])
-
-
-def _gradient_in_forward(student: Tensor, row_gradient: Tensor | None, backend: str) -> tuple[Tensor | None, bool]:
-    """Returns the weights (N) with which the forward computes the gradient (None: all 1), and whether it computes one.
-
-    The kernels recompute a row whose weight differs from the expected one, so they wait only if no weight is known.
-    Plain torch scales the gradient; one of 16 bits would be rounded twice, so it waits for the backward.
-    """
-    if _common.traced() or not (torch.is_grad_enabled() and student.requires_grad):
-        return None, False
-    if row_gradient is None if backend in ("triton", "cuda") else _common.narrow(student):
-        return None, False
-    return None if row_gradient is None else row_gradient.reshape(-1), True
+) -> Tensor:  # (*) with reduction "none", else ()
+    rows = student.shape[:-1]
+    if len(rows) != 1:
+        labels, counted, weights = (None if x is None else x.reshape(-1) for x in (labels, counted, weights))
+        if indices is not None:
+            teacher, indices = (x.reshape(-1, x.shape[-1]) for x in (teacher, indices))
+        elif not rows:
+            teacher = teacher.unsqueeze(0)
+        student = student if rows else student.unsqueeze(0)
+    inputs = Inputs(student, teacher, indices, labels if options.hard_weight else None, counted, None)
+    per_row = reduction == "none"
+    if _common.traced():
+        loss, _ = _op(*inputs, False, *options)
+        loss = loss if weights is None else loss * weights
+        if not per_row:
+            return loss.sum() if count is None else _common.mean(loss.sum(), count)
+    else:
+        # Plain torch scales the gradient; one of 16 bits would be rounded twice, so it waits for the backward. The
+        # kernels recompute a row whose weight differs from the expected one, so they wait if no weight is known.
+        waits = _common.narrow(student) if options.backend == "torch" else per_row
+        in_forward = not waits and student.requires_grad and torch.is_grad_enabled()
+        loss = _Loss.apply(student, (inputs, None if per_row else weights, per_row, count, in_forward, options))
+        if not per_row:
+            return loss
+        loss = loss if weights is None else loss * weights
+    return loss if len(rows) == 1 else loss.view(rows)
 
 
 # -- portable ------------------------------------------------------------------------------------------------
@@ -157,15 +160,16 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
         d_rows[:, classes:] = 0
 
 
-def kernels_of(options: RowOptions) -> Any:
+@functools.cache  # an import takes its time even if the module is there
+def kernels_of(backend: str, tail: str) -> Any:
     """Returns the module whose `rows` launches the kernel."""
-    if options.backend == "cuda":
+    if backend == "cuda":
         from fastdistill import cuda
 
         return cuda
     from fastdistill.kernels import logits, topk
 
-    return topk if options.tail else logits
+    return topk if tail else logits
 
 
 def _launch(
@@ -176,71 +180,112 @@ def _launch(
     student, teacher, indices, labels, counted, weight = inputs
     target: Target = ()
     if options.soft_weight:
-        target = (teacher,) if indices is None else kernel_list(options, teacher, indices, counted)
+        target = (teacher,) if indices is None else kernel_list(options, teacher, indices, counted, expected is None)
     labels = checked_labels(labels, counted, options.classes)
     labels, counted, weight, expected = _rows.contiguous(labels, counted, weight, expected)
-    kernels_of(options).rows(
+    kernels_of(options.backend, options.tail).rows(
         student, target, labels, counted, options, loss=loss, gradient=gradient, weight=weight, expected=expected
     )
 
 
-# -- registration --------------------------------------------------------------------------------------------
+# -- autograd ------------------------------------------------------------------------------------------------
 #
-# Whoever traces sees one registered op, and the same op again in the backward. Eager calls bypass torch.library, which
-# costs tens of microseconds, and the second run: the forward leaves the gradient for the weights it was given, and the
-# first backward corrects it in place for the weights that arrive. Plain torch scales the gradient. Kernels fix the rows
-# whose weight differs; the comparison runs in the kernel to avoid a host sync. For N rows of V 16-bit numbers, forward
-# and backward read and write 6 N V bytes if the weights are right, 10 if they are off by a power of 2, else 12;
-# computed in the backward alone, 10. A second backward of the same graph repeats both steps, since one step with the
-# final weights rounds otherwise: it gives the bits of the first, for 6 N V bytes and the correction.
+# Whoever traces sees one registered op, one loss a row, and the same op again in the backward. Eager calls bypass
+# torch.library, which costs tens of microseconds, and the second run: the forward leaves the gradient for the weights
+# that the rows will have if the loss's own gradient is 1, and the first backward corrects it in place for the weights
+# that arrive. Plain torch scales the gradient. Kernels fix the rows whose weight differs; the comparison runs in the
+# kernel to avoid a host sync. For N rows of V 16-bit numbers, forward and backward read and write 6 N V bytes if the
+# weights are right, 10 if they are off by a power of 2, else 12; computed in the backward alone, 10. A second backward
+# of the same graph repeats both steps, since one step with the final weights rounds otherwise: it gives the bits of the
+# first, for 6 N V bytes and the correction.
+
+
+class _Loss(torch.autograd.Function):
+    """The loss in eager calls, of each row or reduced. Autograd looks at each argument, so they come as one value."""
+
+    @staticmethod
+    def forward(ctx, student, call):  # type: ignore[no-untyped-def]
+        inputs, weights, ctx.per_row, count, ctx.in_forward, ctx.options = call
+        loss, has_weights = _new_loss(inputs), weights is not None
+        if not ctx.per_row:
+            factor, divisor = _common.host_factor(count)
+            inverse = factor if divisor is None else _common.inverse(divisor, loss.dtype)
+            if has_weights:
+                weights = weights * inverse
+            elif isinstance(inverse, Tensor):
+                weights = inverse.expand(loss.shape).contiguous()
+            elif factor != 1 or ctx.options.backend != "torch":
+                weights = torch.full_like(loss, factor)
+            inputs = inputs._replace(weight=weights)
+        ctx.gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if ctx.in_forward else None
+        _run(ctx.options, inputs, loss, ctx.gradient)
+        *tensors, ctx.weight = inputs
+        ctx.save_for_backward(*tensors)
+        if ctx.per_row:
+            return loss
+        ctx.losses = loss
+        if has_weights:
+            return (loss * weights).sum()
+        return loss.sum() if count is None else loss.sum().mul_(inverse)
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        _common.refuse_double_backward("the loss over classes")
+        gradient, ctx.gradient = ctx.gradient, None
+        options, expected = ctx.options, ctx.weight
+        inputs = Inputs._make([*ctx.saved_tensors, expected])
+        loss = _new_loss(inputs) if ctx.per_row else ctx.losses  # overwritten
+        if ctx.per_row:
+            weight = grad_loss
+        else:
+            weight = grad_loss.expand(loss.shape) if expected is None else expected * grad_loss
+        if gradient is None:
+            gradient = torch.empty_like(inputs.student, memory_format=torch.contiguous_format)
+            _run(options, inputs if ctx.in_forward else inputs._replace(weight=weight), loss, gradient)
+        if not ctx.in_forward:
+            return gradient, None
+        if options.backend != "torch":
+            _launch(options, inputs._replace(weight=weight), loss, gradient, expected)
+        elif ctx.per_row:
+            gradient.view(-1, gradient.shape[-1]).mul_(_rows.row_weights(grad_loss, inputs.counted, grad_loss.dtype))
+        elif grad_loss.device.type != "cpu" or grad_loss.item() != 1:
+            gradient.mul_(grad_loss)
+        return gradient, None
+
+
+def _run(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tensor | None) -> None:
+    (_in_blocks if options.backend == "torch" else _launch)(options, inputs, loss, gradient)
+
+
+def _new_loss(inputs: Inputs) -> Tensor:  # (N)
+    student = inputs.student
+    return student.new_empty(math.prod(student.shape[:-1]), dtype=_common.compute_dtype(student, inputs.teacher))
 
 
 def _forward(*flat: Any) -> tuple[Tensor, Tensor]:  # loss (N), its gradient as student, or empty
     """Takes `Inputs`, whether the gradient is wanted, and `RowOptions`, field by field."""
     inputs, needs_gradient, options = Inputs(*flat[:INPUTS]), flat[INPUTS], RowOptions(*flat[INPUTS + 1 :])
-    loss, gradient = _outputs(inputs.student, inputs.teacher, needs_gradient)
-    run = _in_blocks if options.backend == "torch" else _launch
-    run(options, inputs, loss, gradient if needs_gradient else None)
+    loss, gradient = _fake(*flat)
+    _run(options, inputs, loss, gradient if needs_gradient else None)
     return loss, gradient
 
 
-def _outputs(student: Tensor, teacher: Tensor, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-    loss = student.new_empty(math.prod(student.shape[:-1]), dtype=_common.compute_dtype(student, teacher))
-    return loss, student.new_empty(student.shape if needs_gradient else 0)
-
-
-def _fake(student, teacher, *rest):  # type: ignore[no-untyped-def]
-    return _outputs(student, teacher, rest[INPUTS - 2])
+def _fake(*flat):  # type: ignore[no-untyped-def]
+    inputs, needs_gradient = Inputs(*flat[:INPUTS]), flat[INPUTS]
+    return _new_loss(inputs), inputs.student.new_empty(inputs.student.shape if needs_gradient else 0)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.weight = inputs[:INPUTS]
-    ctx.in_forward, *ctx.options = inputs[INPUTS:]
-    ctx.gradient = output[1] if ctx.in_forward else None
+    ctx.options = inputs[INPUTS + 1 :]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[: INPUTS - 1])
 
 
 def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("the loss over classes")
-    nothing = (None,) * (INPUTS + len(ctx.options))
-    gradient, ctx.gradient = ctx.gradient, None
-    if grad_loss is None:
-        return None, *nothing
-    inputs, options = Inputs._make([*ctx.saved_tensors, grad_loss]), RowOptions(*ctx.options)
-    if gradient is None:
-        given = inputs._replace(weight=ctx.weight) if ctx.in_forward else inputs
-        _, gradient = _op(*given, True, *options)
-    if not ctx.in_forward:
-        return gradient, *nothing
-    if options.backend != "torch":
-        loss, _ = _outputs(inputs.student, inputs.teacher, False)
-        _launch(options, inputs, loss, gradient, expected=ctx.weight)
-    elif ctx.weight is None or not torch.equal(grad_loss, ctx.weight):
-        ratio = grad_loss if ctx.weight is None else (grad_loss / ctx.weight).masked_fill_(ctx.weight == 0, 0)
-        gradient.view(-1, gradient.shape[-1]).mul_(_rows.row_weights(ratio, inputs.counted, ratio.dtype))
-    return gradient, *nothing
+    gradient = None if grad_loss is None else _op(*ctx.saved_tensors, grad_loss, True, *ctx.options)[1]
+    return gradient, *(None,) * (INPUTS + len(ctx.options))
 
 
 _op = _common.registered(

@@ -386,8 +386,8 @@ def test_a_device_is_never_waited_for(op: Op, monkeypatch: pytest.MonkeyPatch) -
     from fastdistill.kernels import counted_mm, logits, topk
 
     calls = []
-    registered = linear_logits._op
-    monkeypatch.setattr(linear_logits, "_op", lambda *inputs: calls.append(inputs) or registered(*inputs))
+    run = linear_logits._run
+    monkeypatch.setattr(linear_logits, "_run", lambda *inputs: calls.append(inputs) or run(*inputs))
     inputs = with_labels(make(op, (150,), 37), 37)
     inputs |= {"mask": counting(150, 30), "item_weights": torch.rand(150)}
     for reduction in ("mean", "none"):
@@ -404,13 +404,12 @@ def test_a_device_is_never_waited_for(op: Op, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(counted_mm, "d_hidden", d_hidden)
     monkeypatch.setattr(_common, "no_autocast", lambda x: nullcontext())  # autocast does not know the meta device
-    for *arguments, _ in calls:
-        wanted = linear_logits.Inputs(*arguments[: linear_logits.INPUTS]).needs_weight
-        on_meta = [x.detach().to("meta") if isinstance(x, Tensor) else x for x in arguments]
+    for given, options in calls:
+        on_meta = linear_logits.Inputs._make(x.detach().to("meta") if isinstance(x, Tensor) else x for x in given)
         for backend in ("torch", "triton"):
             launched.clear()
-            assert all(x.is_meta for x in linear_logits._forward(*on_meta, backend))
-            products = {"d_hidden", "add_d_weight"} if wanted else set()
+            assert all(x.is_meta for x in run(on_meta, options._replace(backend=backend)))
+            products = {"d_hidden", "add_d_weight"} if given.needs_weight else set()
             assert launched == (products | {"logits", "rows"} if backend == "triton" else set())
 
 
