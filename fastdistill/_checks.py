@@ -4,11 +4,18 @@ what it should be and how to mend it."""
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-REDUCTIONS = ("mean", "sum", "none")
+# The words that options take. `Total` is the reduction of a loss whose items are never in memory.
+Reduction = Literal["mean", "sum", "none"]
+Total = Literal["mean", "sum"]
+Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
+Tail = Literal["renormalize", "bucket"]
+
+REDUCTIONS = get_args(Reduction)
 
 
 def given(**optional: Tensor | None) -> dict[str, Tensor]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import fastdistill
-from fastdistill import cuda
+from fastdistill import _checks, cuda, losses
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,3 +169,54 @@ def test_public_names_are_typed() -> None:
 def test_public_names_are_sorted_and_exist() -> None:
     assert sorted(fastdistill.__all__) == sorted(set(fastdistill.__all__))
     assert all(hasattr(fastdistill, name) for name in fastdistill.__all__)
+
+
+def mypy(code: str, folder: Path) -> list[int]:
+    """Returns the lines of a user's file in which mypy finds an error."""
+    pytest.importorskip("mypy")
+    (folder / "user.py").write_text(code)
+    options = ("--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache", "--no-implicit-reexport")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "user.py"],
+        cwd=folder, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    return [int(line) for line in re.findall(r"^user\.py:(\d+): error", done.stdout, re.M)]
+
+
+USER = """
+import torch
+import fastdistill
+from fastdistill import distributed
+from fastdistill.integrations import causal_lm_loss
+x, i = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.long)
+m, q = torch.nn.Linear(4, 4), torch.zeros(1, 1, 4, 4)
+"""
+WRONG = (
+    "fastdistill.kl_div(x, x, reduction='average')",
+    "fastdistill.linear_tvd(x, x, x, x, backend='cudnn')",
+    "fastdistill.attention_mse(q, q, q, q, reduction='none')",
+    "fastdistill.topk_soft_cross_entropy(x, x, i, tail='drop')",
+    "distributed.jsd(x, x, reduction='average')",
+    "causal_lm_loss(m, m, {}, divergence='hellinger')",
+    "fastdistill.KLDivLoss(reduction='average')",
+    "fastdistill.LinearMSELoss(4, 4, backend='cudnn')",
+    "fastdistill.TVDLoss(skew=0.1)",
+    "fastdistill.kl_dvi(x, x)",
+    "n: int = fastdistill.JSDLoss()(x, x)",
+)
+
+
+def test_type_checkers_know_the_options_and_what_a_call_returns(tmp_path: Path) -> None:
+    """Every right word and every option of a module passes, and each wrong line is found."""
+    right = [f"fastdistill.kl_div(x, x, reduction={word!r})" for word in get_args(_checks.Reduction)]
+    right += [f"fastdistill.kl_div(x, x, backend={word!r})" for word in get_args(_checks.Backend)]
+    right += [f"fastdistill.topk_soft_cross_entropy(x, x, i, tail={word!r})" for word in get_args(_checks.Tail)]
+    for name in losses.__all__:
+        module = getattr(losses, name)
+        dims = "4, 4, " if module is losses.LinearMSELoss else ""
+        given = ", ".join(f"{option}={value!r}" for option, value in module.defaults.items())
+        right.append(f"y: torch.Tensor = fastdistill.{name}({dims}{given})(x, x)")
+    right = [re.sub(r"^y:", f"y{n}:", line) for n, line in enumerate(right)]
+    first = USER.count("\n") + len(right) + 1
+    assert mypy("\n".join([USER.rstrip(), *right, *WRONG, ""]), tmp_path) == [first + n for n in range(len(WRONG))]
