@@ -13,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
+import packages
 import pytest
+import torch
 
 import fastdistill
 from fastdistill import _checks, cuda, losses
@@ -142,6 +144,18 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     # The wheel can be imported outside the repository.
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastdistill.kernels as k; print(k.__file__)"
     assert python(code, cwd=tmp_path) == str(tmp_path / "fastdistill" / "kernels" / "__init__.py")
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_in_a_clean_environment(tmp_path: Path) -> None:
+    """With this interpreter and this torch; `make packages` takes the oldest and the newest."""
+    pytest.importorskip("build")
+    wheel = packages.build(tmp_path / "dist")
+    assert [path.name for path in (tmp_path / "dist").glob("*.tar.gz")] == [
+        f"fastdistill-{fastdistill.__version__}.tar.gz"
+    ]
+    found = packages.attempt(wheel, sys.executable, torch.__version__.split("+")[0], tmp_path / "environment")
+    assert found.startswith(f"fastdistill {fastdistill.__version__} torch ")
 
 
 def test_public_names_are_documented() -> None:
