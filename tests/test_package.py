@@ -108,8 +108,7 @@ print(model(torch.tensor([[1, 2]])).last_hidden_state.shape)
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", minversion="77")  # the build backend, as pyproject.toml asks for it
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in ("fastdistill", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     build = [
@@ -144,6 +143,28 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     # The wheel can be imported outside the repository.
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fastdistill.kernels as k; print(k.__file__)"
     assert python(code, cwd=tmp_path) == str(tmp_path / "fastdistill" / "kernels" / "__init__.py")
+
+
+def test_an_editable_install_is_a_plain_path(tmp_path: Path) -> None:
+    """Type checkers follow no import hook. The path holds the package alone, with kernels/ and csrc/ inside."""
+    pytest.importorskip("setuptools", minversion="77")
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-q",
+        "--ignore-installed",
+        "--prefix",
+    ]
+    subprocess.run([sys.executable, *install, str(tmp_path), "-e", str(ROOT)], check=True, capture_output=True)
+    (path,) = tmp_path.rglob("*fastdistill*.pth")
+    assert path.read_text().strip() == str(ROOT / "src")
+    assert [entry.name for entry in (ROOT / "src").iterdir() if entry.suffix != ".egg-info"] == ["fastdistill"]
+    assert (ROOT / "src" / "fastdistill" / "kernels" / "__init__.py").samefile(ROOT / "kernels" / "__init__.py")
+    assert (ROOT / "src" / "fastdistill" / "csrc" / "rows.cu").samefile(ROOT / "csrc" / "rows.cu")
 
 
 @pytest.mark.slow
@@ -192,7 +213,7 @@ def mypy(code: str, folder: Path) -> list[int]:
     options = ("--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache", "--no-implicit-reexport")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *options, "user.py"],
-        cwd=folder, env={**os.environ, "MYPYPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        cwd=folder, env={**os.environ, "MYPYPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode in (0, 1), done.stderr
     return [int(line) for line in re.findall(r"^user\.py:(\d+): error", done.stdout, re.M)]
