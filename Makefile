@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 60
 
-.PHONY: demo test test-all lint docs bench gpu clean
+.PHONY: demo test test-all lint packages docs bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill demo --output demo-output --overwrite
@@ -25,6 +25,11 @@ lint: $(VENV)/ready
 # Builds the site in site/. Broken links are errors. The variable hides the theme's notice about its successor.
 docs: $(VENV)/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The oldest and the newest Python and torch that pyproject.toml allows: INTERPRETER=TORCH, or the newest torch.
+PACKAGES ?= python3.10=2.10.0 python3.13
+packages: $(VENV)/ready
+	$(BIN)/python tests/packages.py $(PACKAGES)
 
 bench: $(VENV)/ready-for-bench
 	$(BIN)/python -m pytest bench --benchmark-only --results bench/results

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastdistill import distributed as distributed
     from fastdistill import functional as functional
     from fastdistill import losses as losses
+    from fastdistill import reference as reference
     from fastdistill.functional import *  # noqa: F403
     from fastdistill.losses import *  # noqa: F403
 
@@ -21,7 +22,7 @@ __version__ = "0.1.0"
 _MODULES = ("distributed", "functional", "losses", "reference")
 
 
-def __getattr__(name: str) -> Any:
+def _attribute(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"fastdistill.{name}")
     # Other submodules are left to the import statement: importing fastdistill.cli must not import torch.
@@ -35,5 +36,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'fastdistill' has no attribute {name!r}")
 
 
+if not TYPE_CHECKING:  # type checkers read the imports above, and so find a misspelt name
+    __getattr__ = _attribute
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__"), *_MODULES})
+    return sorted({*globals(), *_attribute("__all__"), *_MODULES})

@@ -4,12 +4,19 @@ what it should be and how to mend it."""
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-REDUCTIONS = ("mean", "sum", "none")
+# The words that options take. `Total` is the reduction of a loss whose items are never in memory.
+Reduction = Literal["mean", "sum", "none"]
+Total = Literal["mean", "sum"]
+Backend = Literal["auto", "reference", "torch", "triton", "cuda"]
+Tail = Literal["renormalize", "bucket"]
+
+REDUCTIONS = get_args(Reduction)
 _PLAIN = (Tensor, Parameter)
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fastdistill import _checks as check
 from fastdistill import functional, reference
+from fastdistill._checks import Backend, Reduction, Tail
 from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import pick_backend
 from fastdistill.functional._rows import Keywords
@@ -57,9 +58,9 @@ if TYPE_CHECKING:
         student_logit_scale: float
         teacher_logit_scale: float
         item_weights: Tensor | None
-        reduction: str
+        reduction: Reduction
         num_items: int | float | Tensor | None
-        backend: str
+        backend: Backend
 
 
 def soft_cross_entropy(
@@ -108,7 +109,7 @@ def tvd(
 
 
 def topk_soft_cross_entropy(
-    student_logits: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *, tail: str = "renormalize",
+    student_logits: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *, tail: Tail = "renormalize",
     reverse: bool = False, group: ProcessGroup | None = None, **options: Unpack[ClassOptions],
 ) -> Tensor:  # fmt: skip
     """Computes `fastdistill.topk_soft_cross_entropy` of logits that are sharded over a process group.
@@ -188,7 +189,7 @@ def linear_tvd(
 
 def linear_topk_soft_cross_entropy(
     student: Tensor, student_weight: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
-    student_bias: Tensor | None = None, tail: str = "renormalize", reverse: bool = False,
+    student_bias: Tensor | None = None, tail: Tail = "renormalize", reverse: bool = False,
     group: ProcessGroup | None = None, **options: Unpack[ClassOptions],
 ) -> Tensor:  # fmt: skip
     """Computes `fastdistill.linear_topk_soft_cross_entropy` with vocabulary weights sharded over a process group.

@@ -7,17 +7,54 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fastdistill import functional as F
+from fastdistill._checks import Backend, Reduction, Tail, Total
 
 __all__ = [
     "AttentionKLLoss", "AttentionMSELoss", "JSDLoss", "KLDivLoss", "LinearJSDLoss", "LinearKLDivLoss", "LinearMSELoss",
     "LinearSoftCrossEntropyLoss", "LinearTVDLoss", "LinearTopKSoftCrossEntropyLoss", "SoftCrossEntropyLoss", "TVDLoss",
     "TopKSoftCrossEntropyLoss",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class AttentionOptions(TypedDict, total=False):
+        student_scale: float | None
+        teacher_scale: float | None
+        is_causal: bool
+        reduction: Total
+        backend: Backend
+
+    class StudentOptions(TypedDict, total=False):
+        temperature: float
+        t_squared: bool
+        alpha: float
+        ignore_index: int
+        vocab_size: int | None
+        student_softcap: float | None
+        student_logit_scale: float
+        reduction: Reduction
+        backend: Backend
+
+    class TopKOptions(StudentOptions, total=False):
+        tail: Tail
+        reverse: bool
+
+    class ClassOptions(StudentOptions, total=False):
+        teacher_softcap: float | None
+        teacher_logit_scale: float
+
+    class KLOptions(ClassOptions, total=False):
+        reverse: bool
+        skew: float
+
+    class JSDOptions(ClassOptions, total=False):
+        beta: float
 
 
 class _Loss(nn.Module):
@@ -26,6 +63,7 @@ class _Loss(nn.Module):
     Options are the keywords of `function` that are no tensors; the repr shows them.
     """
 
+    __call__: Callable[..., Tensor]  # for type checkers: nn.Module's returns Any
     function: Callable[..., Tensor]
     defaults: dict[str, Any]
 
@@ -73,7 +111,13 @@ class LinearMSELoss(_Loss, function=F.linear_mse):
     """
 
     def __init__(
-        self, student_dim: int, teacher_dim: int, bias: bool = True, *, reduction: str = "mean", backend: str = "auto"
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        bias: bool = True,
+        *,
+        reduction: Reduction = "mean",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(reduction=reduction, backend=backend)
         self.projection = nn.Linear(student_dim, teacher_dim, bias=bias)
@@ -87,49 +131,77 @@ class LinearMSELoss(_Loss, function=F.linear_mse):
         return self.function(student, weight, teacher, bias, **given, **self.options)
 
 
-class AttentionMSELoss(_Loss, function=F.attention_mse):
+# The options of each family, for type checkers.
+
+
+class _AttentionLoss(_Loss):
+    def __init__(self, **options: Unpack[AttentionOptions]) -> None:
+        super().__init__(**options)
+
+
+class _ClassLoss(_Loss):
+    def __init__(self, **options: Unpack[ClassOptions]) -> None:
+        super().__init__(**options)
+
+
+class _KLLoss(_Loss):
+    def __init__(self, **options: Unpack[KLOptions]) -> None:
+        super().__init__(**options)
+
+
+class _JSDLoss(_Loss):
+    def __init__(self, **options: Unpack[JSDOptions]) -> None:
+        super().__init__(**options)
+
+
+class _TopKLoss(_Loss):
+    def __init__(self, **options: Unpack[TopKOptions]) -> None:
+        super().__init__(**options)
+
+
+class AttentionMSELoss(_AttentionLoss, function=F.attention_mse):
     """Computes `fastdistill.attention_mse` with its options fixed."""
 
 
-class AttentionKLLoss(_Loss, function=F.attention_kl):
+class AttentionKLLoss(_AttentionLoss, function=F.attention_kl):
     """Computes `fastdistill.attention_kl` with its options fixed."""
 
 
-class SoftCrossEntropyLoss(_Loss, function=F.soft_cross_entropy):
+class SoftCrossEntropyLoss(_ClassLoss, function=F.soft_cross_entropy):
     """Computes `fastdistill.soft_cross_entropy` with its options fixed."""
 
 
-class KLDivLoss(_Loss, function=F.kl_div):
+class KLDivLoss(_KLLoss, function=F.kl_div):
     """Computes `fastdistill.kl_div` with its options fixed."""
 
 
-class JSDLoss(_Loss, function=F.jsd):
+class JSDLoss(_JSDLoss, function=F.jsd):
     """Computes `fastdistill.jsd` with its options fixed."""
 
 
-class TVDLoss(_Loss, function=F.tvd):
+class TVDLoss(_ClassLoss, function=F.tvd):
     """Computes `fastdistill.tvd` with its options fixed."""
 
 
-class TopKSoftCrossEntropyLoss(_Loss, function=F.topk_soft_cross_entropy):
+class TopKSoftCrossEntropyLoss(_TopKLoss, function=F.topk_soft_cross_entropy):
     """Computes `fastdistill.topk_soft_cross_entropy` with its options fixed."""
 
 
-class LinearSoftCrossEntropyLoss(_Loss, function=F.linear_soft_cross_entropy):
+class LinearSoftCrossEntropyLoss(_ClassLoss, function=F.linear_soft_cross_entropy):
     """Computes `fastdistill.linear_soft_cross_entropy` with its options fixed."""
 
 
-class LinearKLDivLoss(_Loss, function=F.linear_kl_div):
+class LinearKLDivLoss(_KLLoss, function=F.linear_kl_div):
     """Computes `fastdistill.linear_kl_div` with its options fixed."""
 
 
-class LinearJSDLoss(_Loss, function=F.linear_jsd):
+class LinearJSDLoss(_JSDLoss, function=F.linear_jsd):
     """Computes `fastdistill.linear_jsd` with its options fixed."""
 
 
-class LinearTVDLoss(_Loss, function=F.linear_tvd):
+class LinearTVDLoss(_ClassLoss, function=F.linear_tvd):
     """Computes `fastdistill.linear_tvd` with its options fixed."""
 
 
-class LinearTopKSoftCrossEntropyLoss(_Loss, function=F.linear_topk_soft_cross_entropy):
+class LinearTopKSoftCrossEntropyLoss(_TopKLoss, function=F.linear_topk_soft_cross_entropy):
     """Computes `fastdistill.linear_topk_soft_cross_entropy` with its options fixed."""

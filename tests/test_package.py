@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
+import packages
 import pytest
+import torch
 
 import fastdistill
-from fastdistill import cuda
+from fastdistill import _checks, cuda, losses
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,8 +108,7 @@ print(model(torch.tensor([[1, 2]])).last_hidden_state.shape)
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", minversion="77")  # the build backend, as pyproject.toml asks for it
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    for name in ("fastdistill", "kernels", "csrc"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     build = [
@@ -141,6 +145,40 @@ def test_wheel(wheel: Path, tmp_path: Path) -> None:
     assert python(code, cwd=tmp_path) == str(tmp_path / "fastdistill" / "kernels" / "__init__.py")
 
 
+def test_an_editable_install_is_a_plain_path(tmp_path: Path) -> None:
+    """Type checkers follow no import hook. The path holds the package alone, with kernels/ and csrc/ inside."""
+    pytest.importorskip("setuptools", minversion="77")
+    install = [
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-q",
+        "--ignore-installed",
+        "--prefix",
+    ]
+    subprocess.run([sys.executable, *install, str(tmp_path), "-e", str(ROOT)], check=True, capture_output=True)
+    (path,) = tmp_path.rglob("*fastdistill*.pth")
+    assert path.read_text().strip() == str(ROOT / "src")
+    assert [entry.name for entry in (ROOT / "src").iterdir() if entry.suffix != ".egg-info"] == ["fastdistill"]
+    assert (ROOT / "src" / "fastdistill" / "kernels" / "__init__.py").samefile(ROOT / "kernels" / "__init__.py")
+    assert (ROOT / "src" / "fastdistill" / "csrc" / "rows.cu").samefile(ROOT / "csrc" / "rows.cu")
+
+
+@pytest.mark.slow
+def test_sdist_and_wheel_in_a_clean_environment(tmp_path: Path) -> None:
+    """With this interpreter and this torch; `make packages` takes the oldest and the newest."""
+    pytest.importorskip("build")
+    wheel = packages.build(tmp_path / "dist")
+    assert [path.name for path in (tmp_path / "dist").glob("*.tar.gz")] == [
+        f"fastdistill-{fastdistill.__version__}.tar.gz"
+    ]
+    found = packages.attempt(wheel, sys.executable, torch.__version__.split("+")[0], tmp_path / "environment")
+    assert found.startswith(f"fastdistill {fastdistill.__version__} torch ")
+
+
 def test_public_names_are_documented() -> None:
     for name in fastdistill.__all__:
         public = getattr(fastdistill, name)
@@ -166,3 +204,54 @@ def test_public_names_are_typed() -> None:
 def test_public_names_are_sorted_and_exist() -> None:
     assert sorted(fastdistill.__all__) == sorted(set(fastdistill.__all__))
     assert all(hasattr(fastdistill, name) for name in fastdistill.__all__)
+
+
+def mypy(code: str, folder: Path) -> list[int]:
+    """Returns the lines of a user's file in which mypy finds an error."""
+    pytest.importorskip("mypy")
+    (folder / "user.py").write_text(code)
+    options = ("--config-file", ROOT / "pyproject.toml", "--cache-dir", ROOT / ".mypy_cache", "--no-implicit-reexport")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "user.py"],
+        cwd=folder, env={**os.environ, "MYPYPATH": str(ROOT / "src")}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    return [int(line) for line in re.findall(r"^user\.py:(\d+): error", done.stdout, re.M)]
+
+
+USER = """
+import torch
+import fastdistill
+from fastdistill import distributed
+from fastdistill.integrations import causal_lm_loss
+x, i = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.long)
+m, q = torch.nn.Linear(4, 4), torch.zeros(1, 1, 4, 4)
+"""
+WRONG = (
+    "fastdistill.kl_div(x, x, reduction='average')",
+    "fastdistill.linear_tvd(x, x, x, x, backend='cudnn')",
+    "fastdistill.attention_mse(q, q, q, q, reduction='none')",
+    "fastdistill.topk_soft_cross_entropy(x, x, i, tail='drop')",
+    "distributed.jsd(x, x, reduction='average')",
+    "causal_lm_loss(m, m, {}, divergence='hellinger')",
+    "fastdistill.KLDivLoss(reduction='average')",
+    "fastdistill.LinearMSELoss(4, 4, backend='cudnn')",
+    "fastdistill.TVDLoss(skew=0.1)",
+    "fastdistill.kl_dvi(x, x)",
+    "n: int = fastdistill.JSDLoss()(x, x)",
+)
+
+
+def test_type_checkers_know_the_options_and_what_a_call_returns(tmp_path: Path) -> None:
+    """Every right word and every option of a module passes, and each wrong line is found."""
+    right = [f"fastdistill.kl_div(x, x, reduction={word!r})" for word in get_args(_checks.Reduction)]
+    right += [f"fastdistill.kl_div(x, x, backend={word!r})" for word in get_args(_checks.Backend)]
+    right += [f"fastdistill.topk_soft_cross_entropy(x, x, i, tail={word!r})" for word in get_args(_checks.Tail)]
+    for name in losses.__all__:
+        module = getattr(losses, name)
+        dims = "4, 4, " if module is losses.LinearMSELoss else ""
+        given = ", ".join(f"{option}={value!r}" for option, value in module.defaults.items())
+        right.append(f"y: torch.Tensor = fastdistill.{name}({dims}{given})(x, x)")
+    right = [re.sub(r"^y:", f"y{n}:", line) for n, line in enumerate(right)]
+    first = USER.count("\n") + len(right) + 1
+    assert mypy("\n".join([USER.rstrip(), *right, *WRONG, ""]), tmp_path) == [first + n for n in range(len(WRONG))]

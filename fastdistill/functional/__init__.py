@@ -18,6 +18,8 @@ All of them share these rules:
   and for the losses on logits "cuda" (csrc/, on NVIDIA GPUs from sm_90 on; "auto" does not take it yet).
 """
 
+from typing import TYPE_CHECKING
+
 from fastdistill.functional import attention, hidden, linear_logits, logits
 from fastdistill.functional._dispatch import pick_backend as pick_backend
 from fastdistill.functional._explain import explain_backends as explain_backends
@@ -26,4 +28,5 @@ from fastdistill.functional.hidden import *  # noqa: F403
 from fastdistill.functional.linear_logits import *  # noqa: F403
 from fastdistill.functional.logits import *  # noqa: F403
 
-__all__ = [*attention.__all__, *hidden.__all__, *linear_logits.__all__, *logits.__all__]
+if not TYPE_CHECKING:  # a type checker reads no list but a literal one; it takes the names from the imports above
+    __all__ = [*attention.__all__, *hidden.__all__, *linear_logits.__all__, *logits.__all__]

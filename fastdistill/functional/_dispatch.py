@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from fastdistill._checks import Backend
 from fastdistill.ops._common import mean as mean
 
-BACKENDS = ("reference", "torch", "triton", "cuda")
+BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 
 # find_spec of a top-level name imports nothing. Importing fastdistill must not import Triton.
 _TRITON_INSTALLED = find_spec("triton") is not None
 _TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "on", "true", "y", "yes")  # Triton's own
 
 
-def pick_backend(backend: str, device: torch.device, logits: tuple[torch.dtype, ...] = (), kind: str = "kl_div") -> str:
+def pick_backend(
+    backend: Backend, device: torch.device, logits: tuple[torch.dtype, ...] = (), kind: str = "kl_div"
+) -> Backend:
     """Returns the backend a call takes: `backend` itself, or for "auto" the best that can run on `device`.
 
     Args:

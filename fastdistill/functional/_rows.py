@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import _checks as check
+from fastdistill._checks import Backend, Reduction
 from fastdistill.ops._common import mean, traced
 from fastdistill.ops._rows import RowOptions, may_be_infinite
 
@@ -28,9 +29,9 @@ class Keywords(NamedTuple):
     student_logit_scale: float
     teacher_logit_scale: float
     item_weights: Tensor | None  # (*)
-    reduction: str
+    reduction: Reduction
     num_items: int | float | Tensor | None
-    backend: str
+    backend: Backend
 
 
 def check_keywords(given: Keywords, rows: tuple[int, ...], classes: int, device: torch.device) -> None:

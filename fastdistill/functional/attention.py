@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
+from fastdistill._checks import Backend, Total
 from fastdistill.functional._dispatch import mean, pick_backend
 from fastdistill.functional._docs import documented
 from fastdistill.ops._attention import WIDEST_TILE, Attention, Divisor
@@ -29,7 +30,7 @@ def attention_mse(
     student_scale: float | None = None, teacher_scale: float | None = None,
     key_mask: Tensor | None = None, query_mask: Tensor | None = None,
     is_causal: bool = False, attn_mask: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Total = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the mean squared error between student and teacher attention scores, without an L x S tensor.
 
@@ -60,7 +61,7 @@ def attention_kl(
     student_scale: float | None = None, teacher_scale: float | None = None,
     key_mask: Tensor | None = None, query_mask: Tensor | None = None,
     is_causal: bool = False, attn_mask: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Total = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the KL divergence from the student's attention distribution to the teacher's, without an L x S tensor.
 
@@ -86,7 +87,7 @@ def _attention(
     op: Callable[[Attention, str, Divisor], tuple[Tensor, Divisor]], definition: Callable[..., Tensor],
     tensors: _Tensors, scales: tuple[float | None, float | None],
     masks: tuple[Tensor | None, Tensor | None, bool, Tensor | None],
-    reduction: str, num_items: int | float | Tensor | None, backend: str,
+    reduction: Total, num_items: int | float | Tensor | None, backend: Backend,
 ) -> Tensor:  # fmt: skip
     query, _, teacher_query, teacher_key = tensors
     check.floating(**dict(zip(_TENSORS, tensors, strict=True)))
@@ -110,7 +111,7 @@ def _attention(
         return total if divisor is None or reduction == "sum" else mean(total, divisor)
 
 
-def _pick(backend: str, tensors: _Tensors, is_tiled: bool) -> str:
+def _pick(backend: Backend, tensors: _Tensors, is_tiled: bool) -> Backend:
     """Returns the backend. `is_tiled`: the kernels need tiles of scores, which wide heads do not fit."""
     chosen = pick_backend(backend, tensors[0].device)
     if chosen != "triton" or (width := max(x.shape[3] for x in tensors)) <= WIDEST_TILE:

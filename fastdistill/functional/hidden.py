@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
+from fastdistill._checks import Backend, Reduction
 from fastdistill.functional._dispatch import autocast, pick_backend
 from fastdistill.ops._common import divides, mean, no_autocast
 from fastdistill.ops.linear_mse import linear_mse as _linear_mse_op
@@ -17,7 +18,7 @@ __all__ = ["linear_mse"]
 def linear_mse(
     student: Tensor, weight: Tensor | None, teacher: Tensor, bias: Tensor | None = None, *,
     mask: Tensor | None = None, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the mean squared error between the projected student and the teacher, without storing the projection.
 

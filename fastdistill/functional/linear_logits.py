@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from fastdistill import _checks as check
 from fastdistill import reference
+from fastdistill._checks import Backend, Reduction, Tail
 from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import autocast, pick_backend
 from fastdistill.functional._docs import documented
@@ -36,7 +37,7 @@ def linear_soft_cross_entropy(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `soft_cross_entropy` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
@@ -64,7 +65,7 @@ def linear_kl_div(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `kl_div` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
@@ -95,7 +96,7 @@ def linear_jsd(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `jsd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
@@ -123,7 +124,7 @@ def linear_tvd(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `tvd` of each side's float32 logits `x @ W.T + b` without storing either `(*, V)` tensor.
 
@@ -145,13 +146,13 @@ def linear_tvd(
 def linear_topk_soft_cross_entropy(
     student: Tensor, student_weight: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
     student_bias: Tensor | None = None,
-    tail: str = "renormalize", reverse: bool = False,
+    tail: Tail = "renormalize", reverse: bool = False,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, student_logit_scale: float = 1.0,
     item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes `topk_soft_cross_entropy` of the logits `x @ W.T + b` without storing the `(*, V)` tensor.
 

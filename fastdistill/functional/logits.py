@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdistill import _checks as check
 from fastdistill import reference
+from fastdistill._checks import Backend, Reduction, Tail
 from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import pick_backend
 from fastdistill.functional._docs import documented
@@ -29,7 +30,7 @@ def soft_cross_entropy(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the cross-entropy of the student under the teacher's distribution: `-sum p_t log p_s`.
 
@@ -61,7 +62,7 @@ def kl_div(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the Kullback-Leibler divergence between teacher and student: `sum p_t (log p_t - log p_s)`.
 
@@ -96,7 +97,7 @@ def jsd(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the generalised Jensen-Shannon divergence: `beta KL(p_t || m) + (1 - beta) KL(p_s || m)`.
 
@@ -125,7 +126,7 @@ def tvd(
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, teacher_softcap: float | None = None,
     student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0, item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the total variation distance between teacher and student: `0.5 sum |p_t - p_s|`, between 0 and 1.
 
@@ -148,13 +149,13 @@ def tvd(
 @documented
 def topk_soft_cross_entropy(
     student_logits: Tensor, topk_logprobs: Tensor, topk_indices: Tensor, *,
-    tail: str = "renormalize", reverse: bool = False,
+    tail: Tail = "renormalize", reverse: bool = False,
     temperature: float = 1.0, t_squared: bool = False,
     labels: Tensor | None = None, alpha: float = 1.0, ignore_index: int = -100,
     mask: Tensor | None = None, vocab_size: int | None = None,
     student_softcap: float | None = None, student_logit_scale: float = 1.0,
     item_weights: Tensor | None = None,
-    reduction: str = "mean", num_items: int | float | Tensor | None = None, backend: str = "auto",
+    reduction: Reduction = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the soft cross-entropy against the k most likely classes of an offline teacher.
 

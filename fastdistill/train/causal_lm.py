@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import fastdistill
 from fastdistill import distributed
+from fastdistill._checks import Backend, Tail
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.checks import check_shared
 from fastdistill.train.heads import Head, head_of, is_sharded, replaced, shard_of, takes_virtual_tokens, unwrapped
@@ -32,7 +33,8 @@ from fastdistill.train.inputs import entries, forward_arguments, input_names, ju
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
-DIVERGENCES = ("kl", "jsd", "tvd", "soft_cross_entropy")
+Divergence = Literal["kl", "jsd", "tvd", "soft_cross_entropy"]
+DIVERGENCES = get_args(Divergence)
 
 
 class CausalLMLoss(NamedTuple):
@@ -59,7 +61,7 @@ class Logits(NamedTuple):
 
 
 class Options(NamedTuple):
-    divergence: str
+    divergence: Divergence
     temperature: float
     t_squared: bool
     alpha: float
@@ -68,10 +70,10 @@ class Options(NamedTuple):
     vocab_size: int | None
     num_items: int | float | Tensor | None
     return_parts: bool
-    backend: str
+    backend: Backend
     skew: float = 0.0
     item_weights: Tensor | None = None  # (B, L), shifted as the labels
-    tail: str = "renormalize"  # of a cached teacher
+    tail: Tail = "renormalize"  # of a cached teacher
 
 
 def causal_lm_loss(
@@ -79,7 +81,7 @@ def causal_lm_loss(
     teacher: nn.Module | None,
     batch: Mapping[str, Any],
     *,
-    divergence: str = "kl",
+    divergence: Divergence = "kl",
     temperature: float = 1.0,
     t_squared: bool = False,
     alpha: float = 1.0,
@@ -90,7 +92,7 @@ def causal_lm_loss(
     item_weights: Tensor | None = None,
     num_items: int | float | Tensor | None = None,
     return_parts: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | CausalLMLoss:
     """Computes the loss of a causal language model against a teacher, token by token.
 
@@ -146,7 +148,7 @@ def causal_lm_loss(
 
 
 def check_options(
-    divergence: str = "kl", beta: float = 0.5, reverse: bool = False, skew: float = 0.0, **others: Any
+    divergence: Divergence = "kl", beta: float = 0.5, reverse: bool = False, skew: float = 0.0, **others: Any
 ) -> None:
     parameters = inspect.signature(causal_lm_loss).parameters.values()
     unknown = others.keys() - {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
