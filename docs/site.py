@@ -39,9 +39,9 @@ class MadeAtImport(griffe.Extension):
             func.docstring.value = inspect.getdoc(getattr(import_module(func.module.path), func.name)) or ""
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
-        if cls.module.path != "fastdistill.losses" or cls.name.startswith("_"):
+        loss = getattr(import_module("fastdistill.losses"), cls.name, None)  # None: a class of type checkers alone
+        if cls.module.path != "fastdistill.losses" or cls.name.startswith("_") or loss is None:
             return
-        loss = getattr(import_module("fastdistill.losses"), cls.name)
         for name, signature in ("__init__", inspect.signature(loss)), ("forward", inspect.signature(loss.forward)):
             if name not in cls.members:
                 parameters = griffe.Parameters(*map(_parameter, signature.parameters.values()))
