@@ -121,8 +121,8 @@ EPILOGUE = 13  # instructions for each number of linear_mse's residual, after th
 # Seconds of host time of a forward and a backward with stubbed launches, and the launches of Triton kernels, each of
 # which takes about `LAUNCH` on top. From `python -m bench.host` on a server's core.
 HOST = {
-    "attention_mse": (160e-6, 4), "attention_kl": (125e-6, 3), "linear_mse": (145e-6, 1), "logits": (100e-6, 2),
-    "topk": (230e-6, 2), "linear_logits": (165e-6, 1),
+    "attention_mse": (106e-6, 5), "attention_kl": (125e-6, 3), "linear_mse": (78e-6, 2), "logits": (58e-6, 2),
+    "topk": (65e-6, 2), "linear_logits": (125e-6, 2),
 }  # fmt: skip
 LAUNCH = 5e-6
 MULTIPROCESSORS = 132  # the splits of attention_mse's rows depend on them
