@@ -139,6 +139,13 @@ def _of_chunk(
     return Rows(blocks, lambda _, rows: (student[rows], at(teacher, rows)), given, len(student), dtype, stored)
 
 
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    gradients = output[1:]
+    ctx.mark_non_differentiable(*gradients)
+    ctx.set_materialize_grads(False)
+    whole._keep(ctx, whole.Inputs(*inputs[: whole.INPUTS]), inputs[whole.INPUTS :], gradients)
+
+
 def _linear_backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("the linear loss over classes")
     nothing = (None,) * (whole.INPUTS + len(ctx.options))
@@ -161,5 +168,5 @@ _linear_op = _common.registered(
     "sharded_linear_row_losses",
     f"({_common.schema(whole.Inputs)}, {_common.schema(Shard)}, {_common.schema(RowOptions)}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _linear_forward, whole._fake, whole._setup_context, _linear_backward,
+    _linear_forward, whole._fake, _setup_context, _linear_backward,
 )  # fmt: skip
