@@ -28,8 +28,9 @@ from fastdistill.functional import _rows
 from fastdistill.functional._dispatch import pick_backend
 from fastdistill.functional._rows import Keywords
 from fastdistill.functional.linear_logits import Head as _Head
-from fastdistill.functional.linear_logits import _check_head, _flat, _operands
+from fastdistill.functional.linear_logits import _check_head, _flat_rows, _operands
 from fastdistill.ops._common import compute_dtype, no_autocast
+from fastdistill.ops._rows import weigh
 from fastdistill.ops._shards import Shard as _Shard
 from fastdistill.ops.sharded_linear import linear_row_losses as sharded_linear_row_losses
 from fastdistill.ops.sharded_logits import row_losses as sharded_row_losses
@@ -367,9 +368,7 @@ def _logits_loss(
         count = _rows.divisor(given, counted, student.shape[:-1].numel())
         weights = given.item_weights
         if weights is not None:
-            weights = weights.to(compute_dtype(student, teacher))
-            weights = weights if counted is None else weights.where(counted, 0)
-            counted = weights != 0
+            weights, counted = weigh(weights, counted, compute_dtype(student, teacher))
         options = _rows.row_options(kind, given._replace(vocab_size=classes), classes, backend, **own)
         loss = sharded_row_losses(student, teacher, indices, given.labels, counted, shard, options)
         loss = loss if weights is None else loss * weights
@@ -402,27 +401,19 @@ def _head_loss(
 ) -> Tensor:  # fmt: skip
     backend = pick_backend(given.backend, student[0].device)
     hidden, weight, bias = _operands("student", student)
-    teacher_hidden, teacher_weight, teacher_bias = teacher if indices is not None else _operands("teacher", teacher)
+    teacher = teacher if indices is not None else _operands("teacher", teacher)
     with no_autocast(hidden):
         if backend == "reference":
             z = _all_head_logits(hidden, weight, bias, shard)
-            there = (
-                teacher_hidden
-                if indices is not None
-                else _all_head_logits(teacher_hidden, teacher_weight, teacher_bias, shard)
-            )
-            others = (there,) if indices is None else (there, indices)
+            others = (teacher[0], indices) if indices is not None else (_all_head_logits(*teacher, shard),)
             definition = getattr(reference, name.removeprefix("linear_"))
             return definition(z, *others, **_rows.for_reference(given._replace(vocab_size=None), own))
         rows = hidden.shape[:-1]
-        counted = _rows.counted_rows(given, None if indices is None else teacher_hidden)
+        counted = _rows.counted_rows(given, None if indices is None else teacher[0])
         options = _rows.row_options(kind, given._replace(vocab_size=classes), classes, backend, **own)
         per_row = given.reduction == "none"
         loss = sharded_linear_row_losses(
-            _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
-            None if indices is None else _flat(indices),
-            None if given.labels is None else given.labels.reshape(-1),
-            None if counted is None else counted.reshape(-1),
+            *_flat_rows((hidden, weight, bias), teacher, indices, given.labels, counted),
             item_weights=None if given.item_weights is None else given.item_weights.reshape(-1),
             per_row=per_row, shard=shard, options=options,
         )  # fmt: skip

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.profiler import ProfilerActivity, profile
 
+from bench import measure
 from fastdistill import distributed, reference
 
 V, N, STUDENT, TEACHER, K = 41, 13, 6, 9, 5
@@ -233,19 +233,6 @@ def refusals(folder: Path) -> dict[str, str]:
     return found
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Returns the most bytes that `call` had allocated at once."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # negative for a release
-        peak = max(peak, held)
-    return peak
-
-
 def cost(folder: Path) -> dict[str, Any]:
     """Returns the peak bytes of a forward and backward over 32768 tokens, and the collectives of the same call."""
     found: dict[str, Any] = {}
@@ -254,9 +241,11 @@ def cost(folder: Path) -> dict[str, Any]:
     for name in ("linear_kl_div", "linear_jsd"):
         sent: list[tuple[str, int]] = []
         with counted_collectives(sent):
-            found[f"{name} bytes"] = peak_bytes(
-                lambda name=name: getattr(distributed, name)(x, weight, teacher, other).backward()
-            )
+
+            def step(name: str = name) -> list[Tensor]:
+                return list(torch.autograd.grad(getattr(distributed, name)(x, weight, teacher, other), (x, weight)))
+
+            found[f"{name} bytes"] = measure.peak_bytes(step)[0]
         found[name] = sent
     return found
 

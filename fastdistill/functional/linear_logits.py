@@ -227,15 +227,14 @@ def _loss(
     hidden, weight, bias = _operands("student", student)
     if indices is None:
         teacher = _operands("teacher", teacher)
-    teacher_hidden, teacher_weight, teacher_bias = teacher
     with no_autocast(hidden):
         if backend == "reference":
-            others, biases = (teacher_hidden, indices), {"student_bias": bias}
+            others, biases = (teacher[0], indices), {"student_bias": bias}
             if indices is None:
-                others, biases = (teacher_hidden, teacher_weight), biases | {"teacher_bias": teacher_bias}
+                others, biases = teacher[:2], biases | {"teacher_bias": teacher[2]}
             return definition(hidden, weight, *others, **biases, **_rows.for_reference(given, own))
         rows = hidden.shape[:-1]
-        counted = _rows.counted_rows(given, None if indices is None else teacher_hidden)
+        counted = _rows.counted_rows(given, None if indices is None else teacher[0])
         options = _rows.row_options(kind, given, weight.shape[0], backend, **own)
         divisor = _rows.divisor(given, counted, rows.numel())
         if counted is given.item_weights is None:
@@ -244,10 +243,7 @@ def _loss(
                 return loss
         per_row, divided = given.reduction == "none", divides(hidden)
         loss = linear_row_losses(
-            _flat(hidden), weight, bias, _flat(teacher_hidden), teacher_weight, teacher_bias,
-            None if indices is None else _flat(indices),
-            None if given.labels is None else given.labels.reshape(-1),
-            None if counted is None else counted.reshape(-1),
+            *_flat_rows((hidden, weight, bias), teacher, indices, given.labels, counted),
             item_weights=None if given.item_weights is None else given.item_weights.reshape(-1),
             divisor=divisor if divided else None, dense=given.mask is None and given.labels is None,
             per_row=per_row, options=options,
@@ -279,6 +275,16 @@ def _operands(side: str, head: Head) -> Head:
     if not hidden.dtype == weight.dtype == (weight if bias is None else bias).dtype:
         check.same_dtype(**{side: hidden, f"{side}_weight": weight, f"{side}_bias": bias})
     return hidden, weight, bias
+
+
+def _flat_rows(
+    student: Head, teacher: Head, indices: Tensor | None, labels: Tensor | None, counted: Tensor | None
+) -> tuple[Any, ...]:
+    """Returns the tensors as the ops take them: rows (N, .), classes and masks (N)."""
+    (hidden, *head), (teacher_hidden, *teacher_head) = student, teacher
+    indices = None if indices is None else _flat(indices)
+    classes = (None if x is None else x.reshape(-1) for x in (labels, counted))
+    return _flat(hidden), *head, _flat(teacher_hidden), *teacher_head, indices, *classes
 
 
 def _flat(x: Tensor) -> Tensor:  # (*, d) -> (N, d)

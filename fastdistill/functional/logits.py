@@ -17,6 +17,7 @@ from fastdistill.functional._docs import documented
 from fastdistill.functional._rows import Keywords
 from fastdistill.ops._common import compute_dtype, no_autocast
 from fastdistill.ops._few import are_few, loss_of_few
+from fastdistill.ops._rows import weigh
 from fastdistill.ops.logits import loss_over_classes
 
 __all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tvd"]
@@ -228,9 +229,7 @@ def _loss(
         count = _rows.divisor(given, counted, rows)
         weights = given.item_weights
         if weights is not None:
-            weights = weights.to(compute_dtype(student, teacher))
-            weights = weights if counted is None else weights.where(counted, 0)
-            counted = weights != 0
+            weights, counted = weigh(weights, counted, compute_dtype(student, teacher))
         options = _rows.row_options(kind, given, student.shape[-1], backend, **own)
         arguments = student, teacher, indices, given.labels, counted, weights, given.reduction, count, options
         if are_few(options, rows, student.shape[-1], teacher.shape[-1], student.device):

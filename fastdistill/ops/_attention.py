@@ -325,10 +325,7 @@ def tiled_op(
         return total, total.new_empty((), dtype=torch.int64), *gradients
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _, count, d_query, d_key = output
-        ctx.mark_non_differentiable(count, d_query, d_key)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(d_query, d_key)
+        ctx.save_for_backward(*output[2:])  # dQ, dK
         ctx.dtypes = inputs[0].dtype, inputs[1].dtype  # of student_query and student_key
 
     def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]

@@ -181,13 +181,19 @@ def registered(
 
     torch.library costs tens of microseconds a call, more than a small loss itself takes.
     """
+
+    def keep(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.mark_non_differentiable(*output[1:])  # counts, and what the backward will need
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
     op = torch.library.custom_op(f"fastdistill::{name}", forward, mutates_args=(), schema=schema)
     op.register_fake(fake)
-    op.register_autograd(backward, setup_context=setup_context)
+    op.register_autograd(backward, setup_context=keep)
 
     def run(ctx, *inputs):  # type: ignore[no-untyped-def]
         output = forward(*inputs)
-        setup_context(ctx, inputs, output)
+        keep(ctx, inputs, output)
         return output
 
     methods = {"forward": staticmethod(run), "backward": staticmethod(backward)}

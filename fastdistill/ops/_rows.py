@@ -171,6 +171,14 @@ def checked_labels(labels: Tensor | None, counted: Tensor | None, classes: int) 
     return None if labels is None else checked_indices("labels", labels.unsqueeze(-1), counted, classes)
 
 
+def weigh(item_weights: Tensor, counted: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (*), (*)
+    """Returns the weights, 0 for rows that are masked out, and which rows count."""
+    weights = item_weights.detach().to(dtype)
+    if counted is not None:
+        weights = weights.where(counted, 0)
+    return weights, weights != 0
+
+
 def row_weights(weight: Tensor | None, counted: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # (N) -> (N, 1)
     """Returns the factors of the rows' gradients, 0 for rows that are masked out; None: all are 1."""
     if counted is None:

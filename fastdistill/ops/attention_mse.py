@@ -357,8 +357,6 @@ def _(grad_loss, student_query, student_key, *_):  # type: ignore[no-untyped-def
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *fields, ctx.backend, _, _ = inputs
     call = Attention(*fields)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*call.tensors(), call.key_mask, call.query_mask, *output[1:])
     ctx.scales, ctx.is_causal = (call.student_scale, call.teacher_scale), call.is_causal
 

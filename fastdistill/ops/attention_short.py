@@ -59,8 +59,6 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *fields, _, _, differentiable = inputs
     call, (_, divisor, *gradients) = Attention(*fields), output
     ctx.gradients = gradients if differentiable else None
-    ctx.mark_non_differentiable(divisor, *gradients)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*call.tensors(), call.key_mask, call.query_mask, divisor)
     ctx.scales, ctx.is_causal = (call.student_scale, call.teacher_scale), call.is_causal
 

@@ -74,7 +74,7 @@ def linear_row_losses(
     ]
     weights, unit = None, None
     if item_weights is not None:
-        weights, counted = _weights(item_weights, counted, _common.compute_dtype(student, tensors[2]))
+        weights, counted = _rows.weigh(item_weights, counted, _common.compute_dtype(student, tensors[2]))
         if per_row:
             weights, unit = None, weights
         elif student.dtype == torch.float16:  # as is the gradient of the logits, which has their factor
@@ -87,14 +87,6 @@ def linear_row_losses(
     else:
         loss = _Eager.apply(*others[:3], inputs, options)
     return loss if unit is None else loss * unit
-
-
-def _weights(item_weights: Tensor, counted: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # (N), (N)
-    """Returns the weights, 0 for rows that are masked out, and which rows count."""
-    weights = item_weights.detach().to(dtype)
-    if counted is not None:
-        weights = weights.where(counted, 0)
-    return weights, weights != 0
 
 
 # Loss (N) or (), dX (N, d_s), dW (>= V, d_s), db (>= V); empty where not needed.
@@ -400,10 +392,7 @@ def _fake(*flat):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
-    _keep(ctx, Inputs(*inputs[:INPUTS]), RowOptions(*inputs[INPUTS:]), gradients)
+    _keep(ctx, Inputs(*inputs[:INPUTS]), RowOptions(*inputs[INPUTS:]), output[1:])
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]

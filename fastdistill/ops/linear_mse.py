@@ -310,10 +310,7 @@ def _fake(*inputs):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
-    _keep(ctx, _Call(*inputs[:-1]), gradients, inputs[-1])
+    _keep(ctx, _Call(*inputs[:-1]), output[1:], inputs[-1])
 
 
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]

@@ -277,8 +277,6 @@ def _fake(*flat):  # type: ignore[no-untyped-def]
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.options = inputs[INPUTS + 1 :]
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[: INPUTS - 1])
 
 

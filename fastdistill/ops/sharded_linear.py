@@ -29,7 +29,7 @@ from fastdistill.ops._shards import (
     send,
     stored_for,
     write_gradient,
-)  # fmt: skip
+)
 
 SHARD = len(Shard._fields)
 
@@ -45,7 +45,7 @@ def linear_row_losses(
     needs = [not per_row and torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
     weights, scale = None, None
     if item_weights is not None:
-        weights, counted = whole._weights(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
+        weights, counted = _rows.weigh(item_weights, counted, _common.compute_dtype(tensors[0], tensors[3]))
         weights, scale = (None, weights) if per_row else _common.unit(weights)
     loss = _linear_op(*others, labels, counted, weights, None, 1.0, True, *needs, per_row, *shard, *options)[0]
     return loss if scale is None else loss * scale
@@ -110,7 +110,7 @@ def _linear_forward(*flat: Any) -> whole.Outputs:
     if inputs.per_row:
         chosen.put(losses_out, slice(None), loss)
     elif row_weight is not None:
-        loss *= row_weight.masked_fill(~chosen.counted, 0) if chosen.counted is not None else row_weight
+        loss *= row_weight
     return losses_out if inputs.per_row else loss.sum(), d_student, d_weight, d_bias
 
 
@@ -140,10 +140,7 @@ def _of_chunk(
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    gradients = output[1:]
-    ctx.mark_non_differentiable(*gradients)
-    ctx.set_materialize_grads(False)
-    whole._keep(ctx, whole.Inputs(*inputs[: whole.INPUTS]), inputs[whole.INPUTS :], gradients)
+    whole._keep(ctx, whole.Inputs(*inputs[: whole.INPUTS]), inputs[whole.INPUTS :], output[1:])
 
 
 def _linear_backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
@@ -157,11 +154,9 @@ def _linear_backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
         needs, counted = ctx.needs_input_grad[:3], saved[-1]
         weights, scale = _common.unit(grad_loss if counted is None else grad_loss.masked_fill(~counted, 0))
         _, *gradients = _linear_op(*saved, weights, None, 1.0, ctx.dense, *needs, True, *ctx.options)
-    learned = [
-        _common.scaled(g, scale, dtype) if need else None
-        for g, need, dtype in zip(gradients, needs, ctx.dtypes, strict=True)
-    ]
-    return *learned, *nothing[3:]
+    dtypes = [dtype if need else None for need, dtype in zip(needs, ctx.dtypes, strict=True)]
+    backend = RowOptions(*ctx.options[SHARD:]).backend
+    return *_common.finished(gradients, scale, dtypes, backend), *nothing[3:]
 
 
 _linear_op = _common.registered(

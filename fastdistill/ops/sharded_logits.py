@@ -22,7 +22,7 @@ from fastdistill.ops._shards import (
     send,
     stored_for,
     write_gradient,
-)  # fmt: skip
+)
 
 
 class Inputs(NamedTuple):
@@ -101,10 +101,7 @@ def _logits_fake(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _logits_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, known, more = output
-    ctx.mark_non_differentiable(known, more)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:INPUTS], known, more)
+    ctx.save_for_backward(*inputs[:INPUTS], *output[1:])
     ctx.rest = inputs[INPUTS:]
 
 
@@ -113,15 +110,10 @@ def _logits_backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     nothing = (None,) * (INPUTS - 1 + len(ctx.rest))
     if grad_loss is None:
         return None, *nothing
-    return _logits_gradient(grad_loss, *ctx.saved_tensors, *ctx.rest), *nothing
+    compute = _gradient_op if _common.traced() else _logits_gradient
+    return compute(grad_loss, *ctx.saved_tensors, *ctx.rest), *nothing
 
 
-@torch.library.custom_op(
-    "fastdistill::sharded_row_losses_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_loss, {_common.schema(Inputs)}, Tensor known, Tensor more, {_common.schema(Shard)}, "
-    f"{_common.schema(RowOptions)}) -> Tensor",
-)
 def _logits_gradient(grad_loss, *flat):  # type: ignore[no-untyped-def]
     inputs, (known, more, *rest) = Inputs(*flat[:INPUTS]), flat[INPUTS:]
     shard, options = Shard(*rest[:SHARD]), RowOptions(*rest[SHARD:])
@@ -134,7 +126,16 @@ def _logits_gradient(grad_loss, *flat):  # type: ignore[no-untyped-def]
     return out
 
 
-@_logits_gradient.register_fake
+_gradient_op: Any = torch.library.custom_op(
+    "fastdistill::sharded_row_losses_backward",
+    _logits_gradient,
+    mutates_args=(),
+    schema=f"(Tensor grad_loss, {_common.schema(Inputs)}, Tensor known, Tensor more, {_common.schema(Shard)}, "
+    f"{_common.schema(RowOptions)}) -> Tensor",
+)
+
+
+@_gradient_op.register_fake
 def _(grad_loss, student, *_):  # type: ignore[no-untyped-def]
     return torch.empty_like(student, memory_format=torch.contiguous_format)
 

@@ -28,7 +28,7 @@ from fastdistill import distributed
 from fastdistill._checks import Backend, Tail
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.checks import check_shared
-from fastdistill.train.heads import Head, head_of, is_sharded, replaced, shard_of, takes_virtual_tokens, unwrapped
+from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
 from fastdistill.train.inputs import entries, forward_arguments, input_names, judge, refuse_encoder_decoder
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
@@ -356,14 +356,7 @@ def student_losses(
         output = student(**inputs)
         return output, compute(Logits(whole_logits(student, output.logits)))
 
-    shard = shard_of(student, head.linear)
-
     def carrier(x: Tensor, linear: nn.Linear) -> tuple[Tensor, CausalLMLoss]:
-        if shard is not None and linear.weight is shard:
-            raise ValueError(
-                "the head's weight is still sharded by FSDP while the student runs; pass the model that fully_shard "
-                "was called on, not a part of it"
-            )
         found = compute(Logits(x, linear.weight, linear.bias, head.softcap, head.scale))
         # A sum, since FSDP2 warns about outputs that are views.
         carried = found.loss.new_zeros(1, 1, 1) + (found.loss - found.loss.detach()) / head.scale

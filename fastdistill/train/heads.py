@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 __all__ = [
     "Head", "body", "evaluating", "head_of", "is_peft", "is_sharded", "refuse_virtual_tokens",
-    "replaced", "shard_of", "takes_virtual_tokens", "unwrapped",
+    "replaced", "takes_virtual_tokens", "unwrapped",
 ]  # fmt: skip
 
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")  # factors or divisors in configs
@@ -91,16 +91,6 @@ def refuse_virtual_tokens(model: Any) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Tells whether FSDP frees the memory of the head's whole weight after its forward. ZeRO-3 only lets go of it."""
     return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
-
-
-def shard_of(model: Any, linear: nn.Linear) -> Tensor | None:
-    """Returns FSDP2's shard of the head's weight, which is no shard of the vocabulary; None without FSDP2."""
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        for parameter in group.fsdp_params if group else ():
-            if parameter.sharded_param is linear.weight:
-                return linear.weight
-    return None
 
 
 def head_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Head:
