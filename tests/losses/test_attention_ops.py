@@ -641,6 +641,19 @@ def test_few_launches(masked: bool, num_items: Any, launches: Launches, monkeypa
     assert not [name for name in found if not any(word in name for word in quiet)]
 
 
+@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0)], ids=str)
+def test_gram_kernels_divide_by_1_where_nothing_counts(num_items: Any) -> None:
+    pytest.importorskip("triton")
+    inputs = attention()
+    leaves = [inputs[name].requires_grad_() for name in ATTENTION_MSE.learned]
+    masked = torch.zeros(inputs["student_key"].shape[0], inputs["student_key"].shape[2], dtype=torch.bool)
+    call = Attention(*(inputs[name] for name in Attention._fields[:4]), 1.0, 1.0, masked, None, False, None)
+    assert mse._prefers_gram(call, "triton")
+    loss = fastdistill.attention_mse(**inputs, key_mask=masked, num_items=num_items, backend="triton")
+    assert loss.item() == 0
+    assert all(not x.any() for x in torch.autograd.grad(loss, leaves))
+
+
 def test_rows_are_split_only_until_the_gpu_is_full(launches: Launches) -> None:
     """Each block of a wide head is a program already, and each further split costs D' x D' partial sums."""
     from fastdistill.kernels import attention_mse
