@@ -81,6 +81,8 @@ def _scores_and_pairs(
     query_mask: Tensor | None = None,  # (B, L)
     is_causal: bool = False,
     attn_mask: Tensor | None = None,  # broadcastable to (B, H, L, S)
+    cu_seqlens: Tensor | None = None, cu_seqlens_key: Tensor | None = None,  # (n + 1)
+    window_left: int | None = None, window_right: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns the student's scores, the teacher's, and the pairs that every given mask allows, each (B, H, L, S)."""
     student_query, student_key, teacher_query, teacher_key = _wide(
@@ -97,13 +99,37 @@ def _scores_and_pairs(
         student_query, teacher_query = (
             torch.where(query_mask[:, None, :, None], x, 0) for x in (student_query, teacher_query)
         )
-    if is_causal:  # j <= i + S - L
-        i, j = torch.arange(query_length, device=device)[:, None], torch.arange(key_length, device=device)
-        allowed = allowed & (j <= i + key_length - query_length)
+    distance, is_same = _positions(query_length, key_length, cu_seqlens, cu_seqlens_key, device)
+    if is_same is not None:
+        allowed = allowed & is_same
+    if is_causal:
+        allowed = allowed & (distance <= 0)
+    if window_left is not None:
+        allowed = allowed & (distance >= -window_left)
+    if window_right is not None:
+        allowed = allowed & (distance <= window_right)
     if attn_mask is not None:
         allowed = allowed & attn_mask
     student_scores = _scores(student_query, student_key, student_scale)
     return student_scores, _scores(teacher_query, teacher_key, teacher_scale), allowed
+
+
+def _positions(
+    query_length: int, key_length: int, cu_seqlens: Tensor | None, cu_seqlens_key: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Returns j - i - (S - L) of each pair (L, S), and whether it lies in one packed sequence; then i, j, S and L are
+    those of the sequence."""
+    i, j = torch.arange(query_length, device=device), torch.arange(key_length, device=device)
+    if cu_seqlens is None:
+        return j - i[:, None] - (key_length - query_length), None
+    cu_seqlens, cu_seqlens_key = (
+        x.long() for x in (cu_seqlens, cu_seqlens if cu_seqlens_key is None else cu_seqlens_key)
+    )
+    of_query = torch.searchsorted(cu_seqlens[1:], i, right=True)  # the number of sequences that end before
+    of_key = torch.searchsorted(cu_seqlens_key[1:], j, right=True)
+    # Position from the end of the sequence: (j - S) - (i - L).
+    distance = (j - cu_seqlens_key[of_key + 1]) - (i - cu_seqlens[of_query + 1])[:, None]
+    return distance, of_query[:, None] == of_key
 
 
 def _scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:

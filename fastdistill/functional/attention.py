@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ def attention_mse(
     student_scale: float | None = None, teacher_scale: float | None = None,
     key_mask: Tensor | None = None, query_mask: Tensor | None = None,
     is_causal: bool = False, attn_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, cu_seqlens_key: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
     reduction: Total = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the mean squared error between student and teacher attention scores, without an L x S tensor.
@@ -51,7 +54,8 @@ def attention_mse(
     """
     return _attention(
         _attention_mse_op, reference.attention_mse, (student_query, student_key, teacher_query, teacher_key),
-        (student_scale, teacher_scale), (key_mask, query_mask, is_causal, attn_mask), reduction, num_items, backend,
+        (student_scale, teacher_scale), (key_mask, query_mask, is_causal, attn_mask),
+        (cu_seqlens, cu_seqlens_key), window, reduction, num_items, backend,
     )  # fmt: skip
 
 
@@ -61,6 +65,8 @@ def attention_kl(
     student_scale: float | None = None, teacher_scale: float | None = None,
     key_mask: Tensor | None = None, query_mask: Tensor | None = None,
     is_causal: bool = False, attn_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, cu_seqlens_key: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
     reduction: Total = "mean", num_items: int | float | Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """Computes the KL divergence from the student's attention distribution to the teacher's, without an L x S tensor.
@@ -79,7 +85,8 @@ def attention_kl(
     """
     return _attention(
         _attention_kl_op, reference.attention_kl, (student_query, student_key, teacher_query, teacher_key),
-        (student_scale, teacher_scale), (key_mask, query_mask, is_causal, attn_mask), reduction, num_items, backend,
+        (student_scale, teacher_scale), (key_mask, query_mask, is_causal, attn_mask),
+        (cu_seqlens, cu_seqlens_key), window, reduction, num_items, backend,
     )  # fmt: skip
 
 
@@ -87,6 +94,7 @@ def _attention(
     op: Callable[[Attention, str, Divisor], tuple[Tensor, Divisor]], definition: Callable[..., Tensor],
     tensors: _Tensors, scales: tuple[float | None, float | None],
     masks: tuple[Tensor | None, Tensor | None, bool, Tensor | None],
+    packing: tuple[Tensor | None, Tensor | None], window: tuple[int | None, int | None] | None,
     reduction: Total, num_items: int | float | Tensor | None, backend: Backend,
 ) -> Tensor:  # fmt: skip
     query, _, teacher_query, teacher_key = tensors
@@ -97,10 +105,13 @@ def _attention(
     check.finite("teacher_scale", scales[1])
     _check_heads(*tensors)
     attn_mask = _check_masks(*masks, query.device, (*query.shape[:3], tensors[1].shape[2]))
-    backend = _pick(backend, tensors, definition is reference.attention_kl or masks[2] or attn_mask is not None)
+    packing = _check_packing(*packing, attn_mask, query.shape[0], (query.shape[2], tensors[1].shape[2]), query.device)
+    left, right = _check_window(window)
+    is_tiled = definition is reference.attention_kl or masks[2] or attn_mask is not None
+    backend = _pick(backend, tensors, is_tiled, packing[0] is not None or window is not None)
     student_scale = query.shape[3] ** -0.5 if scales[0] is None else float(scales[0])
     teacher_scale = teacher_query.shape[3] ** -0.5 if scales[1] is None else float(scales[1])
-    call = Attention(*tensors, student_scale, teacher_scale, *masks[:3], attn_mask)
+    call = Attention(*tensors, student_scale, teacher_scale, *masks[:3], attn_mask, *packing, left, right)
     with no_autocast(query):
         if backend == "reference":
             return definition(**call._asdict(), reduction=reduction, num_items=num_items)
@@ -111,9 +122,13 @@ def _attention(
         return total if divisor is None or reduction == "sum" else mean(total, divisor)
 
 
-def _pick(backend: Backend, tensors: _Tensors, is_tiled: bool) -> Backend:
+def _pick(backend: Backend, tensors: _Tensors, is_tiled: bool, is_packed: bool) -> Backend:
     """Returns the backend. `is_tiled`: the kernels need tiles of scores, which wide heads do not fit."""
     chosen = pick_backend(backend, tensors[0].device)
+    if chosen == "triton" and is_packed:  # sequences or a window
+        if backend == "triton":
+            raise ValueError("backend is 'triton', which has no cu_seqlens and no window yet: use 'auto' or 'torch'")
+        return "torch"
     if chosen != "triton" or (width := max(x.shape[3] for x in tensors)) <= WIDEST_TILE:
         return chosen
     if backend == "triton" and is_tiled:
@@ -164,3 +179,54 @@ def _check_masks(
     if len(padded) != 4 or any(m not in (1, n) for m, n in zip(padded, shape, strict=True)):
         raise ValueError(f"attn_mask has shape {tuple(attn_mask.shape)}; it should broadcast to {shape}, (B, H, L, S)")
     return attn_mask.reshape(padded)
+
+
+def _check_packing(
+    cu_seqlens: Tensor | None, cu_seqlens_key: Tensor | None, attn_mask: Tensor | None,
+    batch: int, lengths: tuple[int, int], device: torch.device,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Returns the ends of packed sequences of queries and of keys; `lengths` is (L, S)."""
+    if cu_seqlens is None:
+        if cu_seqlens_key is not None:
+            raise ValueError("cu_seqlens_key is given without cu_seqlens: pass both")
+        return None, None
+    if attn_mask is not None:
+        raise ValueError("attn_mask is given with cu_seqlens, which takes key_mask, query_mask and window only")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens is given, but the batch size is {batch}; packed sequences are one row: B = 1")
+    ends = {"cu_seqlens": cu_seqlens, "cu_seqlens_key": cu_seqlens if cu_seqlens_key is None else cu_seqlens_key}
+    for (name, x), length in zip(ends.items(), lengths, strict=True):
+        if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} is {what}; it should be an int32 tensor: pass {name}.int()")
+        if x.dim() != 1 or x.shape[0] < 1:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be (n + 1) for n sequences")
+        check.on_device(name, x, device)
+        if device.type != "cpu" or traced():
+            continue  # to look at the values would be a host sync
+        starts = x.tolist()
+        if starts[0] != 0 or starts[-1] != length or any(a > b for a, b in pairwise(starts)):
+            raise ValueError(f"{name} is {_shortened(starts)}; it should rise from 0 to the length, {length}")
+    if ends["cu_seqlens_key"].shape != cu_seqlens.shape:
+        raise ValueError(
+            f"cu_seqlens_key has shape {tuple(ends['cu_seqlens_key'].shape)}; it should be {tuple(cu_seqlens.shape)}, "
+            "that of cu_seqlens"
+        )
+    return cu_seqlens, ends["cu_seqlens_key"]
+
+
+def _shortened(numbers: list[int]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:4]))}, ..., {numbers[-1]}]"
+
+
+def _check_window(window: tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window is {window!r}; it should be (left, right), each an int or None")
+    for bound in window:
+        if bound is not None:
+            check.integer("window's bound", bound)
+            if bound < 0:
+                raise ValueError(f"window is {tuple(window)}; its bounds should be at least 0, or None for no bound")
+    return window[0], window[1]

@@ -52,6 +52,11 @@ class Attention(NamedTuple):
     query_mask: Tensor | None  # (B|1, L)
     is_causal: bool
     attn_mask: Tensor | None  # (B|1, H|1, L|1, S|1)
+    cu_seqlens: Tensor | None = None  # (n + 1) ends of packed sequences, from 0 to L: pairs of one sequence; B = 1
+    cu_seqlens_key: Tensor | None = None  # (n + 1) the same of the keys, to S; None if and only if cu_seqlens is
+    # Pairs where -left <= j - i - (S - L) <= right, with each sequence's own lengths if packed; None: no bound
+    window_left: int | None = None
+    window_right: int | None = None
 
     # Methods, where a property would do: Dynamo does not trace a NamedTuple's properties in all versions of torch.
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,6 +80,8 @@ class Attention(NamedTuple):
         """Returns the number of allowed pairs if shapes alone determine it; None with a mask."""
         if self.key_mask is not None or self.query_mask is not None or self.attn_mask is not None:
             return None
+        if not self.is_dense():
+            return None
         batch, heads, query_length, _ = self.student_query.shape
         key_length = self.student_key.shape[2]
         if not self.is_causal:
@@ -82,13 +89,23 @@ class Attention(NamedTuple):
         seen, rows = max(key_length - query_length, 0), min(query_length, key_length)  # by all; that see any
         return batch * heads * (rows * seen + rows * (rows + 1) // 2)
 
+    def is_dense(self) -> bool:
+        """Returns whether there is neither a window nor more than one sequence in a row."""
+        return self.cu_seqlens is None and self.window_left is None and self.window_right is None
+
     def differentiable(self) -> bool:
         return torch.is_grad_enabled() and (self.student_query.requires_grad or self.student_key.requires_grad)
 
     def folded(self) -> Attention:
         """Makes an attn_mask a key mask if it is the same for all heads and queries, or a query mask if it is the same
-        for all heads and keys: both cost less."""
-        mask = self.attn_mask
+        for all heads and keys: both cost less. A window's bound that a causal mask or the lengths imply is left out."""
+        mask, (query_length, key_length) = self.attn_mask, self.lengths()
+        left, right = self.window_left, self.window_right
+        left = None if left is not None and left >= key_length - 1 else left
+        is_causal = self.is_causal or right == 0
+        right = None if right is not None and (is_causal or right >= query_length - 1) else right
+        if (left, right) != (self.window_left, self.window_right):
+            return self._replace(is_causal=is_causal, window_left=left, window_right=right).folded()
         if mask is not None and mask.shape[1] == mask.shape[2] == 1:
             keys = mask[:, 0, 0].expand(-1, self.student_key.shape[2])
             return self._replace(key_mask=keys if self.key_mask is None else keys & self.key_mask, attn_mask=None)
@@ -331,9 +348,9 @@ def tiled_op(
     def backward(ctx, grad_total, *_):  # type: ignore[no-untyped-def]
         _common.refuse_double_backward("attention_kl" if is_kl else "attention_mse")
         if grad_total is None:
-            return (None,) * 12
+            return (None,) * (len(Attention._fields) + 2)
         gradients = map(_common.scaled, ctx.saved_tensors, (grad_total, grad_total), ctx.dtypes)
-        return *gradients, *(None,) * 10
+        return *gradients, *(None,) * len(Attention._fields)
 
     schema = f"({SCHEMA}, str backend, bool differentiable) -> (Tensor, Tensor, Tensor, Tensor)"
     return _common.registered(name, schema, forward, fake, setup_context, backward)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _SCHEMA_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt", float: "float", float | None: "float?",
-    str: "str",
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt", int | None: "SymInt?",
+    float: "float", float | None: "float?", str: "str",
 }  # fmt: skip
 
 

@@ -42,8 +42,8 @@ def attention_mse(call: Attention, backend: str, divisor: Divisor) -> tuple[Tens
     call = call.folded()
     if divisor is None:
         divisor = call.pairs()
-    is_short = backend == "triton" and takes_short(call)
-    if is_short or (call.attn_mask is None and _prefers_gram(call, backend)):
+    is_short = backend == "triton" and call.is_dense() and takes_short(call)
+    if is_short or (call.is_dense() and call.attn_mask is None and _prefers_gram(call, backend)):
         number, num_items = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
         if is_short:
             return attention_short(call, number, num_items), None
@@ -364,11 +364,11 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("attention_mse")
     if grad_loss is None:
-        return (None,) * 13
+        return (None,) * (len(Attention._fields) + 3)
     sq, sk, tq, tk, key_mask, query_mask, *saved = ctx.saved_tensors
-    call = (sq, sk, tq, tk, *ctx.scales, key_mask, query_mask, ctx.is_causal, None)  # as Attention has them
+    call = Attention(sq, sk, tq, tk, ctx.scales[0], ctx.scales[1], key_mask, query_mask, ctx.is_causal, None)
     gradients = _gradients_op if _common.traced() else _gradients
-    return *gradients(grad_loss, *call, ctx.backend, *saved), *(None,) * 11
+    return *gradients(grad_loss, *call, ctx.backend, *saved), *(None,) * (len(Attention._fields) + 1)
 
 
 _linear = _common.registered(

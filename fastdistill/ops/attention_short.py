@@ -66,11 +66,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     _common.refuse_double_backward("attention_mse")
     gradients, ctx.gradients = ctx.gradients, None
-    nothing = (None,) * 11
+    nothing = (None,) * (len(Attention._fields) + 1)
     if grad_loss is None:
         return None, None, *nothing
-    *tensors, key_mask, query_mask, divisor = ctx.saved_tensors
-    call = Attention._make([*tensors, *ctx.scales, key_mask, query_mask, ctx.is_causal, None])
+    sq, sk, tq, tk, key_mask, query_mask, divisor = ctx.saved_tensors
+    call = Attention(sq, sk, tq, tk, ctx.scales[0], ctx.scales[1], key_mask, query_mask, ctx.is_causal, None)
     if gradients is None:
         compute = _gradients_op if _common.traced() else _gradients
         return *compute(grad_loss, *call, divisor), *nothing

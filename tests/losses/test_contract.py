@@ -759,7 +759,7 @@ def test_functional_call(op: Op, backend: str) -> None:
 # The order of arguments: tensors first, student before teacher, then keywords.
 _ATTENTION = (
     "student_query student_key teacher_query teacher_key * student_scale teacher_scale key_mask query_mask is_causal "
-    "attn_mask reduction num_items backend"
+    "attn_mask cu_seqlens cu_seqlens_key window reduction num_items backend"
 )
 _CLASSES = "temperature t_squared labels alpha ignore_index mask vocab_size student_softcap"
 _SCALES = "teacher_softcap student_logit_scale teacher_logit_scale item_weights"
@@ -785,7 +785,8 @@ SIGNATURES = {
 DEFAULTS = {
     "bias": None, "mask": None, "reduction": "mean", "num_items": None, "backend": "auto",
     "student_scale": None, "teacher_scale": None, "key_mask": None, "query_mask": None, "is_causal": False,
-    "attn_mask": None, "temperature": 1.0, "t_squared": False, "labels": None, "alpha": 1.0, "ignore_index": -100,
+    "attn_mask": None, "cu_seqlens": None, "cu_seqlens_key": None, "window": None,
+    "temperature": 1.0, "t_squared": False, "labels": None, "alpha": 1.0, "ignore_index": -100,
     "vocab_size": None, "student_softcap": None, "teacher_softcap": None, "reverse": False, "beta": 0.5,
     "skew": 0.0, "student_logit_scale": 1.0, "teacher_logit_scale": 1.0, "item_weights": None,
     "tail": "renormalize", "student_bias": None, "teacher_bias": None,

@@ -40,6 +40,7 @@ CHANGED = {  # every option at a value that is not its default
     "student_scale": 0.3,
     "teacher_scale": 0.7,
     "is_causal": True,
+    "window": (3, None),
     "temperature": 2.0,
     "t_squared": True,
     "alpha": 0.3,
