@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
+from itertools import groupby, pairwise
 from math import gcd
 from typing import NamedTuple
 
@@ -70,11 +71,11 @@ class Attention(NamedTuple):
         """The dtype of the loss."""
         return _common.compute_dtype(*self.tensors())
 
-    @property
-    def causal_offset(self) -> int | None:
-        """S - L: query i is allowed the keys up to i + S - L. None without a causal mask."""
+    def diagonals(self) -> tuple[int | None, int | None]:
+        """Returns the least and the largest j - i that the window and causality allow; None: no bound."""
         query_length, key_length = self.lengths()
-        return key_length - query_length if self.is_causal else None
+        offset, left, right = key_length - query_length, self.window_left, 0 if self.is_causal else self.window_right
+        return None if left is None else offset - left, None if right is None else offset + right
 
     def pairs(self) -> int | None:
         """Returns the number of allowed pairs if shapes alone determine it; None with a mask."""
@@ -150,12 +151,12 @@ def count_rows(call: Attention) -> Counted:
     if query_length == 0 or key_length == 0:
         none = torch.zeros(1, 1, query_length + key_length, dtype=torch.int64, device=device)
         return Counted(none[:, :, :query_length], none[:, :, :query_length] > 0, none[:, :, query_length:] > 0)
-    if keys is None and queries is None and call.attn_mask is None and (offset >= 0 or not call.is_causal):
+    unmasked = keys is None and queries is None and call.attn_mask is None and call.is_dense()
+    if unmasked and (offset >= 0 or not call.is_causal):
         seen = torch.arange(offset + 1 if call.is_causal else key_length, key_length + 1, device=device)  # (L), or (1)
         return Counted(seen.expand(1, 1, query_length), None, None)
-    if (
-        keys is not None and queries is None and call.attn_mask is None and not call.is_causal
-    ):  # half the launches of the general way
+    is_whole = call.attn_mask is None and call.is_dense() and not call.is_causal
+    if keys is not None and queries is None and is_whole:  # half the launches of the general way
         per_query = keys.sum(1).view(-1, 1, 1).expand(-1, 1, query_length)
         return Counted(per_query, per_query > 0, keys[:, None])
     keys, queries = (
@@ -164,17 +165,40 @@ def count_rows(call: Attention) -> Counted:
     )
     if call.attn_mask is not None:
         return _count_pairs(call._replace(key_mask=keys), keys, queries, call.attn_mask)
-    if call.is_causal:
-        last = torch.arange(query_length, device=device) + offset  # (L) each query's last key; < 0: it has none
-        before = F.pad(keys.cumsum(1), (1, 0))  # (B|1, S + 1) counted keys before each position
-        per_query = before[:, (last + 1).clamp(min=0)] * queries
-        furthest = torch.where(queries, last, -1).amax(1, keepdim=True)
-        keys = keys & (torch.arange(key_length, device=device) <= furthest)
-    else:
+    if is_whole:
         per_query = keys.sum(1, keepdim=True) * queries
         keys = keys & queries.any(1, keepdim=True)
+    else:
+        per_query = _count_within(keys, *ranges(call)) * queries
+        keys = keys & (_count_within(queries, *ranges(call, of_keys=True)) > 0)
     per_query = per_query[:, None]
     return Counted(per_query, per_query > 0, keys[:, None])
+
+
+def ranges(call: Attention, of_keys: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns the first key of each query that sequences, causality and the window allow, and the one after the last,
+    (L) int64 each; `of_keys`: the same of the queries of each key, (S). A range may be empty."""
+    lengths, ends = call.lengths(), (call.cu_seqlens, call.cu_seqlens_key)
+    (left, right), total = (call.window_left, 0 if call.is_causal else call.window_right), sum(lengths)
+    if of_keys:
+        lengths, ends, left, right = lengths[::-1], ends[::-1], right, left
+    position = torch.arange(lengths[0], device=call.student_query.device)
+    if ends[0] is None or ends[1] is None:
+        first, end = position.new_zeros(()), position.new_full((), lengths[1])
+        opposite = position + lengths[1] - lengths[0]
+    else:
+        own, other = ends[0].long(), ends[1].long()
+        sequence = torch.searchsorted(own[1:], position, right=True)
+        first, end = other[sequence], other[sequence + 1]
+        opposite = position + end - own[sequence + 1]
+    first_allowed = opposite - (total if left is None else left)
+    end_allowed = opposite + (total if right is None else right + 1)
+    return first_allowed.clamp(first, end), end_allowed.clamp(first, end)
+
+
+def _count_within(mask: Tensor, first: Tensor, end: Tensor) -> Tensor:  # (B|1, T), (N), (N) -> (B|1, N)
+    before = F.pad(mask.cumsum(1), (1, 0))  # counted rows before each position
+    return before[:, end] - before[:, first]
 
 
 def _count_pairs(call: Attention, keys: Tensor, queries: Tensor, attn_mask: Tensor) -> Counted:
@@ -193,8 +217,8 @@ def _count_pairs(call: Attention, keys: Tensor, queries: Tensor, attn_mask: Tens
 
 
 def allowed_pairs(call: Attention, queries: slice, keys: slice) -> Tensor | None:
-    """Returns which pairs of a tile key_mask, causality and attn_mask allow, broadcastable to (B, H, queries, keys);
-    None: all of them."""
+    """Returns which pairs of a tile key_mask, causality, the window and attn_mask allow, broadcastable to
+    (B, H, queries, keys); None: all of them."""
     masks, device = [], call.student_key.device
     if call.key_mask is not None:
         masks.append(call.key_mask[:, None, None, keys])
@@ -202,10 +226,12 @@ def allowed_pairs(call: Attention, queries: slice, keys: slice) -> Tensor | None
         rows = slice(None) if call.attn_mask.shape[2] == 1 else queries
         columns = slice(None) if call.attn_mask.shape[3] == 1 else keys
         masks.append(call.attn_mask[:, :, rows, columns])
-    offset = call.causal_offset
-    if offset is not None and keys.stop - 1 > queries.start + offset:
-        last = torch.arange(queries.start, queries.stop, device=device) + offset
-        masks.append(torch.arange(keys.start, keys.stop, device=device) <= last[:, None])
+    least, most = call.diagonals()
+    between = partial(torch.arange, device=device)
+    if most is not None and keys.stop - 1 > queries.start + most:
+        masks.append(between(keys.start, keys.stop) <= between(queries.start, queries.stop)[:, None] + most)
+    if least is not None and keys.start < queries.stop - 1 + least:
+        masks.append(between(keys.start, keys.stop) >= between(queries.start, queries.stop)[:, None] + least)
     return reduce(torch.logical_and, masks) if masks else None
 
 
@@ -270,28 +296,33 @@ class TileBlock(NamedTuple):
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Yields the queries of each tile, and the keys that one of them may be allowed."""
-        (query_length, key_length), offset = self.call.lengths(), self.call.causal_offset
+        (query_length, key_length), (least, most) = self.call.lengths(), self.call.diagonals()
         for rows in slices(0, query_length, self.rows):
-            end = key_length if offset is None else min(key_length, rows.stop + offset)
-            if end > 0:
-                yield rows, slice(0, end)
+            first = 0 if least is None else max(0, rows.start + least)
+            end = key_length if most is None else min(key_length, rows.stop + most)
+            if first < end:
+                yield rows, slice(first, end)
 
     def allowed(self, queries: slice, keys: slice) -> tuple[slice, Tensor | None]:
         """Returns the columns of a tile that may hold a masked pair, and `allowed_pairs` of these columns."""
-        first, call, offset = keys.start, self.call, self.call.causal_offset
-        if offset is not None and call.attn_mask is None and call.key_mask is None:  # all pairs before are allowed
-            first = min(max(first, queries.start + offset), keys.stop)
+        first, call, (least, most) = keys.start, self.call, self.call.diagonals()
+        if most is not None and least is None and call.attn_mask is None and call.key_mask is None:
+            first = min(max(first, queries.start + most), keys.stop)  # all pairs before are allowed
         return slice(first - keys.start, None), allowed_pairs(call, queries, slice(first, keys.stop))
 
 
 def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
-    """Cuts a call into blocks of batch entries and heads, whose tiles hold whole rows of scores."""
+    """Cuts a call into blocks of batch entries and heads, whose tiles hold all allowed scores of their rows."""
     batch, heads, query_length, _ = call.student_query.shape
     device, key_length = call.student_query.device, call.student_key.shape[2]
     units = gcd(call.student_key.shape[1], call.teacher_key.shape[1])  # the fewest heads that share no key with others
     area, shared = tile_area(device), heads // units
+    side, (least, most) = min(tile_side(device), query_length), call.diagonals()
+    if least is not None and most is not None:  # a band: tiles of no more rows than its width hold mostly allowed pairs
+        side = min(side, max(LEAST_ROWS, most - least + 1))
+        key_length = min(key_length, most - least + side)
     across = max(1, shared * key_length)
-    rows = max(1, min(tile_side(device), query_length, max(-(-LEAST_ROWS // shared), area // across)))
+    rows = max(1, min(side, max(-(-LEAST_ROWS // shared), area // across)))
     student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (call.student_key, call.teacher_key))
     for take in blocks(batch, units, max(1, area // (rows * across))):
         sq, sk, tq, tk = map(take, call.tensors())
@@ -299,19 +330,69 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
             None if x is None else take(x) for x in (counted.queries, student_keys, teacher_keys, call.attn_mask)
         )
         key_mask = None if call.key_mask is None else take(call.key_mask[:, None])[:, 0]
-        part = Attention(sq, sk, tq, tk, *call[4:6], key_mask, None, call.is_causal, attn_mask)
+        part = call._replace(
+            student_query=sq, student_key=sk, teacher_query=tq, teacher_key=tk,
+            key_mask=key_mask, query_mask=None, attn_mask=attn_mask,
+        )  # fmt: skip
         student, teacher = Side(sq, sk, queries, s_keys, call.dtype), Side(tq, tk, queries, t_keys, call.dtype)
         yield TileBlock(take, part, student, teacher, rows)
 
 
-def tiled_op(
-    name: str, is_kl: bool, add_block: Callable[[TileBlock, Tensor, Tensor | None, Tensor | None], None]
-) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+def sequences(
+    call: Attention, counted: Counted, d_query: Tensor | None, d_key: Tensor | None
+) -> Iterator[tuple[Attention, Counted, Tensor | None, Tensor | None]]:
+    """Cuts packed sequences apart: yields views of neighbours of one length as a batch. Skips those without a pair.
+
+    The lengths are read on the host: on a device this waits for it.
+    """
+    if call.cu_seqlens is None or call.cu_seqlens_key is None:
+        yield call, counted, d_query, d_key
+        return
+    ends = torch.stack([call.cu_seqlens.long(), call.cu_seqlens_key.long()], 1).tolist()
+    start = key_start = 0
+    for (length, key_length), run in groupby((b[0] - a[0], b[1] - a[1]) for a, b in pairwise(ends)):
+        count = sum(1 for _ in run)
+        queries = partial(_as_batch, start=start, count=count, length=length)
+        keys = partial(_as_batch, start=key_start, count=count, length=key_length)
+        start, key_start = start + count * length, key_start + count * key_length
+        if length and key_length:
+            sq, sk, tq, tk = call.tensors()
+            key_mask = None if call.key_mask is None else keys(call.key_mask[:, None])[:, 0]
+            # The query mask is part of `counted`.
+            part = Attention(
+                queries(sq), keys(sk), queries(tq), keys(tk), call.student_scale, call.teacher_scale, key_mask, None,
+                call.is_causal, None, None, None, call.window_left, call.window_right,
+            )  # fmt: skip
+            per_query = queries(counted.keys_per_query)
+            of_queries = (None if x is None else queries(x) for x in (counted.queries, d_query))
+            of_keys = (None if x is None else keys(x) for x in (counted.keys, d_key))
+            (counted_queries, dq), (counted_keys, dk) = of_queries, of_keys
+            yield part.folded(), Counted(per_query, counted_queries, counted_keys), dq, dk
+
+
+def _as_batch(x: Tensor, start: int, count: int, length: int) -> Tensor:  # (1, heads, T, ...) -> (count, heads, ...)
+    return x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
+
+
+Add = Callable[[Attention, Counted, Tensor, Tensor | None, Tensor | None], None]
+
+
+def add_tiles(
+    add_block: Callable[[TileBlock, Tensor, Tensor | None, Tensor | None], None],
+    call: Attention, counted: Counted, total: Tensor, d_query: Tensor | None, d_key: Tensor | None,
+) -> None:  # fmt: skip
+    """Adds the parts of all blocks; `add_block` adds a block's to the sum and, unless they are None, to dQ and dK."""
+    for block in tile_blocks(call, counted):
+        add_block(block, total, *(None if x is None else block.take(x) for x in (d_query, d_key)))
+
+
+def tiled_op(name: str, is_kl: bool, add: Add) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Registers an attention loss that computes every score, tile by tile: quadratic time, linear memory.
 
     The op takes `Attention`'s fields, the backend, and whether gradients are wanted. It returns the sum, the count, and
     dQ and dK of the sum in its dtype (empty if not wanted): gradients are cheapest while a tile is in the cache. The
-    backward scales them. `add_block` adds a block's part to the sum and, unless they are None, to dQ and dK.
+    backward scales them. `add` adds to the sum and, unless they are None, to dQ and dK; packed sequences reach it one
+    length at a time.
     """
 
     def forward(*inputs):  # type: ignore[no-untyped-def]
@@ -331,8 +412,8 @@ def tiled_op(
                 call = call._replace(key_mask=None)
             loss = total.to(_common.widest_dtype(total), copy=True)
             with _common.no_autocast(call.student_query):
-                for block in tile_blocks(call, counted):
-                    add_block(block, loss, *(None if x is None else block.take(x) for x in gradients))
+                for part, rows, *of_part in sequences(call, counted, *gradients):
+                    add(part, rows, loss, *of_part)
         items = counted.keys_per_query > 0 if is_kl else counted.keys_per_query
         return loss.to(total.dtype), items.expand(call.student_query.shape[:3]).sum(), d_query, d_key
 

@@ -11,6 +11,7 @@ in L and S. The gradients are those of the sum; the backward scales them.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,4 +62,4 @@ def _add_block(block: TileBlock, total: Tensor, d_query: Tensor | None, d_key: T
             _attention.add_gradients(d_scores, sq, sk, weight, d_query[:, :, rows], d_key[:, :, keys])
 
 
-_attention_kl = _attention.tiled_op("attention_kl", True, _add_block)
+_attention_kl = _attention.tiled_op("attention_kl", True, partial(_attention.add_tiles, _add_block))

@@ -43,13 +43,17 @@ def attention_mse(call: Attention, backend: str, divisor: Divisor) -> tuple[Tens
     if divisor is None:
         divisor = call.pairs()
     is_short = backend == "triton" and call.is_dense() and takes_short(call)
-    if is_short or (call.is_dense() and call.attn_mask is None and _prefers_gram(call, backend)):
+    if is_short or _takes_linear(call, backend):
         number, num_items = (None, divisor) if isinstance(divisor, Tensor) else (divisor, None)
         if is_short:
             return attention_short(call, number, num_items), None
         return _linear(*call, backend, number, num_items)[0], None
     total, count, *_ = _tiled(*call, backend, call.differentiable())
     return total, count if divisor is None else divisor
+
+
+def _takes_linear(call: Attention, backend: str) -> bool:
+    return call.is_dense() and call.attn_mask is None and _prefers_gram(call, backend)
 
 
 def _prefers_gram(call: Attention, backend: str) -> bool:
@@ -397,4 +401,14 @@ def _add_block(block: TileBlock, total: Tensor, d_query: Tensor | None, d_key: T
             _attention.add_gradients(scores, sq, sk, 2 * student_scale, d_query[:, :, rows], d_key[:, :, keys])
 
 
-_tiled = _attention.tiled_op("attention_mse_tiled", False, _add_block)
+def _add(call: Attention, counted: Counted, total: Tensor, d_query: Tensor | None, d_key: Tensor | None) -> None:
+    if not _takes_linear(call, "torch"):
+        _attention.add_tiles(_add_block, call, counted, total, d_query, d_key)
+        return
+    loss, query_gram, key_gram = _linear_loss(call, counted)  # of a long sequence among packed ones
+    total += loss.clamp_(min=0)
+    if d_query is not None and d_key is not None:
+        _linear_gradients(torch.ones_like(loss), call, counted, query_gram, key_gram, d_query, d_key)
+
+
+_tiled = _attention.tiled_op("attention_mse_tiled", False, _add)
