@@ -43,6 +43,7 @@ is_causal: allow only `j <= i + S - L`.
 attn_mask: bool, broadcastable to `(B, H, L, S)`, True = allowed.
 cu_seqlens: `(n + 1)` int32 or int64, where n packed sequences begin and end, from 0 to L; B is 1 and only pairs of one
     sequence are allowed. Its values are checked on the CPU only: on a device that would be a host sync.
+    The torch backend reads it on the host, which waits for the device once.
 cu_seqlens_key: the same of the keys, from 0 to S, where they differ. S and L of the other arguments are then those of
     each sequence.
 window: `(left, right)`, ints of at least 0 or None (no bound): allow only `-left <= j - i - (S - L) <= right`.

@@ -106,7 +106,6 @@ def test_a_window_beside_a_dense_mask(op: Op) -> None:
 @every_op
 @pytest.mark.parametrize("window", [None, (20, None)], ids=str)
 def test_packed_sequences_equal_them_one_by_one(op: Op, window: Window) -> None:
-    """They do to the bit in the gradients where the scale of the loss is 1: the same tiles are computed."""
     lengths = [7, 130, 1, 64]
     inputs = attention(1, 4, sum(lengths), sum(lengths), 26, 64, student_kv=4, teacher_kv=2)
     keywords = {"reduction": "sum", "backend": "torch", "window": window}
