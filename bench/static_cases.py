@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from fastdistill.kernels import (
     attention_mse,
+    attention_packed,
     attention_short,
     attention_tiles,
     counted_mm,
@@ -71,6 +72,7 @@ def growing(size: int) -> Iterator[tuple[str, Call]]:
     for is_causal in (False, True):
         yield f"attention_mse, {is_causal=}", _gram(64, 64, "bf16", True, is_causal, size)[1]
     yield "attention_kl", _tiles(True, 64, 64, "bf16", True, size)[1]
+    yield "attention_kl, packed", _packed(True, 64, size)[1]
     yield "attention_mse, short", _short(64, 64, "bf16", 97 + size % 32, True)[1]
 
 
@@ -273,6 +275,8 @@ def attention_tiles_cases() -> Iterator[tuple[str, Call]]:
         (False, 256, 256, "bf16", False),
     ):
         yield _tiles(is_kl, d_s, d_t, name, with_all)
+    for is_kl, width in ((True, 64), (True, 128), (False, 64)):
+        yield _packed(is_kl, width)
 
 
 def _tiles(is_kl: bool, d_s: int, d_t: int, name: str, with_all: bool, length: int = 512) -> tuple[str, Call]:
@@ -289,6 +293,20 @@ def _tiles(is_kl: bool, d_s: int, d_t: int, name: str, with_all: bool, length: i
 
     options = " all options" * with_all + " unaligned" * (d_s % 8 > 0)
     return f"attention_{'kl' if is_kl else 'mse'} tiles {d_s} / {d_t} {name}{options}", call
+
+
+def _packed(is_kl: bool, width: int, length: int = 8192) -> tuple[str, Call]:
+    student, starts = torch.empty(1, 4, length, width, dtype=torch.bfloat16), torch.empty(17, dtype=torch.int32)
+
+    def call() -> None:
+        call, counted = _attention(student, student, torch.empty(1, 1, length, dtype=torch.bool), True)
+        bounds = attention_packed.bounds(call._replace(cu_seqlens=starts, cu_seqlens_key=starts, window_left=512))
+        attention_tiles.loss(
+            call, counted._replace(bounds=bounds), is_kl=is_kl, dtype=torch.float32,
+            d_query=student.float(), d_key=student[:, :2].float(),
+        )  # fmt: skip
+
+    return f"attention_{'kl' if is_kl else 'mse'} packed tiles {width} / {width} bf16", call
 
 
 def attention_short_cases() -> Iterator[tuple[str, Call]]:

@@ -84,10 +84,8 @@ def _exp(x):
 
 @triton.jit
 def _allowed(
-    rows, columns, rows_count, columns_count, mask_ptr, mask_row, mask_column, offset,
-    IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
-):  # rows and columns broadcast against each other  # fmt: skip
-    allowed = rows_count & columns_count
+    allowed, rows, columns, mask_ptr, mask_row, mask_column, offset, IS_CAUSAL: tl.constexpr, CHUNK: tl.constexpr
+):  # `allowed`: so far; rows and columns broadcast against each other
     if IS_CAUSAL:
         allowed &= columns <= rows + offset
     if CHUNK:
@@ -99,10 +97,25 @@ def _allowed(
 
 
 @triton.jit
+def _range(bounds_ptr, rows, length):
+    """Returns the first row of the other side that each row may meet, and the one after the last."""
+    rows = tl.minimum(rows, length - 1)  # so that those past the end extend no loop
+    return tl.load(bounds_ptr + rows), tl.load(bounds_ptr + tl.cast(length, tl.int64) + rows)
+
+
+@triton.jit
+def _within(rows, rows_count, first, end, counted):  # the rows; the ranges of the other side, and which of these count
+    """Returns which pairs lie in their range and count on both sides, in one subtraction and one comparison a pair."""
+    rows, size = tl.where(rows_count, rows, -1), tl.where(counted, end - first, 0)
+    return (rows - first).to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
 def _statistics(
     sq_ptr, sk_ptr, tq_ptr, tk_ptr,  # (B, H, L, D_s), (B, H_s, S, D_s), (B, H, L, D_t), (B, H_t, S, D_t)
     queries_ptr, keys_ptr,  # (B|1, H|1, L), (B|1, H|1, S) bool, which rows count; None: all
     mask_ptr,  # (B|1, H|1, L|1, S|1) bool; None: all
+    bounds_ptr,  # (2, L) int32: first and end of each query's keys, if packed or windowed; None: all keys
     stats_ptr,  # (5, B * H, L): m_s, m_t, 1024 / l_s, 1024 / l_t, KL
     sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
     queries_batch, queries_head, keys_batch, keys_head, mask_batch, mask_head, mask_row, mask_column,
@@ -124,22 +137,28 @@ def _statistics(
     sq = _load(sq_ptr + batch * sq_batch + head * sq_head, sq_row, tile * BLOCK_M, counted, BLOCK_M, D_S, PADDED_S)
     tq = _load(tq_ptr + batch * tq_batch + head * tq_head, tq_row, tile * BLOCK_M, counted, BLOCK_M, D_T, PADDED_T)
     offset = key_length - query_length
-    end = key_length
+    begin, end = 0, key_length
     if IS_CAUSAL:
         end = tl.minimum(key_length, (tile + 1) * BLOCK_M + offset)
+    if bounds_ptr is not None:
+        lower, upper = _range(bounds_ptr, rows, query_length)
+        begin, end = tl.min(lower, 0), tl.max(upper, 0)
 
     lowest: tl.constexpr = -1e300 if tl.float64 == WIDE else -1e30  # finite: -inf - -inf is NaN
     s_max, t_max = tl.full((BLOCK_M,), lowest, WIDE), tl.full((BLOCK_M,), lowest, WIDE)
     s_sum, t_sum, cross = tl.zeros((BLOCK_M,), WIDE), tl.zeros((BLOCK_M,), WIDE), tl.zeros((BLOCK_M,), WIDE)
-    for start in range(0, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):
         columns = start + tl.arange(0, BLOCK_N)
         keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
         sk = _load(sk_ptr, sk_row, start, keys, BLOCK_N, D_S, PADDED_S)
         tk = _load(tk_ptr, tk_row, start, keys, BLOCK_N, D_T, PADDED_T)
+        if bounds_ptr is None:
+            allowed = counted[:, None] & keys[None, :]
+        else:
+            allowed = _within(columns[None, :], keys[None, :], lower[:, None], upper[:, None], counted[:, None])
         allowed = _allowed(
-            rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
-            IS_CAUSAL, CHUNK,
-        )  # fmt: skip
+            allowed, rows[:, None], columns[None, :], mask_ptr, mask_row, mask_column, offset, IS_CAUSAL, CHUNK
+        )
         s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
         t = _product(tq, tl.trans(tk), WIDE, PRECISION) * teacher_scale
         s, t = tl.where(allowed, s, -float("inf")), tl.where(allowed, t, -float("inf"))
@@ -181,7 +200,7 @@ def _difference(s, t, allowed, s_max, t_max, s_scale, t_scale, IS_KL: tl.constex
 
 @triton.jit
 def _d_query(
-    sq_ptr, sk_ptr, tq_ptr, tk_ptr, queries_ptr, keys_ptr, mask_ptr,
+    sq_ptr, sk_ptr, tq_ptr, tk_ptr, queries_ptr, keys_ptr, mask_ptr, bounds_ptr,
     stats_ptr,  # KL: as above; MSE: (B * H, L), to be written: the row's sum of squares
     d_query_ptr,  # (B, H, L, D_s); None: not wanted
     sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
@@ -214,6 +233,9 @@ def _d_query(
         end = tl.minimum(key_length, (tile + 1) * BLOCK_M + offset)
     if CHUNK:
         begin = tl.maximum(tile * BLOCK_M // CHUNK * CHUNK + offset, 0)
+    if bounds_ptr is not None:
+        lower, upper = _range(bounds_ptr, rows, query_length)
+        begin, end = tl.min(lower, 0), tl.max(upper, 0)
     stats_ptr += of * query_length + rows
     s_max = tl.zeros((BLOCK_M,), WIDE)
     t_max, s_inverse, t_inverse = s_max, s_max, s_max
@@ -230,10 +252,13 @@ def _d_query(
         keys = _flags(keys_ptr, batch * keys_batch + head * keys_head + columns, columns < key_length)
         sk = _load(sk_ptr, sk_row, start, keys, BLOCK_N, D_S, PADDED_S)
         tk = _load(tk_ptr, tk_row, start, keys, BLOCK_N, D_T, PADDED_T)
+        if bounds_ptr is None:
+            allowed = counted[:, None] & keys[None, :]
+        else:
+            allowed = _within(columns[None, :], keys[None, :], lower[:, None], upper[:, None], counted[:, None])
         allowed = _allowed(
-            rows[:, None], columns[None, :], counted[:, None], keys[None, :], mask_ptr, mask_row, mask_column, offset,
-            IS_CAUSAL, CHUNK,
-        )  # fmt: skip
+            allowed, rows[:, None], columns[None, :], mask_ptr, mask_row, mask_column, offset, IS_CAUSAL, CHUNK
+        )
         s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
         t = _product(tq, tl.trans(tk), WIDE, PRECISION) * teacher_scale
         ds = _difference(s, t, allowed, s_max[:, None], t_max[:, None], s_inverse[:, None], t_inverse[:, None], IS_KL)
@@ -253,6 +278,7 @@ def _d_query(
 @triton.jit
 def _d_key(
     sq_ptr, sk_ptr, tq_ptr, tk_ptr, queries_ptr, keys_ptr, mask_ptr,
+    bounds_ptr,  # (2, S) int32: first and end of each key's queries
     stats_ptr,  # KL: as above
     d_key_ptr,  # (B, H_s, S, D_s)
     sq_batch, sq_head, sq_row, sk_batch, sk_head, sk_row, tq_batch, tq_head, tq_row, tk_batch, tk_head, tk_row,
@@ -279,6 +305,9 @@ def _d_key(
     if CHUNK:  # the last query of the last key's chunk; 0 where all queries see the keys
         last = (tile + 1) * BLOCK_N - 1 - offset
         end = tl.where(last < 0, 0, tl.minimum(query_length, (tl.maximum(last, 0) // CHUNK + 1) * CHUNK))
+    if bounds_ptr is not None:
+        lower, upper = _range(bounds_ptr, columns, key_length)
+        first, end = tl.min(lower, 0), tl.max(upper, 0)
 
     dk = tl.zeros((BLOCK_N, PADDED_S), WIDE)
     for head in range(student_head * student_sharing, (student_head + 1) * student_sharing):
@@ -303,10 +332,13 @@ def _d_key(
                 s_max, t_max = tl.load(at, mask=exists), tl.load(at + stats_size, mask=exists)
                 s_inverse = tl.load(at + 2 * stats_size, mask=exists)
                 t_inverse = tl.load(at + 3 * stats_size, mask=exists)
+            if bounds_ptr is None:
+                allowed = counted[:, None] & keys[None, :]
+            else:
+                allowed = _within(rows[:, None], counted[:, None], lower[None, :], upper[None, :], keys[None, :])
             allowed = _allowed(
-                rows[:, None], columns[None, :], counted[:, None], keys[None, :], head_mask_ptr, mask_row, mask_column,
-                offset, IS_CAUSAL, CHUNK,
-            )  # fmt: skip
+                allowed, rows[:, None], columns[None, :], head_mask_ptr, mask_row, mask_column, offset, IS_CAUSAL, CHUNK
+            )
             # The very products of the statistics: transposed they might be rounded otherwise, and a score of 1000 by
             # another 1e-4 than its row's maximum was.
             s = _product(sq, tl.trans(sk), WIDE, PRECISION) * student_scale
@@ -327,8 +359,8 @@ _UP_TO_64 = {"gfx": (128, 64, 4, 1), "sm_80": (64, 32, 4, 2), "sm_90": (64, 64, 
 _UP_TO_128 = {"gfx": (128, 32, 4, 1), "sm_80": (64, 32, 4, 1), "sm_90": (64, 64, 4, 1), "sm_100": (64, 32, 4, 1)}
 
 
-def _tiles(arch: str, itemsize: int, width: int, masked: bool) -> dict[str, int]:
-    """Chooses a tile for heads `width` wide after padding; `masked`: with a mask of pairs."""
+def _tiles(arch: str, itemsize: int, width: int, masked: bool, ranged: bool = False) -> dict[str, int]:
+    """Chooses a tile for heads `width` wide after padding. `masked`: with a mask of pairs; `ranged`: with ranges."""
     on_amd = arch.startswith("gfx")
     family = "gfx" if on_amd else arch if arch in ("sm_90", "sm_100") else "sm_80"
     if arch == "cpu":
@@ -339,6 +371,8 @@ def _tiles(arch: str, itemsize: int, width: int, masked: bool) -> dict[str, int]
         tile = (64, 16, 2, 1) if on_amd else (32, 32, 4, 1) if itemsize == 4 else (32, 16, 4, 2)
     elif width > 128:
         tile = (64, 16, 4, 1) if on_amd else (32, 16, 4, 1) if masked else (32, 32, 4, 2)
+    elif ranged and width > 64 and not on_amd:  # the ranges take registers
+        tile = (64, 16, 4, 1) if family == "sm_100" else (64, 32, 4, 1)
     else:
         tile = (_UP_TO_64 if width <= 64 else _UP_TO_128)[family]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
@@ -370,20 +404,25 @@ def loss(
     strides = [stride for x in tensors for stride in x.stride()[:3]]
     for x, dimensions in ((flags[0], 2), (flags[1], 2), (call.attn_mask, 4)):  # 0 where a mask is broadcast
         strides += [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in range(dimensions)]
-    inputs = (*tensors, *flags, call.attn_mask, rows)
+    of_queries, of_keys = counted.bounds or (None, None)
+    inputs = (*tensors, *flags, call.attn_mask)
     arch = _common.arch_of(call.student_query)
     padded_s, padded_t = (max(power_of_2(width), 16) for width in (d_s, d_t))
     itemsize = max(8 if dtype == torch.float64 else 2, *(x.itemsize for x in tensors))
     if not is_kl and call.student_query.dtype == torch.float16:
         itemsize = 4  # its gradient products take float32
-    tiles = _tiles(arch, itemsize, max(padded_s, padded_t), call.attn_mask is not None)
+    tiles = _tiles(arch, itemsize, max(padded_s, padded_t), call.attn_mask is not None, counted.bounds is not None)
     options = {
-        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "IS_CAUSAL": call.is_causal, "CHUNK": chunk,
+        "D_S": d_s, "D_T": d_t, "PADDED_S": padded_s, "PADDED_T": padded_t, "CHUNK": chunk,
+        "IS_CAUSAL": call.is_causal and counted.bounds is None,
         "WIDE": tl.float64 if dtype == torch.float64 else tl.float32,
         # Three products of 10-bit terms on tensor cores are as accurate as one in float32.
         "PRECISION": "tf32x3" if arch.startswith("sm_") else "ieee",
         **tiles,
     }  # fmt: skip
+    of_key_options = options
+    if of_keys is not None:  # the ranges of the keys take the registers of a second stage
+        of_key_options = {**options, "num_stages": 1, **({"maxnreg": 255} if arch.startswith("sm_") else {})}
     sizes = (heads, heads // student_heads, heads // call.teacher_key.shape[1], query_length, key_length)
     scales = (call.student_scale, call.teacher_scale)
     factor = call.student_scale / 1024 if is_kl else 2 * call.student_scale
@@ -391,15 +430,16 @@ def loss(
     over_keys = (-(-key_length // tiles["BLOCK_N"]) * student_heads * batch,)
     with on_device_of(call.student_query):
         if is_kl:
-            _statistics[over_queries](*inputs, *strides, *sizes, *scales, **options)
+            _statistics[over_queries](*inputs, of_queries, rows, *strides, *sizes, *scales, **options)
         if d_query is not None or not is_kl:
             d_query_strides = (0,) * 4 if d_query is None else d_query.stride()
             _d_query[over_queries](
-                *inputs, d_query, *strides, *d_query_strides, *sizes, *scales, factor, IS_KL=is_kl, **options
-            )
+                *inputs, of_queries, rows, d_query, *strides, *d_query_strides, *sizes, *scales, factor, IS_KL=is_kl,
+                **options,
+            )  # fmt: skip
         if d_key is not None:
             _d_key[over_keys](
-                *inputs, d_key, *strides, *d_key.stride(), *sizes, batch * heads * query_length, *scales, factor,
-                IS_KL=is_kl, **options,
+                *inputs, of_keys, rows, d_key, *strides, *d_key.stride(), *sizes, batch * heads * query_length, *scales,
+                factor, IS_KL=is_kl, **of_key_options,
             )  # fmt: skip
     return rows[-batch * heads * query_length :].sum(dtype=torch.float64)

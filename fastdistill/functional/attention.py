@@ -108,7 +108,7 @@ def _attention(
     packing = _check_packing(*packing, attn_mask, query.shape[0], (query.shape[2], tensors[1].shape[2]), query.device)
     left, right = _check_window(window)
     is_tiled = definition is reference.attention_kl or masks[2] or attn_mask is not None
-    backend = _pick(backend, tensors, is_tiled, packing[0] is not None or window is not None)
+    backend = _pick(backend, tensors, is_tiled or packing[0] is not None or window is not None)
     student_scale = query.shape[3] ** -0.5 if scales[0] is None else float(scales[0])
     teacher_scale = teacher_query.shape[3] ** -0.5 if scales[1] is None else float(scales[1])
     call = Attention(*tensors, student_scale, teacher_scale, *masks[:3], attn_mask, *packing, left, right)
@@ -122,13 +122,9 @@ def _attention(
         return total if divisor is None or reduction == "sum" else mean(total, divisor)
 
 
-def _pick(backend: Backend, tensors: _Tensors, is_tiled: bool, is_packed: bool) -> Backend:
+def _pick(backend: Backend, tensors: _Tensors, is_tiled: bool) -> Backend:
     """Returns the backend. `is_tiled`: the kernels need tiles of scores, which wide heads do not fit."""
     chosen = pick_backend(backend, tensors[0].device)
-    if chosen == "triton" and is_packed:  # sequences or a window
-        if backend == "triton":
-            raise ValueError("backend is 'triton', which has no cu_seqlens and no window yet: use 'auto' or 'torch'")
-        return "torch"
     if chosen != "triton" or (width := max(x.shape[3] for x in tensors)) <= WIDEST_TILE:
         return chosen
     if backend == "triton" and is_tiled:

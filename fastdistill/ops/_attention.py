@@ -126,6 +126,8 @@ class Counted(NamedTuple):
     keys_per_query: Tensor  # (B|1, H|1, L) int64: how many keys the query is allowed
     queries: Tensor | None  # (B|1, H|1, L) bool: queries that are allowed a key; None: all
     keys: Tensor | None  # (B|1, H|1, S) bool: keys that a query is allowed; None: all
+    # For Triton's tiles: `ranges` of the queries and of the keys, int32; None: causality is the only bound, if any
+    bounds: tuple[Tensor, Tensor] | None = None
 
     def pairs(self, call: Attention) -> Tensor:
         """Returns the number of allowed pairs, () int64."""
@@ -143,8 +145,9 @@ class Counted(NamedTuple):
         return self.keys.unflatten(1, (heads, -1)).any(2)
 
 
-def count_rows(call: Attention) -> Counted:
-    """Finds the rows that count, in time linear in L and S without attn_mask; an attn_mask is read once, unexpanded."""
+def count_rows(call: Attention, bounds: tuple[Tensor, Tensor] | None = None) -> Counted:
+    """Finds the rows that count, in time linear in L and S without attn_mask; an attn_mask is read once, unexpanded.
+    `bounds`: see Counted."""
     query_length, key_length = call.lengths()
     device, offset = call.student_query.device, key_length - query_length
     keys, queries = call.key_mask, call.query_mask
@@ -159,25 +162,27 @@ def count_rows(call: Attention) -> Counted:
     if keys is not None and queries is None and is_whole:  # half the launches of the general way
         per_query = keys.sum(1).view(-1, 1, 1).expand(-1, 1, query_length)
         return Counted(per_query, per_query > 0, keys[:, None])
+    if call.attn_mask is None and not is_whole:
+        of_queries, of_keys = (ranges(call), ranges(call, of_keys=True)) if bounds is None else bounds
+        per_query, reached = _count_within(keys, of_queries), _count_within(queries, of_keys) > 0
+        per_query = (per_query if queries is None else per_query * queries)[:, None]
+        reached = reached if keys is None else reached & keys
+        return Counted(per_query, per_query > 0, reached[:, None], bounds)
     keys, queries = (
         torch.ones(1, length, dtype=torch.bool, device=device) if mask is None else mask
         for mask, length in ((keys, key_length), (queries, query_length))
     )
     if call.attn_mask is not None:
-        return _count_pairs(call._replace(key_mask=keys), keys, queries, call.attn_mask)
-    if is_whole:
-        per_query = keys.sum(1, keepdim=True) * queries
-        keys = keys & queries.any(1, keepdim=True)
-    else:
-        per_query = _count_within(keys, *ranges(call)) * queries
-        keys = keys & (_count_within(queries, *ranges(call, of_keys=True)) > 0)
+        return _count_pairs(call._replace(key_mask=keys), keys, queries, call.attn_mask)._replace(bounds=bounds)
+    per_query = keys.sum(1, keepdim=True) * queries
+    keys = keys & queries.any(1, keepdim=True)
     per_query = per_query[:, None]
     return Counted(per_query, per_query > 0, keys[:, None])
 
 
-def ranges(call: Attention, of_keys: bool = False) -> tuple[Tensor, Tensor]:
+def ranges(call: Attention, of_keys: bool = False) -> Tensor:
     """Returns the first key of each query that sequences, causality and the window allow, and the one after the last,
-    (L) int64 each; `of_keys`: the same of the queries of each key, (S). A range may be empty."""
+    (2, L) int64; `of_keys`: the same of the queries of each key, (2, S). A range may be empty."""
     lengths, ends = call.lengths(), (call.cu_seqlens, call.cu_seqlens_key)
     (left, right), total = (call.window_left, 0 if call.is_causal else call.window_right), sum(lengths)
     if of_keys:
@@ -193,10 +198,14 @@ def ranges(call: Attention, of_keys: bool = False) -> tuple[Tensor, Tensor]:
         opposite = position + end - own[sequence + 1]
     first_allowed = opposite - (total if left is None else left)
     end_allowed = opposite + (total if right is None else right + 1)
-    return first_allowed.clamp(first, end), end_allowed.clamp(first, end)
+    return torch.stack([first_allowed.clamp(first, end), end_allowed.clamp(first, end)])
 
 
-def _count_within(mask: Tensor, first: Tensor, end: Tensor) -> Tensor:  # (B|1, T), (N), (N) -> (B|1, N)
+def _count_within(mask: Tensor | None, ranges: Tensor) -> Tensor:  # (B|1, T), (2, N) -> (B|1, N)
+    """Returns how many rows count in each range."""
+    first, end = ranges.long()
+    if mask is None:
+        return (end - first)[None]
     before = F.pad(mask.cumsum(1), (1, 0))  # counted rows before each position
     return before[:, end] - before[:, first]
 
@@ -398,7 +407,7 @@ def tiled_op(name: str, is_kl: bool, add: Add) -> Callable[..., tuple[Tensor, Te
     def forward(*inputs):  # type: ignore[no-untyped-def]
         *fields, backend, differentiable = inputs
         call = Attention(*fields)
-        counted = count_rows(call)
+        counted = count_rows(call, _bounds(call, backend))
         # The kernels write all of dQ and dK; the tiles of the other backends are added to zeros.
         allocate = torch.empty_like if backend == "triton" else torch.zeros_like
         total, d_query, d_key = _tiled_outputs(call, differentiable, allocate)
@@ -435,6 +444,14 @@ def tiled_op(name: str, is_kl: bool, add: Add) -> Callable[..., tuple[Tensor, Te
 
     schema = f"({SCHEMA}, str backend, bool differentiable) -> (Tensor, Tensor, Tensor, Tensor)"
     return _common.registered(name, schema, forward, fake, setup_context, backward)
+
+
+def _bounds(call: Attention, backend: str) -> tuple[Tensor, Tensor] | None:
+    if backend != "triton" or call.is_dense() or not call.student_query.numel() or not call.student_key.numel():
+        return None
+    from fastdistill.kernels import attention_packed as kernels
+
+    return kernels.bounds(call)
 
 
 def _tiled_outputs(

@@ -235,7 +235,6 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "window is", {"window": (1, 2, 3)}),
     (TypeError, "window's bound is float", {"window": (1.0, 2)}),
     (ValueError, r"window is \(-1, 2\)", {"window": (-1, 2)}),
-    (ValueError, "backend is 'triton'", {"window": (1, 2), "backend": "triton"}),
 ]
 
 

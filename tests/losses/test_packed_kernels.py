@@ -1,0 +1,140 @@
+"""Tests the kernels of packed sequences and windows against float64, in Triton's interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from _cases import ATTENTION_KL, ATTENTION_MSE, Op, attention
+from _oracle import Outcome, assert_accurate, assert_same, cast, evaluate
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton runs the kernels")
+
+from fastdistill.kernels import attention_packed
+
+from fastdistill.ops._attention import Attention, ranges
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Queries and keys of each sequence: empty ones, one token, some longer than a tile of 128 rows.
+LENGTHS = ((0, 0), (5, 5), (1, 1), (150, 150), (3, 0), (0, 4), (130, 40), (7, 90), (0, 0))
+Lengths = tuple[tuple[int, int], ...]
+Window = tuple[int | None, int | None] | None
+both = pytest.mark.parametrize("op", (ATTENTION_MSE, ATTENTION_KL), ids=lambda op: op.name)
+
+
+def packed(lengths: Lengths = LENGTHS, heads: int = 2, **options: int) -> dict[str, Any]:
+    starts = torch.tensor([(0, 0), *lengths]).cumsum(0).int()
+    inputs = attention(1, heads, *starts[-1].tolist(), **{"student_kv": 1, "teacher_kv": 2, **options})
+    inputs |= {"cu_seqlens": starts[:, 0].contiguous(), "cu_seqlens_key": starts[:, 1].contiguous()}
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+def with_masks(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Adds masks, and NaN in the rows that they leave out."""
+    masked = dict(inputs)
+    for side in ("query", "key"):
+        mask = torch.rand(inputs[f"student_{side}"].shape[::2], device=DEVICE) > 0.2  # (B, T)
+        masked[f"{side}_mask"] = mask
+        for name in (f"student_{side}", f"teacher_{side}"):
+            masked[name] = inputs[name].masked_fill(~mask[:, None, :, None], float("nan"))
+    return masked
+
+
+def allowed_pairs(lengths: Lengths, is_causal: bool, window: Window) -> Tensor:  # (L, S)
+    """Builds the pairs sequence by sequence."""
+    blocks = []
+    for queries, keys in lengths:
+        pairs = torch.ones(queries, keys, dtype=torch.bool)
+        left, right = window or (None, None)
+        if is_causal:
+            pairs = pairs.tril(keys - queries)
+        if left is not None:
+            pairs = pairs.triu(keys - queries - left)
+        if right is not None:
+            pairs = pairs.tril(keys - queries + right)
+        blocks.append(pairs)
+    return torch.block_diag(*blocks).bool()
+
+
+def check(op: Op, inputs: dict[str, Any], lengths: Lengths, **keywords: Any) -> Outcome:
+    found = evaluate(op, inputs, op.learned, backend="triton", **keywords)
+    dense = {k: x.nan_to_num() if x.is_floating_point() else x for k, x in inputs.items() if "cu_seqlens" not in k}
+    pairs = allowed_pairs(lengths, keywords.pop("is_causal", False), keywords.pop("window", None)).to(DEVICE)
+    dense["attn_mask"] = pairs & dense.pop("attn_mask", torch.tensor(True, device=DEVICE))
+    assert_accurate(found, op.truth(dense, **keywords), evaluate(op.textbook, dense, op.learned, **keywords))
+    return found
+
+
+@both
+@pytest.mark.parametrize("is_causal,window", [(False, None), (True, None), (True, (40, None)), (False, (3, 50))])
+def test_packed(op: Op, is_causal: bool, window: Window) -> None:
+    inputs = with_masks(packed())
+    first = check(op, inputs, LENGTHS, is_causal=is_causal, window=window)
+    again = evaluate(op, inputs, op.learned, backend="triton", is_causal=is_causal, window=window)
+    assert_same(again, first)
+
+
+@both
+@pytest.mark.parametrize("window", [(1, 0), (3, None), (None, 5), (40, 2)])
+@pytest.mark.parametrize("length,keys", [(150, 150), (40, 170), (170, 40)])
+def test_window(op: Op, window: Window, length: int, keys: int) -> None:
+    inputs = attention(1, 2, length, keys, student_kv=1, teacher_kv=2)
+    check(op, {name: x.to(DEVICE) for name, x in inputs.items()}, ((length, keys),), window=window)
+
+
+@both
+def test_windows_of_batches(op: Op) -> None:
+    inputs = with_masks({name: x.to(DEVICE) for name, x in attention(2, 4, 20, 30).items()})
+    inputs["attn_mask"] = torch.rand(2, 4, 20, 30, device=DEVICE) > 0.3
+    check(op, inputs, ((20, 30),), window=(4, 3))
+
+
+@both
+def test_rows_outside_all_pairs_may_hold_nan(op: Op) -> None:
+    inputs = packed()
+    first = [0, 0]
+    for sizes in LENGTHS:
+        if 0 in sizes:
+            for side, start, size in zip(("query", "key"), first, sizes, strict=True):
+                for model in ("student", "teacher"):
+                    inputs[f"{model}_{side}"][:, :, start : start + size] = float("nan")
+        first = [a + b for a, b in zip(first, sizes, strict=True)]
+    check(op, inputs, LENGTHS)
+
+
+@both
+def test_float16_and_int64_starts(op: Op) -> None:
+    inputs = cast(packed(), torch.float16)
+    check(op, {name: x.long() if "cu_seqlens" in name else x for name, x in inputs.items()}, LENGTHS, is_causal=True)
+
+
+@both
+@pytest.mark.parametrize("lengths", [(), ((0, 0), (0, 0)), ((3, 0), (0, 4))])
+def test_nothing_to_compare(op: Op, lengths: Lengths) -> None:
+    inputs = packed(lengths)
+    found = evaluate(op, inputs, op.learned, backend="triton")
+    assert all(not x.any() for x in found.values())
+
+
+@pytest.mark.parametrize(
+    "is_causal,left,right", [(False, None, None), (True, None, None), (True, 3, None), (False, 3, 5)]
+)
+def test_bounds_are_the_ranges(is_causal: bool, left: int | None, right: int | None) -> None:
+    inputs = packed()
+    call = Attention(**inputs, student_scale=1.0, teacher_scale=1.0, key_mask=None, query_mask=None, attn_mask=None,
+                     is_causal=is_causal, window_left=left, window_right=right)  # fmt: skip
+    for found, of_keys in zip(attention_packed.bounds(call), (False, True), strict=True):
+        assert torch.equal(found, ranges(call, of_keys).int())
+
+
+def test_tiles_meet_few_pairs_that_do_not_count() -> None:
+    """Tiles of 64 queries read each key that one of their rows may meet: 16 sequences of 500, then a window of 256."""
+    for lengths, left in ((((500, 500),) * 16, None), (((8192, 8192),), 256)):
+        call = Attention(**packed(lengths, d_s=1, d_t=1), student_scale=1.0, teacher_scale=1.0, key_mask=None,
+                         query_mask=None, attn_mask=None, is_causal=left is not None, window_left=left)  # fmt: skip
+        for first, end in attention_packed.bounds(call):
+            pairs = (end - first).sum().item()
+            visited = sum(64 * (e.max() - f.min()).item() for f, e in zip(first.split(64), end.split(64), strict=True))
+            assert pairs <= visited < 1.25 * pairs
