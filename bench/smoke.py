@@ -69,6 +69,10 @@ def cases(small: bool) -> Iterator[Case]:
     def dense(inputs: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         return lambda: inputs() | {"attn_mask": torch.rand(batch, 1, length, length) < 0.7}
 
+    def packed(inputs: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        starts = torch.tensor([0, length // 3, length], dtype=torch.int32)
+        return lambda: {name: x[:1] for name, x in inputs().items()} | {"cu_seqlens": starts}
+
     yield Case("attention_mse", "26 / 64, masks", masked(attention(26, 64)), learned)
     yield Case("attention_mse", "64 / 64, short", attention(64, 64, length // 4), learned, dtypes=TRAINING)
     short = masked(attention(26, 64, min(length, 128)))
@@ -76,6 +80,8 @@ def cases(small: bool) -> Iterator[Case]:
     yield Case("attention_mse", "causal", attention(32, 64), learned, options={"is_causal": True})
     yield Case("attention_mse", "mask of pairs", dense(attention(64, 64)), learned)
     yield Case("attention_mse", "384 / 768", attention(384, 768), learned, dtypes=TRAINING)
+    yield Case("attention_mse", "window", attention(64, 64), learned, options={"window": (length // 8, 3)})
+    yield Case("attention_kl", "packed, causal", packed(attention(64, 64)), learned, options={"is_causal": True})
     yield Case("attention_kl", "64 / 64, masks", masked(attention(64, 64)), learned)
     yield Case(
         "attention_kl", "26 / 64, causal", attention(26, 64), learned, options={"is_causal": True}, dtypes=TRAINING
