@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from itertools import groupby, pairwise
@@ -302,6 +303,13 @@ class TileBlock(NamedTuple):
     student: Side
     teacher: Side
     rows: int  # queries of a tile
+    scratch: Tensor  # (3, numbers of a tile): memory that all tiles use
+
+    def product(self, scale: float, query: Tensor, key: Tensor, index: int) -> Tensor:
+        """Returns scale * query @ key.mT, (B, M, N), in the scratch memory of this index. (B, M, D), (B, N, D)."""
+        shape = (*query.shape[:2], key.shape[1])
+        out = self.scratch[index, : math.prod(shape)].view(shape)
+        return torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Yields the queries of each tile, and the keys that one of them may be allowed."""
@@ -333,7 +341,10 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
     across = max(1, shared * key_length)
     rows = max(1, min(side, max(-(-LEAST_ROWS // shared), area // across)))
     student_keys, teacher_keys = (counted.of_heads(key.shape[1]) for key in (call.student_key, call.teacher_key))
-    for take in blocks(batch, units, max(1, area // (rows * across))):
+    together = min(max(1, area // (rows * across)), batch * units)
+    # Memory that is allocated for each tile may go back to the system and come anew, at 4 times the cost of a tile.
+    scratch = call.student_query.new_empty((3, together * rows * across), dtype=call.dtype)
+    for take in blocks(batch, units, together):
         sq, sk, tq, tk = map(take, call.tensors())
         queries, s_keys, t_keys, attn_mask = (
             None if x is None else take(x) for x in (counted.queries, student_keys, teacher_keys, call.attn_mask)
@@ -344,7 +355,7 @@ def tile_blocks(call: Attention, counted: Counted) -> Iterator[TileBlock]:
             key_mask=key_mask, query_mask=None, attn_mask=attn_mask,
         )  # fmt: skip
         student, teacher = Side(sq, sk, queries, s_keys, call.dtype), Side(tq, tk, queries, t_keys, call.dtype)
-        yield TileBlock(take, part, student, teacher, rows)
+        yield TileBlock(take, part, student, teacher, rows, scratch)
 
 
 def sequences(

@@ -34,8 +34,8 @@ def _add_block(block: TileBlock, total: Tensor, d_query: Tensor | None, d_key: T
         sq, tq = block.student.queries(rows), block.teacher.queries(rows)
         sk, tk = block.student.keys(keys), block.teacher.keys(keys)
         shape = (*block.call.student_query.shape[:2], -1, sk.shape[1])
-        s = torch.bmm(sq * student_scale, sk.mT).view(shape)  # (B, H, rows, keys)
-        t = torch.bmm(tq * teacher_scale, tk.mT).view(shape)
+        s = block.product(student_scale, sq, sk, 0).view(shape)  # (B, H, rows, keys)
+        t = block.product(teacher_scale, tq, tk, 1).view(shape)
         columns, allowed = block.allowed(rows, keys)
         if allowed is not None:
             # This is several times faster than a masked fill. In a row without an allowed key all scores are equal.
@@ -46,7 +46,7 @@ def _add_block(block: TileBlock, total: Tensor, d_query: Tensor | None, d_key: T
         # factor comes after the subtraction: before it, scores of 10000 would be rounded by 1e-3.
         s.sub_(s.amax(3, keepdim=True)).mul_(1 / math.log(2))
         t.sub_(t.amax(3, keepdim=True)).mul_(1 / math.log(2))
-        log_ratio = t - s
+        log_ratio = torch.sub(t, s, out=block.scratch[2, : s.numel()].view(s.shape))
         s.exp2_()
         t.exp2_()
         wide = _common.widest_dtype(s)

@@ -390,9 +390,9 @@ def _add_block(block: TileBlock, total: Tensor, d_query: Tensor | None, d_key: T
     for rows, keys in block.tiles():
         sq, tq = block.student.queries(rows), block.teacher.queries(rows)
         sk, tk = block.student.keys(keys), block.teacher.keys(keys)
-        # The scales multiply scores: multiplied into the operands, they would round a whole row of keys alike.
-        scores = torch.bmm(sq, sk.mT).mul_(student_scale)  # (B * H_s, H / H_s * rows, keys)
-        scores.sub_(torch.bmm(tq, tk.mT).mul_(teacher_scale).view(scores.shape))
+        scores = block.product(student_scale, sq, sk, 0)  # (B * H_s, H / H_s * rows, keys)
+        of_teacher = scores.view(tq.shape[0], -1, tk.shape[1])
+        torch.baddbmm(of_teacher, tq, tk.mT, alpha=-teacher_scale, out=of_teacher)  # the difference
         columns, allowed = block.allowed(rows, keys)
         if allowed is not None:
             scores.view(*block.call.student_query.shape[:2], -1, sk.shape[1])[..., columns] *= allowed
