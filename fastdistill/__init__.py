@@ -10,12 +10,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastdistill import distributed as distributed
-    from fastdistill import functional as functional
-    from fastdistill import losses as losses
-    from fastdistill import reference as reference
-    from fastdistill.functional import *  # noqa: F403
-    from fastdistill.losses import *  # noqa: F403
+    from . import distributed as distributed
+    from . import functional as functional
+    from . import losses as losses
+    from . import reference as reference
+    from .functional import *  # noqa: F403
+    from .losses import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -24,16 +24,16 @@ _MODULES = ("distributed", "functional", "losses", "reference")
 
 def _attribute(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"fastdistill.{name}")
+        return import_module(f"{__name__}.{name}")
     # Other submodules are left to the import statement: importing fastdistill.cli must not import torch.
-    if name == "__all__" or not (name.startswith("_") or find_spec(f"fastdistill.{name}")):
-        from fastdistill import functional, losses
+    if name == "__all__" or not (name.startswith("_") or find_spec(f"{__name__}.{name}")):
+        from . import functional, losses
 
         public = {name: getattr(module, name) for module in (functional, losses) for name in module.__all__}
         globals().update(public, __all__=sorted(public))
         if name in globals():
             return globals()[name]
-    raise AttributeError(f"module 'fastdistill' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if not TYPE_CHECKING:  # type checkers read the imports above, and so find a misspelt name

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from fastdistill.ops._rows import RowOptions
+    from .ops._rows import RowOptions
 
 # Inside the package where it is installed, beside it in a checkout.
 _INSIDE = Path(__file__).parent / "csrc"

@@ -21,19 +21,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from fastdistill import _checks as check
-from fastdistill import functional, reference
-from fastdistill._checks import Backend, Reduction, Tail
-from fastdistill.functional import _rows
-from fastdistill.functional._dispatch import pick_backend
-from fastdistill.functional._rows import Keywords
-from fastdistill.functional.linear_logits import Head as _Head
-from fastdistill.functional.linear_logits import _check_head, _flat_rows, _operands
-from fastdistill.ops._common import compute_dtype, no_autocast
-from fastdistill.ops._rows import weigh
-from fastdistill.ops._shards import Shard as _Shard
-from fastdistill.ops.sharded_linear import linear_row_losses as sharded_linear_row_losses
-from fastdistill.ops.sharded_logits import row_losses as sharded_row_losses
+from . import _checks as check
+from . import functional, reference
+from ._checks import Backend, Reduction, Tail
+from .functional import _rows
+from .functional._dispatch import pick_backend
+from .functional._rows import Keywords
+from .functional.linear_logits import Head as _Head
+from .functional.linear_logits import _check_head, _flat_rows, _operands
+from .ops._common import compute_dtype, no_autocast
+from .ops._rows import weigh
+from .ops._shards import Shard as _Shard
+from .ops.sharded_linear import linear_row_losses as sharded_linear_row_losses
+from .ops.sharded_logits import row_losses as sharded_row_losses
 
 __all__ = [
     "jsd", "kl_div", "linear_jsd", "linear_kl_div", "linear_soft_cross_entropy", "linear_topk_soft_cross_entropy",

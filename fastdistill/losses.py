@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastdistill import functional as F
-from fastdistill._checks import Backend, Reduction, Tail, Total
+from . import functional as F
+from ._checks import Backend, Reduction, Tail, Total
 
 __all__ = [
     "AttentionKLLoss", "AttentionMSELoss", "JSDLoss", "KLDivLoss", "LinearJSDLoss", "LinearKLDivLoss", "LinearMSELoss",

@@ -34,12 +34,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
 
+from . import _common
+from ._common import on_device_of, power_of_2
+
 if TYPE_CHECKING:
-    from fastdistill.ops._attention import Attention
+    from ..ops._attention import Attention
 
 # Most rows whose products are summed in float32. Tensor cores truncate: a sum loses half a unit of its last place, on
 # average, with each step of 16 products, so a sum of n squares comes out too small by a factor of 1 - delta,

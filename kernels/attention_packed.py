@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels._common import on_device_of
 from torch import Tensor
 
+from ._common import on_device_of
+
 if TYPE_CHECKING:
-    from fastdistill.ops._attention import Attention
+    from ..ops._attention import Attention
 
 
 @triton.jit(do_not_specialize=["query_length", "key_length", "sequences"])

@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import on_device_of, power_of_2
-from fastdistill.kernels.attention_mse import _finalise, _mask, _rows, _strides, _unit
 from torch import Tensor
 
+from . import _common
+from ._common import on_device_of, power_of_2
+from .attention_mse import _finalise, _mask, _rows, _strides, _unit
+
 if TYPE_CHECKING:
-    from fastdistill.ops._attention import Attention
+    from ..ops._attention import Attention
 
 WIDEST = 64  # largest head dimension
 

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import on_device_of, power_of_2
 from torch import Tensor
 
+from . import _common
+from ._common import on_device_of, power_of_2
+
 if TYPE_CHECKING:
-    from fastdistill.ops._attention import Attention, Counted
+    from ..ops._attention import Attention, Counted
 
 
 @triton.jit

@@ -24,9 +24,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import on_device_of
 from torch import Tensor
+
+from . import _common
+from ._common import on_device_of
 
 # Rows of logits and of G are a multiple of this long, so that a row of any number of classes is read in 16 bytes.
 PADDING = 16

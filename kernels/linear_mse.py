@@ -23,9 +23,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import on_device_of
 from torch import Tensor
+
+from . import _common
+from ._common import on_device_of
 
 # Bytes of R of a chunk. The gradient products read R again: with X and W it fits the L2 cache of an H100 (50 MB).
 CHUNK_BYTES = 24 << 20

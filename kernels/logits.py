@@ -36,12 +36,13 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import log1p, on_device_of, power_of_2, row_offset, rows_of, tanh
 from torch import Tensor
 
+from . import _common
+from ._common import log1p, on_device_of, power_of_2, row_offset, rows_of, tanh
+
 if TYPE_CHECKING:
-    from fastdistill.ops._rows import RowOptions
+    from ..ops._rows import RowOptions
 
 # Longest row that is held in registers, and the largest block of longer rows: a multiprocessor then works on one row or
 # two, which the L2 cache still holds when they are read again. Larger ones would leave a thread too few registers.

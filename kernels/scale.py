@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels._common import on_device_of
 from torch import Tensor
+
+from ._common import on_device_of
 
 # Programs loop over the numbers, so that the launch is short where there is nothing to do.
 PROGRAMS, BLOCK = 1024, 4096

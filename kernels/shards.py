@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import on_device_of, row_offset, rows_of
-from fastdistill.kernels.logits import _exp, _finish, _kind, _load, _shaped, _slope, _terms, shape_of
 from torch import Tensor
 
+from . import _common
+from ._common import on_device_of, row_offset, rows_of
+from .logits import _exp, _finish, _kind, _load, _shaped, _slope, _terms, shape_of
+
 if TYPE_CHECKING:
-    from fastdistill.ops._rows import RowOptions
+    from ..ops._rows import RowOptions
 
 BLOCK = 2048  # classes; a thread holds 16 numbers of each side
 SUMS = 8  # the fields of ops/_shards.py's Row

@@ -32,13 +32,14 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 import triton.language as tl
-from fastdistill.kernels import _common
-from fastdistill.kernels._common import on_device_of, power_of_2, row_offset, rows_of
-from fastdistill.kernels.logits import RESIDENT, _add, _exp, _finish, _joined, _load, _rescale, _shaped, shape_of
 from torch import Tensor
 
+from . import _common
+from ._common import on_device_of, power_of_2, row_offset, rows_of
+from .logits import RESIDENT, _add, _exp, _finish, _joined, _load, _rescale, _shaped, shape_of
+
 if TYPE_CHECKING:
-    from fastdistill.ops._rows import RowOptions
+    from ..ops._rows import RowOptions
 
 BLOCK = 8192  # of rows that do not fit in registers
 PIECE = 32  # listed classes that are compared at once with the words of a block

@@ -20,13 +20,13 @@ All of them share these rules:
 
 from typing import TYPE_CHECKING
 
-from fastdistill.functional import attention, hidden, linear_logits, logits
-from fastdistill.functional._dispatch import pick_backend as pick_backend
-from fastdistill.functional._explain import explain_backends as explain_backends
-from fastdistill.functional.attention import *  # noqa: F403
-from fastdistill.functional.hidden import *  # noqa: F403
-from fastdistill.functional.linear_logits import *  # noqa: F403
-from fastdistill.functional.logits import *  # noqa: F403
+from . import attention, hidden, linear_logits, logits
+from ._dispatch import pick_backend as pick_backend
+from ._explain import explain_backends as explain_backends
+from .attention import *  # noqa: F403
+from .hidden import *  # noqa: F403
+from .linear_logits import *  # noqa: F403
+from .logits import *  # noqa: F403
 
 if not TYPE_CHECKING:  # a type checker reads no list but a literal one; it takes the names from the imports above
     __all__ = [*attention.__all__, *hidden.__all__, *linear_logits.__all__, *logits.__all__]

@@ -9,8 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from fastdistill._checks import Backend
-from fastdistill.ops._common import mean as mean
+from .._checks import Backend
+from ..ops._common import mean as mean
 
 BACKENDS = tuple(name for name in get_args(Backend) if name != "auto")
 
@@ -57,7 +57,7 @@ def no_cuda(
     if not logits:
         return "csrc has kernels for the losses on logits only"
 
-    from fastdistill import cuda  # not at the top: `python -m fastdistill.cuda` would find itself imported already
+    from .. import cuda  # not at the top: `python -m fastdistill.cuda` would find itself imported already
 
     if kind not in cuda.KINDS:
         return f"csrc has no kernel for {kind}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fastdistill.functional import attention, hidden, linear_logits, logits
-from fastdistill.functional._dispatch import no_cuda, no_triton, pick_backend
+from . import attention, hidden, linear_logits, logits
+from ._dispatch import no_cuda, no_triton, pick_backend
 
 
 def explain_backends(device: torch.device) -> list[tuple[str, str, tuple[str, ...]]]:
     """Returns what backend "auto" takes on `device`: (backend, why, ops), one entry a reason."""
-    from fastdistill import cuda
+    from .. import cuda
 
     groups: dict[tuple[str, str], list[str]] = {}
     for op in (*hidden.__all__, *attention.__all__, *logits.__all__, *linear_logits.__all__):

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill import _checks as check
-from fastdistill._checks import Backend, Reduction
-from fastdistill.ops._common import mean, traced
-from fastdistill.ops._rows import RowOptions, may_be_infinite
+from .. import _checks as check
+from .._checks import Backend, Reduction
+from ..ops._common import mean, traced
+from ..ops._rows import RowOptions, may_be_infinite
 
 
 class Keywords(NamedTuple):

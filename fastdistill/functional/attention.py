@@ -8,16 +8,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastdistill import _checks as check
-from fastdistill import reference
-from fastdistill._checks import Backend, Total
-from fastdistill.functional._dispatch import mean, pick_backend
-from fastdistill.functional._docs import documented
-from fastdistill.ops._attention import WIDEST_TILE, Attention, Divisor
-from fastdistill.ops._common import no_autocast, traced
-from fastdistill.ops.attention_kl import attention_kl as _attention_kl_op
-from fastdistill.ops.attention_mse import attention_mse as _attention_mse_op
-from fastdistill.ops.attention_mse import takes_gram
+from .. import _checks as check
+from .. import reference
+from .._checks import Backend, Total
+from ..ops._attention import WIDEST_TILE, Attention, Divisor
+from ..ops._common import no_autocast, traced
+from ..ops.attention_kl import attention_kl as _attention_kl_op
+from ..ops.attention_mse import attention_mse as _attention_mse_op
+from ..ops.attention_mse import takes_gram
+from ._dispatch import mean, pick_backend
+from ._docs import documented
 
 __all__ = ["attention_kl", "attention_mse"]
 

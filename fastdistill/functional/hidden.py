@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill import _checks as check
-from fastdistill import reference
-from fastdistill._checks import Backend, Reduction
-from fastdistill.functional._dispatch import autocast, pick_backend
-from fastdistill.ops._common import divides, mean, no_autocast
-from fastdistill.ops.linear_mse import linear_mse as _linear_mse_op
+from .. import _checks as check
+from .. import reference
+from .._checks import Backend, Reduction
+from ..ops._common import divides, mean, no_autocast
+from ..ops.linear_mse import linear_mse as _linear_mse_op
+from ._dispatch import autocast, pick_backend
 
 __all__ = ["linear_mse"]
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastdistill import _checks as check
-from fastdistill import reference
-from fastdistill._checks import Backend, Reduction, Tail
-from fastdistill.functional import _rows
-from fastdistill.functional._dispatch import autocast, pick_backend
-from fastdistill.functional._docs import documented
-from fastdistill.functional._rows import Keywords
-from fastdistill.ops._common import divides, no_autocast
-from fastdistill.ops._few import are_few, loss_of_few
-from fastdistill.ops._rows import RowOptions
-from fastdistill.ops.linear_logits import linear_row_losses
+from .. import _checks as check
+from .. import reference
+from .._checks import Backend, Reduction, Tail
+from ..ops._common import divides, no_autocast
+from ..ops._few import are_few, loss_of_few
+from ..ops._rows import RowOptions
+from ..ops.linear_logits import linear_row_losses
+from . import _rows
+from ._dispatch import autocast, pick_backend
+from ._docs import documented
+from ._rows import Keywords
 
 __all__ = [
     "linear_jsd", "linear_kl_div", "linear_soft_cross_entropy", "linear_topk_soft_cross_entropy", "linear_tvd",

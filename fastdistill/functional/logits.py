@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdistill import _checks as check
-from fastdistill import reference
-from fastdistill._checks import Backend, Reduction, Tail
-from fastdistill.functional import _rows
-from fastdistill.functional._dispatch import pick_backend
-from fastdistill.functional._docs import documented
-from fastdistill.functional._rows import Keywords
-from fastdistill.ops._common import compute_dtype, no_autocast
-from fastdistill.ops._few import are_few, loss_of_few
-from fastdistill.ops._rows import weigh
-from fastdistill.ops.logits import loss_over_classes
+from .. import _checks as check
+from .. import reference
+from .._checks import Backend, Reduction, Tail
+from ..ops._common import compute_dtype, no_autocast
+from ..ops._few import are_few, loss_of_few
+from ..ops._rows import weigh
+from ..ops.logits import loss_over_classes
+from . import _rows
+from ._dispatch import pick_backend
+from ._docs import documented
+from ._rows import Keywords
 
 __all__ = ["jsd", "kl_div", "soft_cross_entropy", "topk_soft_cross_entropy", "tvd"]
 

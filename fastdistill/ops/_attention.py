@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastdistill.ops import _common
+from . import _common
 
 WIDEST_TILE = 256  # largest head dimension of the Triton kernels that compute scores
 Divisor = int | float | Tensor | None  # what a sum is divided by; None: the number of items, still to be counted
@@ -424,7 +424,7 @@ def tiled_op(name: str, is_kl: bool, add: Add) -> Callable[..., tuple[Tensor, Te
         total, d_query, d_key = _tiled_outputs(call, differentiable, allocate)
         gradients = (d_query, d_key) if differentiable else (None, None)
         if backend == "triton":
-            from fastdistill.kernels import attention_tiles as kernels
+            from ..kernels import attention_tiles as kernels
 
             loss = kernels.loss(call, counted, is_kl=is_kl, dtype=total.dtype, d_query=gradients[0], d_key=gradients[1])
         else:
@@ -460,7 +460,7 @@ def tiled_op(name: str, is_kl: bool, add: Add) -> Callable[..., tuple[Tensor, Te
 def _bounds(call: Attention, backend: str) -> tuple[Tensor, Tensor] | None:
     if backend != "triton" or call.is_dense() or not call.student_query.numel() or not call.student_key.numel():
         return None
-    from fastdistill.kernels import attention_packed as kernels
+    from ..kernels import attention_packed as kernels
 
     return kernels.bounds(call)
 

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+# torch.library keeps one op of a name in a process, so a copy under another name (a hub kernel) has names of its own.
+NAMESPACE = __name__.removesuffix(".ops._common").replace(".", "_")
+
 _SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "SymInt", int | None: "SymInt?",
     float: "float", float | None: "float?", str: "str",
@@ -97,7 +100,7 @@ def finished(
         return [None if dtype is None else gradient.to(dtype) for gradient, dtype in pairs]
     last = last_backward()
     if backend == "triton" and not traced():
-        from fastdistill.kernels.scale import scale_gradients
+        from ..kernels.scale import scale_gradients
 
         return scale_gradients(gradients, scale, dtypes, in_place=last)
     known = scale.item() if last and scale.device.type == "cpu" else None
@@ -187,7 +190,7 @@ def registered(
         ctx.set_materialize_grads(False)
         setup_context(ctx, inputs, output)
 
-    op = torch.library.custom_op(f"fastdistill::{name}", forward, mutates_args=(), schema=schema)
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=(), schema=schema)
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=keep)
 

@@ -39,7 +39,7 @@ def select(rows: int, counted: Tensor | None, dense: bool, backend: str) -> Sele
     if counted is None:
         return Selection(rows)
     if backend != "torch" and not dense:
-        from fastdistill.kernels import counted_mm
+        from ..kernels import counted_mm
 
         order = counted.logical_not().byte().argsort(stable=True)
         return Selection(rows, order, counted[order], counted.sum(), counted_mm)

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistill.ops._rows import RowOptions, Target, exponents_, power, row_max, weigh_
+from ._rows import RowOptions, Target, exponents_, power, row_max, weigh_
 
 
 def divergence(

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common, _rows
-from fastdistill.ops._rows import RowOptions, checked_indices
+from . import _common, _rows
+from ._rows import RowOptions, checked_indices
 
 KINDS = ("soft_cross_entropy", "kl_div", "reverse_kl", "jsd", "tvd")
 FEW = 4096  # logits of one side; with more, blocks in float32 are as fast

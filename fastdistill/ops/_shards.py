@@ -26,8 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
-from fastdistill.ops import _common, _rows, _topk
-from fastdistill.ops._rows import Index, RowOptions, at, exponential, row_max
+from . import _common, _rows, _topk
+from ._rows import Index, RowOptions, at, exponential, row_max
 
 BUFFERS = 6  # scratch of a block of rows, in tensors of its size
 SUMS = 8  # of each row: the fields of `Row`
@@ -349,7 +349,7 @@ class Sent(NamedTuple):
 def send(options: RowOptions, shard: Shard, rows: Rows) -> Sent:
     group, listed = shard.processes(), None
     if rows.stored is not None:
-        from fastdistill.kernels import shards as kernels
+        from ..kernels import shards as kernels
 
         part = kernels.sums(*rows.stored, options, shard.width, rows.size, rows.dtype)
     else:
@@ -380,7 +380,7 @@ def receive(options: RowOptions, shard: Shard, rows: Rows, sent: Sent) -> tuple[
     if not options.soft_weight or options.kind not in ("jsd", "tvd"):
         return row, sent.listed
     if rows.stored is not None:
-        from fastdistill.kernels import shards as kernels
+        from ..kernels import shards as kernels
 
         more = kernels.summed(*rows.stored, options, shard.width, torch.stack(row))
     else:
@@ -400,7 +400,7 @@ def write_gradient(
     out: Tensor,  # (n, >= V_r) contiguous, for the gradient in the logits as they were given
 ) -> None:  # fmt: skip
     if rows.stored is not None:
-        from fastdistill.kernels import shards as kernels
+        from ..kernels import shards as kernels
 
         mean = row.cross / row.student_sum if options.kind == "reverse_kl" else None
         mean, weight = _rows.contiguous(mean if more is None else more[:, 1], weight)

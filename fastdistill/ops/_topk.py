@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common
-from fastdistill.ops._rows import RowOptions, Target, checked_indices, exponential, may_be_infinite, row_max, within
+from . import _common
+from ._rows import RowOptions, Target, checked_indices, exponential, may_be_infinite, row_max, within
 
 
 def topk_divergence(

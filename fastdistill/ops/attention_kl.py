@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _attention, _common
-from fastdistill.ops._attention import Attention, Divisor, TileBlock
+from . import _attention, _common
+from ._attention import Attention, Divisor, TileBlock
 
 
 def attention_kl(call: Attention, backend: str, divisor: Divisor) -> tuple[Tensor, Divisor]:

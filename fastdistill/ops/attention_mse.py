@@ -28,9 +28,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _attention, _common
-from fastdistill.ops._attention import SCHEMA, Attention, Counted, Divisor, TileBlock, slices
-from fastdistill.ops.attention_short import attention_short, takes_short
+from . import _attention, _common
+from ._attention import SCHEMA, Attention, Counted, Divisor, TileBlock, slices
+from .attention_short import attention_short, takes_short
 
 # Rows of a chunk of the causal scan: its dense triangles cost CHUNK D' a row, its Gram matrices D'^2.
 CHUNK = 64
@@ -202,7 +202,7 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     *fields, backend, number, num_items = inputs
     call = Attention(*fields)
     if backend == "triton":
-        from fastdistill.kernels import attention_mse as kernels
+        from ..kernels import attention_mse as kernels
 
         near = None
         if call.is_causal:
@@ -261,7 +261,7 @@ def _linear_loss(call: Attention, counted: Counted) -> tuple[Tensor, Tensor, Ten
 
 def _within_chunks(call: Attention, counted: Counted, d_query: Tensor | None, d_key: Tensor | None) -> Tensor:
     """Returns the part of a causal sum () float64 that the Gram kernels leave out; writes its gradients."""
-    from fastdistill.kernels import attention_mse, attention_tiles
+    from ..kernels import attention_mse, attention_tiles
 
     return attention_tiles.loss(
         call, counted, chunk=attention_mse.CHUNK, is_kl=False, dtype=call.dtype, d_query=d_query, d_key=d_key
@@ -275,7 +275,7 @@ def _fake(*inputs):  # type: ignore[no-untyped-def]
     divisor = call.student_query.new_empty((), dtype=dtype)
     key_shape = [0] if call.is_causal else shape
     if backend == "triton":
-        from fastdistill.kernels import attention_mse as kernels
+        from ..kernels import attention_mse as kernels
 
         chunks = [kernels.grams_of_a_scan(call.lengths()[0])] if call.is_causal else []
         shape = key_shape = [*chunks, *shape]
@@ -291,7 +291,7 @@ def _gradients(grad_loss, *inputs):  # type: ignore[no-untyped-def]
     call = Attention(*fields)
     d_query, d_key = torch.empty_like(call.student_query), torch.empty_like(call.student_key)
     if backend == "triton":
-        from fastdistill.kernels import attention_mse as kernels
+        from ..kernels import attention_mse as kernels
 
         near: tuple[Tensor | None, ...] = None, None
         if call.is_causal:
@@ -345,7 +345,7 @@ def _linear_gradients(
 
 
 _gradients_op = torch.library.custom_op(
-    "fastdistill::attention_mse_linear_backward",
+    f"{_common.NAMESPACE}::attention_mse_linear_backward",
     _gradients,
     mutates_args=(),
     schema=f"(Tensor grad_loss, {SCHEMA}, str backend, Tensor divisor, Tensor pairs, Tensor query_gram, "

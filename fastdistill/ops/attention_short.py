@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common
-from fastdistill.ops._attention import SCHEMA, Attention
+from . import _common
+from ._attention import SCHEMA, Attention
 
 
 def takes_short(call: Attention) -> bool:
     """Returns whether one program holds all scores of a head: then nothing moves fewer bytes than this kernel."""
-    from fastdistill.kernels import attention_short as kernels
+    from ..kernels import attention_short as kernels
 
     return kernels.fits(call)
 
@@ -35,7 +35,7 @@ def attention_short(call: Attention, number: float | None, num_items: Tensor | N
 
 def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     """Returns the loss (), its divisor () float64, dQ and dK (empty if not wanted)."""
-    from fastdistill.kernels import attention_short as kernels
+    from ..kernels import attention_short as kernels
 
     *fields, number, num_items, differentiable = inputs
     call = Attention(*fields)
@@ -90,13 +90,13 @@ def _gradients(grad_loss: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
 def _launch(
     grad_loss: Tensor, call: Attention, divisor: Tensor, d_query: Tensor, d_key: Tensor, expected: float
 ) -> None:
-    from fastdistill.kernels import attention_short as kernels
+    from ..kernels import attention_short as kernels
 
     kernels.gradients(grad_loss, call, divisor, d_query, d_key, expected)
 
 
 _gradients_op: Any = torch.library.custom_op(
-    "fastdistill::attention_mse_short_backward",
+    f"{_common.NAMESPACE}::attention_mse_short_backward",
     _gradients,
     mutates_args=(),
     schema=f"(Tensor grad_loss, {SCHEMA}, Tensor divisor) -> (Tensor, Tensor)",

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common, _rows
-from fastdistill.ops._counted import Selection, select
-from fastdistill.ops._rows import BUFFERS, RowOptions, Target, at, capped, checked_labels
-from fastdistill.ops._topk import kernel_list, listed
-from fastdistill.ops.logits import kernels_of, row_loss
+from . import _common, _rows
+from ._counted import Selection, select
+from ._rows import BUFFERS, RowOptions, Target, at, capped, checked_labels
+from ._topk import kernel_list, listed
+from .logits import kernels_of, row_loss
 
 # Tokens of a chunk: enough for products at full speed, within a bound on the bytes of each side's logits.
 CHUNK = 1024

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common
+from . import _common
 
 # R of a chunk is 3 MiB at d_t = 768 in float32: larger than what the products need to run at full speed, small enough
 # to stay in the last-level cache between them.
@@ -190,7 +190,7 @@ def _in_chunks(call: _Call, slope: float) -> Outputs:
 
 
 def _with_kernel(call: _Call, slope: float) -> Outputs:
-    from fastdistill.kernels import linear_mse as kernels
+    from ..kernels import linear_mse as kernels
 
     d_student, d_weight, d_bias = _gradients(call)
     tokens, width = call.teacher.shape

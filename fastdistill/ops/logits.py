@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common, _rows
-from fastdistill.ops._divergence import divergence
-from fastdistill.ops._rows import BUFFERS, SHORT, RowOptions, Target, at, capped, checked_labels
-from fastdistill.ops._topk import kernel_list, listed, topk_divergence
+from . import _common, _rows
+from ._divergence import divergence
+from ._rows import BUFFERS, SHORT, RowOptions, Target, at, capped, checked_labels
+from ._topk import kernel_list, listed, topk_divergence
 
 
 class Inputs(NamedTuple):
@@ -164,10 +164,10 @@ def _in_blocks(options: RowOptions, inputs: Inputs, loss: Tensor, gradient: Tens
 def kernels_of(backend: str, tail: str) -> Any:
     """Returns the module whose `rows` launches the kernel."""
     if backend == "cuda":
-        from fastdistill import cuda
+        from .. import cuda
 
         return cuda
-    from fastdistill.kernels import logits, topk
+    from ..kernels import logits, topk
 
     return topk if tail else logits
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdistill.ops import _common, _rows
-from fastdistill.ops import linear_logits as whole
-from fastdistill.ops._counted import Selection, select
-from fastdistill.ops._rows import RowOptions, at, capped
-from fastdistill.ops._shards import (
+from . import _common, _rows
+from . import linear_logits as whole
+from ._counted import Selection, select
+from ._rows import RowOptions, at, capped
+from ._shards import (
     BUFFERS,
     Given,
     Rows,

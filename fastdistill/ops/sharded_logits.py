@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.ops import _common, _rows
-from fastdistill.ops._rows import Index, RowOptions, capped
-from fastdistill.ops._shards import (
+from . import _common, _rows
+from ._rows import Index, RowOptions, capped
+from ._shards import (
     BUFFERS,
     SUMS,
     Row,
@@ -127,7 +127,7 @@ def _logits_gradient(grad_loss, *flat):  # type: ignore[no-untyped-def]
 
 
 _gradient_op: Any = torch.library.custom_op(
-    "fastdistill::sharded_row_losses_backward",
+    f"{_common.NAMESPACE}::sharded_row_losses_backward",
     _logits_gradient,
     mutates_args=(),
     schema=f"(Tensor grad_loss, {_common.schema(Inputs)}, Tensor known, Tensor more, {_common.schema(Shard)}, "
