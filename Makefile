@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 MINUTES ?= 60
 
-.PHONY: demo test test-all lint packages docs bench gpu clean
+.PHONY: demo test test-all lint packages hub docs bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/fastdistill demo --output demo-output --overwrite
@@ -30,6 +30,10 @@ docs: $(VENV)/ready
 PACKAGES ?= python3.10=2.10.0 python3.13
 packages: $(VENV)/ready
 	$(BIN)/python tests/packages.py $(PACKAGES)
+
+# A kernel of the Hugging Face hub, in dist/hub.
+hub:
+	$(PYTHON) tests/hub.py dist/hub
 
 bench: $(VENV)/ready-for-bench
 	$(BIN)/python -m pytest bench --benchmark-only --results bench/results

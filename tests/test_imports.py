@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
-def imports_of(tree: ast.AST) -> Iterator[str]:
+def imports_of(tree: ast.AST, package: str) -> Iterator[str]:
     """Yields the dotted names that a module imports, also inside functions, but not under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -48,10 +49,21 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, "imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{source}.{alias.name}" for alias in node.names)
         else:
-            yield from imports_of(node)
+            yield from imports_of(node, package)
+
+
+def own_imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """Yields each import of this package's modules, also under TYPE_CHECKING, and whether it is relative."""
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        relative = isinstance(node, ast.ImportFrom) and node.level > 0
+        if relative or any(name.split(".")[0] == "fastdistill" for name in names):
+            yield ast.unparse(node), relative
 
 
 def own(name: str) -> str | None:
@@ -63,7 +75,12 @@ def own(name: str) -> str | None:
     return None
 
 
-IMPORTS = {name: sorted(set(imports_of(ast.parse(path.read_text())))) for name, path in MODULES.items()}
+def package_of(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+IMPORTS = {name: sorted(set(imports_of(tree, package_of(name)))) for name, tree in TREES.items()}
 GRAPH = {name: {own(found) for found in imported} - {None, name} for name, imported in IMPORTS.items()}
 
 
@@ -101,6 +118,24 @@ def test_modules_import_only_lower_layers(module: str) -> None:
 
 def test_the_package_imports_only_losses() -> None:
     assert {to.split(".")[1] for to in GRAPH["fastdistill"]} <= LOSSES
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_the_losses_are_imported_relatively_among_themselves(module: str) -> None:
+    """A hub kernel is a copy of the losses under another name; the rest is no part of it, and imports absolutely."""
+    inside = module == "fastdistill" or module.split(".")[1] in LOSSES
+    assert not [text for text, relative in own_imports(TREES[module]) if relative != inside]
+
+
+def test_a_wrong_import_is_found() -> None:
+    source = "import torch, fastdistill.cuda\nif TYPE_CHECKING:\n    from fastdistill import losses\n"
+    assert [relative for _, relative in own_imports(ast.parse(source))] == [False, False]
+    assert list(own_imports(ast.parse("from . import cuda\nfrom fastdistillery import x"))) == [
+        ("from . import cuda", True)
+    ]
+    assert list(imports_of(ast.parse("from ..a import b\nfrom . import c"), "fastdistill.ops")) == [
+        "fastdistill.a.b", "fastdistill.ops.c"
+    ]  # fmt: skip
 
 
 def extras() -> dict[str, set[str]]:
