@@ -234,6 +234,8 @@ WRONG = (
     "fastdistill.topk_soft_cross_entropy(x, x, i, tail='drop')",
     "distributed.jsd(x, x, reduction='average')",
     "causal_lm_loss(m, m, {}, divergence='hellinger')",
+    "causal_lm_loss(m, m, {}).hard",
+    "causal_lm_loss(m, m, {}, return_parts=True).backward()",
     "fastdistill.KLDivLoss(reduction='average')",
     "fastdistill.LinearMSELoss(4, 4, backend='cudnn')",
     "fastdistill.TVDLoss(skew=0.1)",
@@ -246,6 +248,7 @@ def test_type_checkers_know_the_options_and_what_a_call_returns(tmp_path: Path) 
     """Every right word and every option of a module passes, and each wrong line is found."""
     right = [f"fastdistill.kl_div(x, x, reduction={word!r})" for word in get_args(_checks.Reduction)]
     right += [f"fastdistill.kl_div(x, x, backend={word!r})" for word in get_args(_checks.Backend)]
+    right += ["causal_lm_loss(m, m, {}).backward()", "causal_lm_loss(m, m, {}, return_parts=True).loss.backward()"]
     right += [f"fastdistill.topk_soft_cross_entropy(x, x, i, tail={word!r})" for word in get_args(_checks.Tail)]
     for name in losses.__all__:
         module = getattr(losses, name)

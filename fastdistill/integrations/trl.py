@@ -118,7 +118,7 @@ def generalized_jsd(
     """Computes the loss of both trainers."""
     trainer.teacher_model.eval()
     with trainer.accelerator.autocast():
-        loss = causal_lm_loss(
+        return causal_lm_loss(
             model,
             trainer.teacher_model,
             batch,
@@ -127,5 +127,3 @@ def generalized_jsd(
             temperature=temperature,
             num_items=num_items,
         )
-    assert isinstance(loss, Tensor)
-    return loss

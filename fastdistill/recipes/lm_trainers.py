@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -83,7 +83,7 @@ class StudentTrainer(ResumableTrainer):
             labels["topk_logprobs"] = torch.zeros_like(labels["topk_indices"], dtype=torch.float32)
             with self.compute_loss_context_manager():
                 loss = causal_lm_loss(teacher, None, {**inputs, **labels}, divergence="soft_cross_entropy")
-            self.hold_out(cast(Tensor, loss), inputs["labels"])
+            self.hold_out(loss, inputs["labels"])
         return self.take_held_out()
 
     def save_state(self) -> None:

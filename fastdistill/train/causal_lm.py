@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,6 +76,44 @@ class Options(NamedTuple):
     tail: Tail = "renormalize"  # of a cached teacher
 
 
+@overload
+def causal_lm_loss(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Mapping[str, Any],
+    *,
+    divergence: Divergence = "kl",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    reverse: bool = False,
+    skew: float = 0.0,
+    vocab_size: int | None = None,
+    item_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    return_parts: Literal[False] = False,
+    backend: Backend = "auto",
+) -> Tensor: ...
+@overload
+def causal_lm_loss(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Mapping[str, Any],
+    *,
+    divergence: Divergence = "kl",
+    temperature: float = 1.0,
+    t_squared: bool = False,
+    alpha: float = 1.0,
+    beta: float = 0.5,
+    reverse: bool = False,
+    skew: float = 0.0,
+    vocab_size: int | None = None,
+    item_weights: Tensor | None = None,
+    num_items: int | float | Tensor | None = None,
+    return_parts: Literal[True],
+    backend: Backend = "auto",
+) -> CausalLMLoss: ...
 def causal_lm_loss(
     student: nn.Module,
     teacher: nn.Module | None,
