@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         student_scale: float | None
         teacher_scale: float | None
         is_causal: bool
+        window: tuple[int | None, int | None] | None
         reduction: Total
         backend: Backend
 
