@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from _cases import ATTENTION_KL, ATTENTION_MSE, ATTENTION_OPS, Op, attention
-from _oracle import assert_accurate, assert_same, cast, evaluate
+from _oracle import assert_accurate, assert_same, cast, evaluate, in_float64
+from test_contract import registered_calls
+from test_losses import MODULES
 from test_memory import peak
 from torch import Tensor
 
@@ -145,6 +148,42 @@ def test_masked_rows_may_hold_nan(op: Op) -> None:
     assert_same(evaluate(op, spoilt, op.learned, **options), expected)
 
 
+@every_op
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_gradcheck(op: Op, padded: bool) -> None:
+    """Compares the gradients of the op itself with finite differences, over tiles and Gram matrices."""
+    lengths, key_lengths = [0, 3, 3, 50, 2], [2, 3, 3, 60, 0]
+    inputs = in_float64(narrow(lengths, key_lengths))
+    masks = op.some_masked(inputs) if padded else {}
+    learned = {name: inputs.pop(name).requires_grad_() for name in op.learned}
+    for window in (None, (7, 2)):
+        options = inputs | masks | packing(lengths, key_lengths) | {"window": window, "backend": "torch"}
+
+        def call(*values: Tensor, options: dict[str, Any] = options) -> Tensor:
+            return op(**dict(zip(learned, values, strict=True)), **options)
+
+        assert torch.autograd.gradcheck(call, tuple(learned.values()), fast_mode=True)
+
+
+@both_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_rounds_nothing(op: Op, dtype: torch.dtype) -> None:
+    inputs, options = cast(narrow(), dtype), {**packing(), "window": (30, 2), "backend": "torch"}
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = evaluate(op, inputs, op.learned, **options)
+    assert inside["value"].dtype == torch.float32
+    assert_same(inside, evaluate(op, inputs, op.learned, **options))
+
+
+@every_op
+def test_a_module_takes_the_window_and_its_forward_the_packing(op: Op) -> None:
+    inputs = narrow() | packing()
+    module = getattr(fastdistill, MODULES[op.name])(**op.options, window=(5, 3), backend="torch")
+    expected = evaluate(op, inputs, op.learned, window=(5, 3), backend="torch")
+    assert_same(evaluate(module, inputs, op.learned), expected)
+    assert_same(evaluate(torch.compile(module, backend="aot_eager"), inputs, op.learned), expected, within=1e-6)
+
+
 @both_ops
 def test_nothing_is_packed(op: Op) -> None:
     inputs = attention(1, 2, 0, 0, student_kv=2, teacher_kv=2)
@@ -231,6 +270,8 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, r"\[0, 7, 5, 9\]", {"cu_seqlens": torch.tensor([0, 7, 5, 9], dtype=INT)}),
     (ValueError, r"cu_seqlens_key is \[0, 8\]", {"cu_seqlens": ends([9]), "cu_seqlens_key": ends([8])}),
     (ValueError, r"should be \(3,\)", {"cu_seqlens": ends([5, 4]), "cu_seqlens_key": ends([9])}),
+    (ValueError, "cu_seqlens is on meta.*should be on cpu", {"cu_seqlens": ends([9]).to("meta")}),
+    (TypeError, "cu_seqlens_key is torch.bool", {"cu_seqlens": ends([9]), "cu_seqlens_key": ends([9]).bool()}),
     (TypeError, "window is 3", {"window": 3}),
     (TypeError, "window is", {"window": (1, 2, 3)}),
     (TypeError, "window's bound is float", {"window": (1.0, 2)}),
@@ -260,3 +301,16 @@ def test_compiles_without_a_break(op: Op) -> None:
         given = inputs | packing(LENGTHS, key_lengths)
         expected = evaluate(op, given, op.learned, **options)
         assert_same(evaluate(compiled, given, op.learned), expected, within=1e-6)
+
+
+@every_op
+@pytest.mark.parametrize("window", [None, (5, 3)], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_opcheck(op: Op, window: Window, padded: bool) -> None:
+    """Checks schema, fake implementation, autograd registration and AOT tracing of the packed op."""
+    inputs = narrow() | packing()
+    inputs |= op.some_masked(inputs) if padded else {}
+    calls = registered_calls(replace(op, options=op.options | {"window": window}), inputs, "torch", "mean")
+    assert any(isinstance(x, Tensor) and x.dtype == torch.int32 for _, args, _ in calls for x in args)
+    for function, args, keywords in calls:
+        torch.library.opcheck(function, args, keywords)
