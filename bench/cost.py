@@ -206,26 +206,57 @@ def attention_mse(
 def attention_kl(
     batch: int, heads: int, length: int, student_dim: int, teacher_dim: int, dtype: torch.dtype, *, causal: bool = False
 ) -> Cost:
-    pairs = batch * heads * length * length * (0.5 if causal else 1)
-    student = 2 * batch * heads * length * student_dim * dtype.itemsize
-    teacher = 2 * batch * heads * length * teacher_dim * dtype.itemsize
-    scores = 2 * pairs * (student_dim + teacher_dim)
-    product = 2 * pairs * student_dim
-    precision = _precision(dtype)
-    both = student + teacher
-    return Cost(
-        "attention_kl" + (" causal" if causal else ""),
-        f"{batch} x {heads} heads x {length}, d {student_dim} / {teacher_dim}",
-        Step("", 2 * both + student, 2 * scores + 2 * product, precision, 4 * pairs),
-        [
-            Step("statistics", both, scores, precision, 2 * pairs, pairs * INSTRUCTIONS["statistics"]),
-            Step(
-                "d query", both + student / 2, scores + product, precision, 2 * pairs, pairs * INSTRUCTIONS["d_query"]
-            ),
-            Step("d key", both + student / 2, scores + product, precision, 2 * pairs, pairs * INSTRUCTIONS["d_key"]),
-        ],
-        _host("attention_kl"),
-    )
+    rows = batch * heads * length
+    return _tiles(
+        "attention_kl" + (" causal" if causal else ""), f"{batch} x {heads} heads x {length}", rows,
+        rows * length * (0.5 if causal else 1), student_dim, teacher_dim, dtype,
+    )  # fmt: skip
+
+
+def attention_packed(
+    op: str, sequences: int, heads: int, length: int, student_dim: int, teacher_dim: int, dtype: torch.dtype
+) -> Cost:
+    """Counts sequences of one length in one row: only their own pairs. The kernels take tiles for both ops."""
+    rows = sequences * heads * length
+    shape = f"{heads} heads x {sequences} sequences of {length}"
+    tiles = _tiles(f"{op} packed", shape, rows, rows * length, student_dim, teacher_dim, dtype)
+    if op == "attention_kl":
+        return tiles
+    gram = attention_mse(sequences, heads, length, student_dim, teacher_dim, dtype).least
+    return replace(tiles, least=min(gram, tiles.least, key=lambda step: step.flops))
+
+
+def attention_window(
+    op: str, heads: int, length: int, width: int, student_dim: int, teacher_dim: int, dtype: torch.dtype
+) -> Cost:
+    shape, pairs = f"{heads} heads x {length}, window {width}", heads * window_pairs(length, width)
+    return _tiles(f"{op} windowed", shape, heads * length, pairs, student_dim, teacher_dim, dtype)
+
+
+def window_pairs(length: int, width: int) -> int:
+    """Returns the pairs of a head where each query meets its own key and those before it, `width` at most."""
+    return length * width - width * (width - 1) // 2
+
+
+def _tiles(
+    op: str, shape: str, rows: int, pairs: float, student_dim: int, teacher_dim: int, dtype: torch.dtype
+) -> Cost:
+    """Counts tiles of scores, of as many keys as queries: `rows` of all heads. MSE has no statistics, and its
+    instructions are those of KL without exponentials, which are not counted apart."""
+    student, teacher = 2 * rows * student_dim * dtype.itemsize, 2 * rows * teacher_dim * dtype.itemsize
+    scores, product = 2 * pairs * (student_dim + teacher_dim), 2 * pairs * student_dim
+    is_kl, precision, both = op.startswith("attention_kl"), _precision(dtype), student + teacher
+    exponentials = 2 * pairs if is_kl else 0
+    statistics = Step("statistics", both, scores, precision, exponentials, pairs * INSTRUCTIONS["statistics"])
+    gradients = [
+        Step(name, both + student / 2, scores + product, precision, exponentials, pairs * INSTRUCTIONS[kind])
+        for name, kind in (("d query", "d_query"), ("d key", "d_key"))
+    ]
+    # MSE reads everything once, for the loss and the gradients of its sum.
+    passes = 2 if is_kl else 1
+    least = Step("", passes * both + student, passes * scores + 2 * product, precision, passes * exponentials)
+    steps = [statistics, *gradients] if is_kl else gradients
+    return Cost(op, f"{shape}, d {student_dim} / {teacher_dim}", least, steps, _host("attention_kl"))
 
 
 def linear_mse(tokens: int, student_dim: int, teacher_dim: int, dtype: torch.dtype) -> Cost:
@@ -337,6 +368,8 @@ def examples() -> list[Cost]:
         attention_mse(4, 12, 4096, 26, 64, torch.float32),
         attention_kl(4, 12, 4096, 64, 64, bf16),
         attention_kl(4, 12, 4096, 64, 64, bf16, causal=True),
+        attention_packed("attention_mse", 16, 12, 512, 64, 64, bf16),
+        attention_packed("attention_kl", 16, 12, 512, 64, 64, bf16),
         linear_mse(32768, 312, 768, bf16),
         linear_mse(32768, 768, 1024, bf16),
         logits("kl_div", 8192, 8192, bf16),

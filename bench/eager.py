@@ -18,32 +18,38 @@ def linear_mse(student: Tensor, weight: Tensor, teacher: Tensor, bias: Tensor) -
 
 
 def attention_mse(
-    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, is_causal: bool = False
-) -> Tensor:
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     student_scores = student_query @ student_key.mT * student_query.shape[-1] ** -0.5
     teacher_scores = teacher_query @ teacher_key.mT * teacher_query.shape[-1] ** -0.5
-    if not is_causal:
+    allowed = _causal(student_scores) if is_causal else attn_mask
+    if allowed is None:
         return F.mse_loss(student_scores, teacher_scores)
-    allowed = torch.ones(student_scores.shape[-2:], dtype=torch.bool, device=student_scores.device).tril()
     return F.mse_loss(
         student_scores.masked_fill(~allowed, 0), teacher_scores.masked_fill(~allowed, 0), reduction="sum"
     ) / (allowed.sum() * student_scores.shape[0] * student_scores.shape[1])
 
 
 def attention_kl(
-    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, is_causal: bool = False
-) -> Tensor:
+    student_query: Tensor, student_key: Tensor, teacher_query: Tensor, teacher_key: Tensor, is_causal: bool = False,
+    attn_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     student_scores = student_query @ student_key.mT * student_query.shape[-1] ** -0.5
     teacher_scores = teacher_query @ teacher_key.mT * teacher_query.shape[-1] ** -0.5
-    if is_causal:
-        hidden = torch.ones(student_scores.shape[-2:], dtype=torch.bool, device=student_scores.device).triu(1)
+    allowed = _causal(student_scores) if is_causal else attn_mask  # at least one key of each query
+    if allowed is not None:
         least = torch.finfo(student_scores.dtype).min
         student_scores, teacher_scores = (
-            student_scores.masked_fill(hidden, least),
-            teacher_scores.masked_fill(hidden, least),
+            student_scores.masked_fill(~allowed, least),
+            teacher_scores.masked_fill(~allowed, least),
         )
     student_logp, teacher_logp = student_scores.log_softmax(-1), teacher_scores.log_softmax(-1)
     return F.kl_div(student_logp, teacher_logp, log_target=True, reduction="none").sum(-1).mean()
+
+
+def _causal(scores: Tensor) -> Tensor:  # (L, S)
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -155,6 +155,11 @@ def goals(card: str | None) -> Iterator[Goal]:
             yield Goal("attention_mse", shape, "extra memory, bytes: 1% of the scores", False, 0.01 * scores, _extra)
     shape = "4 x 12 heads x 4096, d 26 / 64"
     yield Goal("attention_mse", shape, "of the card's bandwidth", True, 0.8, _of_bandwidth(card))
+    shape = "12 heads x 16 sequences of 512, d 64 / 64"
+    for op in ("attention_mse packed", "attention_kl packed"):
+        yield Goal(op, shape, "times as fast as with a dense attn_mask", True, 10, _faster_than("dense attn_mask"))
+        scores = 12 * (16 * 512) ** 2 * 2
+        yield Goal(op, shape, "extra memory, bytes: 5% of the scores", False, 0.05 * scores, _extra)
     shape = "32768 tokens, 312 to 768"
     yield Goal("linear_mse", shape, "of the floor's rate", True, 0.7, _of_floor)
     yield Goal("linear_mse", shape, "times as fast as eager", True, 2, _faster_than("eager"))
