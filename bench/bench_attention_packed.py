@@ -58,7 +58,7 @@ def _measure(measured, op, direction, tokens, counts: cost.Cost, allowed: Allowe
 
     is_mse = op == "attention_mse"
     case = attention.case(counts.op, sizes, counts, exact, attention.HEADS * (pairs if is_mse else tokens))
-    memory = (7 if is_mse else 10) * attention.score_bytes(*sizes)
+    memory = (6 if is_mse else 7) * attention.score_bytes(*sizes)
     dense = [
         measure.Implementation("dense attn_mask", lambda *inputs: loss(*inputs, attn_mask=attn_mask)),
         measure.Implementation("eager", lambda *inputs: usual(*inputs, attn_mask=attn_mask), memory=memory),
