@@ -115,6 +115,8 @@ INSTRUCTIONS: dict[str, Any] = {
     "soft_cross_entropy": {"R": 57, "S": 39}, "kl_div": {"R": 58, "S": 42}, "reverse_kl": {"R": 58, "S": 49},
     "jsd": {"R": 110, "S": 141}, "tvd": {"R": 54, "S": 63}, "topk": {"R": 28, "S": 34},
     "short": 17, "gram": 700, "gradient": 970, "statistics": 24, "d_query": 17.6, "d_key": 19.5, "residual": 20,
+    "kl in ranges": {"statistics": 35.8, "d_query": 25.6, "d_key": 22.3},
+    "mse in ranges": {"d_query": 17.5, "d_key": 12.8},
 }  # fmt: skip
 EPILOGUE = 13  # instructions for each number of linear_mse's residual, after the products
 
@@ -209,7 +211,7 @@ def attention_kl(
     rows = batch * heads * length
     return _tiles(
         "attention_kl" + (" causal" if causal else ""), f"{batch} x {heads} heads x {length}", rows,
-        rows * length * (0.5 if causal else 1), student_dim, teacher_dim, dtype,
+        rows * length * (0.5 if causal else 1), student_dim, teacher_dim, dtype, INSTRUCTIONS,
     )  # fmt: skip
 
 
@@ -219,7 +221,8 @@ def attention_packed(
     """Counts sequences of one length in one row: only their own pairs. The kernels take tiles for both ops."""
     rows = sequences * heads * length
     shape = f"{heads} heads x {sequences} sequences of {length}"
-    tiles = _tiles(f"{op} packed", shape, rows, rows * length, student_dim, teacher_dim, dtype)
+    instructions = INSTRUCTIONS[f"{op.removeprefix('attention_')} in ranges"]
+    tiles = _tiles(f"{op} packed", shape, rows, rows * length, student_dim, teacher_dim, dtype, instructions)
     if op == "attention_kl":
         return tiles
     gram = attention_mse(sequences, heads, length, student_dim, teacher_dim, dtype).least
@@ -230,7 +233,8 @@ def attention_window(
     op: str, heads: int, length: int, width: int, student_dim: int, teacher_dim: int, dtype: torch.dtype
 ) -> Cost:
     shape, pairs = f"{heads} heads x {length}, window {width}", heads * window_pairs(length, width)
-    return _tiles(f"{op} windowed", shape, heads * length, pairs, student_dim, teacher_dim, dtype)
+    instructions = INSTRUCTIONS[f"{op.removeprefix('attention_')} in ranges"]
+    return _tiles(f"{op} windowed", shape, heads * length, pairs, student_dim, teacher_dim, dtype, instructions)
 
 
 def window_pairs(length: int, width: int) -> int:
@@ -239,23 +243,23 @@ def window_pairs(length: int, width: int) -> int:
 
 
 def _tiles(
-    op: str, shape: str, rows: int, pairs: float, student_dim: int, teacher_dim: int, dtype: torch.dtype
-) -> Cost:
-    """Counts tiles of scores, of as many keys as queries: `rows` of all heads. MSE has no statistics, and its
-    instructions are those of KL without exponentials, which are not counted apart."""
+    op: str, shape: str, rows: int, pairs: float, student_dim: int, teacher_dim: int, dtype: torch.dtype,
+    instructions: dict[str, Any],
+) -> Cost:  # fmt: skip
+    """Counts tiles of scores, for as many keys as queries: `rows` of all heads. MSE has no statistics."""
     student, teacher = 2 * rows * student_dim * dtype.itemsize, 2 * rows * teacher_dim * dtype.itemsize
     scores, product = 2 * pairs * (student_dim + teacher_dim), 2 * pairs * student_dim
     is_kl, precision, both = op.startswith("attention_kl"), _precision(dtype), student + teacher
     exponentials = 2 * pairs if is_kl else 0
-    statistics = Step("statistics", both, scores, precision, exponentials, pairs * INSTRUCTIONS["statistics"])
-    gradients = [
-        Step(name, both + student / 2, scores + product, precision, exponentials, pairs * INSTRUCTIONS[kind])
+    steps = [
+        Step(name, both + student / 2, scores + product, precision, exponentials, pairs * instructions[kind])
         for name, kind in (("d query", "d_query"), ("d key", "d_key"))
     ]
-    # MSE reads everything once, for the loss and the gradients of its sum.
-    passes = 2 if is_kl else 1
+    if is_kl:
+        issued = pairs * instructions["statistics"]
+        steps.insert(0, Step("statistics", both, scores, precision, exponentials, issued))
+    passes = 2 if is_kl else 1  # MSE can compute its loss and gradients at once
     least = Step("", passes * both + student, passes * scores + 2 * product, precision, passes * exponentials)
-    steps = [statistics, *gradients] if is_kl else gradients
     return Cost(op, f"{shape}, d {student_dim} / {teacher_dim}", least, steps, _host("attention_kl"))
 
 

@@ -85,6 +85,25 @@ def test_the_least_operations_are_those_pytorch_counts() -> None:
     )
 
 
+def test_packed_sequences_cost_what_a_batch_of_them_does() -> None:
+    packed = cost.attention_packed("attention_kl", 5, 3, 20, 8, 6, torch.float32)
+    batch = cost.attention_kl(5, 3, 20, 8, 6, torch.float32)
+    assert packed.least == batch.least
+    assert [step.memory for step in packed.steps] == [step.memory for step in batch.steps]
+    mse = cost.attention_packed("attention_mse", 5, 3, 200, 8, 6, torch.float32)
+    assert mse.least.flops == cost.attention_mse(5, 3, 200, 8, 6, torch.float32).least.flops
+    # Both sides' scores, and the student's two gradients.
+    tiles = cost.attention_packed("attention_mse", 5, 3, 4, 8, 6, torch.float32)
+    assert tiles.least.flops == 2 * (5 * 3 * 4 * 4) * (8 + 6 + 2 * 8)
+
+
+@pytest.mark.parametrize("width", [1, 7, 30])
+def test_the_pairs_of_a_window(width: int) -> None:
+    position = torch.arange(30)
+    allowed = (position <= position[:, None]) & (position > position[:, None] - width)
+    assert cost.window_pairs(30, width) == allowed.sum()
+
+
 def _flops(loss: Callable[[], torch.Tensor]) -> int:
     with FlopCounterMode(display=False) as counter:
         loss().backward()
