@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-WITH_GOALS = ("attention_mse", "linear_logits", "logits", "linear_mse")
+WITH_GOALS = ("attention_mse", "attention_packed", "linear_logits", "logits", "linear_mse")
 NEEDED = ("torch", "triton", "numpy", "pytest", "pytest_benchmark", "hypothesis", "psutil", "fastdistill.kernels")
 SMOKE = "smoke"
 LEAST = 20  # seconds that must be left to begin another stage

@@ -189,12 +189,18 @@ def _check_packing(
     if attn_mask is not None:
         raise ValueError("attn_mask is given with cu_seqlens, which takes key_mask, query_mask and window only")
     if batch != 1:
-        raise ValueError(f"cu_seqlens is given, but the batch size is {batch}; packed sequences are one row: B = 1")
+        raise ValueError(
+            f"cu_seqlens is given, but the batch size is {batch}; packed sequences are one row: pass "
+            "tensors (1, H, L, D), the sequences one after the other in L"
+        )
     ends = {"cu_seqlens": cu_seqlens, "cu_seqlens_key": cu_seqlens if cu_seqlens_key is None else cu_seqlens_key}
     for (name, x), length in zip(ends.items(), lengths, strict=True):
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name} is {what}; it should be an int32 tensor: pass {name}.int()")
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"{name} is a {type(x).__name__}; it should be an int32 tensor: pass torch.tensor({name})"
+                )
+            raise TypeError(f"{name} is {x.dtype}; it should be an int32 tensor: pass {name}.int()")
         if x.dim() != 1 or x.shape[0] < 1:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it should be (n + 1) for n sequences")
         check.on_device(name, x, device)

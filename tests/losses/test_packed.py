@@ -293,6 +293,14 @@ def test_packed_sequences_are_one_row(op: Op) -> None:
 
 
 @both_ops
+def test_the_advice_for_a_list_works(op: Op) -> None:
+    inputs, cu_seqlens = attention(1, 2, 9, 9, student_kv=2, teacher_kv=2), [0, 4, 9]
+    with pytest.raises(TypeError, match=r"is a list; .* pass torch\.tensor\(cu_seqlens\)"):
+        op(**inputs, cu_seqlens=cu_seqlens)
+    assert op(**inputs, cu_seqlens=torch.tensor(cu_seqlens)).isfinite()
+
+
+@both_ops
 def test_compiles_without_a_break(op: Op) -> None:
     """The lengths may change from call to call: the compiled code asks for them inside the op."""
     inputs, options = narrow(), {"window": (5, 3), "backend": "torch"}
