@@ -303,7 +303,8 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _is_switched(model: PreTrainedModel) -> bool:
+def is_switched(model: PreTrainedModel) -> bool:
+    """Returns whether a model is inside `with capturable(model):`."""
     return bool(model.config._attn_implementation == NAME)
 
 
@@ -362,7 +363,7 @@ def run(
     arguments = forward_arguments(model, batch)
     # The load-balancing loss of a mixture of experts reads the mask.
     if (
-        _is_switched(model)
+        is_switched(model)
         and not torch.compiler.is_compiling()
         and not getattr(model.config, "output_router_logits", False)
     ):
@@ -404,7 +405,7 @@ def _check(model: PreTrainedModel, hidden: Collection[int], attention: Collectio
     for what, indices, first in (("hidden", hidden, 0), ("attention", attention, 1)):
         if wrong := [index for index in indices if not first <= index <= layers]:
             raise ValueError(f"{what} holds {wrong}; {name} has {first}..{layers}")
-    if attention and not _is_switched(model):
+    if attention and not is_switched(model):
         raise ValueError(f"capture of attention needs `with capturable(model):` around it ({name})")
     if attention and model.training and torch.is_grad_enabled():
         refuse_reentrant_checkpointing(model)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening, Gemma3TextConfig, Gemma3TextModel, PreTrainedModel
 
 from fastdistill.train.capture import LayerAttention, States, capturable, capture
+from fastdistill.train.checks import check_packed
 from fastdistill.train.objective import Objective
 
 LENGTHS = (9, 3, 12, 1, 6)
@@ -207,3 +208,16 @@ def test_several_packed_rows_keep_their_mask() -> None:
     assert layer.attn_mask is not None
     blocks = [torch.ones(length, length).tril() for length in LENGTHS]
     assert torch.equal(layer.attn_mask[1, 0], torch.block_diag(*blocks).bool())
+
+
+def test_the_trainer_packs_bidirectional_models_whose_positions_count_from_zero() -> None:
+    for family in ("bert", "modernbert", "distilbert"):
+        with capturable(made := model(family)):
+            check_packed(made, packed())
+    with pytest.raises(ValueError, match="BertModel, which is bidirectional, reads the sequences of a row as one"):
+        check_packed(model("bert"), packed())
+    rows = {name: x.expand(2, -1) for name, x in packed().items()}
+    with capturable(made := model("bert")), pytest.raises(ValueError, match="all sequences of a batch into one row"):
+        check_packed(made, rows)
+    with capturable(made := model("roberta")), pytest.raises(ValueError, match=r"RobertaModel.*not count.* from 0"):
+        check_packed(made, packed())
