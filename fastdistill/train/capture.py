@@ -175,6 +175,11 @@ def _packed_layer(
             f"the row is packed, and {type(module).__name__} changes the attention mask that it is given, so that its "
             "sequences would see each other; pack no rows"
         )
+    if "sliding_window" not in extras and getattr(getattr(module, "config", None), "sliding_window", None):
+        raise ValueError(
+            f"the row is packed, and {type(module).__name__} has a sliding window that only its mask would say; pack "
+            "no rows"
+        )
     width = extras.get("sliding_window")  # as flash attention reads it: the query is counted on either side
     return layer if width is None else replace(layer, window=(width - 1, 0 if layer.is_causal else width - 1))
 
@@ -303,6 +308,11 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+def _reads_mask(config: Any) -> bool:
+    """Returns whether a model needs a real mask: for the load-balancing loss of its experts, or for chunks."""
+    return bool(getattr(config, "output_router_logits", False) or getattr(config, "attention_chunk_size", None))
+
+
 def is_switched(model: PreTrainedModel) -> bool:
     """Returns whether a model is inside `with capturable(model):`."""
     return bool(model.config._attn_implementation == NAME)
@@ -361,12 +371,7 @@ def run(
     `attentions` asks the model for its own attention probabilities, which its eager attention returns.
     """
     arguments = forward_arguments(model, batch)
-    # The load-balancing loss of a mixture of experts reads the mask.
-    if (
-        is_switched(model)
-        and not torch.compiler.is_compiling()
-        and not getattr(model.config, "output_router_logits", False)
-    ):
+    if is_switched(model) and not torch.compiler.is_compiling() and not _reads_mask(model.config):
         ends = packed_ends(arguments)
         if ends is not None:
             packed = Packed(ends, arguments["position_ids"].device)

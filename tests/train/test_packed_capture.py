@@ -210,6 +210,17 @@ def test_several_packed_rows_keep_their_mask() -> None:
     assert torch.equal(layer.attn_mask[1, 0], torch.block_diag(*blocks).bool())
 
 
+def test_masks_that_are_more_than_packing_and_windows() -> None:
+    with capturable(made := model("llama")), torch.no_grad():
+        made.config.sliding_window = 4  # Llama's attention is told of none
+        with pytest.raises(ValueError, match="LlamaAttention has a sliding window that only its mask would say"):
+            capture(made, packed(), attention=[1])
+        made.config.sliding_window, made.config.attention_chunk_size = None, 4
+        layer = capture(made, packed(), attention=[1]).attention[1]
+    assert layer.cu_seqlens is None
+    assert layer.attn_mask is not None
+
+
 def test_the_trainer_packs_bidirectional_models_whose_positions_count_from_zero() -> None:
     for family in ("bert", "modernbert", "distilbert"):
         with capturable(made := model(family)):
