@@ -265,6 +265,9 @@ def textbook(layer: LayerAttention) -> Tensor:
         scores[..., places[:, None] < places] = -1e30
     if layer.key_mask is not None:
         scores = torch.where(layer.key_mask[:, None, None], scores, -1e30)
+    if layer.window is not None:
+        left, right = layer.window
+        scores = torch.where(torch.ones_like(scores, dtype=torch.bool).tril(right).triu(-left), scores, -1e30)
     if layer.attn_mask is not None:
         scores = torch.where(layer.attn_mask, scores, -1e30)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()

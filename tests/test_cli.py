@@ -581,7 +581,7 @@ class TestBadInput:
 FLAGS = {
     "demo": "output overwrite",
     "general": (
-        "teacher! student! init corpus! max-length streaming method layer-map projection parity terms "
+        "teacher! student! init corpus! max-length streaming packing method layer-map projection parity terms "
         "teacher-layer relation-heads epochs batch-size learning-rate seed bf16 max-steps trust-remote-code "
         "output! overwrite resume"
     ),

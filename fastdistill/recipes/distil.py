@@ -57,13 +57,15 @@ def distil_general(options: GeneralOptions) -> None:
     corpus: Any = options.corpus
     if options.streaming:
         with reading_text(corpus):
-            blocks = pack_corpus(read_corpus(corpus, streaming=True), tokenizer, length)
+            blocks = pack_corpus(read_corpus(corpus, streaming=True), tokenizer, length, apart=options.packing)
             rows = Dataset.from_list(list(itertools.islice(blocks, CALIBRATION_TOKENS // length + 1)))
         if not rows:
             raise ValueError(f"corpus holds no text ({named(corpus)})")
     else:
-        corpus = rows = main_first(lambda: pack_corpus(options.corpus, tokenizer, length))
-    stage = partial(GeneralStage, corpus=corpus, max_length=length, streaming=options.streaming)
+        corpus = rows = main_first(lambda: pack_corpus(options.corpus, tokenizer, length, apart=options.packing))
+    stage = partial(
+        GeneralStage, corpus=corpus, max_length=length, streaming=options.streaming, packing=options.packing
+    )  # fmt: skip
     run_stage(options, stage, teacher, tokenizer, rows)
 
 

@@ -142,6 +142,7 @@ class GeneralOptions(Models, Losses, Schedule, Training, Output):
     corpus: list[str] = flag("text files, a paragraph a line")
     max_length: int = flag("tokens in a block", 128)
     streaming: bool = flag("read the corpus while it trains, not before; needs --max-steps", False)
+    packing: bool = flag("keep paragraphs apart, those of a batch in one row without padding", False)
     batch_size: int = flag("rows of each process and step", 256)
     warmup: float = flag("share of the steps", 0.1)
 

@@ -13,9 +13,10 @@ it: under activation checkpointing, backward runs the attention again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from fastdistill.train.inputs import forward_arguments, refuse_encoder_decoder
+from fastdistill.train.inputs import forward_arguments, packed_ends, refuse_encoder_decoder
 
 if TYPE_CHECKING:
     from fastdistill.train.causal_lm import Logits
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerAttention", "States", "capturable", "capture"]
 
 NAME = "fastdistill"
+BAND = "_fastdistill_band"  # on a dense mask that says no more: its padding (B, S), or None, and its window
 WAY_OUT = 'distil it without the attention term (method="tinybert", terms=("embedding", "hidden"))'
 # What reaches the attention function and leaves its scores alone: a window is part of the mask, and rotary embedding
 # is applied before.
@@ -46,9 +48,8 @@ HARMLESS = {
 class LayerAttention:
     """Holds what one attention layer computes its scores from: `scale * query @ key.T`, where every mask allows it.
 
-    A key is attended if `is_causal`, `key_mask` and `attn_mask` all allow it; a mask of None allows everything.
-    `attn_mask` is given only where the other two cannot express the mask (a sliding window shorter than the sequence,
-    packed sequences).
+    A key is attended if all masks below allow it; a mask of None allows everything. `attn_mask` is given only where
+    the others cannot express the mask (several rows of packed sequences, a mask of the user's own).
     """
 
     query: Tensor  # (B, H, L, D), after rotary embedding
@@ -58,6 +59,8 @@ class LayerAttention:
     attn_mask: Tensor | None  # (B, 1 or H, L, S) bool, True = may be attended
     is_causal: bool
     value: Tensor | None = None  # (B, H_kv, S, D_v), if asked for
+    cu_seqlens: Tensor | None = None  # (n + 1) int32, the ends of packed sequences, from 0 to L; B = 1
+    window: tuple[int, int] | None = None  # keys before and after the query that may be attended
 
 
 @dataclass
@@ -79,6 +82,22 @@ class States:
         for layer in self.attention.values():
             return layer.query.shape[2]
         return None
+
+
+class Packed:  # no dataclass, as `Sink`
+    """Says where the sequences of a packed row end."""
+
+    def __init__(self, ends: Sequence[int], device: torch.device) -> None:
+        self.lengths = [stop - start for start, stop in pairwise(ends)]
+        self.cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=device)  # (n + 1), from 0 to L
+
+    def marker(self) -> Tensor:  # (1, 1, 1, L)
+        """Returns what is passed as attention mask, so that transformers makes no mask of (L, L).
+
+        It hands a mask of four dimensions to the attention function as it is. No other function accepts integers.
+        """
+        shape = (1, 1, 1, sum(self.lengths))
+        return torch.zeros(shape, dtype=torch.int32, device=self.cu_seqlens.device)
 
 
 class Sink:  # no dataclass: FSDP hands each module a copy of a dataclass among its arguments
@@ -106,25 +125,35 @@ def _capturing_attention(
     attention_mask: Tensor | None,
     *args: Any,
     fastdistill_sink: Sink | None = None,
+    fastdistill_packed: Packed | None = None,
     scaling: float | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_decoder = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if fastdistill_packed is not None:
+        layer = LayerAttention(query, key, scale, None, None, is_decoder, value, fastdistill_packed.cu_seqlens)
+        layer = _packed_layer(module, layer, attention_mask, kwargs)
+        if fastdistill_sink is not None:
+            fastdistill_sink.add(layer)
+        return _each_sequence(module, layer, fastdistill_packed.lengths, *args, scaling=scaling, **kwargs), None
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         raise ValueError(
             f"attention_mask reached the attention of {type(module).__name__} as {attention_mask.dtype}; give the "
             f"model a (B, L) mask of 0 and 1, or a bool mask (B, 1, L, S). If it makes that mask itself, {WAY_OUT}"
         )
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     is_padding = attention_mask is not None and attention_mask.shape[1:3] == (1, 1)  # see `_padding_mask`
     padding, dense = (attention_mask, None) if is_padding else (None, attention_mask)
     # A dense mask already contains the causal part, as in the SDPA path.
-    causal = bool(causal and query.shape[2] > 1 and dense is None)
+    causal = is_decoder and query.shape[2] > 1 and dense is None
     if fastdistill_sink is not None:
         _refuse_changed_scores(module, query, key, kwargs)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         key_mask = None if padding is None else padding[:, 0, 0]
         layer = LayerAttention(query, key, scale, key_mask, dense, causal, value)
+        if dense is not None and not torch.compiler.is_compiling() and hasattr(dense, BAND):
+            key_mask, window = getattr(dense, BAND)
+            layer = replace(layer, key_mask=key_mask, attn_mask=None, is_causal=is_decoder, window=window)
         fastdistill_sink.add(layer)
         if fastdistill_sink.rebuilds:
             return (probabilities(layer) @ _repeated(value, query.shape[1])).transpose(1, 2).contiguous(), None
@@ -134,6 +163,45 @@ def _capturing_attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, *args, scaling=scaling, is_causal=is_causal, **kwargs
     )
+
+
+def _packed_layer(
+    module: torch.nn.Module, layer: LayerAttention, attention_mask: Tensor | None, extras: Mapping[str, Any]
+) -> LayerAttention:
+    """Returns a packed layer with its window. Raises ValueError if more than packing and a window is part of it."""
+    _refuse_changed_scores(module, layer.query, layer.key, extras)
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        raise ValueError(
+            f"the row is packed, and {type(module).__name__} changes the attention mask that it is given, so that its "
+            "sequences would see each other; pack no rows"
+        )
+    if "sliding_window" not in extras and getattr(getattr(module, "config", None), "sliding_window", None):
+        raise ValueError(
+            f"the row is packed, and {type(module).__name__} has a sliding window that only its mask would say; pack "
+            "no rows"
+        )
+    width = extras.get("sliding_window")  # as flash attention reads it: the query is counted on either side
+    return layer if width is None else replace(layer, window=(width - 1, 0 if layer.is_causal else width - 1))
+
+
+def _each_sequence(
+    module: torch.nn.Module, layer: LayerAttention, lengths: Sequence[int], *args: Any, **kwargs: Any
+) -> Tensor:  # (1, L, H, D_v)
+    """Computes the attention of each packed sequence by itself."""
+    assert layer.value is not None
+    outputs = []
+    for query, key, value in zip(*(x.split(lengths, 2) for x in (layer.query, layer.key, layer.value)), strict=True):
+        length, mask = query.shape[2], None
+        if layer.window is not None and max(layer.window) < length - 1:
+            mask = in_window(length, layer.window, query.device)  # (L_i, L_i), with the causal part
+        is_causal = layer.is_causal and mask is None
+        outputs.append(sdpa_attention_forward(module, query, key, value, mask, *args, is_causal=is_causal, **kwargs)[0])
+    return torch.cat(outputs, 1)
+
+
+def in_window(length: int, window: tuple[int, int], device: torch.device) -> Tensor:  # (L, L) bool
+    ahead = torch.arange(length, device=device) - torch.arange(length, device=device)[:, None]  # of the query
+    return (ahead >= -window[0]) & (ahead <= window[1])
 
 
 def _refuse_changed_scores(module: torch.nn.Module, query: Tensor, key: Tensor, extras: Mapping[str, Any]) -> None:
@@ -161,6 +229,11 @@ def probabilities(layer: LayerAttention) -> Tensor:
     allowed = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device)
     if layer.is_causal:
         allowed = allowed.tril()
+    if layer.window is not None:
+        allowed = allowed & in_window(len(allowed), layer.window, allowed.device)
+    if layer.cu_seqlens is not None:
+        sequence = torch.bucketize(torch.arange(len(allowed), device=allowed.device), layer.cu_seqlens, right=True)
+        allowed = allowed & (sequence == sequence[:, None])
     for mask in (None if layer.key_mask is None else layer.key_mask[:, None, None], layer.attn_mask):
         allowed = allowed if mask is None else allowed & mask
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
@@ -172,7 +245,8 @@ def _repeated(x: Tensor, heads: int) -> Tensor:  # (B, H_kv, S, D) -> (B, H, S, 
 
 
 def _padding_mask(attention_mask: Tensor | None = None, **arguments: Any) -> Tensor | None:
-    """Returns the mask of a forward pass: None, the padding as (B, 1, 1, S), or else SDPA's own (B, 1, L, S).
+    """Returns the mask of a forward pass: None, the padding as (B, 1, 1, S), or else SDPA's own (B, 1, L, S), which
+    carries its padding and its window where it is made of nothing else.
 
     SDPA broadcasts the padding over queries, so that bidirectional models need no L x S tensor. transformers' own
     function reads the mask in order to drop one without padding. This one does so on the CPU only: on an accelerator
@@ -183,18 +257,21 @@ def _padding_mask(attention_mask: Tensor | None = None, **arguments: Any) -> Ten
     keys, window = arguments["kv_length"], arguments.get("local_size")
     # The skip flags are off if the mask holds more than padding and causality (packed sequences, overlays).
     is_plain = arguments.get("allow_is_causal_skip", True) or arguments.get("allow_is_bidirectional_skip", False)
-    if (
-        attention_mask is not None
-        and is_plain
-        and queries == keys == attention_mask.shape[-1]
-        and not arguments.get("kv_offset", 0)
-        and (window is None or keys < window)
-    ):
+    is_plain = is_plain and queries == keys and not arguments.get("kv_offset", 0)
+    is_plain = is_plain and (attention_mask is None or attention_mask.shape[-1] == keys)
+    if attention_mask is not None and is_plain and (window is None or keys < window):
         attention_mask = attention_mask.bool()
         if attention_mask.device.type == "cpu" and bool(attention_mask.all()):
             return None
         return attention_mask[:, None, None, :]
-    return sdpa_mask(attention_mask=attention_mask, **arguments)
+    mask = sdpa_mask(attention_mask=attention_mask, **arguments)
+    config = arguments.get("config")
+    is_window = window == getattr(config, "sliding_window", None)
+    is_window = is_window and getattr(config, "attention_chunk_size", None) is None  # chunks have a size as well
+    if mask is not None and is_plain and window is not None and is_window and not torch.compiler.is_compiling():
+        left, right = (window - 1, 0) if arguments.get("allow_is_causal_skip", True) else (window, window)
+        setattr(mask, BAND, (None if attention_mask is None else attention_mask.bool(), (left, right)))
+    return mask
 
 
 AttentionInterface.register(NAME, _capturing_attention)
@@ -205,7 +282,8 @@ AttentionMaskInterface.register(NAME, _padding_mask)
 def capturable(*models: PreTrainedModel) -> Iterator[None]:
     """Switches models to the attention function that hands over queries and keys, and back at the end.
 
-    Outputs equal those of `attn_implementation="sdpa"` to the bit. Blocks may be nested.
+    Outputs equal those of `attn_implementation="sdpa"` to the bit. Blocks may be nested. `capture` computes the
+    sequences of one packed row each by itself, of bidirectional models too, so that outputs are those of each alone.
 
     Raises ValueError if a model computes its attention without transformers' attention interface (DeBERTa, MPNet and
     others), cannot use SDPA, or is an encoder-decoder. Such a model can be distilled without the attention term.
@@ -228,6 +306,16 @@ def capturable(*models: PreTrainedModel) -> Iterator[None]:
             except ValueError as error:  # a model inside this one cannot use SDPA
                 raise ValueError(f"{name} cannot be captured: {' '.join(str(error).split())}; {WAY_OUT}") from error
         yield
+
+
+def _reads_mask(config: Any) -> bool:
+    """Returns whether a model needs a real mask: for the load-balancing loss of its experts, or for chunks."""
+    return bool(getattr(config, "output_router_logits", False) or getattr(config, "attention_chunk_size", None))
+
+
+def is_switched(model: PreTrainedModel) -> bool:
+    """Returns whether a model is inside `with capturable(model):`."""
+    return bool(model.config._attn_implementation == NAME)
 
 
 def _implementations(model: torch.nn.Module) -> list[tuple[Any, Any]]:
@@ -283,6 +371,11 @@ def run(
     `attentions` asks the model for its own attention probabilities, which its eager attention returns.
     """
     arguments = forward_arguments(model, batch)
+    if is_switched(model) and not torch.compiler.is_compiling() and not _reads_mask(model.config):
+        ends = packed_ends(arguments)
+        if ends is not None:
+            packed = Packed(ends, arguments["position_ids"].device)
+            arguments |= {"attention_mask": packed.marker(), "fastdistill_packed": packed}
     if sink is not None:
         arguments["fastdistill_sink"] = sink
     if attentions:
@@ -317,7 +410,7 @@ def _check(model: PreTrainedModel, hidden: Collection[int], attention: Collectio
     for what, indices, first in (("hidden", hidden, 0), ("attention", attention, 1)):
         if wrong := [index for index in indices if not first <= index <= layers]:
             raise ValueError(f"{what} holds {wrong}; {name} has {first}..{layers}")
-    if attention and model.config._attn_implementation != NAME:
+    if attention and not is_switched(model):
         raise ValueError(f"capture of attention needs `with capturable(model):` around it ({name})")
     if attention and model.training and torch.is_grad_enabled():
         refuse_reentrant_checkpointing(model)

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 
-from fastdistill.train.capture import WAY_OUT, Sink, layer_count, probabilities, run
-from fastdistill.train.heads import unwrapped
-from fastdistill.train.inputs import check_apart, is_causal, is_packed
+from fastdistill.train.capture import WAY_OUT, Sink, is_switched, layer_count, probabilities, run
+from fastdistill.train.heads import evaluating, unwrapped
+from fastdistill.train.inputs import check_apart, difference, is_causal, is_packed, rounding
 from fastdistill.train.published import is_published, load_published_tokenizer
 from fastdistill.train.reached import layerdrop
 from fastdistill.train.reading import TOKENIZER, reading
@@ -246,15 +246,36 @@ def check_arguments(args: Any) -> None:
 
 
 def check_packed(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
-    """Raises ValueError if a batch has packed rows and the model reads their sequences as one, as a bidirectional model
-    does. A causal model is judged by a small run, whatever the first rows hold."""
+    """Raises ValueError if a batch has packed rows and the model reads their sequences as one.
+
+    A causal model is judged by a small run, whatever the first rows hold. A bidirectional model reads them as one,
+    except where capture computes its attention, for a batch of one row.
+    """
     if is_causal(model):
         check_apart(model, batch)
     elif is_packed(batch["position_ids"], batch.get("attention_mask")):
-        raise ValueError(
-            f"the rows are packed (position_ids start anew), and {type(model).__name__}, which is bidirectional, "
-            "reads the sequences of a row as one; pack no rows"
+        what = f"the rows are packed (position_ids start anew), and {type(model).__name__}, which is bidirectional,"
+        if not is_switched(model) or len(batch["position_ids"]) > 1:
+            raise ValueError(
+                f"{what} reads the sequences of a row as one; pack no rows, or all sequences of a batch into one row "
+                "(the general stage's packing=True, or transformers' DataCollatorWithFlattening with \"attention\" "
+                "among the terms)"
+            )
+        if not counts_from_zero(model, batch["position_ids"].device):
+            raise ValueError(f"{what} does not count the positions of a sequence from 0; pack no rows")
+
+
+@torch.no_grad()
+def counts_from_zero(model: PreTrainedModel, device: torch.device) -> bool:
+    """Returns whether a sequence packed behind another has the states that it has alone, up to rounding."""
+    ids, positions = torch.arange(4, device=device)[None], torch.arange(4, device=device)[None] % 2
+    alone: dict[str, Tensor] = {"input_ids": ids[:, 2:]}
+    with evaluating(model):
+        packed, second = (
+            run(model, rows, hidden=[layer_count(model)]).hidden_states[-1]
+            for rows in ({"input_ids": ids, "position_ids": positions}, alone)
         )
+    return difference(packed[:, 2:], second) <= rounding(model, device)
 
 
 @torch.no_grad()

@@ -80,11 +80,12 @@ def reading_text(corpus: Corpus) -> Iterator[None]:
 
 
 def pack_corpus(
-    corpus: Corpus, tokenizer: Any, max_length: int = 128, column: str = "text"
+    corpus: Corpus, tokenizer: Any, max_length: int = 128, column: str = "text", apart: bool = False
 ) -> Dataset | IterableDataset:
     """Tokenises text and packs it into blocks of `max_length` tokens, each with the tokenizer's special tokens.
 
-    A block may span several lines. The last block of every 10,000 lines may be shorter.
+    A block may span several lines. The last block of every 10,000 lines may be shorter. With `apart` each line has
+    blocks of its own, mostly one that is shorter.
 
     Args:
         corpus: text files (UTF-8, one sentence or paragraph a line), or a data set whose text is in `column`. A data
@@ -108,8 +109,8 @@ def pack_corpus(
     def pack(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         lines = [line for line in batch[column] if line and not line.isspace()]
         rows = tokenizer(lines, add_special_tokens=False)["input_ids"] if lines else []
-        stream = [token for row in rows for token in row]
-        blocks = [[*prefix, *stream[i : i + room], *suffix] for i in range(0, len(stream), room)]
+        streams = rows if apart else [[token for row in rows for token in row]]
+        blocks = [[*prefix, *x[i : i + room], *suffix] for x in streams for i in range(0, len(x), room)]
         return {"input_ids": blocks, "length": [len(block) for block in blocks]}
 
     options = {} if is_stream else {"desc": "Packing the corpus"}
@@ -285,6 +286,14 @@ class PaddingCollator(DataCollatorWithPadding):
             of_length = (more, 0) if side == "left" else (0, more)
             batch[name] = F.pad(padded, (0, 0, *of_length) if padded.dim() == 3 else of_length)
         return without_full_mask(batch)
+
+
+def flatten(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Makes a batch of one row of all sequences, without padding. `position_ids` start anew in each of them."""
+    batch = {"input_ids": torch.tensor([[token for row in features for token in row["input_ids"]]])}  # (1, L)
+    if len(features) > 1:
+        batch["position_ids"] = torch.tensor([[i for row in features for i in range(len(row["input_ids"]))]])
+    return batch
 
 
 def of_one_width(name: str, rows: list[Any]) -> list[np.ndarray]:

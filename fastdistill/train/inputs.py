@@ -91,6 +91,8 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
     Raises ValueError for a model that cannot be padded on the left, and for one with virtual tokens (prompt tuning).
     """
     refuse_virtual_tokens(model)
+    if "cu_seq_lens_q" in batch and "position_ids" not in batch:
+        batch = {**batch, "position_ids": positions_in(batch["cu_seq_lens_q"], batch["input_ids"])}
     found = entries(model, batch)
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     padding = mask if mask is not None and mask.dim() == 2 else None  # (B, L)
@@ -225,6 +227,37 @@ def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
             f"the rows are packed (position_ids), and {type(transformers_model(model)).__name__} reads the sequences "
             "of a row as one; pack no rows, and leave the column position_ids out"
         )
+
+
+def packed_ends(arguments: Mapping[str, Any]) -> list[int] | None:
+    """Returns the ends of the sequences of one packed row, from 0 to L; None: the batch is no such row.
+
+    Like transformers, it starts a sequence wherever a position does not follow the one before. Reading them is a host
+    sync. Raises ValueError if `cu_seq_lens_q`, which flash attention reads, says something else than `position_ids`.
+    """
+    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")  # (1, L) each
+    if positions is None or positions.dim() != 2 or arguments.get("input_ids", positions).shape[0] != 1:
+        return None
+    if mask is not None:
+        if mask.dim() != 2 or not is_packed(positions, mask):
+            return None
+        positions = positions.where(mask.bool(), -2)  # padding: each token is a sequence of its own
+    starts = (positions[0].diff() != 1).nonzero()[:, 0].tolist()
+    ends = [0, *(i + 1 for i in starts), positions.shape[1]]
+    given = arguments.get("cu_seq_lens_q")
+    if given is not None and given.tolist() != ends and mask is None:
+        raise ValueError(
+            f"cu_seq_lens_q ends {len(given) - 1} sequences, and position_ids start {len(ends) - 1}, or elsewhere; "
+            "both should say where the sequences of the row start"
+        )
+    return ends if len(ends) > 2 else None
+
+
+def positions_in(cu_seqlens: Tensor, ids: Tensor) -> Tensor:  # (1, L)
+    """Returns each token's position in its packed sequence."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    starts = cu_seqlens.to(ids.device).long()
+    return (places - starts[torch.bucketize(places, starts, right=True) - 1])[None]
 
 
 def is_packed(positions: Tensor, mask: Tensor | None) -> bool:

@@ -13,16 +13,18 @@ Defaults are the published recipe's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.cache import check_cache, read_cache, teacher_config, warn_of_lost_mass
-from fastdistill.train.data import OwnRows, add_length, named, pack_corpus, read_corpus, reading_text
+from fastdistill.train.capture import WAY_OUT, capturable
+from fastdistill.train.data import OwnRows, add_length, flatten, named, pack_corpus, read_corpus, reading_text
 from fastdistill.train.inputs import refuse_encoder_decoder
 from fastdistill.train.objective import Objective
 from fastdistill.train.options import ObjectiveOptions, Schedule
@@ -45,6 +47,7 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
 
     # The folder of an earlier stage. This stage continues from the projections there that its terms have.
     projections: str | Path | None = None
+    packing: ClassVar[bool] = False  # whether the sequences of a batch make one row
 
     def run(
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, tokenizer: Any, output_dir: str | Path, *,
@@ -72,7 +75,7 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
         """
         refuse_encoder_decoder(student=student, teacher=teacher)
         output = Path(output_dir)
-        args = training_arguments(working_folder(output), self)  # sets the processes up
+        args = self._training_arguments(working_folder(output))  # sets the processes up
         torch.manual_seed(args.seed)  # new projections
         options = {option.name: getattr(self, option.name) for option in fields(ObjectiveOptions)}
         objective = Objective(student.config, self._teacher_config(teacher), **options)
@@ -86,9 +89,12 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
         checkpoint = on_main(lambda: last_checkpoint(working_folder(output))) if resume else None
         if checkpoint is not None:
             on_main(lambda: objective.check_settings(checkpoint))
-        with claimed(output, resume=resume, overwrite=overwrite):
+        with claimed(output, resume=resume, overwrite=overwrite), ExitStack() as stack:
+            if self.packing:
+                stack.enter_context(packing(objective, student, teacher))
             trainer = DistillationTrainer(
                 student, teacher, objective, args, processing_class=tokenizer,
+                data_collator=flatten if self.packing else None,
                 train_dataset=main_first(lambda: self.prepare(tokenizer)), eval_dataset=eval_dataset,
                 compute_metrics=compute_metrics, callbacks=list(callbacks),
             )  # fmt: skip
@@ -98,9 +104,41 @@ class _Stage(ObjectiveOptions, Schedule, ABC):
     def prepare(self, tokenizer: Any) -> Dataset | OwnRows:
         """Returns the rows to train on, tokenised, with a `length` column."""
 
+    def _training_arguments(self, work: Path) -> Any:
+        if not self.packing:
+            return training_arguments(work, self)
+        # A batch of rows of similar length would hold few tokens, or many. transformers 5.0 has another name.
+        is_named = hasattr(TrainingArguments, "train_sampling_strategy")
+        order: dict[str, Any] = {"train_sampling_strategy": "random"} if is_named else {"group_by_length": False}
+        return training_arguments(work, self, **order)
+
     def _teacher_config(self, teacher: PreTrainedModel | None) -> Any:
         """Returns the teacher's transformers config; None where the stage needs no teacher."""
         return None if teacher is None else teacher.config
+
+
+@contextmanager
+def packing(objective: Objective, student: PreTrainedModel, teacher: PreTrainedModel | None) -> Iterator[None]:
+    """Lets capture compute the attention of the models in the block, so that sequences of a row do not see each other.
+
+    Raises ValueError where it cannot, and for terms that count rows or padding.
+    """
+    if objective.options.parity == "official":
+        raise ValueError("parity is 'official', which counts padding, of which packing leaves none: use 'masked'")
+    if objective.needs_logits and student.get_output_embeddings() is None:
+        raise ValueError(
+            f"packing is True; {type(student).__name__} predicts once a row, which holds several sequences: leave "
+            "'prediction' out of terms, or packing"
+        )
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(capturable(*(model for model in (student, teacher) if model is not None)))
+        except ValueError as error:
+            raise ValueError(
+                f"packing is True; {str(error).removesuffix('; ' + WAY_OUT)}, and would read the sequences of a row as "
+                "one: leave packing out"
+            ) from error
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +152,14 @@ class GeneralStage(_Stage):
         streaming: read the corpus while it trains, without end, instead of tokenising it before the first step. It
             needs `arguments={"max_steps": N}`, ignores `epochs`, and takes `warmup` as a share of N. Each process
             reads lines of its own. An IterableDataset is always streamed.
+        packing: keep lines apart. Each is a sequence, or several where it is longer than `max_length`, and all
+            sequences of a batch make one row without padding, in which they do not see each other.
     """
 
     corpus: Sequence[str | Path] | Dataset | IterableDataset
     max_length: int = 128
     streaming: bool = False
+    packing: bool = False  # type: ignore[misc]  # a field here
     batch_size: int = 256
     warmup: float = 0.1
 
@@ -135,12 +176,12 @@ class GeneralStage(_Stage):
 
     def prepare(self, tokenizer: Any) -> Dataset | OwnRows:
         if not self.streaming:
-            return pack_corpus(self.corpus, tokenizer, self.max_length)
+            return pack_corpus(self.corpus, tokenizer, self.max_length, apart=self.packing)
         corpus, here = read_corpus(self.corpus, streaming=True), processes()
         index, number = here.process_index, here.num_processes
         # split_dataset_by_node splits after packing and shuffling, so that every process would tokenise all lines.
         mine = corpus.filter(lambda _, line: line % number == index, with_indices=True)
-        blocks = pack_corpus(mine, tokenizer, self.max_length)
+        blocks = pack_corpus(mine, tokenizer, self.max_length, apart=self.packing)
         with reading_text(self.corpus):
             is_empty = next(iter(blocks), None) is None
         if is_empty:

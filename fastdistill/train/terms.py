@@ -221,21 +221,21 @@ class Attention(Term):
 
     def layer_loss(self, batch: Batch, student: LayerAttention, teacher: LayerAttention) -> Tensor:
         rows, heads, length, _ = student.query.shape
-        is_causal, attn_mask = shared_masks(student, teacher)
+        masks = shared_masks(student, teacher)
         counts, mask = batch.counts, batch.mask
-        pairs = counts.causal_pairs if is_causal and not self.is_official else counts.pairs
+        pairs = counts.causal_pairs if masks["is_causal"] and not self.is_official else counts.pairs
         share: float | Tensor = 1.0
         if self.is_official:
             pairs = rows * length**2 if pairs is None else pairs
-        elif attn_mask is not None:
-            # The pairs of a dense mask are known only now, so micro-batches are weighted by their tokens.
+        elif any(masks[name] is not None for name in ("attn_mask", "cu_seqlens", "window")):
+            # The pairs of such a mask are known only now, so micro-batches are weighted by their tokens.
             pairs = None
             if counts.tokens is not None:
                 share = (rows * length if mask is None else mask.sum()) / counts.tokens
         return share * F.attention_mse(
             student.query, student.key, teacher.query, teacher.key,
             student_scale=student.scale, teacher_scale=teacher.scale,
-            key_mask=mask, query_mask=None if self.is_official else mask, is_causal=is_causal, attn_mask=attn_mask,
+            key_mask=mask, query_mask=None if self.is_official else mask, **masks,
             num_items=None if pairs is None else heads * pairs,
         )  # fmt: skip
 
@@ -266,12 +266,11 @@ class Relation(Term):
     def loss(self, batch: Batch) -> Tensor:
         ((layer, target),) = self.attention.items()
         student, teacher = batch.student.attention[layer], batch.teacher.attention[target]
-        is_causal, attn_mask = shared_masks(student, teacher)
         (query, key, scale), (teacher_query, teacher_key, teacher_scale) = map(self.compared, (student, teacher))
         tokens = batch.counts.tokens
         return F.attention_kl(
             query, key, teacher_query, teacher_key, student_scale=scale, teacher_scale=teacher_scale,
-            key_mask=batch.mask, query_mask=batch.mask, is_causal=is_causal, attn_mask=attn_mask,
+            key_mask=batch.mask, query_mask=batch.mask, **shared_masks(student, teacher),
             # Every token may attend itself, so each is a counted row of every head under any mask.
             num_items=None if tokens is None else query.shape[1] * tokens,
         )  # fmt: skip
@@ -453,12 +452,27 @@ def student_logits(batch: Batch) -> Tensor:
     return batch.student.logits
 
 
-def shared_masks(student: LayerAttention, teacher: LayerAttention) -> tuple[bool, Tensor | None]:
-    """Returns `is_causal` and `attn_mask` of the pairs that may attend each other on both sides."""
-    attn_mask = student.attn_mask
-    if teacher.attn_mask is not None:
-        attn_mask = teacher.attn_mask if attn_mask is None else attn_mask & teacher.attn_mask
-    return student.is_causal or teacher.is_causal, attn_mask
+def shared_masks(student: LayerAttention, teacher: LayerAttention) -> dict[str, Any]:
+    """Returns the masks, as keywords of the attention losses, of the pairs that may attend each other on both sides.
+
+    Raises ValueError if one side alone reads the row as packed sequences, or the sequences differ.
+    """
+    ours, theirs = student.cu_seqlens, teacher.cu_seqlens
+    agree = ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs)
+    if not agree:
+        counts = [1 if x is None else len(x) - 1 for x in (ours, theirs)]
+        raise ValueError(
+            f"the student reads the row as {counts[0]} packed sequences, the teacher as {counts[1]}, or they end "
+            "elsewhere; capture both from one batch, both inside `with capturable(student, teacher):`"
+        )
+    masks = [x.attn_mask for x in (student, teacher) if x.attn_mask is not None]
+    windows = [x.window for x in (student, teacher) if x.window is not None]
+    return {
+        "is_causal": student.is_causal or teacher.is_causal,
+        "attn_mask": masks[0] & masks[1] if len(masks) == 2 else masks[0] if masks else None,
+        "cu_seqlens": ours,
+        "window": tuple(map(min, zip(*windows, strict=True))) if windows else None,
+    }
 
 
 def check_heads(setup: Setup, what: str, way_out: str = "") -> None:

@@ -37,6 +37,9 @@ def probabilities(layer: LayerAttention) -> Tensor:
     allowed = torch.ones(length, keys, dtype=torch.bool)
     if layer.is_causal:
         allowed = allowed.tril()
+    if layer.window is not None:
+        left, right = layer.window
+        allowed = allowed.tril(right).triu(-left)
     allowed = allowed.expand(scores.shape)
     if layer.key_mask is not None:
         allowed = allowed & layer.key_mask[:, None, None]
@@ -91,24 +94,25 @@ def test_only_what_was_asked_for_is_kept(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "padded", "key_mask", "attn_mask", "is_causal"),
+    ("family", "padded", "key_mask", "window", "is_causal"),
     [
         ("bert", None, None, None, False),
         ("bert", "right", (3, 11), None, False),
         ("llama", None, None, None, True),
         ("llama", "left", (3, 11), None, True),
-        ("modernbert", "right", None, (3, 1, 11, 11), False),
-        ("mistral", "right", None, (3, 1, 11, 11), False),
+        ("modernbert", "right", (3, 11), (2, 2), False),
+        ("mistral", "right", (3, 11), (3, 0), True),
+        ("mistral", None, None, (3, 0), True),
     ],
 )
 def test_masks_stay_in_their_smallest_form(
-    family: str, padded: str | None, key_mask: Any, attn_mask: Any, is_causal: bool
+    family: str, padded: str | None, key_mask: Any, window: Any, is_causal: bool
 ) -> None:
     model = _tiny.model(family)
     with capturable(model), torch.no_grad():
         layer = capture(model, _tiny.batch(padded=padded), attention=[2]).attention[2]
     assert (None if layer.key_mask is None else tuple(layer.key_mask.shape)) == key_mask
-    assert (None if layer.attn_mask is None else tuple(layer.attn_mask.shape)) == attn_mask
+    assert (layer.attn_mask, layer.window) == (None, window)
     assert layer.is_causal is is_causal
 
 
@@ -118,20 +122,8 @@ def test_masks_stay_in_their_smallest_form(
 def test_a_window_wider_than_the_rows_is_no_window(family: str, window: Any) -> None:
     model, batch = _tiny.model(family, **window), _tiny.batch()
     with capturable(model), torch.no_grad():
-        assert capture(model, batch, attention=[2]).attention[2].attn_mask is None
-
-
-def test_packed_sequences_keep_their_borders() -> None:
-    model, batch = _tiny.model("llama"), _tiny.batch(rows=1, length=6, padded=None)
-    batch["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with torch.no_grad():
-        expected = model(**batch, use_cache=False)[0]  # with a cache, transformers reads it as one sequence
-    with capturable(model), torch.no_grad():
-        states = capture(model, batch, hidden=[3], attention=[1])
-    assert torch.equal(states.hidden[3], expected)
-    mask = states.attention[1].attn_mask
-    assert mask is not None
-    assert torch.equal(mask[0, 0], torch.block_diag(torch.ones(3, 3).tril(), torch.ones(3, 3).tril()).bool())
+        layer = capture(model, batch, attention=[2]).attention[2]
+    assert (layer.attn_mask, layer.window) == (None, None)
 
 
 def test_a_mask_that_says_more_than_padding_is_kept_whole() -> None:

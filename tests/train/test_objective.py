@@ -185,7 +185,8 @@ def allowed_pairs(student: States, teacher: States) -> int:
     allowed = torch.ones(length, length, dtype=torch.bool)
     for layer in layers:
         allowed = allowed.tril() if layer.is_causal else allowed
-        allowed = allowed if layer.attn_mask is None else allowed & layer.attn_mask[0, 0]
+        assert layer.attn_mask is None
+        allowed = allowed if layer.window is None else allowed.tril(layer.window[1]).triu(-layer.window[0])
     return int(allowed.sum())
 
 
