@@ -36,9 +36,9 @@ def hold_out(task: Task, data: Path, dev: Path, held_out: Path) -> None:
         (dev / "train.tsv").symlink_to((data / "train.tsv").resolve())
 
 
-def resamples(rows: int, count: int = RESAMPLES) -> np.ndarray:
-    """Returns row numbers (count, rows), drawn with replacement: always the same ones for that many rows."""
-    return np.random.default_rng(SPLIT_SEED).integers(rows, size=(count, rows))
+def resamples(task: Task, rows: int) -> np.ndarray:
+    """Returns row numbers (RESAMPLES, rows), drawn with replacement: always the same ones for a task."""
+    return np.random.default_rng([SPLIT_SEED, *task.name.encode()]).integers(rows, size=(RESAMPLES, rows))
 
 
 def resampled(task: Task, logits: np.ndarray, labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -52,15 +52,9 @@ def resampled(task: Task, logits: np.ndarray, labels: np.ndarray, chosen: np.nda
         chosen: row numbers (resamples, rows).
     """
     guesses = logits[..., 0] if task.is_regression else logits.argmax(axis=-1)  # (seeds, rows)
-    found = [
-        np.concatenate([score(task, guess[rows], labels[rows]) for rows in np.array_split(chosen, pieces(chosen))])
-        for guess in guesses
-    ]
+    chunks = [chosen[start : start + CHUNK] for start in range(0, len(chosen), CHUNK)]
+    found = [np.concatenate([score(task, guess[rows], labels[rows]) for rows in chunks]) for guess in guesses]
     return np.mean(found, axis=0)
-
-
-def pieces(chosen: np.ndarray) -> int:
-    return -(-len(chosen) // CHUNK)
 
 
 def score(task: Task, guess: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -212,7 +212,7 @@ def predict(out: Path, leg: Leg) -> None:
     if path.exists():
         return
     task = glue_task(leg.task)
-    best = json.loads((out / leg.output / "results.json").read_text())["combinations"][0]  # the only one
+    (best,) = json.loads((out / leg.output / "results.json").read_text())["combinations"]
     found: dict[str, Any] = {part: {"logits": {}} for part in PARTS}
     for seed in best["seeds"]:
         folder = out / leg.output / RUN.format(**best | {"seed": seed})
@@ -254,7 +254,7 @@ def results(out: Path, tasks: list[str], part: str) -> Found:
                 rows = json.loads(path.read_text())[part]
                 labels, logits = np.array(rows["labels"]), np.array(list(rows["logits"].values()))
                 seeds = [compute_metrics(task, seed, labels)["score"] for seed in logits]
-                chosen = resamples(len(labels))
+                chosen = resamples(task, len(labels))
                 found.setdefault(name, {})[task.name] = Scores(seeds, resampled(task, logits, labels, chosen))
     return found
 
@@ -279,9 +279,14 @@ def tables(found: Found, tasks: list[str]) -> str:
 
 
 def share(student: Scores | None, teacher: Scores | None) -> str:
-    """Returns what a student keeps of its teacher's score, with the interval of the resamples."""
+    """Returns what a student keeps of its teacher's score, with the interval of the resamples.
+
+    There is no interval where the teacher's score is not above 0 on each of them, as a share of it then means nothing.
+    """
     if student is None or teacher is None or teacher.mean <= 0:
         return ""
+    if (teacher.resampled <= 0).any():
+        return f"{student.mean / teacher.mean:.1%}"
     low, high = interval(student.resampled / teacher.resampled)
     return f"{student.mean / teacher.mean:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
