@@ -58,7 +58,7 @@ TASKS = {
     "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=2, prediction_epochs=10, finetune_epochs=10),
 }
 SMALLEST = {
-    "MRPC": Budget(teacher_epochs=2, copies=0, intermediate_epochs=4, prediction_epochs=2, finetune_epochs=6),
+    "MRPC": Budget(teacher_epochs=2, copies=0, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=3),
 }
 PARTS = {"dev": "data", "held out": "held-out"}  # of each dev set, and the folder that holds it
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
