@@ -5,12 +5,21 @@ For five tasks of GLUE it trains and evaluates the teacher; the distilled studen
 labels; and the student without one part of the method at a time. Every leg is a `fastdistill` command, printed before
 it runs. A finished leg is not run again, so an interrupted command may be repeated. `--tables` runs nothing: it prints
 Markdown tables of the finished legs and writes DIR/results.json and DIR/losses.png.
+
+A third of each dev set is held out before the first leg. No leg reads it: learning rates, seeds and budgets are chosen
+on the other two thirds, which are called dev here. At the end every model is scored on both parts, and a bootstrap over
+rows gives an interval for the share of the teacher's score that a student keeps.
+
+`--smallest` runs the smallest row instead, in 15 minutes on 2 cores, and needs only --model, --data and --out: on MRPC
+the narrow student, without general stage and without copies, and the same student from the same start fine-tuned on the
+labels.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
 import subprocess
 import sys
@@ -21,7 +30,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fastdistill.recipes.glue import get_task
+import numpy as np
+
+from bench.bootstrap import hold_out, interval, resampled, resamples
+from fastdistill.recipes.glue import TASKS as GLUE
+from fastdistill.recipes.glue import Task, compute_metrics
+from fastdistill.recipes.search import RUN
+from fastdistill.train.checkpoints import load_model
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,10 @@ TASKS = {
     "RTE": Budget(teacher_epochs=6, copies=10, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=10),
     "STS-B": Budget(teacher_epochs=4, copies=4, intermediate_epochs=2, prediction_epochs=10, finetune_epochs=10),
 }
+SMALLEST = {
+    "MRPC": Budget(teacher_epochs=2, copies=0, intermediate_epochs=2, prediction_epochs=1, finetune_epochs=3),
+}
+PARTS = {"dev": "data", "held out": "held-out"}  # of each dev set, and the folder that holds it
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Half the teacher's depth, less than half its width, and its 12 heads. The narrow one is for speed.
 CONFIGS = {
@@ -65,6 +84,7 @@ class Student:
 DISTILLED = "distilled"
 FINE_TUNED = "fine-tuned"
 NARROW = "no general stage, narrow"
+SMALL, SMALL_FINE_TUNED = "distilled, narrow, no copies", "fine-tuned, narrow"
 STUDENTS = {
     DISTILLED: Student(),
     "no general stage": Student(general=None),
@@ -79,16 +99,23 @@ STUDENTS = {
 class Leg:
     output: str  # in the working folder
     command: list[str]  # of fastdistill, without --output
-    after: str = ""  # the leg whose evaluation it belongs to
+    task: str = ""  # the task whose rows its models are scored on, if any
 
 
 class Plan:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.out: Path = arguments.out
+        self.budgets = SMALLEST if arguments.smallest else TASKS
 
     def legs(self) -> Iterator[Leg]:
         """Yields the legs, the most valuable first."""
+        if self.arguments.smallest:
+            for task in SMALLEST:
+                yield self.teacher(task)
+                yield self.student(task, SMALL, Student(general=None, augmentation=False, config="narrow.json"))
+                yield self.fine_tuned(task, SMALL_FINE_TUNED, "narrow.json", f"{task}/teacher")
+            return
         done: set[str] = set()
         for name, student in STUDENTS.items():
             if student.general is not None and student.general not in done:
@@ -98,9 +125,9 @@ class Plan:
                 if name == DISTILLED:
                     yield self.teacher(task)
                     yield self.augment(task)
-                yield self.student(task, name)
+                yield self.student(task, name, student)
                 if name == DISTILLED:
-                    yield self.fine_tuned(task)
+                    yield self.fine_tuned(task, FINE_TUNED, student.config, self.arguments.model)
 
     def general(self, output: str, student: Student) -> Leg:
         command = [
@@ -111,42 +138,39 @@ class Plan:
         return Leg(output, command)
 
     def data(self, task: str) -> list[str]:
-        return ["--task", task, "--data", str(self.arguments.data / task)]
+        return ["--task", task, "--data", f"{PARTS['dev']}/{task}"]
 
     def teacher(self, task: str) -> Leg:
-        epochs = str(TASKS[task].teacher_epochs)
+        epochs = str(self.budgets[task].teacher_epochs)
         rest = ["--epochs", epochs, "--learning-rates", "5e-5", "--bf16", "--seeds", "1"]
-        return Leg(f"{task}/teacher", ["finetune", "--model", self.arguments.model, *self.data(task), *rest])
+        return Leg(f"{task}/teacher", ["finetune", "--model", self.arguments.model, *self.data(task), *rest], task)
 
     def augment(self, task: str) -> Leg:
-        rest = ["--glove", str(self.arguments.glove), "--copies", str(TASKS[task].copies), "--bf16"]
+        rest = ["--glove", str(self.arguments.glove), "--copies", str(self.budgets[task].copies), "--bf16"]
         return Leg(f"{task}/augmented.arrow", ["augment", "--teacher", self.arguments.masked, *self.data(task), *rest])
 
-    def student(self, task: str, name: str) -> Leg:
-        student = STUDENTS[name]
-        budget = TASKS[task]
+    def student(self, task: str, name: str, student: Student) -> Leg:
+        budget = self.budgets[task]
         # Without copies, more epochs make up for them, so that every student takes the same number of steps.
-        more = 1 if student.augmentation else 1 + budget.copies * len(get_task(task).texts)
+        more = 1 if student.augmentation else 1 + budget.copies * len(glue_task(task).texts)
         prediction = 1 if task == "STS-B" else more  # its prediction stage learns from the original rows only
-        seeds = self.arguments.seeds if name in (DISTILLED, NARROW) else self.arguments.seeds[:1]
         command = [
             "task", "--teacher", f"{task}/teacher", "--student", student.general or student.config,
             *self.data(task), *(["--augmented", f"{task}/augmented.arrow"] if student.augmentation else []),
             "--terms", *student.terms, "--bf16", "--intermediate-epochs", str(budget.intermediate_epochs * more),
             "--intermediate-learning-rate", "7e-4",
             "--prediction-epochs", str(budget.prediction_epochs * prediction), "--learning-rates", "1e-4",
-            "--seeds", *map(str, seeds),
-        ]  # fmt: skip
-        return Leg(f"{task}/{slug(name)}", command)
-
-    def fine_tuned(self, task: str) -> Leg:
-        budget = TASKS[task]
-        command = [
-            "finetune", "--model", "student.json", "--teacher", self.arguments.model, "--init", "teacher",
-            *self.data(task), "--bf16", "--epochs", str(budget.finetune_epochs), "--learning-rates", "1e-4",
             "--seeds", *map(str, self.arguments.seeds),
         ]  # fmt: skip
-        return Leg(f"{task}/{slug(FINE_TUNED)}", command)
+        return Leg(f"{task}/{slug(name)}", command, task)
+
+    def fine_tuned(self, task: str, name: str, config: str, teacher: str) -> Leg:
+        command = [
+            "finetune", "--model", config, "--teacher", teacher, "--init", "teacher",
+            *self.data(task), "--bf16", "--epochs", str(self.budgets[task].finetune_epochs),
+            "--learning-rates", "1e-4", "--seeds", *map(str, self.arguments.seeds),
+        ]  # fmt: skip
+        return Leg(f"{task}/{slug(name)}", command, task)
 
     def run(self, leg: Leg) -> None:
         """Runs a leg in the working folder, so that the printed commands can be typed there."""
@@ -155,52 +179,121 @@ class Plan:
         command = ["fastdistill", *leg.command, "--output", leg.output]
         print(shlex.join(command), flush=True)
         (self.out / leg.output).parent.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
+        start = time.perf_counter(), processor_seconds()
         subprocess.run([sys.executable, "-m", "fastdistill.cli", *command[1:], "--resume"], cwd=self.out, check=True)
         seconds_path = self.out / "seconds.json"
         seconds = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
-        seconds[leg.output] = seconds.get(leg.output, 0) + time.perf_counter() - start
+        spent = seconds.setdefault(leg.output, {"wall": 0.0, "processor": 0.0})
+        spent["wall"] += time.perf_counter() - start[0]
+        spent["processor"] += processor_seconds() - start[1]
         seconds_path.write_text(json.dumps(seconds, indent=1) + "\n")
+
+
+def processor_seconds() -> float:
+    """Returns the time that all cores together spent on the commands that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def slug(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "-")
 
 
+def glue_task(name: str) -> Task:
+    return next(task for task in GLUE if task.name == name)
+
+
 # -- results -----------------------------------------------------------------------------------------------
 
 
-def results(out: Path, tasks: list[str]) -> dict[str, dict[str, list[float]]]:
-    """Returns model -> task -> the dev score of each seed in per cent: GLUE's metric, or the mean of its two."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for name in ("teacher", DISTILLED, FINE_TUNED, *list(STUDENTS)[1:]):
-        for task in tasks:
-            path = out / task / slug(name) / "results.json"
+def predict(out: Path, leg: Leg) -> None:
+    """Writes the logits of a leg's models, one for each seed, on both parts of the dev set, beside the labels."""
+    path = predictions_path(out, leg.task, leg.output)
+    if path.exists():
+        return
+    task = glue_task(leg.task)
+    (best,) = json.loads((out / leg.output / "results.json").read_text())["combinations"]
+    found: dict[str, Any] = {part: {"logits": {}} for part in PARTS}
+    for seed in best["seeds"]:
+        folder = out / leg.output / RUN.format(**best | {"seed": seed})
+        model, tokenizer = load_model(str(folder if folder.exists() else out / leg.output), task.auto_class)
+        for part, name in PARTS.items():
+            rows = task.load_split("dev", out / name / task.name)
+            found[part]["labels"] = rows["label"][:]
+            found[part]["logits"][seed] = task.predict(rows, model, tokenizer).tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found) + "\n")
+
+
+def predictions_path(out: Path, task: str, output: str) -> Path:
+    return out / "predictions" / task / f"{Path(output).name}.json"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a model on one part of a task's dev set: GLUE's metric, or the mean of its two."""
+
+    seeds: list[float]
+    resampled: np.ndarray  # their mean on each resample of the rows
+
+    @property
+    def mean(self) -> float:
+        return mean(self.seeds)
+
+
+Found = dict[str, dict[str, Scores]]  # model -> task -> scores
+
+
+def results(out: Path, tasks: list[str], part: str) -> Found:
+    """Scores the predictions that are there. Every model of a task meets the same resamples."""
+    found: Found = {}
+    for name in ("teacher", DISTILLED, FINE_TUNED, *list(STUDENTS)[1:], SMALL, SMALL_FINE_TUNED):
+        for task in map(glue_task, tasks):
+            path = predictions_path(out, task.name, slug(name))
             if path.exists():
-                best = max(json.loads(path.read_text())["combinations"], key=lambda combination: combination["mean"])
-                found.setdefault(name, {})[task] = [100 * run["score"] for run in best["seeds"].values()]
+                rows = json.loads(path.read_text())[part]
+                labels, logits = np.array(rows["labels"]), np.array(list(rows["logits"].values()))
+                seeds = [compute_metrics(task, seed, labels)["score"] for seed in logits]
+                chosen = resamples(task, len(labels))
+                found.setdefault(name, {})[task.name] = Scores(seeds, resampled(task, logits, labels, chosen))
     return found
 
 
-def table(found: dict[str, dict[str, list[float]]], tasks: list[str]) -> str:
-    """Returns means and deviations over seeds, averages of complete rows, and their share of the teacher's."""
-    lines = [
-        "| model | " + " | ".join(tasks) + " | average | kept |",
-        "| --- |" + " ---: |" * (len(tasks) + 2),
-    ]
-    averages: dict[str, float] = {}
-    for name, scores in found.items():
-        cells = [spread(scores[task]) if task in scores else "" for task in tasks]
-        if set(tasks) <= set(scores):
-            averages[name] = mean(mean(scores[task]) for task in tasks)
-        average = averages.get(name)
-        kept = average / averages["teacher"] if average and "teacher" in averages else None
-        cells += [f"{average:.1f}" if average else "", f"{kept:.1%}" if kept else ""]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def tables(found: Found, tasks: list[str]) -> str:
+    """Returns a table of means and deviations over seeds, and one of the shares of the teacher's scores."""
+    tasks = [task for task in tasks if any(task in scores for scores in found.values())]
+    heads = f"| model | {' | '.join(tasks)} | average |\n| --- |{' ---: |' * (len(tasks) + 1)}"
+    scores, shares = [heads], [heads.replace("model", "kept", 1)]
+    for name, models in found.items():
+        if set(tasks) <= set(models):
+            over = [models[task] for task in tasks]
+            models = models | {"average": Scores([x.mean for x in over], np.mean([x.resampled for x in over], axis=0))}
+        cells = [spread(models[task].seeds) if task in models else "" for task in tasks]
+        cells.append(f"{100 * models['average'].mean:.1f}" if "average" in models else "")
+        scores.append(f"| {name} | {' | '.join(cells)} |")
+        found = found | {name: models}
+        if name != "teacher":
+            cells = [share(models.get(task), found["teacher"].get(task)) for task in (*tasks, "average")]
+            shares.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(scores) + "\n\n" + "\n".join(shares)
+
+
+def share(student: Scores | None, teacher: Scores | None) -> str:
+    """Returns what a student keeps of its teacher's score, with the interval of the resamples.
+
+    There is no interval where the teacher's score is not above 0 on each of them, as a share of it then means nothing.
+    """
+    if student is None or teacher is None or teacher.mean <= 0:
+        return ""
+    if (teacher.resampled <= 0).any():
+        return f"{student.mean / teacher.mean:.1%}"
+    low, high = interval(student.resampled / teacher.resampled)
+    return f"{student.mean / teacher.mean:.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def spread(scores: list[float]) -> str:
+    """Returns the mean ± the standard deviation over seeds, in per cent."""
+    scores = [100 * score for score in scores]
     if len(scores) == 1:
         return f"{scores[0]:.1f}"
     deviation = (sum((x - mean(scores)) ** 2 for x in scores) / (len(scores) - 1)) ** 0.5
@@ -235,36 +328,24 @@ def plot(out: Path, tasks: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.glue", description=__doc__.split(":")[1])
+    parser = argparse.ArgumentParser(prog="python -m bench.glue", description=__doc__.split(":", 1)[1])
     parser.add_argument("--model", required=True, help="a BERT with weights: folder or hub name")
-    parser.add_argument("--masked", required=True, help="a masked language model for augmentation (bench.mlm_teacher)")
+    parser.add_argument("--masked", help="a masked language model for augmentation (bench.mlm_teacher)")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="a folder of tsv files for each task")
-    parser.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="FILE", help="general text")
-    parser.add_argument("--glove", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--corpus", type=Path, nargs="+", metavar="FILE", help="general text")
+    parser.add_argument("--glove", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all five")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3; ablations take the first only"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of each last training; default: 1 2 3")
+    parser.add_argument("--smallest", action="store_true", help="the smallest row alone, on MRPC, in 15 minutes")
     parser.add_argument("--tables", action="store_true", help="run nothing, print the tables of finished legs")
     arguments = parser.parse_args()
 
-    if not arguments.tables:
-        folders = [arguments.data / task for task in arguments.tasks]
-        for option, paths in {"data": folders, "glove": [arguments.glove], "corpus": arguments.corpus}.items():
-            for path in paths:
-                if not path.exists():
-                    parser.error(f"argument --{option}: {path}: no such file or folder")
-
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in ("data", "glove"):
-        setattr(arguments, name, getattr(arguments, name).resolve())
-    arguments.corpus = [path.resolve() for path in arguments.corpus]
-    for name in ("model", "masked"):
-        if Path(getattr(arguments, name)).is_dir():
-            setattr(arguments, name, str(Path(getattr(arguments, name)).resolve()))
-    for name, config in CONFIGS.items():
-        (arguments.out / name).write_text(json.dumps(config) + "\n")
+    if arguments.smallest:
+        arguments.tasks = list(SMALLEST)
+    elif missing := [name for name in ("masked", "corpus", "glove") if getattr(arguments, name) is None]:
+        parser.error(f"the following arguments are required without --smallest: {', '.join(f'--{x}' for x in missing)}")
+    prepare(parser, arguments)
     if not arguments.tables:
         plan = Plan(arguments)
         for leg in plan.legs():
@@ -272,10 +353,44 @@ def main() -> None:
                 plan.run(leg)
             except subprocess.CalledProcessError as error:  # the command has printed the reason
                 sys.exit(error.returncode)
-    found = results(arguments.out, arguments.tasks)
-    (arguments.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
-    plot(arguments.out, arguments.tasks)
-    print(table(found, arguments.tasks))
+            if leg.task:
+                predict(arguments.out, leg)
+    scores: dict[str, Any] = {}
+    for part in PARTS:
+        found = results(arguments.out, arguments.tasks, part)
+        scores[part] = {name: {task: x.seeds for task, x in models.items()} for name, models in found.items()}
+        print(f"\n{part}:\n\n{tables(found, arguments.tasks)}")
+    (arguments.out / "results.json").write_text(json.dumps(scores, indent=1) + "\n")
+    if not arguments.smallest:
+        plot(arguments.out, arguments.tasks)
+
+
+def prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Makes paths absolute, and splits each dev set before anything is trained on its task."""
+    paths = {"data": [arguments.data / task for task in arguments.tasks]}
+    if not arguments.smallest:
+        paths |= {"glove": [arguments.glove], "corpus": arguments.corpus}
+        arguments.glove = arguments.glove.resolve()
+        arguments.corpus = [path.resolve() for path in arguments.corpus]
+    for option, needed in paths.items():
+        for path in needed:
+            if not path.exists() and not arguments.tables:
+                parser.error(f"argument --{option}: {path}: no such file or folder")
+    for name in ("model", "masked"):
+        if getattr(arguments, name) and Path(getattr(arguments, name)).is_dir():
+            setattr(arguments, name, str(Path(getattr(arguments, name)).resolve()))
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    for name, config in CONFIGS.items():
+        (out / name).write_text(json.dumps(config) + "\n")
+    if arguments.tables:
+        return
+    for task in arguments.tasks:
+        dev, held_out = (out / folder / task for folder in PARTS.values())
+        if (out / task).exists() and not dev.exists():
+            parser.error(f"argument --out: {out / task}: its models have seen the rows to hold out; take a new folder")
+        if not dev.exists():
+            hold_out(glue_task(task), arguments.data / task, dev, held_out)
 
 
 if __name__ == "__main__":

@@ -126,11 +126,13 @@ class Task(Recipe):
 
     encode = tokenize  # rows to predict on are the same
 
+    def predict(self, rows: Dataset, model: Any, tokenizer: Any) -> np.ndarray:
+        """Returns a model's logits (rows, classes) for rows from `load_split`; a regression has one class."""
+        return np.array(add_teacher_logits(self.tokenize(rows, tokenizer), model, tokenizer)["teacher_logits"])
+
     def evaluate(self, rows: Dataset, model: Any, tokenizer: Any) -> dict[str, float]:
         """Returns `compute_metrics` of a model on rows from `load_split`."""
-        rows = self.tokenize(rows, tokenizer)
-        logits = add_teacher_logits(rows, model, tokenizer)["teacher_logits"]
-        return compute_metrics(self, np.array(logits), np.array(rows["labels"]))
+        return compute_metrics(self, self.predict(rows, model, tokenizer), np.array(rows["label"]))
 
 
 ENTAILMENT = ("entailment", "not_entailment")

@@ -232,15 +232,17 @@ def test_stages_resume_where_they_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert "holds results of a card" in capsys.readouterr().err
 
 
-def test_the_commands_of_the_glue_table_parse_and_run_in_order(tmp_path: Path) -> None:
-    """Each leg runs once, after the legs whose outputs it needs."""
+@pytest.mark.parametrize("smallest", [False, True])
+def test_the_commands_of_the_glue_table_parse_and_run_in_order(tmp_path: Path, smallest: bool) -> None:
+    """Each leg runs once, after the legs whose outputs it needs; none reads the rows that are held out."""
     from bench import glue
     from fastdistill.cli import parse
 
     paths = {name: tmp_path / name for name in ("data", "glove", "out")}
     arguments = argparse.Namespace(
-        model="bert", masked="mlm", corpus=[tmp_path / "text"], tasks=list(glue.TASKS), seeds=[1, 2, 3], **paths
-    )
+        model="bert", masked="mlm", corpus=[tmp_path / "text"], tasks=list(glue.TASKS), seeds=[1, 2, 3],
+        smallest=smallest, **paths,
+    )  # fmt: skip
     done = set(glue.CONFIGS)
     commands = set()
     for leg in glue.Plan(arguments).legs():
@@ -248,7 +250,12 @@ def test_the_commands_of_the_glue_table_parse_and_run_in_order(tmp_path: Path) -
         needed = {str(parsed[name]) for name in ("teacher", "student", "model", "augmented") if parsed.get(name)}
         assert needed <= done | {"bert", "mlm"}, leg.output
         assert leg.output not in done
+        assert parsed.get("data") in (None, Path("data") / leg.output.split("/")[0])  # two thirds of the dev set
+        assert not leg.task or parsed["seeds"] == ([1] if leg.output.endswith("/teacher") else [1, 2, 3])
         done.add(leg.output)
         assert tuple(leg.command) not in commands, leg.output  # no two rows train the same student
         commands.add(tuple(leg.command))
-    assert {f"{task}/{glue.slug(name)}" for task in glue.TASKS for name in ("fine-tuned", *glue.STUDENTS)} <= done
+    names, tasks = ("fine-tuned", *glue.STUDENTS), glue.TASKS
+    if smallest:
+        names, tasks = (glue.SMALL, glue.SMALL_FINE_TUNED), glue.SMALLEST
+    assert {f"{task}/{glue.slug(name)}" for task in tasks for name in names} <= done
