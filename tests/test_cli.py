@@ -579,7 +579,7 @@ class TestBadInput:
 
 # The flags of each command; ! marks the required ones.
 FLAGS = {
-    "demo": "output overwrite",
+    "demo": "output overwrite open",
     "general": (
         "teacher! student! init corpus! max-length streaming packing method layer-map projection parity terms "
         "teacher-layer relation-heads epochs batch-size learning-rate seed bf16 max-steps trust-remote-code "

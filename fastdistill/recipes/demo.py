@@ -1,8 +1,9 @@
 """Runs the whole method on text that comes with every Python (`fastdistill demo`), without network or GPU, in minutes.
 
 The text is the docstrings of the standard library and `pydoc_data.topics`; the label of a passage is the part of the
-library that it documents. A small BERT is trained on it as the teacher. Its student is distilled in TinyBERT's stages,
-and compared with the same student trained on the labels alone for as many steps. `Demo.run` is the pipeline.
+library that it documents. Few passages have a label. A small BERT learns from those as the teacher. Its student is
+distilled in TinyBERT's stages on all passages, where the teacher's predictions stand in for the missing labels, and
+compared with the same student trained on the labels alone for as many steps. `Demo.run` is the pipeline.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import webbrowser
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +37,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 import fastdistill
 from fastdistill.recipes.glue import Task, compute_metrics
-from fastdistill.recipes.report import Cells, markdown, mean_and_spread, plot_losses, print_table
+from fastdistill.recipes.report import Cells, markdown, mean_and_spread, plot_losses, print_table, web_page
 from fastdistill.train.data import PaddingCollator, add_teacher_logits, pack_corpus
 from fastdistill.train.finetune import finetune
 from fastdistill.train.outputs import whole_output, write_whole, writing
@@ -65,7 +67,7 @@ LANGUAGE = "language"  # pydoc_data.topics
 class Size:
     """Sizes of the data, the models and the training. The defaults are those of `fastdistill demo`."""
 
-    train_rows: int = 520  # of each part
+    train_rows: int = 60  # with a label, of each part
     dev_rows: int = 130
     words: int = 36  # longest passage
     max_length: int = 48  # tokens
@@ -73,17 +75,20 @@ class Size:
     teacher: tuple[int, int] = (4, 128)  # layers, width
     student: tuple[int, int] = (2, 64)
     heads: int = 4
-    teacher_epochs: float = 5
+    teacher_epochs: float = 20
     general_epochs: float = 1
-    intermediate_epochs: float = 4
-    prediction_epochs: float = 4
+    intermediate_epochs: float = 1
+    prediction_epochs: float = 1
     seeds: tuple[int, ...] = (0, 1, 2)
+    scratch_seeds: tuple[int, ...] = (0,)  # its distance from the others is far above the spread of seeds
 
 
-def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Size | None = None) -> dict[str, Any]:
-    """Runs the demo and writes `report.md`, `losses.png`, `accuracy.png`, `results.json` and the folder `student`.
+def run(
+    output: str | Path = "demo-output", *, overwrite: bool = False, open: bool = False, size: Size | None = None
+) -> dict[str, Any]:
+    """Runs the demo and writes `report.md`, `report.html`, `results.json`, the plots and the folder `student`.
 
-    `output` appears whole or not at all. Returns the content of results.json.
+    `output` appears whole or not at all. `open` shows the report in a browser. Returns the content of results.json.
     Raises FileExistsError if `output` is not empty and `overwrite` is not set, FileNotFoundError if this Python comes
     without the source of its library.
     """
@@ -95,13 +100,24 @@ def run(output: str | Path = "demo-output", *, overwrite: bool = False, size: Si
             results = Demo(size or Size(), progress, Path(work)).run(folder)
         results["seconds"]["all"] = time.perf_counter() - start
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
-        write_whole(folder / "report.md", report(results))
+        write_whole(folder / "report.md", text := report(results))
+        write_whole(folder / "report.html", web_page(text))
     print_table(*table(results))
-    console.print(f"{results['seconds']['all'] / 60:.1f} minutes; wrote {Path(output) / 'report.md'}")
+    console.print(f"{results['seconds']['all'] / 60:.1f} minutes; wrote {Path(output) / 'report.md'} and report.html")
+    if open:
+        show(Path(output) / "report.html")
     return results
 
 
+def show(page: Path) -> None:
+    """Shows a page in the browser, or prints its address where there is none."""
+    address = page.resolve().as_uri()
+    if not webbrowser.open(address):
+        print(f"no browser was found; the report is at {address}")
+
+
 STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}  # by key
+COLORS = {"teacher": "tab:gray", "distilled": "tab:blue", "folded": "tab:green", "labels": "tab:orange"}
 # For transformers.TrainingArguments.
 OPTIONS: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "logging_steps": 10, "logging_first_step": True}
 POINTS = 8  # on a curve of dev accuracies
@@ -113,6 +129,7 @@ class Demo:
     def __init__(self, size: Size, progress: Progress, work: Path) -> None:
         self.size, self.progress, self.work = size, progress, work
         self.seconds: dict[str, float] = {}
+        self.begin = time.perf_counter()
         self.curves: dict[str, list[list[tuple[int, float]]]] = {name: [] for name in STUDENTS}
         with self.timed("text and tokenizer"):
             text = self.text = read_text(size)
@@ -120,30 +137,35 @@ class Demo:
             self.tokenizer.model_max_length = size.max_length
             self.task = Task("demo", columns=("sentence1", "label"), texts=("sentence1",), labels=tuple(text.labels))
             self.train, self.dev = (self.task.tokenize(rows, self.tokenizer) for rows in (text.train, text.dev))
+            self.unlabelled = Dataset.from_dict(dict(self.tokenizer(text.corpus, truncation=True)))
             self.blocks = pack_corpus(Dataset.from_dict({"text": text.corpus}), self.tokenizer, size.max_length)
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Trains all models, writes the first distilled student to `folder`, and returns the results."""
         with self.timed("teacher"):
             teacher = self.train_teacher()
+        self.say(f"teacher: {self.accuracy(teacher):.1%} of {len(self.dev)} test passages right")
         with self.timed("distillation"):
             start = self.start(teacher)
             students, logs = self.distil(start, teacher)
         steps = self.curves["distilled"][0][-1][0]  # of all stages
         epochs = steps / math.ceil(len(self.train) / 32)
+        seeds = {"folded": self.size.seeds, "labels": self.size.scratch_seeds}
         for name, rate in {"folded": 1e-3, "labels": 2e-3}.items():  # from the distilled one's start, and from scratch
             with self.timed(name):
-                for seed in self.size.seeds:
+                for seed in seeds[name]:
                     torch.manual_seed(seed)
                     model = copy.deepcopy(start) if name == "folded" else self.new_model(*self.size.student)
                     schedule = {"epochs": epochs, "learning_rate": rate, "seed": seed}
                     self.curves[name].append(self.finetune(model, f"{STUDENTS[name]}, seed {seed}", **schedule))
+                    self.say_last(name, seed)
         with writing(folder / "student"):
             students[0].save_pretrained(folder / "student")
             self.tokenizer.save_pretrained(folder / "student")
         results = self.results(teacher, students[0], steps)
         plot_losses(logs, folder / "losses.png")
         plot_accuracy(results, folder / "accuracy.png")
+        plot_models(results, folder / "models.png")
         return results
 
     def results(self, teacher: Any, student: Any, steps: int) -> dict[str, Any]:
@@ -155,7 +177,7 @@ class Demo:
         return {
             "size": asdict(self.size),
             "labels": self.text.labels,
-            "rows": {"train": len(self.train), "dev": len(self.dev), "corpus": len(self.text.corpus)},
+            "rows": {"labelled": len(self.train), "dev": len(self.dev), "corpus": len(self.text.corpus)},
             "steps": steps,
             "parameters": {name: count_parameters(model) for name, model in models.items()},
             "speed_up": seconds["teacher"] / seconds["student"],
@@ -185,12 +207,13 @@ class Demo:
     def distil(self, start: Any, teacher: Any) -> tuple[list[Any], dict[str, Any]]:
         """Runs TinyBERT's stages. Returns the students, one for each seed, and the logs of the two inner stages.
 
-        One student serves all seeds of the last stage, as in published results.
+        All stages read the passages without labels. One student serves all seeds of the last stage, as in published
+        results.
         """
-        size, student, projections = self.size, copy.deepcopy(start), self.work
+        size, student, projections, rows = self.size, copy.deepcopy(start), self.work, self.unlabelled
         inner = {
             "general": GeneralStage(corpus=self.blocks, epochs=size.general_epochs, batch_size=32, learning_rate=2e-3),
-            "intermediate": IntermediateStage(dataset=self.train, epochs=size.intermediate_epochs, learning_rate=1e-3),
+            "intermediate": IntermediateStage(dataset=rows, epochs=size.intermediate_epochs, learning_rate=1e-3),
         }
         watches = {name: Watch(self, f"student: {name} stage") for name in inner}
         for name, stage in inner.items():
@@ -199,7 +222,7 @@ class Demo:
             stage.run(student, teacher, self.tokenizer, projections, callbacks=[watches[name]])
         steps = sum(watch.state.global_step for watch in watches.values())
 
-        rows, students = add_teacher_logits(self.train, teacher, self.tokenizer), []
+        rows, students = add_teacher_logits(rows, teacher, self.tokenizer), []
         for seed in size.seeds:
             watch, output = Watch(self, f"student: prediction stage, seed {seed}", True), self.work / f"seed-{seed}"
             last = PredictionStage(
@@ -207,6 +230,7 @@ class Demo:
             )
             students += [last.run(copy.deepcopy(student), teacher, self.tokenizer, output, callbacks=[watch])]
             self.curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
+            self.say_last("distilled", seed)
         return students, {f"{name} stage": watch.state.log_history for name, watch in watches.items()}
 
     def finetune(self, model: Any, name: str, **schedule: Any) -> list[tuple[int, float]]:
@@ -224,6 +248,13 @@ class Demo:
     def accuracy(self, model: Any) -> float:
         rows = add_teacher_logits(self.dev, model, self.tokenizer, batch_size=64)
         return compute_metrics(self.task, rows["teacher_logits"][:], rows["labels"][:])["accuracy"]
+
+    def say_last(self, name: str, seed: int) -> None:
+        self.say(f"{STUDENTS[name]}, seed {seed}: {self.curves[name][-1][-1][1]:.1%}")
+
+    def say(self, text: str) -> None:
+        """Prints a result as soon as it is known."""
+        self.progress.console.print(f"{time.perf_counter() - self.begin:4.0f} s  {text}", highlight=False)
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -392,27 +423,55 @@ def table(results: dict[str, Any]) -> Cells:
 
 
 def report(results: dict[str, Any]) -> str:
+    """Returns the report as Markdown, for readers who know neither distillation nor BERT."""
     rows, size, seconds = results["rows"], results["size"], results["seconds"]
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if name != "all")
-    return f"""# fastdistill demo
+    parameters = results["parameters"]
+    smaller = parameters["teacher"]["encoder"] / parameters["student"]["encoder"]
+    return f"""# Why distil? A small model learns from a big one
+
+A big model (the teacher) has learned a task from {rows["labelled"]} passages with labels. A student, whose layers are
+{smaller:.0f} times smaller, is to do the same task. It can learn from the same labels, or it can be distilled: it
+imitates the teacher. That needs no labels, so it learns from all {rows["corpus"]} passages, most of which have none.
+
+## What came out
+
+{verdict(results)}
+
+![share of test passages that each model gets right](models.png)
+
+A bar is the mean, a dot is one training. Guessing gets {100 / len(results["labels"]):.0f}% right.
 
 {markdown(*table(results))}
 
-Accuracy on the dev set in per cent, mean and standard deviation over {len(size["seeds"])} seeds of the last training;
-kept: the share of the teacher's. Speed-up: one batch, {torch.get_num_threads()} threads. All students have one
-architecture and took {results["steps"]} steps. "Same start" begins with the teacher's weights as the distilled one does
-and learns from the labels alone; "from scratch" never saw the teacher.
+Accuracy: the test passages that the model gets right, in per cent; ± is the standard deviation over trainings that
+differ in their random seed alone ({len(size["seeds"])} for the first two students). Kept: the share of the teacher's
+accuracy. Encoder: the parameters without the table of words. Speed-up: one batch, {torch.get_num_threads()} threads.
+All students have one architecture and took {results["steps"]} steps.
 
-**Task.** Which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) is a
-passage from? There are {rows["train"]} passages to train on, {rows["dev"]} from other docstrings to test on, without
-module names. The corpus of the general stage has {rows["corpus"]} passages without labels.
+- **teacher**: learned from the {rows["labelled"]} labelled passages.
+- **distilled**: starts from the teacher's weights and imitates the teacher on {rows["corpus"]} passages; sees no label.
+- **same start, labels**: starts from the teacher's weights as well, and learns from the teacher's labels alone.
+- **from scratch, labels**: starts from random weights, learns from those labels, and has never seen the teacher.
 
-**Models.** The teacher has {size["teacher"][0]} layers, {size["teacher"][1]} wide, and was trained on the labels, from
-vectors of the corpus' words (factorised mutual information). The student has {size["student"][0]} layers,
-{size["student"][1]} wide, and started from the teacher's weights; then TinyBERT's general, intermediate and prediction
-stages. Both have {size["heads"]} heads.
+## How the students learned
 
-![losses](losses.png) ![accuracy](accuracy.png)
+![test accuracy over the steps of the training](accuracy.png)
+
+The distilled student first learns to imitate the teacher's inner layers. Its accuracy is measured after that.
+
+![the difference from the teacher's inner layers over the steps](losses.png)
+
+Each line is a difference between the student's and the teacher's inner layers, which gets smaller.
+
+## The task and the models
+
+Which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) is a passage from?
+The test passages ({rows["dev"]}) come from other docstrings than the training text. Module names are removed from all.
+
+The teacher has {size["teacher"][0]} layers, {size["teacher"][1]} wide, and starts from vectors of the words in all
+passages (factorised mutual information). The student has {size["student"][0]} layers, {size["student"][1]} wide. It
+goes through TinyBERT's general, intermediate and prediction stages. Both have {size["heads"]} heads.
 
 The student is in `student/`: `AutoModelForSequenceClassification.from_pretrained("student")`.
 
@@ -421,16 +480,49 @@ transformers {transformers.__version__}, fastdistill {fastdistill.__version__}, 
 """
 
 
+def verdict(results: dict[str, Any]) -> str:
+    """Returns a paragraph on whether the distilled student is clearly better than the one that learned from labels."""
+    distilled, labels = (results["accuracy"][name] for name in ("distilled", "folded"))
+    gain = 100 * (statistics.mean(distilled) - statistics.mean(labels))
+    spread = 100 * max(statistics.stdev(values) if len(values) > 1 else 0 for values in (distilled, labels))
+    teacher = 100 * statistics.mean(results["accuracy"]["teacher"])
+    found = f"""The distilled student gets {mean_and_spread(distilled, 1)} per cent of the test passages right. The same
+student from the same start gets {mean_and_spread(labels, 1)} from the labels alone, and the teacher {teacher:.1f}."""
+    if gain > 2 * spread:
+        return f"""{found} **Distillation is worth {gain:.1f} points here**, more than two standard deviations of
+{spread:.1f} points: the teacher's opinion of passages without labels teaches what the few labels cannot."""
+    return f"""{found} **The difference is {gain:.1f} points and no more than two standard deviations** of {spread:.1f}
+points, so this run does not show that distillation helps: the labels teach the student as much as the teacher can."""
+
+
+def plot_models(results: dict[str, Any], file: Path) -> None:
+    """Plots the share of test passages that each model gets right: a bar for the mean, a dot for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 2.8), layout="constrained", dpi=120)
+    axes = figure.subplots()
+    for name, label in reversed({"teacher": "teacher", **STUDENTS}.items()):
+        values = [100 * value for value in results["accuracy"][name]]
+        axes.barh(label, statistics.mean(values), color=COLORS[name], height=0.6)
+        axes.plot(values, [label] * len(values), "o", color="black", markersize=4)
+        axes.text(1, label, f"{statistics.mean(values):.1f}%", color="white", va="center", weight="bold")
+    axes.set(xlabel="test passages right, in per cent", xlim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file)
+
+
 def plot_accuracy(results: dict[str, Any], file: Path) -> None:
     """Plots the accuracies on the dev set over the steps."""
     from matplotlib.figure import Figure
 
-    accuracy = Figure(figsize=(6, 4), layout="constrained", dpi=120)
+    accuracy = Figure(figsize=(6.5, 3.8), layout="constrained", dpi=120)
     axes = accuracy.subplots()
-    for (name, runs), color in zip(results["curves"].items(), ("tab:blue", "tab:green", "tab:orange"), strict=True):
+    for name, runs in results["curves"].items():
         for i, points in enumerate(runs):
-            axes.plot(*zip(*points, strict=True), color=color, label=STUDENTS[name] if i == 0 else None)
-    axes.axhline(results["accuracy"]["teacher"][0], color="gray", linestyle="--", label="teacher")
-    axes.set(xlabel="step, all stages counted", ylabel="dev accuracy")
+            steps, values = zip(*points, strict=True)
+            label = STUDENTS[name] if i == 0 else None
+            axes.plot(steps, [100 * value for value in values], color=COLORS[name], label=label)
+    axes.axhline(100 * results["accuracy"]["teacher"][0], color=COLORS["teacher"], linestyle="--", label="teacher")
+    axes.set(xlabel="steps of training, all stages counted", ylabel="test passages right, in per cent")
     axes.legend()
     accuracy.savefig(file)

@@ -133,6 +133,7 @@ class DemoOptions:
 
     output: Path = flag("folder to write", Path("demo-output"))
     overwrite: bool = flag("replace what is in the output folder", False)
+    open: bool = flag("show the report in a browser", False)
 
 
 @dataclass(frozen=True, kw_only=True)

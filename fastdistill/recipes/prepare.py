@@ -20,7 +20,7 @@ __all__ = ["augment_task", "cache_teacher", "run_demo"]
 
 def run_demo(options: DemoOptions) -> dict[str, Any]:
     """Runs the whole pipeline on built-in text, as `fastdistill.recipes.demo.run` does."""
-    return demo.run(options.output, overwrite=options.overwrite)
+    return demo.run(options.output, overwrite=options.overwrite, open=options.open)
 
 
 def augment_task(options: AugmentOptions) -> None:

@@ -5,7 +5,9 @@ Every table is a list of heads and a list of rows of cells, for Markdown (`markd
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,45 @@ STATE, RESULTS = "trainer_state.json", "results.json"
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *escaped))
+
+
+STYLE = """body { font: 17px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .3em .8em; text-align: left }
+tr { border-bottom: 1px solid #ccc } img { max-width: 100%; height: auto } code { background: #eee }"""
+SPANS = {
+    r"!\[([^]]*)\]\(([^)]*)\)": r'<img src="\2" alt="\1">',
+    r"\*\*(.+?)\*\*": r"<b>\1</b>", r"`(.+?)`": r"<code>\1</code>",
+}  # fmt: skip
+
+
+def web_page(text: str) -> str:
+    """Returns a report as HTML. Of Markdown it knows what reports use: headings, tables, lists, images, bold and code.
+
+    Images stay files beside the page.
+    """
+    parts = html.escape(text.strip()).split("\n\n")
+    title = parts[0].lstrip("# ")
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    body = "\n".join(map(html_of, parts))
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def html_of(part: str) -> str:
+    """Returns a paragraph, heading, table or list of escaped Markdown as HTML."""
+    for pattern, tags in SPANS.items():
+        part = re.sub(pattern, tags, part, flags=re.DOTALL)
+    if found := re.fullmatch(r"(#+) (.*)", part):
+        return f"<h{len(found[1])}>{found[2]}</h{len(found[1])}>"
+    if part.startswith("- "):
+        return "<ul>" + "".join(f"<li>{item}</li>" for item in part[2:].split("\n- ")) + "</ul>"
+    if not part.startswith("| "):
+        return f"<p>{part}</p>"
+    heads, _, *rows = [line[2:-2].split(" | ") for line in part.split("\n")]
+    lines = ["".join(f"<th>{cell}</th>" for cell in heads)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines).replace("\\|", "|") + "</table>"
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], bold: Collection[int] = ()) -> None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastdistill import cli
-from fastdistill.recipes import demo
+from fastdistill.recipes import demo, report
 
 TINY = demo.Size(
     train_rows=20,
@@ -26,8 +26,8 @@ TINY = demo.Size(
     heads=2,
     teacher_epochs=1,
     general_epochs=0.02,
-    intermediate_epochs=1,
-    prediction_epochs=1,
+    intermediate_epochs=0.1,
+    prediction_epochs=0.2,
     seeds=(0, 1),
 )
 
@@ -99,18 +99,44 @@ def done(tmp_path_factory, text):
     short = demo.Text(*rows, text.corpus[:2000], text.labels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "read_text", lambda size: short)
-        return folder, demo.run(folder, size=TINY)
+        seen: list[str] = []
+        patch.setattr(demo.webbrowser, "open", lambda page: seen.append(page) or True)
+        trained: list[tuple[str, list[str], int]] = []  # by stage: its columns and rows
+        for stage in (demo.IntermediateStage, demo.PredictionStage):
+            prepare = stage.prepare
+
+            def spy(self, tokenizer, prepare=prepare):
+                trained.append((type(self).__name__, self.dataset.column_names, len(self.dataset)))
+                return prepare(self, tokenizer)
+
+            patch.setattr(stage, "prepare", spy)
+        results = demo.run(folder, open=True, size=TINY)
+        return folder, {**results, "seen": seen, "trained": trained}
 
 
 class TestRun:
     def test_writes_everything(self, done):
         folder, results = done
-        names = ["accuracy.png", "losses.png", "report.md", "results.json", "student"]
+        names = ["accuracy.png", "losses.png", "models.png", "report.html", "report.md", "results.json", "student"]
         assert sorted(path.name for path in folder.iterdir()) == names
         assert [path.name for path in folder.parent.iterdir()] == ["out"]
         assert json.loads((folder / "results.json").read_text())["accuracy"] == results["accuracy"]
-        for name in ("accuracy.png", "losses.png"):
+        for name in ("accuracy.png", "losses.png", "models.png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_open_shows_the_written_page(self, done):
+        folder, results = done
+        assert results["seen"] == [(folder / "report.html").as_uri()]
+        page = (folder / "report.html").read_text()
+        for name in ("accuracy.png", "losses.png", "models.png"):
+            assert f'<img src="{name}"' in page
+
+    def test_the_stages_learn_from_all_passages_and_see_no_label(self, done):
+        _, results = done
+        assert [name for name, _, _ in results["trained"]] == ["IntermediateStage", *["PredictionStage"] * 2]
+        for _, columns, rows in results["trained"]:
+            assert "labels" not in columns
+            assert rows == results["rows"]["corpus"] > results["rows"]["labelled"]
 
     def test_report_says_what_was_measured(self, done):
         folder, results = done
@@ -125,9 +151,9 @@ class TestRun:
 
     def test_all_students_take_the_same_number_of_steps(self, done):
         _, results = done
+        assert [len(runs) for runs in results["curves"].values()] == [2, 2, 1]  # students, by their seeds
         for runs in results["curves"].values():
-            assert [points[-1][0] for points in runs] == [results["steps"]] * 2
-            assert [points[-1][1] for points in runs] != []
+            assert {points[-1][0] for points in runs} == {results["steps"]}
 
     def test_the_student_loads(self, done):
         folder, results = done
@@ -154,3 +180,39 @@ class TestRun:
         assert not (tmp_path / "out").exists()
         with demo.whole_output(tmp_path / "out") as folder:  # the next run can start
             assert list(folder.iterdir()) == []
+
+
+class TestVerdict:
+    @staticmethod
+    def verdict(distilled, labels):
+        return demo.verdict({"accuracy": {"teacher": [0.7], "distilled": distilled, "folded": labels}})
+
+    def test_more_than_two_standard_deviations(self):
+        text = self.verdict([0.67, 0.68, 0.69], [0.64, 0.645, 0.65])
+        assert "worth 3.5 points" in text
+        assert "more than two standard deviations of\n1.0 points" in text
+
+    def test_no_more_than_two_standard_deviations(self):
+        for distilled in ([0.66, 0.66, 0.66], [0.60, 0.60, 0.60]):  # a little better, and worse
+            assert "does not show that distillation helps" in self.verdict(distilled, [0.64, 0.65, 0.66])
+
+
+def test_web_page():
+    text = "# A < B\n\n| x | y |\n| --- | --- |\n| a \\| b |  |\n\n- **one**\n- `two`\n\n![a plot](p.png)\n\nplain\n"
+    page = report.web_page(text)
+    assert "<title>A &lt; B</title>" in page
+    body = page.split("<body>")[1]
+    assert body.split("</body>")[0].strip().split("\n") == [
+        "<h1>A &lt; B</h1>",
+        "<table><tr><th>x</th><th>y</th></tr><tr><td>a | b</td><td></td></tr></table>",
+        "<ul><li><b>one</b></li><li><code>two</code></li></ul>",
+        '<p><img src="p.png" alt="a plot"></p>',
+        "<p>plain</p>",
+    ]
+
+
+def test_no_browser(monkeypatch, tmp_path, capsys):
+    """The page's address is printed where nothing can show it."""
+    monkeypatch.setattr(demo.webbrowser, "open", lambda page: False)
+    demo.show(tmp_path / "report.html")
+    assert (tmp_path / "report.html").as_uri() in capsys.readouterr().out
