@@ -501,12 +501,16 @@ def plot_models(results: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(6.5, 2.8), layout="constrained", dpi=120)
     axes = figure.subplots()
-    for name, label in reversed({"teacher": "teacher", **STUDENTS}.items()):
+    names = {"teacher": "teacher", **STUDENTS}
+    for place, name in enumerate(names):
         values = [100 * value for value in results["accuracy"][name]]
-        axes.barh(label, statistics.mean(values), color=COLORS[name], height=0.6)
-        axes.plot(values, [label] * len(values), "o", color="black", markersize=4)
-        axes.text(1, label, f"{statistics.mean(values):.1f}%", color="white", va="center", weight="bold")
-    axes.set(xlabel="test passages right, in per cent", xlim=(0, 100))
+        axes.barh(place, statistics.mean(values), color=COLORS[name], height=0.6)
+        axes.plot(values, [place] * len(values), "o", color="black", markersize=4)
+        axes.text(1, place, f"{statistics.mean(values):.1f}%", color="white", va="center", weight="bold")
+    axes.set(
+        xlabel="test passages right, in per cent", xlim=(0, 100), yticks=range(len(names)), yticklabels=names.values()
+    )
+    axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
 
