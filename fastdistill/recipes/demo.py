@@ -1,9 +1,9 @@
 """Runs the whole method on text that comes with every Python (`fastdistill demo`), without network or GPU, in minutes.
 
 The text is the docstrings of the standard library and `pydoc_data.topics`; the label of a passage is the part of the
-library that it documents. Few passages have a label. A small BERT learns from those as the teacher. Its student is
-distilled in TinyBERT's stages on all passages, where the teacher's predictions stand in for the missing labels, and
-compared with the same student trained on the labels alone for as many steps. `Demo.run` is the pipeline.
+library that it documents. Few passages have a label. Three small BERTs learn from those as teachers. A student is
+distilled in TinyBERT's stages on all passages, where the teachers' mean prediction stands in for the missing labels. It
+is compared with the same student trained on the labels alone for as many steps. `Demo.run` is the pipeline.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Size:
     teacher: tuple[int, int] = (4, 128)  # layers, width
     student: tuple[int, int] = (2, 64)
     heads: int = 4
-    teacher_epochs: float = 20
+    teachers: int = 3  # their mean prediction is better than that of each
+    teacher_epochs: float = 12
     general_epochs: float = 1
     intermediate_epochs: float = 1
     prediction_epochs: float = 1
@@ -117,7 +118,14 @@ def show(page: Path) -> None:
 
 
 STUDENTS = {"distilled": "distilled", "folded": "same start, labels", "labels": "from scratch, labels"}  # by key
-COLORS = {"teacher": "tab:gray", "distilled": "tab:blue", "folded": "tab:green", "labels": "tab:orange"}
+MODELS = {"teachers": "teachers together", "teacher": "one teacher", **STUDENTS}
+COLORS = {
+    "teachers": "black",
+    "teacher": "tab:gray",
+    "distilled": "tab:blue",
+    "folded": "tab:green",
+    "labels": "tab:orange",
+}
 # For transformers.TrainingArguments.
 OPTIONS: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "logging_steps": 10, "logging_first_step": True}
 POINTS = 8  # on a curve of dev accuracies
@@ -142,12 +150,12 @@ class Demo:
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Trains all models, writes the first distilled student to `folder`, and returns the results."""
-        with self.timed("teacher"):
-            teacher = self.train_teacher()
-        self.say(f"teacher: {self.accuracy(teacher):.1%} of {len(self.dev)} test passages right")
+        with self.timed("teachers"):
+            teachers = self.train_teachers()
+        self.say(f"teachers together: {self.accuracy(*teachers):.1%} of {len(self.dev)} test passages right")
         with self.timed("distillation"):
-            start = self.start(teacher)
-            students, logs = self.distil(start, teacher)
+            start = self.start(teachers[0])
+            students, logs = self.distil(start, teachers)
         steps = self.curves["distilled"][0][-1][0]  # of all stages
         epochs = steps / math.ceil(len(self.train) / 32)
         seeds = {"folded": self.size.seeds, "labels": self.size.scratch_seeds}
@@ -162,18 +170,19 @@ class Demo:
         with writing(folder / "student"):
             students[0].save_pretrained(folder / "student")
             self.tokenizer.save_pretrained(folder / "student")
-        results = self.results(teacher, students[0], steps)
+        results = self.results(teachers, students[0], steps)
         plot_losses(logs, folder / "losses.png")
         plot_accuracy(results, folder / "accuracy.png")
         plot_models(results, folder / "models.png")
         return results
 
-    def results(self, teacher: Any, student: Any, steps: int) -> dict[str, Any]:
+    def results(self, teachers: Sequence[Any], student: Any, steps: int) -> dict[str, Any]:
         """Returns the content of results.json. All students have one size and speed."""
-        models = {"teacher": teacher, "student": student}
+        models = {"teacher": teachers[0], "student": student}
         middle = sorted(self.dev.remove_columns("labels"), key=lambda row: len(row["input_ids"]))[len(self.dev) // 2 :]
         seconds = measure_seconds(models, PaddingCollator(self.tokenizer)(middle[:64]))
-        accuracies = {name: [points[-1][1] for points in runs] for name, runs in self.curves.items()}
+        accuracies = {"teachers": [self.accuracy(*teachers)], "teacher": [self.accuracy(model) for model in teachers]}
+        accuracies |= {name: [points[-1][1] for points in runs] for name, runs in self.curves.items()}
         return {
             "size": asdict(self.size),
             "labels": self.text.labels,
@@ -181,19 +190,22 @@ class Demo:
             "steps": steps,
             "parameters": {name: count_parameters(model) for name, model in models.items()},
             "speed_up": seconds["teacher"] / seconds["student"],
-            "accuracy": {"teacher": [self.accuracy(teacher)], **accuracies},
+            "accuracy": accuracies,
             "curves": self.curves,
             "seconds": self.seconds,
         }
 
-    def train_teacher(self) -> BertForSequenceClassification:
-        """Trains the teacher on the labels, starting from vectors of the corpus' words."""
+    def train_teachers(self) -> list[BertForSequenceClassification]:
+        """Trains the teachers on the labels, starting from vectors of the corpus' words; their seeds differ."""
         torch.manual_seed(0)
-        teacher = self.new_model(*self.size.teacher)
-        embeddings = teacher.bert.embeddings.word_embeddings.weight
-        embeddings.data.copy_(word_vectors(self.blocks["input_ids"], *embeddings.shape))
-        self.finetune(teacher, "teacher: labels", epochs=self.size.teacher_epochs, learning_rate=5e-4, seed=0)
-        return teacher
+        vectors = word_vectors(self.blocks["input_ids"], len(self.tokenizer), self.size.teacher[1])
+        teachers, schedule = [], {"epochs": self.size.teacher_epochs, "learning_rate": 5e-4}
+        for seed in range(self.size.teachers):
+            torch.manual_seed(seed)
+            teachers.append(self.new_model(*self.size.teacher))
+            teachers[-1].bert.embeddings.word_embeddings.weight.data.copy_(vectors)
+            self.finetune(teachers[-1], f"teacher {seed}: labels", **schedule, seed=seed)
+        return teachers
 
     def start(self, teacher: BertForSequenceClassification) -> BertForSequenceClassification:
         """Returns a student that starts from the teacher's weights; its projections are in the working folder."""
@@ -204,11 +216,11 @@ class Demo:
         save_projections(student, teacher, projection, self.work)
         return student
 
-    def distil(self, start: Any, teacher: Any) -> tuple[list[Any], dict[str, Any]]:
+    def distil(self, start: Any, teachers: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
         """Runs TinyBERT's stages. Returns the students, one for each seed, and the logs of the two inner stages.
 
-        All stages read the passages without labels. One student serves all seeds of the last stage, as in published
-        results.
+        All stages read the passages without labels: the inner ones imitate the first teacher, the last one the mean
+        prediction of all. One student serves all seeds of the last stage, as in published results.
         """
         size, student, projections, rows = self.size, copy.deepcopy(start), self.work, self.unlabelled
         inner = {
@@ -219,16 +231,16 @@ class Demo:
         for name, stage in inner.items():
             stage = replace(stage, projections=projections, arguments=OPTIONS)
             projections = self.work / name
-            stage.run(student, teacher, self.tokenizer, projections, callbacks=[watches[name]])
+            stage.run(student, teachers[0], self.tokenizer, projections, callbacks=[watches[name]])
         steps = sum(watch.state.global_step for watch in watches.values())
 
-        rows, students = add_teacher_logits(rows, teacher, self.tokenizer), []
+        rows, students = rows.add_column("teacher_logits", self.predict(rows, *teachers).tolist()), []
         for seed in size.seeds:
             watch, output = Watch(self, f"student: prediction stage, seed {seed}", True), self.work / f"seed-{seed}"
             last = PredictionStage(
                 dataset=rows, epochs=size.prediction_epochs, learning_rate=1e-3, seed=seed, arguments=OPTIONS
             )
-            students += [last.run(copy.deepcopy(student), teacher, self.tokenizer, output, callbacks=[watch])]
+            students += [last.run(copy.deepcopy(student), teachers[0], self.tokenizer, output, callbacks=[watch])]
             self.curves["distilled"].append([(steps + step, value) for step, value in watch.accuracies])
             self.say_last("distilled", seed)
         return students, {f"{name} stage": watch.state.log_history for name, watch in watches.items()}
@@ -245,9 +257,17 @@ class Demo:
         config = BertConfig(vocab_size=len(self.tokenizer), **options, **self.task.model_options())
         return BertForSequenceClassification(config)
 
-    def accuracy(self, model: Any) -> float:
-        rows = add_teacher_logits(self.dev, model, self.tokenizer, batch_size=64)
-        return compute_metrics(self.task, rows["teacher_logits"][:], rows["labels"][:])["accuracy"]
+    def predict(self, rows: Dataset, *models: Any) -> torch.Tensor:
+        """Returns the log of the models' mean probability of each class, (rows, classes)."""
+        found = (
+            add_teacher_logits(rows, model, self.tokenizer, batch_size=64)["teacher_logits"][:] for model in models
+        )
+        return torch.stack([torch.tensor(logits).log_softmax(-1) for logits in found]).logsumexp(0) - math.log(
+            len(models)
+        )
+
+    def accuracy(self, *models: Any) -> float:
+        return compute_metrics(self.task, self.predict(self.dev, *models).numpy(), self.dev["labels"][:])["accuracy"]
 
     def say_last(self, name: str, seed: int) -> None:
         self.say(f"{STUDENTS[name]}, seed {seed}: {self.curves[name][-1][-1][1]:.1%}")
@@ -405,18 +425,19 @@ def word_runs(passage: str) -> set[tuple[str, ...]]:
 def table(results: dict[str, Any]) -> Cells:
     """Returns a table with a row for each model, for a terminal of 80 columns."""
     rows = []
-    teacher = statistics.mean(results["accuracy"]["teacher"])
-    for name, label in {"teacher": "teacher", **STUDENTS}.items():
-        values, kind = results["accuracy"][name], "teacher" if name == "teacher" else "student"
-        parameters = results["parameters"][kind]
+    teachers, count = statistics.mean(results["accuracy"]["teachers"]), results["size"]["teachers"]
+    for name, label in MODELS.items():
+        values, kind = results["accuracy"][name], "student" if name in STUDENTS else "teacher"
+        models = count if name == "teachers" else 1
+        parameters = {part: models * number for part, number in results["parameters"][kind].items()}
         rows.append(
             [
                 label,
                 f"{parameters['total'] / 1e6:.2f}M",
                 f"{parameters['encoder'] / 1e6:.2f}M",
-                f"{results['speed_up'] if kind == 'student' else 1:.1f}x",
+                f"{results['speed_up'] if kind == 'student' else 1 / models:.1f}x",
                 mean_and_spread(values, 1),
-                f"{100 * statistics.mean(values) / teacher:.1f}%",
+                f"{100 * statistics.mean(values) / teachers:.1f}%",
             ]
         )
     return ["model", "parameters", "encoder", "speed-up", "accuracy", "kept"], rows
@@ -430,9 +451,10 @@ def report(results: dict[str, Any]) -> str:
     smaller = parameters["teacher"]["encoder"] / parameters["student"]["encoder"]
     return f"""# Why distil? A small model learns from a big one
 
-A big model (the teacher) has learned a task from {rows["labelled"]} passages with labels. A student, whose layers are
-{smaller:.0f} times smaller, is to do the same task. It can learn from the same labels, or it can be distilled: it
-imitates the teacher. That needs no labels, so it learns from all {rows["corpus"]} passages, most of which have none.
+{size["teachers"]} big models (the teachers) have learned a task from {rows["labelled"]} passages with labels. A
+student, whose layers are {smaller:.0f} times smaller than one teacher's, is to do the same task. It can learn from the
+same labels, or it can be distilled: it imitates what the teachers say together. That needs no labels, so it
+learns from all {rows["corpus"]} passages, most of which have none.
 
 ## What came out
 
@@ -445,20 +467,22 @@ A bar is the mean, a dot is one training. Guessing gets {100 / len(results["labe
 {markdown(*table(results))}
 
 Accuracy: the test passages that the model gets right, in per cent; ± is the standard deviation over trainings that
-differ in their random seed alone ({len(size["seeds"])} for the first two students). Kept: the share of the teacher's
-accuracy. Encoder: the parameters without the table of words. Speed-up: one batch, {torch.get_num_threads()} threads.
+differ in their random seed alone ({len(size["seeds"])} for the first two students). Kept: the share of the
+teachers' accuracy together. Encoder: the parameters without the table of words. Speed-up: over one
+teacher, one batch, {torch.get_num_threads()} threads.
 All students have one architecture and took {results["steps"]} steps.
 
-- **teacher**: learned from the {rows["labelled"]} labelled passages.
-- **distilled**: starts from the teacher's weights and imitates the teacher on {rows["corpus"]} passages; sees no label.
-- **same start, labels**: starts from the teacher's weights as well, and learns from the teacher's labels alone.
-- **from scratch, labels**: starts from random weights, learns from those labels, and has never seen the teacher.
+- **teachers together**: the mean prediction of {size["teachers"]} teachers, which takes all their time.
+- **one teacher**: learned from the {rows["labelled"]} labelled passages; they differ in their random seed alone.
+- **distilled**: starts from a teacher's weights and imitates the teachers on {rows["corpus"]} passages; sees no label.
+- **same start, labels**: starts from that teacher's weights as well, and learns from the teachers' labels alone.
+- **from scratch, labels**: starts from random weights, learns from those labels, and has never seen a teacher.
 
 ## How the students learned
 
 ![test accuracy over the steps of the training](accuracy.png)
 
-The distilled student first learns to imitate the teacher's inner layers. Its accuracy is measured after that.
+The distilled student first learns to imitate the first teacher's inner layers. Its accuracy is measured after that.
 
 ![the difference from the teacher's inner layers over the steps](losses.png)
 
@@ -469,7 +493,7 @@ Each line is a difference between the student's and the teacher's inner layers, 
 Which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) is a passage from?
 The test passages ({rows["dev"]}) come from other docstrings than the training text. Module names are removed from all.
 
-The teacher has {size["teacher"][0]} layers, {size["teacher"][1]} wide, and starts from vectors of the words in all
+A teacher has {size["teacher"][0]} layers, {size["teacher"][1]} wide, and starts from vectors of the words in all
 passages (factorised mutual information). The student has {size["student"][0]} layers, {size["student"][1]} wide. It
 goes through TinyBERT's general, intermediate and prediction stages. Both have {size["heads"]} heads.
 
@@ -485,14 +509,15 @@ def verdict(results: dict[str, Any]) -> str:
     distilled, labels = (results["accuracy"][name] for name in ("distilled", "folded"))
     gain = 100 * (statistics.mean(distilled) - statistics.mean(labels))
     spread = 100 * max(statistics.stdev(values) if len(values) > 1 else 0 for values in (distilled, labels))
-    teacher = 100 * statistics.mean(results["accuracy"]["teacher"])
+    teacher = 100 * statistics.mean(results["accuracy"]["teachers"])
     found = f"""The distilled student gets {mean_and_spread(distilled, 1)} per cent of the test passages right. The same
-student from the same start gets {mean_and_spread(labels, 1)} from the labels alone, and the teacher {teacher:.1f}."""
+student from the same start gets {mean_and_spread(labels, 1)} from the labels alone,
+the teachers together {teacher:.1f}."""
     if gain > 2 * spread:
         return f"""{found} **Distillation is worth {gain:.1f} points here**, more than two standard deviations of
-{spread:.1f} points: the teacher's opinion of passages without labels teaches what the few labels cannot."""
+{spread:.1f} points: the teachers' opinion of passages without labels teaches what the few labels cannot."""
     return f"""{found} **The difference is {gain:.1f} points and no more than two standard deviations** of {spread:.1f}
-points, so this run does not show that distillation helps: the labels teach the student as much as the teacher can."""
+points, so this run does not show that distillation helps: the labels teach the student as much as the teachers can."""
 
 
 def plot_models(results: dict[str, Any], file: Path) -> None:
@@ -501,14 +526,13 @@ def plot_models(results: dict[str, Any], file: Path) -> None:
 
     figure = Figure(figsize=(6.5, 2.8), layout="constrained", dpi=120)
     axes = figure.subplots()
-    names = {"teacher": "teacher", **STUDENTS}
-    for place, name in enumerate(names):
+    for place, name in enumerate(MODELS):
         values = [100 * value for value in results["accuracy"][name]]
         axes.barh(place, statistics.mean(values), color=COLORS[name], height=0.6)
         axes.plot(values, [place] * len(values), "o", color="black", markersize=4)
         axes.text(1, place, f"{statistics.mean(values):.1f}%", color="white", va="center", weight="bold")
     axes.set(
-        xlabel="test passages right, in per cent", xlim=(0, 100), yticks=range(len(names)), yticklabels=names.values()
+        xlabel="test passages right, in per cent", xlim=(0, 100), yticks=range(len(MODELS)), yticklabels=MODELS.values()
     )
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
@@ -526,7 +550,8 @@ def plot_accuracy(results: dict[str, Any], file: Path) -> None:
             steps, values = zip(*points, strict=True)
             label = STUDENTS[name] if i == 0 else None
             axes.plot(steps, [100 * value for value in values], color=COLORS[name], label=label)
-    axes.axhline(100 * results["accuracy"]["teacher"][0], color=COLORS["teacher"], linestyle="--", label="teacher")
+    teachers = 100 * results["accuracy"]["teachers"][0]
+    axes.axhline(teachers, color=COLORS["teachers"], linestyle="--", label=MODELS["teachers"])
     axes.set(xlabel="steps of training, all stages counted", ylabel="test passages right, in per cent")
     axes.legend()
     accuracy.savefig(file)

@@ -1,6 +1,7 @@
 """Tests the demo: its text (labels, no leaks), and the whole run at a tiny size."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -24,6 +25,7 @@ TINY = demo.Size(
     teacher=(2, 16),
     student=(1, 8),
     heads=2,
+    teachers=2,
     teacher_epochs=1,
     general_epochs=0.02,
     intermediate_epochs=0.1,
@@ -141,7 +143,7 @@ class TestRun:
     def test_report_says_what_was_measured(self, done):
         folder, results = done
         text = (folder / "report.md").read_text()
-        teacher = results["accuracy"]["teacher"][0]
+        teacher = results["accuracy"]["teachers"][0]
         mean = sum(results["accuracy"]["distilled"]) / 2
         row = next(line for line in text.splitlines() if line.startswith("| distilled"))
         assert f"{100 * mean:.1f} ±" in row
@@ -182,10 +184,20 @@ class TestRun:
             assert list(folder.iterdir()) == []
 
 
+def test_the_mean_prediction_is_that_of_probabilities(monkeypatch):
+    logits = {"sure": [[4.0, 0.0]], "vague": [[0.0, 0.5]]}
+    monkeypatch.setattr(demo, "add_teacher_logits", lambda rows, model, *_, **__: {"teacher_logits": logits[model]})
+    this = demo.Demo.__new__(demo.Demo)
+    this.tokenizer = None
+    found = this.predict([None], "sure", "vague").exp()[0].tolist()
+    first, other = 1 / (1 + math.exp(-4)), 1 / (1 + math.exp(0.5))
+    assert found == pytest.approx([(first + other) / 2, 1 - (first + other) / 2], rel=1e-5)
+
+
 class TestVerdict:
     @staticmethod
     def verdict(distilled, labels):
-        return demo.verdict({"accuracy": {"teacher": [0.7], "distilled": distilled, "folded": labels}})
+        return demo.verdict({"accuracy": {"teachers": [0.7], "distilled": distilled, "folded": labels}})
 
     def test_more_than_two_standard_deviations(self):
         text = self.verdict([0.67, 0.68, 0.69], [0.64, 0.645, 0.65])
