@@ -70,8 +70,12 @@ def cases(small: bool) -> Iterator[Case]:
         return lambda: inputs() | {"attn_mask": torch.rand(batch, 1, length, length) < 0.7}
 
     def packed(inputs: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-        starts = torch.tensor([0, length // 3, length], dtype=torch.int32)
-        return lambda: {name: x[:1] for name, x in inputs().items()} | {"cu_seqlens": starts}
+        def row() -> dict[str, Any]:
+            tensors = {name: x[:1] for name, x in inputs().items()}
+            tokens = tensors["student_query"].shape[2]
+            return tensors | {"cu_seqlens": torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)}
+
+        return row
 
     yield Case("attention_mse", "26 / 64, masks", masked(attention(26, 64)), learned)
     yield Case("attention_mse", "64 / 64, short", attention(64, 64, length // 4), learned, dtypes=TRAINING)
@@ -81,6 +85,7 @@ def cases(small: bool) -> Iterator[Case]:
     yield Case("attention_mse", "mask of pairs", dense(attention(64, 64)), learned)
     yield Case("attention_mse", "384 / 768", attention(384, 768), learned, dtypes=TRAINING)
     yield Case("attention_mse", "window", attention(64, 64), learned, options={"window": (length // 8, 3)})
+    yield Case("attention_mse", "packed", packed(attention(64, 64, max(2 * length, 600))), learned)
     yield Case("attention_kl", "packed, causal", packed(attention(64, 64)), learned, options={"is_causal": True})
     yield Case("attention_kl", "64 / 64, masks", masked(attention(64, 64)), learned)
     yield Case(

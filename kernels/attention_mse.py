@@ -15,6 +15,9 @@ A causal mask becomes a scan over chunks of rows: a chunk of queries uses the Gr
 of keys that of all queries after it. `_contract` computes these prefix and suffix sums chunk by chunk. The tiles of
 attention_tiles.py handle the remaining triangle, the pairs of a chunk of queries with the keys beside it.
 
+Packed sequences have a matrix each. Slots, which each lie in one sequence (attention_packed.py), are the splits of
+`_gram`, of which `_contract` sums those of a sequence, and the tiles of `_gradient`.
+
 Products of 16-bit inputs are exact in float32. A split sums at most SUMMED of them in float32 (in the scan: a chunk of
 each head, and all keys that every query sees). All further sums are float64, because the terms of the loss cancel as
 the student nears its teacher. For the same reason the matrix that multiplies bfloat16 rows is split into two bfloat16
@@ -27,9 +30,8 @@ of 2 in registers only. Heads too wide for one program, such as hidden states us
 block by block.
 """
 
-from functools import lru_cache
 from math import gcd, lcm
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -38,17 +40,11 @@ from torch import Tensor
 
 from . import _common
 from ._common import on_device_of, power_of_2
+from .attention_mse_plan import SUMMED, Plan, blocks, multiprocessors_of, plan
+from .attention_packed import slot_rows, slots_of
 
 if TYPE_CHECKING:
     from ..ops._attention import Attention
-
-# Most rows whose products are summed in float32. Tensor cores truncate: a sum loses half a unit of its last place, on
-# average, with each step of 16 products, so a sum of n squares comes out too small by a factor of 1 - delta,
-#     delta = n / 16 steps * 1/2 (sums grow from 0) * 1/2 * 0.72 * 2^-23 (mean unit of a mantissa) = n * 2^-29.5
-# The loss is off by at most 2 delta / e^2 at a relative mismatch e: at e = 0.01 by 11% with 4096 rows, 2.7% with 1024.
-# Sums of both sides lose alike, so in emulation (26 / 64, equal scores in a rotated basis) it was 0.2% and 0.05%; with
-# 512 rows, rounding at random outweighs that. Wide heads sum 4 times as many: a split costs them more than its rows.
-SUMMED = 1024
 
 
 @triton.jit
@@ -72,20 +68,21 @@ def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
     return first, end
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "sequences"])
 def _gram(
     a_query_ptr, b_query_ptr,  # (B, H, L, D_a), (B, H, L, D_b)
     a_key_ptr, b_key_ptr,  # (B, H_a, S, D_a), (B, H_b, S, D_b)
     query_mask_ptr, key_mask_ptr,  # (B, L), (B, S) bool
+    query_starts_ptr, key_starts_ptr,  # (sequences + 1), (sequences + 1), if packed; B = 1
     out_ptr,  # (splits, 2, B * groups, D', D')
     a_query_batch, a_query_head, a_query_row, b_query_batch, b_query_head, b_query_row,  # strides / UNIT_A or UNIT_B
     a_key_batch, a_key_head, a_key_row, b_key_batch, b_key_head, b_key_row,
     query_mask_batch, key_mask_batch,
     count, groups, query_length, key_length, heads_of_a_group,  # count: B * groups
     sharing_a, sharing_b,  # groups that share a key head
-    splits,
+    splits, sequences,
     MASKED: tl.constexpr,  # 1: queries, 2: keys, 3: both
-    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan, each a split; 0: a split is any share of the rows
+    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan or of a slot, each a split; 0: a split is any share
     UNIT_A: tl.constexpr,
     UNIT_B: tl.constexpr,
     D_A: tl.constexpr,
@@ -114,14 +111,14 @@ def _gram(
     length, heads = query_length, heads_of_a_group
     a_ptr = a_query_ptr + (batch * a_query_batch + group * heads_of_a_group * a_query_head) * UNIT_A
     b_ptr = b_query_ptr + (batch * b_query_batch + group * heads_of_a_group * b_query_head) * UNIT_B
-    a_row, b_row, a_head, b_head = a_query_row, b_query_row, a_query_head, b_query_head
+    a_row, b_row, a_head, b_head, starts_ptr = a_query_row, b_query_row, a_query_head, b_query_head, query_starts_ptr
     if MASKED:
         mask_ptr = query_mask_ptr + batch * query_mask_batch
     if side == 1:
         length, heads = key_length, 1
         a_ptr = a_key_ptr + (batch * a_key_batch + group // sharing_a * a_key_head) * UNIT_A
         b_ptr = b_key_ptr + (batch * b_key_batch + group // sharing_b * b_key_head) * UNIT_B
-        a_row, b_row, a_head, b_head = a_key_row, b_key_row, a_key_head, b_key_head
+        a_row, b_row, a_head, b_head, starts_ptr = a_key_row, b_key_row, a_key_head, b_key_head, key_starts_ptr
         if MASKED:
             mask_ptr = key_mask_ptr + batch * key_mask_batch
 
@@ -129,7 +126,9 @@ def _gram(
     aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
     bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
     first = 0
-    if CHUNK:
+    if query_starts_ptr is not None:
+        _, first, length = slot_rows(starts_ptr, split, sequences, CHUNK)
+    elif CHUNK:
         first, length = _chunk(split, side, query_length, key_length, CHUNK)
     tiles = tl.maximum(tl.cdiv(length - first, ROWS), 0)  # of a head
     share = tiles * heads
@@ -181,18 +180,20 @@ def _counted(mask_ptr, start, length, BLOCK: tl.constexpr):
     return tl.sum(total, 0).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "sequences"])
 def _contract(
     partial_ptr,  # (splits, 2, B * groups, D', D'), the student's columns first
     query_mask_ptr, key_mask_ptr,  # (B, L), (B, S) bool; None: all rows count
+    query_starts_ptr, key_starts_ptr,  # as in `_gram`
     pairs_ptr,  # (B) int64: allowed pairs of a head; None: not wanted
-    total_ptr,  # (B * groups, blocks of a triangle)
+    total_ptr,  # ([sequences,] B * groups, blocks of a triangle)
     # (B * groups, D', D_s); in the scan (splits, B * groups, D', D_s): of a chunk's queries and all later ones, of its
-    # keys and all earlier ones.
+    # keys and all earlier ones; of packed sequences (sequences, groups, D', D_s).
     query_gram_ptr, key_gram_ptr,
     query_mask_batch, key_mask_batch,  # strides
-    groups, query_length, key_length, splits,
+    groups, query_length, key_length, splits, sequences,
     student_scale: tl.float64, teacher_scale: tl.float64,
+    CHUNK: tl.constexpr,  # rows of a slot
     D_S: tl.constexpr,
     WIDTH: tl.constexpr,
     TS: tl.constexpr,  # the partials hold the block TS, not ST
@@ -227,8 +228,19 @@ def _contract(
     total = tl.zeros((BLOCK, BLOCK), tl.float64)
     query = tl.zeros((BLOCK, BLOCK), tl.float64)
     key = tl.zeros((BLOCK, BLOCK), tl.float64)
-    at, side, matrices = partial_ptr + of * (WIDTH * WIDTH) + where, count * (WIDTH * WIDTH), count * (WIDTH * D_S)
+    partial = of
+    if query_starts_ptr is not None:  # `of` counts the groups of all sequences
+        sequence, partial, count = (of // groups).to(tl.int32), of % groups, tl.cast(groups, tl.int64)
+    at, side, matrices = partial_ptr + partial * (WIDTH * WIDTH) + where, count * (WIDTH * WIDTH), count * (WIDTH * D_S)
     of *= WIDTH * D_S
+    if query_starts_ptr is not None:
+        first, end = slots_of(query_starts_ptr, sequence, CHUNK)
+        for split in range(first, end):
+            query += tl.load(at + split * 2 * side, mask=read, other=0).to(tl.float64)
+        first, end = slots_of(key_starts_ptr, sequence, CHUNK)
+        for split in range(first, end):
+            key += tl.load(at + (split * 2 + 1) * side, mask=read, other=0).to(tl.float64)
+        splits = 0
     for split in range(splits):
         part = tl.load(at + split * 2 * side, mask=read, other=0).to(tl.float64)
         key += tl.load(at + (split * 2 + 1) * side, mask=read, other=0).to(tl.float64)
@@ -309,14 +321,15 @@ def _times(x, matrix, acc, PRECISION: tl.constexpr):
 def _gradient(
     student_ptr, teacher_ptr,  # (B, heads, T, D_s), (B, heads of the teacher, T, D_t)
     mask_ptr,  # (B, T); None: all rows count
+    starts_ptr,  # (sequences + 1), if packed; B = 1
     pairs_ptr,  # (B): no row of a batch entry counts if this is 0; None: all do
-    gram_ptr,  # (B * groups, D', D_s) of the other side
+    gram_ptr,  # ([chunks or sequences,] B * groups, D', D_s) of the other side
     grad_loss_ptr, divisor_ptr,  # (), ()
     near_ptr,  # as out, contiguous: unscaled gradients of the pairs within chunks; None: not causal
     out_ptr,  # (B, heads, T, D_s), as the student
     student_batch, student_head, student_row, teacher_batch, teacher_head, teacher_row,  # strides, / UNIT_S, UNIT_T
     mask_batch, out_batch, out_head, out_row, out_column,
-    heads, length, groups,
+    heads, length, groups, sequences,
     heads_of_a_group,  # query heads
     sharing, teacher_sharing,  # groups that share a key head
     student_scale: tl.float64, teacher_scale: tl.float64,
@@ -338,6 +351,8 @@ def _gradient(
     # CUDA allows only the x axis of a grid to be long, so all indices share it: column blocks, tiles, heads, batch
     # entries, from fast to slow. Consecutive tiles of a head share its matrix.
     tiles, first_tiles = tl.cdiv(length, ROWS), 0
+    if starts_ptr is not None:
+        tiles = length // ROWS + sequences  # slots, of which each lies in one sequence
     if CHUNK and not QUERIES:  # first the keys that all queries see, then the others, chunk by chunk
         first_tiles = tl.cdiv(tl.maximum(offset, 0), ROWS)
         tiles = first_tiles + tl.cdiv(length - offset, ROWS)
@@ -345,6 +360,9 @@ def _gradient(
     tile, of = program % tiles, program // tiles
     head, batch = (of % heads).to(tl.int64), (of // heads).to(tl.int64)
     start, end = tile * ROWS, length
+    if starts_ptr is not None:
+        sequence, start, end = slot_rows(starts_ptr, tile, sequences, ROWS)
+        gram_ptr += sequence.to(tl.int64) * groups * ((D_S + D_T) * D_S)
     if CHUNK:
         chunk = start // CHUNK
         if not QUERIES:
@@ -410,6 +428,10 @@ def grams_of_a_scan(query_length: int) -> int:
     return (query_length + CHUNK - 1) // CHUNK + 1
 
 
+def sequences_of(call: "Attention") -> int:
+    return 0 if call.cu_seqlens is None else len(call.cu_seqlens) - 1
+
+
 def gram_dtype(*inputs: Tensor) -> torch.dtype:
     """Returns the dtype of products and Gram matrices: float64; float32 for 16-bit inputs, where products are exact."""
     return torch.float64 if any(x.itemsize > 2 for x in inputs) else torch.float32
@@ -441,62 +463,12 @@ def _strides(unit: int, x: Tensor) -> tuple[int, int, int]:
     return batch // unit, head // unit, row // unit
 
 
-def _blocks(width: int, block: int) -> int:
-    return -(-width // block)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-class _Plan(NamedTuple):
-    """How `_gram` cuts a call."""
-
-    rows: int  # of a tile
-    block_s: int  # columns of a block
-    block_t: int
-    one_program: bool  # computes all three blocks of a matrix; otherwise each block is a launch
-    splits: int
-    options: dict[str, int]  # of the launch
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    arch: str, multiprocessors: int, wide: bool, matrices: int,  # B * groups
-    tall: int,  # rows of a group's queries or keys, the larger number
-    d_s: int, d_t: int,
-) -> _Plan:  # fmt: skip
-    # sm_90's tensor cores multiply 64 rows at once: with fewer columns, warps repeat work and loads are not pipelined.
-    has_long_tiles = arch.startswith(("sm_9", "sm_10")) and not wide
-    rows, widest = (256, 512) if arch == "cpu" else (32, 64) if wide else (128 if has_long_tiles else 64, 128)
-    block_s, block_t = (min(max(power_of_2(d), 64 if has_long_tiles else 16), widest) for d in (d_s, d_t))
-    one_program = d_s <= block_s and d_t <= block_t and block_s + block_t <= 128
-    # Each block of wide heads is a program: the launch with the fewest blocks should fill the card.
-    programs = 2 * matrices
-    if not one_program:
-        programs *= min(_blocks(d_s, block_s), _blocks(d_t, block_t)) ** 2
-    slots = 2 * multiprocessors  # programs that run at once
-    tiles, size = _blocks(tall, rows), 8 if wide else 4
-    tile_bytes = rows * min(d_s + d_t, block_s + block_t) * size // 2
-    partial_bytes = 2 * matrices * (d_s + d_t) ** 2 * size
-
-    def cost(splits: int) -> int:  # in bytes: tiles, as if the last wave of programs were full, and the partial sums
-        waves = _blocks(programs * splits, slots)
-        return waves * slots * _blocks(tiles, splits) * tile_bytes + 2 * splits * partial_bytes  # written and read
-
-    least = 1 if wide else _blocks(tiles, (1 if one_program else 4) * SUMMED // rows)
-    most = max(least, min(tiles // 4, _blocks(4 * slots, programs)))
-    options = {"num_warps": 4 if block_s + block_t <= 64 else 8, "num_stages": 2}
-    if has_long_tiles and one_program:
-        options["maxnreg"] = 128  # so that two programs run on a multiprocessor
-    return _Plan(rows, block_s, block_t, one_program, min(range(least, most + 1), key=cost), options)
-
-
 def _partial_grams(
     call: "Attention",  # of tensors that `_rows` returned
     query_mask: tuple[Tensor | None, int], key_mask: tuple[Tensor | None, int],
-    groups: int, plan: _Plan, out: Tensor,  # (splits, 2, B * groups, D', D')
+    groups: int, plan: Plan,
+    chunk: int,  # rows of a chunk of the scan, or of a slot of packed sequences; 0: any share of the rows is a split
+    out: Tensor,  # (splits, 2, B * groups, D', D')
 ) -> None:  # fmt: skip
     sq, sk, tq, tk = call.tensors()
     heads, d_s, d_t = sq.shape[1], sq.shape[3], tq.shape[3]
@@ -506,13 +478,13 @@ def _partial_grams(
     def launch(a: tuple, b: tuple, everything: bool) -> None:
         (a_query, a_key, block_a, first_a), (b_query, b_key, block_b, first_b) = a, b
         d_a, d_b, unit_a, unit_b = a_query.shape[3], b_query.shape[3], _unit(a_query, a_key), _unit(b_query, b_key)
-        _gram[(_blocks(d_a, block_a) * _blocks(d_b, block_b) * out.shape[0] * 2 * out.shape[2],)](
-            a_query, b_query, a_key, b_key, *masks, out,
+        _gram[(blocks(d_a, block_a) * blocks(d_b, block_b) * out.shape[0] * 2 * out.shape[2],)](
+            a_query, b_query, a_key, b_key, *masks, call.cu_seqlens, call.cu_seqlens_key, out,
             *_strides(unit_a, a_query), *_strides(unit_b, b_query), *_strides(unit_a, a_key), *_strides(unit_b, b_key),
             query_mask[1], key_mask[1], out.shape[2], groups, *call.lengths(), heads // groups,
-            groups // a_key.shape[1], groups // b_key.shape[1], out.shape[0],
-            MASKED=(queries is not None) + 2 * (keys is not None),
-            CHUNK=CHUNK if call.is_causal else 0, UNIT_A=unit_a, UNIT_B=unit_b, D_A=d_a, D_B=d_b, WIDTH=out.shape[3],
+            groups // a_key.shape[1], groups // b_key.shape[1], out.shape[0], sequences_of(call),
+            MASKED=(queries is not None) + 2 * (keys is not None), CHUNK=chunk, UNIT_A=unit_a, UNIT_B=unit_b,
+            D_A=d_a, D_B=d_b, WIDTH=out.shape[3],
             FIRST_A=first_a, FIRST_B=first_b, ALL=everything, BLOCK_A=block_a, BLOCK_B=block_b, ROWS=plan.rows,
             WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32, **plan.options,
         )  # fmt: skip
@@ -538,36 +510,43 @@ def loss(
     """Returns the loss (), its divisor () float64, the allowed pairs of a head of each batch entry (B; empty without a
     mask to count), and the student's columns of Gq and Gk (B, groups, D', D_s).
 
-    Under a causal mask each chunk has its own matrices: of the queries after it, and of the keys before it.
+    Under a causal mask each chunk has its own matrices: of the queries after it, and of the keys before it. Each packed
+    sequence has its own, too: its masks are True only for rows in an allowed pair, and num_items or number is given.
     """
     call = call._replace(**{name: _rows(getattr(call, name)) for name in call._fields[:4]})
+    if call.cu_seqlens is not None and call.cu_seqlens_key is not None:  # one program takes either
+        call = call._replace(cu_seqlens_key=call.cu_seqlens_key.to(call.cu_seqlens.dtype))
     (batch, heads, query_length, d_s), is_causal = call.student_query.shape, call.is_causal
     key_length, d_t = call.student_key.shape[2], call.teacher_query.shape[3]
     groups, width = lcm(call.student_key.shape[1], call.teacher_key.shape[1]), d_s + d_t
     dtype, new = gram_dtype(*call.tensors()), call.student_query.new_empty
     query_mask, key_mask = _mask(call.query_mask), _mask(call.key_mask)
-    has_pairs = not is_causal and (call.query_mask is not None or call.key_mask is not None)
-    chunks = [grams_of_a_scan(query_length)] if is_causal else []
+    is_packed, sequences = call.cu_seqlens is not None, sequences_of(call)
+    has_pairs = not (is_causal or is_packed) and (call.query_mask is not None or call.key_mask is not None)
+    chunks = [grams_of_a_scan(query_length)] if is_causal else [sequences] if is_packed else []
     query_gram, key_gram = (new(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
     out, divisor = new((), dtype=call.dtype), new((), dtype=torch.float64)
     pairs = new(batch if has_pairs else 0, dtype=torch.int64)
     if query_gram.numel() == 0 or query_length == 0 or key_length == 0:
         return out.zero_(), divisor.fill_(1), pairs.zero_(), query_gram.zero_(), key_gram.zero_()
     arch, tall = _common.arch_of(out), max(heads // groups * query_length, key_length)
-    plan = _plan(arch, _multiprocessors(out.device), dtype == torch.float64, batch * groups, tall, d_s, d_t)
-    splits = chunks[0] if is_causal else plan.splits
+    cut = plan(arch, multiprocessors_of(out.device), dtype == torch.float64, batch * groups, tall, d_s, d_t)
+    chunk, splits = (CHUNK, chunks[0]) if is_causal else (0, cut.splits)
+    if is_packed:  # a slot of a group has as many rows as are summed in float32
+        chunk = max(16, SUMMED // power_of_2(heads // groups))
+        splits = max(query_length, key_length) // chunk + sequences
     partial = new(splits, 2, batch * groups, width, width, dtype=dtype)
     block = 64 if arch == "cpu" else 16 if width <= 16 else 32
-    triangle = _blocks(width, block) * (_blocks(width, block) + 1) // 2
-    totals = new(batch * groups * triangle, dtype=torch.float64)
+    triangle = blocks(width, block) * (blocks(width, block) + 1) // 2
+    totals = new(batch * groups * triangle * (sequences if is_packed else 1), dtype=torch.float64)
     counts = pairs if has_pairs and number is None and num_items is None else None
     with on_device_of(out):
-        _partial_grams(call, query_mask, key_mask, groups, plan, partial)
+        _partial_grams(call, query_mask, key_mask, groups, cut, chunk, partial)
         _contract[(len(totals),)](
-            partial, query_mask[0], key_mask[0], pairs if has_pairs else None, totals, query_gram, key_gram,
-            query_mask[1], key_mask[1], groups, query_length, key_length, splits,
-            call.student_scale, call.teacher_scale, D_S=d_s, WIDTH=width, TS=d_t >= d_s, IS_CAUSAL=is_causal,
-            BLOCK=block, num_warps=4,
+            partial, query_mask[0], key_mask[0], call.cu_seqlens, call.cu_seqlens_key, pairs if has_pairs else None,
+            totals, query_gram, key_gram, query_mask[1], key_mask[1], groups, query_length, key_length, splits,
+            sequences, call.student_scale, call.teacher_scale, CHUNK=chunk if is_packed else 0, D_S=d_s, WIDTH=width,
+            TS=d_t >= d_s, IS_CAUSAL=is_causal, BLOCK=block, num_warps=4,
         )  # fmt: skip
         _finalise[(1,)](
             totals, near, counts, num_items, out, divisor, len(totals), batch, heads,
@@ -594,27 +573,31 @@ def gradients(
     )
 
     def launch(
-        student: Tensor, teacher: Tensor, mask: Tensor | None, gram: Tensor, near: Tensor | None, out: Tensor
-    ) -> None:
+        student: Tensor, teacher: Tensor, mask: Tensor | None, starts: Tensor | None, gram: Tensor, near: Tensor | None,
+        out: Tensor,
+    ) -> None:  # fmt: skip
         if out.numel() == 0:
             return
         student, teacher = _rows(student), _rows(teacher)
         own, length = student.shape[1:3]
         mask, mask_batch = _mask(mask)
         unit_s, unit_t = _unit(student), _unit(teacher)
-        tiles = _blocks(length, rows)
+        tiles = blocks(length, rows)
         if call.is_causal and out is d_key:
-            tiles = _blocks(max(offset, 0), rows) + _blocks(query_length, rows)
-        _gradient[(_blocks(d_s, columns) * tiles * own * batch,)](
-            student, teacher, mask, pairs if len(pairs) else None, gram, grad_loss, divisor, near, out,
+            tiles = blocks(max(offset, 0), rows) + blocks(query_length, rows)
+        if starts is not None:
+            tiles = length // rows + sequences_of(call)
+        _gradient[(blocks(d_s, columns) * tiles * own * batch,)](
+            student, teacher, mask, starts, pairs if len(pairs) else None, gram, grad_loss, divisor, near, out,
             *_strides(unit_s, student), *_strides(unit_t, teacher), mask_batch, *out.stride(), own, length, groups,
-            heads // groups, groups // own, groups // teacher.shape[1], call.student_scale, call.teacher_scale, offset,
-            QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, UNIT_S=unit_s, UNIT_T=unit_t, D_S=d_s,
+            sequences_of(call), heads // groups, groups // own, groups // teacher.shape[1], call.student_scale,
+            call.teacher_scale, offset, QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, UNIT_S=unit_s,
+            UNIT_T=unit_t, D_S=d_s,
             D_T=d_t, WIDE=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
             ROWS=rows, COLUMNS=columns, BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4,
             num_stages=2,
         )  # fmt: skip
 
     with on_device_of(call.student_query):
-        launch(call.student_query, call.teacher_query, call.query_mask, key_gram, near[0], d_query)
-        launch(call.student_key, call.teacher_key, call.key_mask, query_gram, near[1], d_key)
+        launch(call.student_query, call.teacher_query, call.query_mask, call.cu_seqlens, key_gram, near[0], d_query)
+        launch(call.student_key, call.teacher_key, call.key_mask, call.cu_seqlens_key, query_gram, near[1], d_key)

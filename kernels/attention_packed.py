@@ -7,6 +7,10 @@ of the next meets the keys of both; tiles that each hold rows of one sequence wo
 
     _bounds  (blocks of queries, then of keys): finds each row's sequence by bisection and writes its range
 
+The Gram matrices of attention_mse.py cut each sequence into *slots* of at most R rows. Sequence n has the slots from
+starts[n] // R + n to starts[n + 1] // R + n, which are enough; some are empty. So n sequences of T rows have T // R + n
+slots, and the host knows how many without reading the starts.
+
 Sequence n has the queries a..b and the keys c..d. Both end together: query i stands beside key i - b + d.
 """
 
@@ -71,6 +75,26 @@ def _write_bounds(
         upper = tl.maximum(tl.minimum(beside + after + 1, end), first).to(tl.int32)
     tl.store(out_ptr + rows, lower, mask=exists)
     tl.store(out_ptr + tl.cast(length, tl.int64) + rows, upper, mask=exists)
+
+
+@triton.jit
+def slots_of(starts_ptr, sequence, ROWS: tl.constexpr):
+    """Returns the first slot of a sequence, and the one after its last."""
+    first = tl.load(starts_ptr + sequence).to(tl.int32) // ROWS + sequence
+    return first, tl.load(starts_ptr + sequence + 1).to(tl.int32) // ROWS + sequence + 1
+
+
+@triton.jit
+def slot_rows(starts_ptr, slot, sequences, ROWS: tl.constexpr):
+    """Returns the sequence of a slot, its first row and the one after its last. An empty slot ends before it starts."""
+    low, high = slot * 0, slot * 0 + sequences  # the first slot of `low` is not after this one, that of `high` is
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_after = tl.load(starts_ptr + middle).to(tl.int32) // ROWS + middle > slot
+        low, high = tl.where(is_after, low, middle), tl.where(is_after, middle, high)
+    start, end = tl.load(starts_ptr + low).to(tl.int32), tl.load(starts_ptr + low + 1).to(tl.int32)
+    first = start + (slot - start // ROWS - low) * ROWS
+    return low, first, tl.minimum(first + ROWS, end)
 
 
 def bounds(call: "Attention") -> tuple[Tensor, Tensor]:  # (2, L), (2, S) int32

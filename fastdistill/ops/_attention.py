@@ -418,7 +418,7 @@ def tiled_op(name: str, is_kl: bool, add: Add) -> Callable[..., tuple[Tensor, Te
     def forward(*inputs):  # type: ignore[no-untyped-def]
         *fields, backend, differentiable = inputs
         call = Attention(*fields)
-        counted = count_rows(call, _bounds(call, backend))
+        counted = count_rows(call, bounds_of(call, backend))
         # The kernels write all of dQ and dK; the tiles of the other backends are added to zeros.
         allocate = torch.empty_like if backend == "triton" else torch.zeros_like
         total, d_query, d_key = _tiled_outputs(call, differentiable, allocate)
@@ -457,7 +457,7 @@ def tiled_op(name: str, is_kl: bool, add: Add) -> Callable[..., tuple[Tensor, Te
     return _common.registered(name, schema, forward, fake, setup_context, backward)
 
 
-def _bounds(call: Attention, backend: str) -> tuple[Tensor, Tensor] | None:
+def bounds_of(call: Attention, backend: str) -> tuple[Tensor, Tensor] | None:
     if backend != "triton" or call.is_dense() or not call.student_query.numel() or not call.student_key.numel():
         return None
     from ..kernels import attention_packed as kernels

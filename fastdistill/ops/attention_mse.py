@@ -32,6 +32,10 @@ from . import _attention, _common
 from ._attention import SCHEMA, Attention, Counted, Divisor, TileBlock, slices
 from .attention_short import attention_short, takes_short
 
+# Mean rows of packed sequences from which the Gram kernels take them. On sm_90 at 26 / 64 tiles issue 30 instructions a
+# pair, and the Gram kernels 3300 a row of both sides and about 160,000 a sequence: as many at 160 rows.
+PACKED_ROWS = 256
+
 # Rows of a chunk of the causal scan: its dense triangles cost CHUNK D' a row, its Gram matrices D'^2.
 CHUNK = 64
 
@@ -53,7 +57,19 @@ def attention_mse(call: Attention, backend: str, divisor: Divisor) -> tuple[Tens
 
 
 def _takes_linear(call: Attention, backend: str) -> bool:
+    if call.cu_seqlens is not None:
+        return backend == "triton" and _takes_packed_gram(call)
     return call.is_dense() and call.attn_mask is None and _prefers_gram(call, backend)
+
+
+def _takes_packed_gram(call: Attention) -> bool:
+    """Returns whether the Gram kernels take packed sequences, by their mean length: the host does not know more. They
+    have no window and no scan of packed sequences."""
+    assert call.cu_seqlens is not None
+    if call.is_causal or call.window_left is not None or call.window_right is not None:
+        return False
+    mean = [-(-x.shape[2] // max(len(call.cu_seqlens) - 1, 1)) for x in call.tensors()]
+    return min(mean) >= PACKED_ROWS and takes_gram(*(x[:, :, :n] for x, n in zip(call.tensors(), mean, strict=True)))
 
 
 def _prefers_gram(call: Attention, backend: str) -> bool:
@@ -205,9 +221,9 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
         from ..kernels import attention_mse as kernels
 
         near = None
-        if call.is_causal:
-            counted = _attention.count_rows(call)
-            near = _within_chunks(call, counted, None, None)
+        if call.is_causal or call.cu_seqlens is not None:
+            counted = _attention.count_rows(call, _attention.bounds_of(call, backend))
+            near = _within_chunks(call, counted, None, None) if call.is_causal else None
             call = counted.as_masks(call)
             if number is None and num_items is None:
                 num_items = counted.pairs(call)
@@ -278,9 +294,11 @@ def _fake(*inputs):  # type: ignore[no-untyped-def]
         from ..kernels import attention_mse as kernels
 
         chunks = [kernels.grams_of_a_scan(call.lengths()[0])] if call.is_causal else []
+        if call.cu_seqlens is not None:
+            chunks = [len(call.cu_seqlens) - 1]
         shape = key_shape = [*chunks, *shape]
         dtype = kernels.gram_dtype(*call.tensors())
-        if not call.is_causal and (call.key_mask is not None or call.query_mask is not None):
+        if not chunks and (call.key_mask is not None or call.query_mask is not None):
             pairs = call.student_query.shape[0]
     grams = (divisor.new_empty(x, dtype=dtype) for x in (shape, key_shape))
     return divisor.new_empty((), dtype=call.dtype), divisor, divisor.new_empty(pairs, dtype=torch.int64), *grams
@@ -294,7 +312,9 @@ def _gradients(grad_loss, *inputs):  # type: ignore[no-untyped-def]
         from ..kernels import attention_mse as kernels
 
         near: tuple[Tensor | None, ...] = None, None
-        if call.is_causal:
+        if call.cu_seqlens is not None:
+            call = _attention.count_rows(call, _attention.bounds_of(call, backend)).as_masks(call)
+        elif call.is_causal:
             counted = _attention.count_rows(call)
             near = tuple(torch.zeros(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors()[:2])
             _within_chunks(call, counted, *near)
@@ -361,7 +381,8 @@ def _(grad_loss, student_query, student_key, *_):  # type: ignore[no-untyped-def
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     *fields, ctx.backend, _, _ = inputs
     call = Attention(*fields)
-    ctx.save_for_backward(*call.tensors(), call.key_mask, call.query_mask, *output[1:])
+    packing = call.cu_seqlens, call.cu_seqlens_key
+    ctx.save_for_backward(*call.tensors(), call.key_mask, call.query_mask, *packing, *output[1:])
     ctx.scales, ctx.is_causal = (call.student_scale, call.teacher_scale), call.is_causal
 
 
@@ -369,8 +390,9 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
     _common.refuse_double_backward("attention_mse")
     if grad_loss is None:
         return (None,) * (len(Attention._fields) + 3)
-    sq, sk, tq, tk, key_mask, query_mask, *saved = ctx.saved_tensors
-    call = Attention(sq, sk, tq, tk, ctx.scales[0], ctx.scales[1], key_mask, query_mask, ctx.is_causal, None)
+    sq, sk, tq, tk, key_mask, query_mask, starts, key_starts, *saved = ctx.saved_tensors
+    masks = key_mask, query_mask, ctx.is_causal, None
+    call = Attention(sq, sk, tq, tk, ctx.scales[0], ctx.scales[1], *masks, starts, key_starts)
     gradients = _gradients_op if _common.traced() else _gradients
     return *gradients(grad_loss, *call, ctx.backend, *saved), *(None,) * (len(Attention._fields) + 1)
 

@@ -49,7 +49,7 @@ def test_rows_are_split_as_the_kernel_splits_them(groups: int, rows: int, dims: 
     pytest.importorskip("triton")
     from fastdistill.kernels import attention_mse
 
-    plan = attention_mse._plan("sm_90", cost.MULTIPROCESSORS, False, groups, rows, *dims)
+    plan = attention_mse.plan("sm_90", cost.MULTIPROCESSORS, False, groups, rows, *dims)
     assert cost.splits(groups, rows, *dims) == plan.splits
 
 
@@ -91,10 +91,8 @@ def test_packed_sequences_cost_what_a_batch_of_them_does() -> None:
     assert packed.least == batch.least
     assert [step.memory for step in packed.steps] == [step.memory for step in batch.steps]
     mse = cost.attention_packed("attention_mse", 5, 3, 200, 8, 6, torch.float32)
-    assert mse.least.flops == cost.attention_mse(5, 3, 200, 8, 6, torch.float32).least.flops
-    # Both sides' scores, and the student's two gradients.
-    tiles = cost.attention_packed("attention_mse", 5, 3, 4, 8, 6, torch.float32)
-    assert tiles.least.flops == 2 * (5 * 3 * 4 * 4) * (8 + 6 + 2 * 8)
+    batch = cost.attention_mse(5, 3, 200, 8, 6, torch.float32)
+    assert (mse.least, mse.steps) == (batch.least, batch.steps)
 
 
 @pytest.mark.parametrize("width", [1, 7, 30])

@@ -12,8 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton runs the kernels")
 
-from fastdistill.kernels import attention_packed
+from fastdistill.kernels import attention_mse, attention_packed
 
+from fastdistill.ops import attention_mse as mse
 from fastdistill.ops._attention import Attention, ranges
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +75,66 @@ def test_packed(op: Op, is_causal: bool, window: Window) -> None:
     first = check(op, inputs, LENGTHS, is_causal=is_causal, window=window)
     again = evaluate(op, inputs, op.learned, backend="triton", is_causal=is_causal, window=window)
     assert_same(again, first)
+
+
+@pytest.fixture
+def gram(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lets the Gram kernels take packed sequences of any size. Returns a list that grows with each call of them."""
+    calls: list[str] = []
+
+    def loss(*arguments: Any) -> Any:
+        calls.append("gram")
+        return original(*arguments)
+
+    original = attention_mse.loss
+    monkeypatch.setattr(attention_mse, "loss", loss)
+    monkeypatch.setattr(mse, "PACKED_ROWS", 0)
+    monkeypatch.setattr(mse, "takes_gram", lambda *tensors: True)
+    return calls
+
+
+# The second has several slots of 256 rows a sequence, with 4 heads in a group.
+GRAM_CASES = [(LENGTHS, {}), (((700, 300), (40, 50), (0, 3), (300, 520)), {"heads": 4, "teacher_kv": 1})]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("lengths,options", GRAM_CASES, ids=["short", "long"])
+def test_gram_matrices_of_sequences(
+    lengths: Lengths, options: dict[str, int], masked: bool, dtype: torch.dtype, gram: list[str]
+) -> None:
+    inputs = cast(packed(lengths, **options), dtype)
+    inputs["cu_seqlens_key"] = inputs["cu_seqlens_key"].long()  # the two may differ in dtype
+    inputs = with_masks(inputs) if masked else inputs
+    first = check(ATTENTION_MSE, inputs, lengths)
+    assert_same(evaluate(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, backend="triton"), first)
+    assert gram == ["gram"] * 2
+
+
+def test_gram_matrices_of_wide_heads(gram: list[str]) -> None:
+    check(ATTENTION_MSE, packed(((30, 20), (5, 40)), d_s=80, d_t=136), ((30, 20), (5, 40)))
+    assert gram
+
+
+def test_gram_matrices_compile(gram: list[str]) -> None:
+    inputs = packed(((30, 20), (5, 40)))
+    compiled = torch.compile(lambda **x: ATTENTION_MSE(**x, backend="triton"), backend="aot_eager", fullgraph=True)
+    expected = evaluate(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, backend="triton")
+    assert_same(evaluate(compiled, inputs, ATTENTION_MSE.learned), expected)
+    assert gram
+
+
+def test_the_mean_length_chooses_gram_matrices() -> None:
+    def takes(*lengths: int, **options: Any) -> bool:
+        inputs = packed(tuple((x, x) for x in lengths), d_s=26, d_t=64)
+        masks = {"key_mask": None, "query_mask": None, "attn_mask": None, "is_causal": False}
+        call = Attention(**inputs, student_scale=1.0, teacher_scale=1.0, **(masks | options))
+        return mse._takes_linear(call, "triton")
+
+    assert takes(500, 12)
+    assert not takes(400, 12)
+    assert not takes(500, 500, is_causal=True)
+    assert not takes(500, 500, window_left=3)
 
 
 @both
