@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import time
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +49,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--batches", type=int, default=6)
     options = parser.parse_args()
+    for name in ("text", "vocab"):
+        if not (path := getattr(options, name)).is_file():
+            parser.error(f"argument --{name}: {path}: no such file")
     tokenizer = BertTokenizerFast(str(options.vocab))
     lines = Dataset.from_dict({"text": options.text.read_text().splitlines()})
     rows = pack_corpus(lines, tokenizer, 512, apart=True)["input_ids"][:]
@@ -68,9 +70,7 @@ def main() -> None:
                 batch = collate([{"input_ids": row} for row in given[first : first + options.batch_size]])
                 run = partial(step, model, teacher, dict(batch))
                 peaks[way] = max(peaks[way], measure.peak_bytes(run)[0])
-                start = time.perf_counter()
-                run()
-                seconds[way].append(time.perf_counter() - start)
+                seconds[way].append(measure.seconds(run))
     tokens = sum(map(len, rows))
     print(f"{len(rows)} sequences of {min(map(len, rows))} to {max(map(len, rows))} tokens, "
           f"{statistics.mean(map(len, rows)):.0f} on average; batches of {options.batch_size}")  # fmt: skip

@@ -51,4 +51,6 @@ def lay_out(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/hub.py FOLDER")
     print(lay_out(Path(sys.argv[1])))

@@ -91,8 +91,7 @@ def forward_arguments(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, A
     Raises ValueError for a model that cannot be padded on the left, and for one with virtual tokens (prompt tuning).
     """
     refuse_virtual_tokens(model)
-    if "cu_seq_lens_q" in batch and "position_ids" not in batch:
-        batch = {**batch, "position_ids": positions_in(batch["cu_seq_lens_q"], batch["input_ids"])}
+    batch = with_positions(batch)
     found = entries(model, batch)
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     padding = mask if mask is not None and mask.dim() == 2 else None  # (B, L)
@@ -253,11 +252,13 @@ def packed_ends(arguments: Mapping[str, Any]) -> list[int] | None:
     return ends if len(ends) > 2 else None
 
 
-def positions_in(cu_seqlens: Tensor, ids: Tensor) -> Tensor:  # (1, L)
-    """Returns each token's position in its packed sequence."""
-    places = torch.arange(ids.shape[1], device=ids.device)
-    starts = cu_seqlens.to(ids.device).long()
-    return (places - starts[torch.bucketize(places, starts, right=True) - 1])[None]
+def with_positions(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a batch whose `position_ids` (1, L) follow from `cu_seq_lens_q` where it has only these."""
+    if "position_ids" in batch or "cu_seq_lens_q" not in batch:
+        return batch
+    places = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    starts = batch["cu_seq_lens_q"].to(places.device).long()
+    return {**batch, "position_ids": (places - starts[torch.bucketize(places, starts, right=True) - 1])[None]}
 
 
 def is_packed(positions: Tensor, mask: Tensor | None) -> bool:

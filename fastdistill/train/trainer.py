@@ -33,7 +33,7 @@ from fastdistill.train.checks import (
 )
 from fastdistill.train.data import TOKEN_COLUMN, PaddingCollator, default_collator
 from fastdistill.train.heads import body
-from fastdistill.train.inputs import input_names, judge, refuse_encoder_decoder
+from fastdistill.train.inputs import input_names, judge, refuse_encoder_decoder, with_positions
 from fastdistill.train.model import DistillationModel, state_mask, teacher_states
 from fastdistill.train.objective import Objective
 from fastdistill.train.reached import reached
@@ -243,9 +243,10 @@ class DistillationTrainer(ResumableTrainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or is_late:
             self.model.to(self.args.device)  # to the teacher; Trainer moves it only later
         batch = self._prepare_inputs(batch)
+        positioned = with_positions(batch)
         for model in (self.student, self.teacher):
-            if model is not None and "position_ids" in batch:
-                check_packed(model, batch)
+            if model is not None and "position_ids" in positioned:
+                check_packed(model, positioned)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # each process will hold a shard of the student
             judge(self.student if self.objective.needs_logits else body(self.student), batch)
         return batch

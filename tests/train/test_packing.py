@@ -10,11 +10,13 @@ import _tiny
 import pytest
 import torch
 from datasets import Dataset
-from test_packed_capture import model
-from transformers import PreTrainedModel
+from test_packed_capture import model, packed
+from transformers import PreTrainedModel, TrainingArguments
 
 from fastdistill.train.data import flatten, pack_corpus
+from fastdistill.train.objective import Objective
 from fastdistill.train.stages import GeneralStage
+from fastdistill.train.trainer import DistillationTrainer
 
 QUICK: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
 
@@ -103,3 +105,15 @@ def test_a_stream_is_packed_as_well(tmp_path: Path) -> None:
     run = stage(streaming=True, arguments={**QUICK, "max_steps": 2})
     run.run(model("bert"), model("bert", seed=1), _tiny.tokenizer(), tmp_path / "out")
     assert len(losses(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("kind", ["position_ids", "cu_seq_lens"])
+def test_packed_rows_of_a_model_that_reads_them_as_one_are_refused(tmp_path: Path, kind: str) -> None:
+    student, teacher = model("bert"), model("bert", seed=1)
+    run = DistillationTrainer(
+        student, teacher, Objective(student.config, teacher.config, terms=("hidden",)),
+        TrainingArguments(str(tmp_path), max_steps=1, **QUICK), processing_class=_tiny.tokenizer(),
+        data_collator=lambda features: packed(kind), train_dataset=stage().prepare(_tiny.tokenizer()),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="BertModel, which is bidirectional, reads the sequences of a row as one"):
+        run.train()
