@@ -16,7 +16,8 @@ of keys that of all queries after it. `_contract` computes these prefix and suff
 attention_tiles.py handle the remaining triangle, the pairs of a chunk of queries with the keys beside it.
 
 Packed sequences have a matrix each. Slots, which each lie in one sequence (attention_packed.py), are the splits of
-`_gram`, of which `_contract` sums those of a sequence, and the tiles of `_gradient`.
+`_gram`, of which `_contract` sums those of a sequence, and the tiles of `_gradient`. In the scan of packed sequences
+slots are chunks, of which each has its matrices, and sums end with a sequence.
 
 Products of 16-bit inputs are exact in float32. A split sums at most SUMMED of them in float32 (in the scan: a chunk of
 each head, and all keys that every query sees). All further sums are float64, because the terms of the loss cancel as
@@ -41,7 +42,7 @@ from torch import Tensor
 from . import _common
 from ._common import on_device_of, power_of_2
 from .attention_mse_plan import SUMMED, Plan, blocks, multiprocessors_of, plan
-from .attention_packed import slot_rows, slots_of
+from .attention_packed import rows_of, sequence_of, slot_rows, slots_of
 
 if TYPE_CHECKING:
     from ..ops._attention import Attention
@@ -68,6 +69,19 @@ def _chunk(chunk, side, query_length, key_length, CHUNK: tl.constexpr):
     return first, end
 
 
+@triton.jit
+def _packed_chunk(query_starts_ptr, key_starts_ptr, slot, side, sequences, CHUNK: tl.constexpr):
+    """Returns the same of a slot of packed sequences, which each have one chunk of keys more than of queries."""
+    sequence, chunk = sequence_of(query_starts_ptr, slot, sequences, CHUNK, 2)
+    query_start, query_end = rows_of(query_starts_ptr, sequence)
+    key_start, key_end = rows_of(key_starts_ptr, sequence)
+    first, end = _chunk(chunk, side, query_end - query_start, key_end - key_start, CHUNK)
+    start = query_start
+    if side == 1:
+        start = key_start
+    return start + first, start + end
+
+
 @triton.jit(do_not_specialize=["splits", "sequences"])
 def _gram(
     a_query_ptr, b_query_ptr,  # (B, H, L, D_a), (B, H, L, D_b)
@@ -82,6 +96,7 @@ def _gram(
     sharing_a, sharing_b,  # groups that share a key head
     splits, sequences,
     MASKED: tl.constexpr,  # 1: queries, 2: keys, 3: both
+    IS_CAUSAL: tl.constexpr,
     CHUNK: tl.constexpr,  # rows of a chunk of the causal scan or of a slot, each a split; 0: a split is any share
     UNIT_A: tl.constexpr,
     UNIT_B: tl.constexpr,
@@ -126,7 +141,9 @@ def _gram(
     aa = tl.zeros((BLOCK_A, BLOCK_A), WIDE)
     bb = tl.zeros((BLOCK_B, BLOCK_B), WIDE)
     first = 0
-    if query_starts_ptr is not None:
+    if query_starts_ptr is not None and IS_CAUSAL:
+        first, length = _packed_chunk(query_starts_ptr, key_starts_ptr, split, side, sequences, CHUNK)
+    elif query_starts_ptr is not None:
         _, first, length = slot_rows(starts_ptr, split, sequences, CHUNK)
     elif CHUNK:
         first, length = _chunk(split, side, query_length, key_length, CHUNK)
@@ -188,7 +205,7 @@ def _contract(
     pairs_ptr,  # (B) int64: allowed pairs of a head; None: not wanted
     total_ptr,  # ([sequences,] B * groups, blocks of a triangle)
     # (B * groups, D', D_s); in the scan (splits, B * groups, D', D_s): of a chunk's queries and all later ones, of its
-    # keys and all earlier ones; of packed sequences (sequences, groups, D', D_s).
+    # keys and all earlier ones; of packed sequences without a scan (sequences, groups, D', D_s).
     query_gram_ptr, key_gram_ptr,
     query_mask_batch, key_mask_batch,  # strides
     groups, query_length, key_length, splits, sequences,
@@ -233,15 +250,19 @@ def _contract(
         sequence, partial, count = (of // groups).to(tl.int32), of % groups, tl.cast(groups, tl.int64)
     at, side, matrices = partial_ptr + partial * (WIDTH * WIDTH) + where, count * (WIDTH * WIDTH), count * (WIDTH * D_S)
     of *= WIDTH * D_S
-    if query_starts_ptr is not None:
-        first, end = slots_of(query_starts_ptr, sequence, CHUNK)
+    first, end = 0, splits
+    if query_starts_ptr is not None and IS_CAUSAL:
+        of = partial * (WIDTH * D_S)
+        first, end = slots_of(query_starts_ptr, sequence, CHUNK, 2)
+    elif query_starts_ptr is not None:
+        first, end = slots_of(query_starts_ptr, sequence, CHUNK, 1)
         for split in range(first, end):
             query += tl.load(at + split * 2 * side, mask=read, other=0).to(tl.float64)
-        first, end = slots_of(key_starts_ptr, sequence, CHUNK)
+        first, end = slots_of(key_starts_ptr, sequence, CHUNK, 1)
         for split in range(first, end):
             key += tl.load(at + (split * 2 + 1) * side, mask=read, other=0).to(tl.float64)
-        splits = 0
-    for split in range(splits):
+        first, end = 0, 0
+    for split in range(first, end):
         part = tl.load(at + split * 2 * side, mask=read, other=0).to(tl.float64)
         key += tl.load(at + (split * 2 + 1) * side, mask=read, other=0).to(tl.float64)
         if IS_CAUSAL:
@@ -250,8 +271,8 @@ def _contract(
         else:
             query += part
     if IS_CAUSAL:
-        for back in range(splits):
-            split = splits - 1 - back
+        for back in range(first, end):
+            split = end - 1 - (back - first)
             query += tl.load(at + split * 2 * side, mask=read, other=0).to(tl.float64)
             _store_twice(query_gram_ptr + split * matrices + of, query, i, j, D_S, WIDTH)
     else:
@@ -321,7 +342,7 @@ def _times(x, matrix, acc, PRECISION: tl.constexpr):
 def _gradient(
     student_ptr, teacher_ptr,  # (B, heads, T, D_s), (B, heads of the teacher, T, D_t)
     mask_ptr,  # (B, T); None: all rows count
-    starts_ptr,  # (sequences + 1), if packed; B = 1
+    starts_ptr, query_starts_ptr,  # (sequences + 1), (sequences + 1), if packed; B = 1
     pairs_ptr,  # (B): no row of a batch entry counts if this is 0; None: all do
     gram_ptr,  # ([chunks or sequences,] B * groups, D', D_s) of the other side
     grad_loss_ptr, divisor_ptr,  # (), ()
@@ -335,7 +356,8 @@ def _gradient(
     student_scale: tl.float64, teacher_scale: tl.float64,
     offset,  # S - L
     QUERIES: tl.constexpr,  # the rows are queries, not keys
-    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan, each with a matrix of its own; 0: one matrix for all
+    CHUNK: tl.constexpr,  # rows of a chunk of the causal scan, each with a matrix of its own; 0: no scan
+    SPARE: tl.constexpr,  # slots of ROWS rows: see attention_packed.py
     UNIT_S: tl.constexpr,
     UNIT_T: tl.constexpr,
     D_S: tl.constexpr,
@@ -352,28 +374,38 @@ def _gradient(
     # entries, from fast to slow. Consecutive tiles of a head share its matrix.
     tiles, first_tiles = tl.cdiv(length, ROWS), 0
     if starts_ptr is not None:
-        tiles = length // ROWS + sequences  # slots, of which each lies in one sequence
-    if CHUNK and not QUERIES:  # first the keys that all queries see, then the others, chunk by chunk
+        tiles = length // ROWS + SPARE * sequences  # slots, of which each lies in one sequence
+    elif CHUNK and not QUERIES:  # first the keys that all queries see, then the others, chunk by chunk
         first_tiles = tl.cdiv(tl.maximum(offset, 0), ROWS)
         tiles = first_tiles + tl.cdiv(length - offset, ROWS)
     program = tl.program_id(0) // COLUMN_BLOCKS
     tile, of = program % tiles, program // tiles
     head, batch = (of % heads).to(tl.int64), (of // heads).to(tl.int64)
-    start, end = tile * ROWS, length
+    first, start, end, chunk = 0, tile * ROWS, length, 0
+    count = tl.num_programs(0) // COLUMN_BLOCKS // tiles // heads * groups
     if starts_ptr is not None:
-        sequence, start, end = slot_rows(starts_ptr, tile, sequences, ROWS)
-        gram_ptr += sequence.to(tl.int64) * groups * ((D_S + D_T) * D_S)
-    if CHUNK:
-        chunk = start // CHUNK
-        if not QUERIES:
-            chunk = tl.where(tile < first_tiles, 0, (tile - first_tiles) * ROWS // CHUNK + 1)
-            end = tl.where(tile < first_tiles, offset, length)
-            start = tl.where(tile < first_tiles, start, offset + (tile - first_tiles) * ROWS)
-        count = tl.num_programs(0) // COLUMN_BLOCKS // tiles // heads * groups
-        gram_ptr += chunk.to(tl.int64) * count * ((D_S + D_T) * D_S)
+        sequence, tile = sequence_of(starts_ptr, tile, sequences, ROWS, SPARE)
+        first, end = rows_of(starts_ptr, sequence)
+        start = first + tile * ROWS
+        chunk = sequence
+        if CHUNK:
+            query_start, query_end = rows_of(query_starts_ptr, sequence)
+            offset = (end - first) - (query_end - query_start)
+            first_tiles = tl.cdiv(tl.maximum(offset, 0), ROWS)
+            if not QUERIES:
+                tile += tl.maximum(-offset, 0) // ROWS  # the first that holds a key
+            chunk, _ = slots_of(query_starts_ptr, sequence, CHUNK, 2)
+    if CHUNK and QUERIES:
+        chunk += tile * ROWS // CHUNK
+    elif CHUNK:
+        is_first = tile < first_tiles  # all queries see its keys
+        chunk += tl.where(is_first, 0, (tile - first_tiles) * ROWS // CHUNK + 1)
+        start = first + tl.where(is_first, tile * ROWS, offset + (tile - first_tiles) * ROWS)
+        end = tl.where(is_first, first + offset, end)
+    gram_ptr += tl.cast(chunk, tl.int64) * count * ((D_S + D_T) * D_S)
     rows = (start + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows >= 0) & (rows < end)
+    inside = (rows >= first) & (rows < end)
     exists = inside
     if pairs_ptr is not None:
         exists &= rows < tl.where(tl.load(pairs_ptr + batch) > 0, end, 0)
@@ -423,9 +455,12 @@ def _gradient(
 CHUNK = 256
 
 
-def grams_of_a_scan(query_length: int) -> int:
+def grams_of_a_scan(call: "Attention") -> int:
     """Returns one more than the number of query chunks: the last chunk of keys has no queries after it."""
-    return (query_length + CHUNK - 1) // CHUNK + 1
+    query_length = call.student_query.shape[2]
+    if call.cu_seqlens is not None:
+        return query_length // CHUNK + 2 * sequences_of(call)
+    return blocks(query_length, CHUNK) + 1
 
 
 def sequences_of(call: "Attention") -> int:
@@ -483,8 +518,8 @@ def _partial_grams(
             *_strides(unit_a, a_query), *_strides(unit_b, b_query), *_strides(unit_a, a_key), *_strides(unit_b, b_key),
             query_mask[1], key_mask[1], out.shape[2], groups, *call.lengths(), heads // groups,
             groups // a_key.shape[1], groups // b_key.shape[1], out.shape[0], sequences_of(call),
-            MASKED=(queries is not None) + 2 * (keys is not None), CHUNK=chunk, UNIT_A=unit_a, UNIT_B=unit_b,
-            D_A=d_a, D_B=d_b, WIDTH=out.shape[3],
+            MASKED=(queries is not None) + 2 * (keys is not None), IS_CAUSAL=call.is_causal, CHUNK=chunk,
+            UNIT_A=unit_a, UNIT_B=unit_b, D_A=d_a, D_B=d_b, WIDTH=out.shape[3],
             FIRST_A=first_a, FIRST_B=first_b, ALL=everything, BLOCK_A=block_a, BLOCK_B=block_b, ROWS=plan.rows,
             WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32, **plan.options,
         )  # fmt: skip
@@ -510,8 +545,9 @@ def loss(
     """Returns the loss (), its divisor () float64, the allowed pairs of a head of each batch entry (B; empty without a
     mask to count), and the student's columns of Gq and Gk (B, groups, D', D_s).
 
-    Under a causal mask each chunk has its own matrices: of the queries after it, and of the keys before it. Each packed
-    sequence has its own, too: its masks are True only for rows in an allowed pair, and num_items or number is given.
+    Under a causal mask each chunk has its own matrices: of the queries after it, and of the keys before it. Without one
+    each packed sequence has its own. In both cases the masks are True only for rows in an allowed pair, and num_items
+    or number is given.
     """
     call = call._replace(**{name: _rows(getattr(call, name)) for name in call._fields[:4]})
     if call.cu_seqlens is not None and call.cu_seqlens_key is not None:  # one program takes either
@@ -523,7 +559,7 @@ def loss(
     query_mask, key_mask = _mask(call.query_mask), _mask(call.key_mask)
     is_packed, sequences = call.cu_seqlens is not None, sequences_of(call)
     has_pairs = not (is_causal or is_packed) and (call.query_mask is not None or call.key_mask is not None)
-    chunks = [grams_of_a_scan(query_length)] if is_causal else [sequences] if is_packed else []
+    chunks = [grams_of_a_scan(call)] if is_causal else [sequences] if is_packed else []
     query_gram, key_gram = (new(*chunks, batch, groups, width, d_s, dtype=dtype) for _ in range(2))
     out, divisor = new((), dtype=call.dtype), new((), dtype=torch.float64)
     pairs = new(batch if has_pairs else 0, dtype=torch.int64)
@@ -532,7 +568,7 @@ def loss(
     arch, tall = _common.arch_of(out), max(heads // groups * query_length, key_length)
     cut = plan(arch, multiprocessors_of(out.device), dtype == torch.float64, batch * groups, tall, d_s, d_t)
     chunk, splits = (CHUNK, chunks[0]) if is_causal else (0, cut.splits)
-    if is_packed:  # a slot of a group has as many rows as are summed in float32
+    if is_packed and not is_causal:  # a slot of a group has as many rows as are summed in float32
         chunk = max(16, SUMMED // power_of_2(heads // groups))
         splits = max(query_length, key_length) // chunk + sequences
     partial = new(splits, 2, batch * groups, width, width, dtype=dtype)
@@ -583,19 +619,20 @@ def gradients(
         mask, mask_batch = _mask(mask)
         unit_s, unit_t = _unit(student), _unit(teacher)
         tiles = blocks(length, rows)
-        if call.is_causal and out is d_key:
-            tiles = blocks(max(offset, 0), rows) + blocks(query_length, rows)
+        spare = 2 if call.is_causal and out is d_key else 1  # keys that all queries see fill tiles of their own
         if starts is not None:
-            tiles = length // rows + sequences_of(call)
+            tiles = length // rows + spare * sequences_of(call)
+        elif spare == 2:
+            tiles = blocks(max(offset, 0), rows) + blocks(query_length, rows)
         _gradient[(blocks(d_s, columns) * tiles * own * batch,)](
-            student, teacher, mask, starts, pairs if len(pairs) else None, gram, grad_loss, divisor, near, out,
+            student, teacher, mask, starts, call.cu_seqlens, pairs if len(pairs) else None, gram, grad_loss, divisor,
+            near, out,
             *_strides(unit_s, student), *_strides(unit_t, teacher), mask_batch, *out.stride(), own, length, groups,
             sequences_of(call), heads // groups, groups // own, groups // teacher.shape[1], call.student_scale,
-            call.teacher_scale, offset, QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, UNIT_S=unit_s,
-            UNIT_T=unit_t, D_S=d_s,
-            D_T=d_t, WIDE=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if arch.startswith("sm_") else "ieee",
-            ROWS=rows, COLUMNS=columns, BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4,
-            num_stages=2,
+            call.teacher_scale, offset, QUERIES=out is d_query, CHUNK=CHUNK if call.is_causal else 0, SPARE=spare,
+            UNIT_S=unit_s, UNIT_T=unit_t, D_S=d_s, D_T=d_t, WIDE=tl.float64 if wide else tl.float32,
+            PRECISION="tf32x3" if arch.startswith("sm_") else "ieee", ROWS=rows, COLUMNS=columns,
+            BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4, num_stages=2,
         )  # fmt: skip
 
     with on_device_of(call.student_query):

@@ -64,12 +64,15 @@ def _takes_linear(call: Attention, backend: str) -> bool:
 
 def _takes_packed_gram(call: Attention) -> bool:
     """Returns whether the Gram kernels take packed sequences, by their mean length: the host does not know more. They
-    have no window and no scan of packed sequences."""
+    have no window."""
     assert call.cu_seqlens is not None
-    if call.is_causal or call.window_left is not None or call.window_right is not None:
+    if call.window_left is not None or call.window_right is not None:
         return False
     mean = [-(-x.shape[2] // max(len(call.cu_seqlens) - 1, 1)) for x in call.tensors()]
-    return min(mean) >= PACKED_ROWS and takes_gram(*(x[:, :, :n] for x, n in zip(call.tensors(), mean, strict=True)))
+    # A causal sequence has half as many pairs, and the scan computes up to 128 a row in tiles.
+    return min(mean) >= (2 if call.is_causal else 1) * PACKED_ROWS and takes_gram(
+        *(x[:, :, :n] for x, n in zip(call.tensors(), mean, strict=True))
+    )
 
 
 def _prefers_gram(call: Attention, backend: str) -> bool:
@@ -277,11 +280,12 @@ def _linear_loss(call: Attention, counted: Counted) -> tuple[Tensor, Tensor, Ten
 
 def _within_chunks(call: Attention, counted: Counted, d_query: Tensor | None, d_key: Tensor | None) -> Tensor:
     """Returns the part of a causal sum () float64 that the Gram kernels leave out; writes its gradients."""
-    from ..kernels import attention_mse, attention_tiles
+    from ..kernels import attention_mse, attention_packed, attention_tiles
 
-    return attention_tiles.loss(
-        call, counted, chunk=attention_mse.CHUNK, is_kl=False, dtype=call.dtype, d_query=d_query, d_key=d_key
-    )
+    chunk = attention_mse.CHUNK
+    if call.cu_seqlens is not None and counted.bounds is not None:
+        counted, chunk = counted._replace(bounds=attention_packed.bounds(call, chunk)), 0
+    return attention_tiles.loss(call, counted, chunk=chunk, is_kl=False, dtype=call.dtype, d_query=d_query, d_key=d_key)
 
 
 def _fake(*inputs):  # type: ignore[no-untyped-def]
@@ -293,9 +297,9 @@ def _fake(*inputs):  # type: ignore[no-untyped-def]
     if backend == "triton":
         from ..kernels import attention_mse as kernels
 
-        chunks = [kernels.grams_of_a_scan(call.lengths()[0])] if call.is_causal else []
-        if call.cu_seqlens is not None:
-            chunks = [len(call.cu_seqlens) - 1]
+        chunks = [len(call.cu_seqlens) - 1] if call.cu_seqlens is not None else []
+        if call.is_causal:
+            chunks = [kernels.grams_of_a_scan(call)]
         shape = key_shape = [*chunks, *shape]
         dtype = kernels.gram_dtype(*call.tensors())
         if not chunks and (call.key_mask is not None or call.query_mask is not None):
@@ -312,12 +316,11 @@ def _gradients(grad_loss, *inputs):  # type: ignore[no-untyped-def]
         from ..kernels import attention_mse as kernels
 
         near: tuple[Tensor | None, ...] = None, None
-        if call.cu_seqlens is not None:
-            call = _attention.count_rows(call, _attention.bounds_of(call, backend)).as_masks(call)
-        elif call.is_causal:
-            counted = _attention.count_rows(call)
-            near = tuple(torch.zeros(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors()[:2])
-            _within_chunks(call, counted, *near)
+        if call.is_causal or call.cu_seqlens is not None:
+            counted = _attention.count_rows(call, _attention.bounds_of(call, backend))
+            if call.is_causal:
+                near = tuple(torch.empty(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors()[:2])
+                _within_chunks(call, counted, *near)
             call = counted.as_masks(call)
         kernels.gradients(grad_loss, call, divisor, pairs, query_gram, key_gram, near, d_query, d_key)
     else:

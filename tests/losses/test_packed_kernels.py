@@ -93,21 +93,28 @@ def gram(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-# The second has several slots of 256 rows a sequence, with 4 heads in a group.
-GRAM_CASES = [(LENGTHS, {}), (((700, 300), (40, 50), (0, 3), (300, 520)), {"heads": 4, "teacher_kv": 1})]
+# The second has several slots of 256 rows a sequence, with 4 heads in a group; the third whole chunks of 256 queries,
+# more than a chunk of keys that all queries see, and more than one of queries that see no key.
+GRAM_CASES = [
+    (LENGTHS, {}),
+    (((700, 300), (40, 50), (0, 3), (300, 520)), {"heads": 4, "teacher_kv": 1}),
+    (((256, 256), (0, 0), (512, 512), (20, 620), (600, 20), (257, 257)), {"heads": 1, "teacher_kv": 1}),
+]
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
-@pytest.mark.parametrize("lengths,options", GRAM_CASES, ids=["short", "long"])
+@pytest.mark.parametrize("lengths,options", GRAM_CASES, ids=["short", "long", "chunks"])
 def test_gram_matrices_of_sequences(
-    lengths: Lengths, options: dict[str, int], masked: bool, dtype: torch.dtype, gram: list[str]
+    lengths: Lengths, options: dict[str, int], masked: bool, dtype: torch.dtype, is_causal: bool, gram: list[str]
 ) -> None:
     inputs = cast(packed(lengths, **options), dtype)
     inputs["cu_seqlens_key"] = inputs["cu_seqlens_key"].long()  # the two may differ in dtype
     inputs = with_masks(inputs) if masked else inputs
-    first = check(ATTENTION_MSE, inputs, lengths)
-    assert_same(evaluate(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, backend="triton"), first)
+    first = check(ATTENTION_MSE, inputs, lengths, is_causal=is_causal)
+    again = evaluate(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, backend="triton", is_causal=is_causal)
+    assert_same(again, first)
     assert gram == ["gram"] * 2
 
 
@@ -116,10 +123,11 @@ def test_gram_matrices_of_wide_heads(gram: list[str]) -> None:
     assert gram
 
 
-def test_gram_matrices_compile(gram: list[str]) -> None:
-    inputs = packed(((30, 20), (5, 40)))
-    compiled = torch.compile(lambda **x: ATTENTION_MSE(**x, backend="triton"), backend="aot_eager", fullgraph=True)
-    expected = evaluate(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, backend="triton")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gram_matrices_compile(is_causal: bool, gram: list[str]) -> None:
+    inputs, options = packed(((30, 20), (5, 40))), {"backend": "triton", "is_causal": is_causal}
+    compiled = torch.compile(lambda **x: ATTENTION_MSE(**x, **options), backend="aot_eager", fullgraph=True)
+    expected = evaluate(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, **options)
     assert_same(evaluate(compiled, inputs, ATTENTION_MSE.learned), expected)
     assert gram
 
@@ -133,7 +141,8 @@ def test_the_mean_length_chooses_gram_matrices() -> None:
 
     assert takes(500, 12)
     assert not takes(400, 12)
-    assert not takes(500, 500, is_causal=True)
+    assert takes(1000, 24, is_causal=True)
+    assert not takes(900, 24, is_causal=True)
     assert not takes(500, 500, window_left=3)
 
 
@@ -188,6 +197,22 @@ def test_bounds_are_the_ranges(is_causal: bool, left: int | None, right: int | N
                      is_causal=is_causal, window_left=left, window_right=right)  # fmt: skip
     for found, of_keys in zip(attention_packed.bounds(call), (False, True), strict=True):
         assert torch.equal(found, ranges(call, of_keys).int())
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 1024])
+def test_bounds_within_chunks(chunk: int) -> None:
+    inputs = packed()
+    call = Attention(**inputs, student_scale=1.0, teacher_scale=1.0, key_mask=None, query_mask=None, attn_mask=None,
+                     is_causal=True)  # fmt: skip
+    blocks = []
+    for queries, keys in LENGTHS:  # query i is beside key i + keys - queries
+        i, j = torch.arange(queries)[:, None], torch.arange(keys) + queries - keys
+        blocks.append((j <= i) & (j >= i // chunk * chunk))
+    pairs, columns = torch.block_diag(*blocks).bool(), torch.arange(inputs["student_key"].shape[2])
+    (first, end), (key_first, key_end) = attention_packed.bounds(call, chunk)
+    assert torch.equal((columns >= first.cpu()[:, None]) & (columns < end.cpu()[:, None]), pairs)
+    rows = torch.arange(len(pairs))[:, None]
+    assert torch.equal((rows >= key_first.cpu()) & (rows < key_end.cpu()), pairs)
 
 
 def test_tiles_meet_few_pairs_that_do_not_count() -> None:
