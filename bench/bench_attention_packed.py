@@ -14,7 +14,12 @@ import fastdistill
 from bench import attention, cost, eager, measure
 
 OPS = ("attention_mse", "attention_kl")
-PACKED = [(4, 512), pytest.param(16, 512, marks=pytest.mark.goal)]  # sequences of a length, in one row
+PACKED = [  # sequences of a length, in one row; under a causal mask or not
+    (4, 512, False),
+    pytest.param(16, 512, False, marks=pytest.mark.goal),
+    (2, 1024, True),
+    pytest.param(4, 4096, True, marks=pytest.mark.full),
+]
 WINDOWED = [(4096, 256), pytest.param(16384, 256, marks=pytest.mark.full)]  # length, keys that each query may meet
 DIM = 64
 
@@ -22,16 +27,18 @@ Allowed = Callable[[Tensor, Tensor], Tensor]  # positions of queries and keys, w
 
 
 @pytest.mark.parametrize("direction", measure.DIRECTIONS)
-@pytest.mark.parametrize("sequences,length", PACKED)
+@pytest.mark.parametrize("sequences,length,is_causal", PACKED)
 @pytest.mark.parametrize("op", OPS)
-def bench_attention_packed(measured, op, sequences, length, direction):
+def bench_attention_packed(measured, op, sequences, length, is_causal, direction):
     tokens = sequences * length
+
+    def allowed(queries, keys):
+        return (queries // length == keys // length) & ((keys <= queries) | (not is_causal))
+
     starts = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=measure.DEVICE)
-    counts = cost.attention_packed(op, sequences, attention.HEADS, length, DIM, DIM, measure.DTYPE)
-    _measure(
-        measured, op, direction, tokens, counts, lambda queries, keys: queries // length == keys // length,
-        tokens * length, cu_seqlens=starts,
-    )  # fmt: skip
+    counts = cost.attention_packed(op, sequences, attention.HEADS, length, DIM, DIM, measure.DTYPE, causal=is_causal)
+    pairs = sequences * length * (length + 1) // 2 if is_causal else tokens * length
+    _measure(measured, op, direction, tokens, counts, allowed, pairs, cu_seqlens=starts, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("direction", measure.DIRECTIONS)

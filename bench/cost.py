@@ -127,6 +127,7 @@ HOST = {
     "topk": (65e-6, 2), "linear_logits": (125e-6, 2),
 }  # fmt: skip
 LAUNCH = 5e-6
+SCAN_CHUNK = 256  # rows of a chunk of the causal scan
 MULTIPROCESSORS = 132  # the splits of attention_mse's rows depend on them
 
 
@@ -216,17 +217,50 @@ def attention_kl(
 
 
 def attention_packed(
-    op: str, sequences: int, heads: int, length: int, student_dim: int, teacher_dim: int, dtype: torch.dtype
-) -> Cost:
+    op: str, sequences: int, heads: int, length: int, student_dim: int, teacher_dim: int, dtype: torch.dtype, *,
+    causal: bool = False,
+) -> Cost:  # fmt: skip
     """Counts sequences of one length in one row, long enough that attention_mse takes Gram matrices."""
     rows = sequences * heads * length
     shape = f"{heads} heads x {sequences} sequences of {length}"
+    if op == "attention_mse" and causal:
+        return _packed_scan(shape, sequences, heads, length, student_dim, teacher_dim, dtype)
     if op == "attention_mse":
         same = attention_mse(sequences, heads, length, student_dim, teacher_dim, dtype)
         shape = f"{shape}, d {student_dim} / {teacher_dim}"
         return replace(same, op=f"{op} packed", shape=shape, host=_host("attention_kl"))  # it counts rows as tiles do
-    instructions = INSTRUCTIONS[f"{op.removeprefix('attention_')} in ranges"]
-    return _tiles(f"{op} packed", shape, rows, rows * length, student_dim, teacher_dim, dtype, instructions)
+    instructions, pairs = INSTRUCTIONS[f"{op.removeprefix('attention_')} in ranges"], rows * length * (1 - causal / 2)
+    return _tiles(
+        f"{op} packed" + " causal" * causal, shape, rows, pairs, student_dim, teacher_dim, dtype, instructions
+    )
+
+
+def _packed_scan(
+    shape: str, sequences: int, heads: int, length: int, student_dim: int, teacher_dim: int, dtype: torch.dtype
+) -> Cost:
+    """Counts what Gram matrices cost without causality, two matrices more for each chunk, and the pairs within chunks:
+    in the forward their loss, in the backward their gradients, which wait in float32."""
+    same = attention_mse(sequences, heads, length, student_dim, teacher_dim, dtype)
+    gram, _, gradients = same.steps
+    width, rows, chunks = student_dim + teacher_dim, sequences * heads * length, sequences * (length // SCAN_CHUNK + 2)
+    partial, matrices = (2 * chunks * heads * width * d * 4 for d in (width, student_dim))  # of queries and of keys
+    pairs, near = rows * (SCAN_CHUNK + 1) / 2, 2 * rows * student_dim * 4
+    both = 2 * rows * width * dtype.itemsize
+    gram = replace(gram, memory=both + partial)
+    gradients = replace(gradients, memory=both + matrices + near + 2 * rows * student_dim * dtype.itemsize)
+    issued = INSTRUCTIONS["mse in ranges"]
+    scores, product, precision = 2 * pairs * width, 2 * pairs * student_dim, gram.precision
+    steps = [
+        Step("loss within chunks", both, scores, precision, 0, pairs * issued["d_query"]),
+        gram,
+        Step("sums of partial matrices", partial + matrices),
+        Step("d query within chunks", both + near / 2, scores + product, precision, 0, pairs * issued["d_query"]),
+        Step("d key within chunks", both + near / 2, scores + product, precision, 0, pairs * issued["d_key"]),
+        gradients,
+    ]
+    seconds, launches = HOST["attention_kl"]
+    host = seconds + (launches + 5) * LAUNCH
+    return Cost("attention_mse packed causal", f"{shape}, d {student_dim} / {teacher_dim}", same.least, steps, host)
 
 
 def attention_window(
@@ -373,6 +407,7 @@ def examples() -> list[Cost]:
         attention_kl(4, 12, 4096, 64, 64, bf16),
         attention_kl(4, 12, 4096, 64, 64, bf16, causal=True),
         attention_packed("attention_mse", 16, 12, 512, 64, 64, bf16),
+        attention_packed("attention_mse", 4, 12, 4096, 64, 64, bf16, causal=True),
         attention_packed("attention_kl", 16, 12, 512, 64, 64, bf16),
         linear_mse(32768, 312, 768, bf16),
         linear_mse(32768, 768, 1024, bf16),

@@ -73,7 +73,8 @@ def growing(size: int) -> Iterator[tuple[str, Call]]:
         yield f"attention_mse, {is_causal=}", _gram(64, 64, "bf16", True, is_causal, size)[1]
     yield "attention_kl", _tiles(True, 64, 64, "bf16", True, size)[1]
     yield "attention_kl, packed", _packed(True, 64, size)[1]
-    yield "attention_mse, packed", _packed_gram(64, "bf16", 16 * size)[1]
+    for is_causal in (False, True):
+        yield f"attention_mse, packed, {is_causal=}", _packed_gram(64, "bf16", is_causal, 16 * size)[1]
     yield "attention_mse, short", _short(64, 64, "bf16", 97 + size % 32, True)[1]
 
 
@@ -243,7 +244,8 @@ def attention_mse_cases() -> Iterator[tuple[str, Call]]:
     yield _gram(64, 64, "bf16", True, is_causal=True)
     yield _gram(32, 64, "bf16", True, length=8192)  # in several splits
     for d_s, name in ((26, "bf16"), (64, "bf16"), (64, "fp32")):
-        yield _packed_gram(d_s, name)
+        for is_causal in (False, True):
+            yield _packed_gram(d_s, name, is_causal)
 
 
 def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False, length: int = 512) -> tuple[str, Call]:
@@ -265,18 +267,21 @@ def _gram(d_s: int, d_t: int, name: str, masked: bool, is_causal: bool = False, 
     ) + " unaligned" * (d_s % 8 > 0), call
 
 
-def _packed_gram(d_s: int, name: str, length: int = 8192) -> tuple[str, Call]:
+def _packed_gram(d_s: int, name: str, is_causal: bool, length: int = 8192) -> tuple[str, Call]:
     student, teacher = (torch.empty(1, 4, length, d, dtype=DTYPES[name]) for d in (d_s, 64))
     rows, starts = torch.empty(1, length, dtype=torch.bool), torch.empty(17, dtype=torch.int32)
 
     def call() -> None:
-        call, _ = _attention(student, teacher, None, False)
+        call, _ = _attention(student, teacher, None, is_causal)
         call = call._replace(query_mask=rows, key_mask=rows, cu_seqlens=starts, cu_seqlens_key=starts.long())
-        loss, *saved = attention_mse.loss(call, 1.0, None, None)
+        loss, *saved = attention_mse.loss(call, 1.0, None, torch.empty(()).double() if is_causal else None)
         gradients = torch.empty_like(student), torch.empty_like(student[:, :2])
-        attention_mse.gradients(loss, call, *saved, (None, None), *gradients)
+        near = (student.float(), student[:, :2].float()) if is_causal else (None, None)
+        attention_mse.gradients(loss, call, *saved, near, *gradients)
+        if is_causal:
+            attention_packed.bounds(call, attention_mse.CHUNK)
 
-    return f"attention_mse {d_s} / 64 {name} packed" + " unaligned" * (d_s % 8 > 0), call
+    return f"attention_mse {d_s} / 64 {name} packed" + " causal" * is_causal + " unaligned" * (d_s % 8 > 0), call
 
 
 def attention_tiles_cases() -> Iterator[tuple[str, Call]]:

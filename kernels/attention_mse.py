@@ -76,9 +76,7 @@ def _packed_chunk(query_starts_ptr, key_starts_ptr, slot, side, sequences, CHUNK
     query_start, query_end = rows_of(query_starts_ptr, sequence)
     key_start, key_end = rows_of(key_starts_ptr, sequence)
     first, end = _chunk(chunk, side, query_end - query_start, key_end - key_start, CHUNK)
-    start = query_start
-    if side == 1:
-        start = key_start
+    start = tl.where(side == 1, key_start, query_start)
     return start + first, start + end
 
 
@@ -147,6 +145,12 @@ def _gram(
         _, first, length = slot_rows(starts_ptr, split, sequences, CHUNK)
     elif CHUNK:
         first, length = _chunk(split, side, query_length, key_length, CHUNK)
+    if IS_CAUSAL:  # pointers to the first row take fewer registers than its number does
+        a_ptr += tl.cast(first, tl.int64) * a_row * UNIT_A
+        b_ptr += tl.cast(first, tl.int64) * b_row * UNIT_B
+        if MASKED:
+            mask_ptr += first
+        first, length = 0, length - first
     tiles = tl.maximum(tl.cdiv(length - first, ROWS), 0)  # of a head
     share = tiles * heads
     if not CHUNK:

@@ -43,7 +43,7 @@ SLOW_INTERPRETED = (
 SAME_KERNEL = {
     "soft_cross_entropy", "kl_div", "kl_div-reverse", "jsd", "linear_soft_cross_entropy", "linear_kl_div", "linear_jsd",
     "linear_tvd", "linear_kl_div-reverse", "linear_kl_div-all-options", "linear_topk_soft_cross_entropy-renormalize",
-    "attention_mse-long", "attention_mse-long-causal",
+    "attention_mse-long",
 }  # fmt: skip
 
 # Tests of the code between PyTorch and the kernels. In the interpreter they need one op for each registered op. Those
@@ -127,6 +127,13 @@ def _few_or_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if "backend" in request.fixturenames and zlib.crc32(request.node.name.encode()) % 2:
         monkeypatch.setattr("fastdistill.ops._few.FEW", 0)
         monkeypatch.setattr("fastdistill.ops.linear_mse.FEW", 0)
+
+
+@pytest.fixture(autouse=True)
+def _short_scans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton scan causal sequences of few keys, such as those of `long_attention`."""
+    if "backend" in request.fixturenames:
+        monkeypatch.setattr("fastdistill.ops.attention_mse.SCAN_ROWS", 64)
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,11 @@ from .attention_short import attention_short, takes_short
 # pair, and the Gram kernels 3300 a row of both sides and about 160,000 a sequence: as many at 160 rows.
 PACKED_ROWS = 256
 
+# Keys of a causal sequence from which Triton scans. On an H200 the scan moves 5.6 KB a row of both sides at 64 / 64, of
+# which the matrices of chunks are half: 1.3 ns (`python -m bench.cost`). Tiles meet half of the pairs, 30 instructions
+# each: as long at 2500 rows, if they issue at every cycle, which no kernel does.
+SCAN_ROWS = 2048
+
 # Rows of a chunk of the causal scan: its dense triangles cost CHUNK D' a row, its Gram matrices D'^2.
 CHUNK = 64
 
@@ -69,19 +74,21 @@ def _takes_packed_gram(call: Attention) -> bool:
     if call.window_left is not None or call.window_right is not None:
         return False
     mean = [-(-x.shape[2] // max(len(call.cu_seqlens) - 1, 1)) for x in call.tensors()]
-    # A causal sequence has half as many pairs, and the scan computes up to 128 a row in tiles.
-    return min(mean) >= (2 if call.is_causal else 1) * PACKED_ROWS and takes_gram(
-        *(x[:, :, :n] for x, n in zip(call.tensors(), mean, strict=True))
-    )
+    least = SCAN_ROWS if call.is_causal else PACKED_ROWS
+    return min(mean) >= least and takes_gram(*(x[:, :, :n] for x, n in zip(call.tensors(), mean, strict=True)))
 
 
 def _prefers_gram(call: Attention, backend: str) -> bool:
     d_s, d_t = call.student_query.shape[3], call.teacher_query.shape[3]
-    if backend == "triton":  # wider heads have no other kernel
-        is_scan = call.is_causal and _float64_cost(*call.tensors()) == 1
-        return is_scan or max(d_s, d_t) > _attention.WIDEST_TILE or takes_gram(*call.tensors())
-    # Query rows that meet the same keys, and the measured cost of a row either way.
     query_length, key_length = call.lengths()
+    if backend == "triton":
+        if max(d_s, d_t) > _attention.WIDEST_TILE:  # these have no other kernel
+            return True
+        if call.is_causal:
+            shorter = (x[:, :, : x.shape[2] // 2] for x in call.tensors())  # with half of the pairs for each row
+            return key_length >= SCAN_ROWS and (_float64_cost(*call.tensors()) == 1 or takes_gram(*shorter))
+        return takes_gram(*call.tensors())
+    # Query rows that meet the same keys, and the measured cost of a row either way.
     rows = query_length * (call.student_query.shape[1] // max(call.student_key.shape[1], call.teacher_key.shape[1]))
     cost = (5 if call.is_causal else 2) * (d_s + d_t) * (20 if _has_slow_float64(call.student_query.device) else 1)
     return rows * key_length > cost * (rows + key_length)

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cost, eager
+from fastdistill.ops import attention_mse
 
 H200 = cost.CARDS["H200"]
 
@@ -93,6 +94,16 @@ def test_packed_sequences_cost_what_a_batch_of_them_does() -> None:
     mse = cost.attention_packed("attention_mse", 5, 3, 200, 8, 6, torch.float32)
     batch = cost.attention_mse(5, 3, 200, 8, 6, torch.float32)
     assert (mse.least, mse.steps) == (batch.least, batch.steps)
+
+
+def test_the_scan_is_taken_where_the_model_says_that_tiles_take_about_as_long() -> None:
+    """Tiles take 4 / 5 of the scan's predicted time at SCAN_ROWS, as they do not issue at every cycle."""
+    sizes = 8, 12, attention_mse.SCAN_ROWS, 64, 64, torch.bfloat16
+    scan = cost.attention_packed("attention_mse", *sizes, causal=True).floor(H200)
+    issued = cost.INSTRUCTIONS["mse in ranges"]
+    pairs = 8 * 12 * attention_mse.SCAN_ROWS**2 / 2
+    tiles = pairs * (issued["d_query"] + issued["d_key"]) / H200.issue
+    assert 0.7 < tiles / scan < 0.95
 
 
 @pytest.mark.parametrize("width", [1, 7, 30])

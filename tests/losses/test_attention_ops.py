@@ -399,11 +399,15 @@ def test_bad_arguments(op: Op, wrong: dict[str, Any], kind: type[Exception], mes
         op(**{**attention(), **wrong}, backend=backend)
 
 
-@pytest.mark.parametrize("length,keys", [(600, 600), (600, 510), (520, 700)])
-def test_a_scan_over_several_chunks(length: int, keys: int, backend: str) -> None:
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("length,keys", [*LENGTHS, (600, 600), (600, 510), (520, 700), (512, 1030)])
+def test_a_scan_over_several_chunks(
+    length: int, keys: int, padded: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The causal scan covers several chunks of queries and of keys, one of which may begin before the other."""
-    inputs = attention(batch=1, heads=2, length=length, keys=keys, d_s=5, d_t=9, student_kv=1, teacher_kv=2)
-    inputs |= ATTENTION_MSE.some_masked(inputs)
+    monkeypatch.setattr(mse, "SCAN_ROWS", 0)
+    inputs = attention(batch=2, heads=2, length=length, keys=keys, d_s=5, d_t=9, student_kv=1, teacher_kv=2)
+    inputs |= ATTENTION_MSE.some_masked(inputs) if padded else {}
     ATTENTION_MSE.assert_accurate(inputs, backend=backend, is_causal=True)
 
 
@@ -466,10 +470,10 @@ def test_the_gram_form_is_taken_if_cheaper(length: int, d_s: int, d_t: int, dtyp
 
 @pytest.mark.parametrize("length,dtype,is_causal,linear", [
     (512, FP32, False, False),
-    (512, FP32, True, False),
+    (2048, FP32, True, False),
     (8192, FP32, False, True),  # linear in the length, if slowly
     (512, BF16, False, True),  # multiplied in bfloat16
-    (512, BF16, True, True),
+    (2048, BF16, True, True),
 ])  # fmt: skip
 def test_cards_with_slow_float64_take_tiles_of_scores(
     length: int, dtype: torch.dtype, is_causal: bool, linear: bool, monkeypatch: pytest.MonkeyPatch
@@ -492,7 +496,8 @@ def test_cards_with_slow_float64(capability: tuple[int, int], slow: bool, monkey
     ((4, 144, 144, 26, 64, BF16), False, "triton", True),
     ((4, 64, 64, 256, 256, BF16), False, "triton", False),
     ((4, 4096, 4096, 256, 256, BF16), False, "triton", True),
-    ((4, 64, 64, 256, 256, BF16), True, "triton", True),
+    ((4, 2048, 2048, 256, 256, BF16), True, "triton", True),
+    ((4, 1024, 1024, 26, 64, BF16), True, "triton", False),  # sooner than the scan
     ((1, 64, 64, 312, 768, BF16), False, "triton", True),  # forced
     ((1, 64, 64, 312, 768, BF16), False, "torch", False),
     ((4, 16, 16, 26, 64, BF16), False, "torch", False),

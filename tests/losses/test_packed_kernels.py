@@ -89,6 +89,7 @@ def gram(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original = attention_mse.loss
     monkeypatch.setattr(attention_mse, "loss", loss)
     monkeypatch.setattr(mse, "PACKED_ROWS", 0)
+    monkeypatch.setattr(mse, "SCAN_ROWS", 0)
     monkeypatch.setattr(mse, "takes_gram", lambda *tensors: True)
     return calls
 
@@ -141,8 +142,8 @@ def test_the_mean_length_chooses_gram_matrices() -> None:
 
     assert takes(500, 12)
     assert not takes(400, 12)
-    assert takes(1000, 24, is_causal=True)
-    assert not takes(900, 24, is_causal=True)
+    assert takes(4090, 24, is_causal=True)
+    assert not takes(4000, 24, is_causal=True)
     assert not takes(500, 500, window_left=3)
 
 
