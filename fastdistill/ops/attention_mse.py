@@ -223,23 +223,24 @@ def _triangle(scaled_queries: Tensor, keys: Tensor, length: int, diagonal: int) 
 
 
 def _forward(*inputs):  # type: ignore[no-untyped-def]
-    """Returns the loss, its divisor, pairs (see `kernels.loss`), and the student's columns of Gq and of Gk (not if
-    causal). attn_mask is None."""
+    """Returns the loss, its divisor, pairs (see `kernels.loss`), the student's columns of Gq and of Gk (not if causal),
+    and which queries and keys count, (B|1, T) bool, if Triton had to find out (otherwise empty). attn_mask is None."""
     *fields, backend, number, num_items = inputs
     call = Attention(*fields)
     if backend == "triton":
         from ..kernels import attention_mse as kernels
 
-        near = None
+        near, rows = None, [call.student_query.new_empty(0, dtype=torch.bool) for _ in range(2)]
         if call.is_causal or call.cu_seqlens is not None:
             counted = _attention.count_rows(call, _attention.bounds_of(call, backend))
             near = _within_chunks(call, counted, None, None) if call.is_causal else None
             call = counted.as_masks(call)
+            rows = [none if x is None else x for x, none in zip((call.query_mask, call.key_mask), rows, strict=True)]
             if number is None and num_items is None:
                 num_items = counted.pairs(call)
         if num_items is not None:
             num_items = num_items.to(call.student_query.device)
-        return kernels.loss(call, number, num_items, near)
+        return *kernels.loss(call, number, num_items, near), *rows
     counted = _attention.count_rows(call)
     with _common.no_autocast(call.student_query):
         total, *grams = _linear_loss(call, counted)
@@ -250,7 +251,8 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
         divisor = torch.where(divisor == 0, 1, divisor)
     # Rounding must not make the sum of squares of equal scores negative.
     loss = total.clamp_(min=0).div_(divisor).to(call.dtype)
-    return loss, divisor, total.new_empty(0, dtype=torch.int64), *grams
+    no_rows = (total.new_empty(0, dtype=torch.bool) for _ in range(2))
+    return loss, divisor, total.new_empty(0, dtype=torch.int64), *grams, *no_rows
 
 
 def _linear_loss(call: Attention, counted: Counted) -> tuple[Tensor, Tensor, Tensor]:
@@ -290,7 +292,7 @@ def _within_chunks(call: Attention, counted: Counted, d_query: Tensor | None, d_
     from ..kernels import attention_mse, attention_packed, attention_tiles
 
     chunk = attention_mse.CHUNK
-    if call.cu_seqlens is not None and counted.bounds is not None:
+    if call.cu_seqlens is not None:
         counted, chunk = counted._replace(bounds=attention_packed.bounds(call, chunk)), 0
     return attention_tiles.loss(call, counted, chunk=chunk, is_kl=False, dtype=call.dtype, d_query=d_query, d_key=d_key)
 
@@ -299,6 +301,7 @@ def _fake(*inputs):  # type: ignore[no-untyped-def]
     *fields, backend, _, _ = inputs
     call = Attention(*fields)
     shape, dtype, pairs = _gram_shape(call), _common.widest_dtype(call.student_query), 0
+    row_shapes: list[tuple[int, ...]] = [(0,), (0,)]
     divisor = call.student_query.new_empty((), dtype=dtype)
     key_shape = [0] if call.is_causal else shape
     if backend == "triton":
@@ -309,14 +312,21 @@ def _fake(*inputs):  # type: ignore[no-untyped-def]
             chunks = [kernels.grams_of_a_scan(call)]
         shape = key_shape = [*chunks, *shape]
         dtype = kernels.gram_dtype(*call.tensors())
-        if not chunks and (call.key_mask is not None or call.query_mask is not None):
+        masks = [x for x in (call.key_mask, call.query_mask) if x is not None]
+        if not chunks and masks:
             pairs = call.student_query.shape[0]
+        query_length, key_length = call.lengths()
+        if call.cu_seqlens is not None or (call.is_causal and (masks or key_length < query_length)):
+            batch = max([1, *(x.shape[0] for x in masks)])
+            row_shapes = [(batch, query_length), (batch, key_length)]
+    rows = (divisor.new_empty(x, dtype=torch.bool) for x in row_shapes)
     grams = (divisor.new_empty(x, dtype=dtype) for x in (shape, key_shape))
-    return divisor.new_empty((), dtype=call.dtype), divisor, divisor.new_empty(pairs, dtype=torch.int64), *grams
+    loss = divisor.new_empty((), dtype=call.dtype)
+    return loss, divisor, divisor.new_empty(pairs, dtype=torch.int64), *grams, *rows
 
 
 def _gradients(grad_loss, *inputs):  # type: ignore[no-untyped-def]
-    *fields, backend, divisor, pairs, query_gram, key_gram = inputs
+    *fields, backend, divisor, pairs, query_gram, key_gram, queries, keys = inputs
     call = Attention(*fields)
     d_query, d_key = torch.empty_like(call.student_query), torch.empty_like(call.student_key)
     if backend == "triton":
@@ -324,7 +334,8 @@ def _gradients(grad_loss, *inputs):  # type: ignore[no-untyped-def]
 
         near: tuple[Tensor | None, ...] = None, None
         if call.is_causal or call.cu_seqlens is not None:
-            counted = _attention.count_rows(call, _attention.bounds_of(call, backend))
+            queries, keys = (x[:, None] if x.numel() else None for x in (queries, keys))
+            counted = Counted(torch.empty(0), queries, keys)  # nothing reads how many keys a query has
             if call.is_causal:
                 near = tuple(torch.empty(x.shape, dtype=call.dtype, device=x.device) for x in call.tensors()[:2])
                 _within_chunks(call, counted, *near)
@@ -379,7 +390,7 @@ _gradients_op = torch.library.custom_op(
     _gradients,
     mutates_args=(),
     schema=f"(Tensor grad_loss, {SCHEMA}, str backend, Tensor divisor, Tensor pairs, Tensor query_gram, "
-    "Tensor key_gram) -> (Tensor, Tensor)",
+    "Tensor key_gram, Tensor queries, Tensor keys) -> (Tensor, Tensor)",
 )
 
 
@@ -409,7 +420,8 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
 
 _linear = _common.registered(
     "attention_mse_linear",
-    f"({SCHEMA}, str backend, Scalar? number, Tensor? num_items) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({SCHEMA}, str backend, Scalar? number, Tensor? num_items) "
+    f"-> ({', '.join(['Tensor'] * 7)})",
     _forward, _fake, _setup_context, _backward,
 )  # fmt: skip
 
