@@ -8,6 +8,7 @@ import pytest
 import torch
 from _cases import ATTENTION_KL, ATTENTION_MSE, Op, attention
 from _oracle import Outcome, assert_accurate, assert_same, cast, evaluate
+from test_memory import peak
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton runs the kernels")
@@ -117,6 +118,19 @@ def test_gram_matrices_of_sequences(
     again = evaluate(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, backend="triton", is_causal=is_causal)
     assert_same(again, first)
     assert gram == ["gram"] * 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the profiler's allocations are those of the CPU")
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+def test_memory_of_gram_matrices_is_linear_in_the_tokens(is_causal: bool, gram: list[str]) -> None:
+    peaks = []
+    check(ATTENTION_MSE, packed(), LENGTHS, is_causal=is_causal)  # what a first call imports is released meanwhile
+    for tokens in (1024, 4096):
+        inputs = cast(packed(((tokens // 2,) * 2,) * 2, heads=1, teacher_kv=1), torch.float16)
+        peaks.append(peak(ATTENTION_MSE, inputs, ATTENTION_MSE.learned, is_causal=is_causal, backend="triton"))
+    assert len(gram) >= 2
+    assert peaks[1] <= 4.2 * peaks[0]
+    assert peaks[1] < 0.1 * 4 * 2048**2  # the scores of a sequence
 
 
 def test_gram_matrices_of_wide_heads(gram: list[str]) -> None:
