@@ -623,6 +623,8 @@ def gradients(
         mask, mask_batch = _mask(mask)
         unit_s, unit_t = _unit(student), _unit(teacher)
         tiles = blocks(length, rows)
+        # ptxas would rather spill than give up a program a multiprocessor.
+        registers = {"maxnreg": 255} if arch == "sm_80" and starts is not None and (wide or call.is_causal) else {}
         spare = 2 if call.is_causal and out is d_key else 1  # keys that all queries see fill tiles of their own
         if starts is not None:
             tiles = length // rows + spare * sequences_of(call)
@@ -637,6 +639,7 @@ def gradients(
             UNIT_S=unit_s, UNIT_T=unit_t, D_S=d_s, D_T=d_t, WIDE=tl.float64 if wide else tl.float32,
             PRECISION="tf32x3" if arch.startswith("sm_") else "ieee", ROWS=rows, COLUMNS=columns,
             BLOCK_S=block_s, BLOCK_T=block_t, num_warps=8 if columns > 32 else 4, num_stages=2,
+            **registers,
         )  # fmt: skip
 
     with on_device_of(call.student_query):
