@@ -587,6 +587,7 @@ def loss(
             totals, query_gram, key_gram, query_mask[1], key_mask[1], groups, query_length, key_length, splits,
             sequences, call.student_scale, call.teacher_scale, CHUNK=chunk if is_packed else 0, D_S=d_s, WIDTH=width,
             TS=d_t >= d_s, IS_CAUSAL=is_causal, BLOCK=block, num_warps=4,
+            **({"maxnreg": 255} if arch == "sm_80" else {}),
         )  # fmt: skip
         _finalise[(1,)](
             totals, near, counts, num_items, out, divisor, len(totals), batch, heads,
@@ -624,7 +625,8 @@ def gradients(
         unit_s, unit_t = _unit(student), _unit(teacher)
         tiles = blocks(length, rows)
         # ptxas would rather spill than give up a program a multiprocessor.
-        registers = {"maxnreg": 255} if arch == "sm_80" and starts is not None and (wide or call.is_causal) else {}
+        spills = d_s > columns or (starts is not None and (wide or call.is_causal))
+        registers = {"maxnreg": 255} if arch == "sm_80" and spills else {}
         spare = 2 if call.is_causal and out is d_key else 1  # keys that all queries see fill tiles of their own
         if starts is not None:
             tiles = length // rows + spare * sequences_of(call)
