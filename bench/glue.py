@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -87,9 +87,9 @@ NARROW = "no general stage, narrow"
 SMALL, SMALL_FINE_TUNED = "distilled, narrow, no copies", "fine-tuned, narrow"
 STUDENTS = {
     DISTILLED: Student(),
-    "no general stage": Student(general=None),
     "no augmentation": Student(augmentation=False),
     "no attention loss": Student("general-embedding-hidden", terms=("embedding", "hidden")),
+    "no general stage": Student(general=None),
     "no hidden loss": Student("general-embedding-attention", terms=("embedding", "attention")),
     NARROW: Student(general=None, config="narrow.json"),
 }
@@ -385,12 +385,17 @@ def prepare(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> N
         (out / name).write_text(json.dumps(config) + "\n")
     if arguments.tables:
         return
+    budgets = {task: asdict(budget) for task, budget in (SMALLEST if arguments.smallest else TASKS).items()}
+    path = out / "budgets.json"
+    if path.exists() and json.loads(path.read_text()) != budgets:
+        parser.error(f"argument --out: {out}: its models were trained with other budgets; take a new folder")
     for task in arguments.tasks:
         dev, held_out = (out / folder / task for folder in PARTS.values())
         if (out / task).exists() and not dev.exists():
             parser.error(f"argument --out: {out / task}: its models have seen the rows to hold out; take a new folder")
         if not dev.exists():
             hold_out(glue_task(task), arguments.data / task, dev, held_out)
+    path.write_text(json.dumps(budgets, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -118,3 +118,19 @@ def test_models_that_saw_the_held_out_rows_are_refused(tmp_path: Path, capsys: A
     with pytest.raises(SystemExit):
         glue.prepare(argparse.ArgumentParser(), arguments)
     assert "its models have seen the rows to hold out; take a new folder" in capsys.readouterr().err
+
+
+def test_models_of_other_budgets_are_refused(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest row and the whole table name their teachers alike, and train them for other numbers of epochs."""
+    (tmp_path / "glue" / "MRPC").mkdir(parents=True)
+    monkeypatch.setattr(glue, "hold_out", lambda task, source, dev, held_out: dev.mkdir(parents=True))
+    arguments = argparse.Namespace(
+        model="bert", masked=None, data=tmp_path / "glue", out=tmp_path / "out", tasks=["MRPC"], smallest=True,
+        tables=False, glove=tmp_path / "glue", corpus=[tmp_path / "glue"],
+    )  # fmt: skip
+    glue.prepare(argparse.ArgumentParser(), arguments)
+    glue.prepare(argparse.ArgumentParser(), arguments)
+    arguments.smallest = False
+    with pytest.raises(SystemExit):
+        glue.prepare(argparse.ArgumentParser(), arguments)
+    assert "its models were trained with other budgets; take a new folder" in capsys.readouterr().err
