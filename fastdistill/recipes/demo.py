@@ -68,7 +68,7 @@ class Size:
     """Sizes of the data, the models and the training. The defaults are those of `fastdistill demo`."""
 
     train_rows: int = 60  # with a label, of each part
-    dev_rows: int = 130
+    test_rows: int = 130
     words: int = 36  # longest passage
     max_length: int = 48  # tokens
     vocabulary: int = 6000
@@ -128,7 +128,7 @@ COLORS = {
 }
 # For transformers.TrainingArguments.
 OPTIONS: dict[str, Any] = {"use_cpu": True, "save_strategy": "no", "logging_steps": 10, "logging_first_step": True}
-POINTS = 8  # on a curve of dev accuracies
+POINTS = 8  # on a curve of test accuracies
 
 
 class Demo:
@@ -144,7 +144,7 @@ class Demo:
             self.tokenizer = BertTokenizer().train_new_from_iterator(text.corpus, size.vocabulary, show_progress=False)
             self.tokenizer.model_max_length = size.max_length
             self.task = Task("demo", columns=("sentence1", "label"), texts=("sentence1",), labels=tuple(text.labels))
-            self.train, self.dev = (self.task.tokenize(rows, self.tokenizer) for rows in (text.train, text.dev))
+            self.train, self.test = (self.task.tokenize(rows, self.tokenizer) for rows in (text.train, text.test))
             self.unlabelled = Dataset.from_dict(dict(self.tokenizer(text.corpus, truncation=True)))
             self.blocks = pack_corpus(Dataset.from_dict({"text": text.corpus}), self.tokenizer, size.max_length)
 
@@ -152,7 +152,7 @@ class Demo:
         """Trains all models, writes the first distilled student to `folder`, and returns the results."""
         with self.timed("teachers"):
             teachers = self.train_teachers()
-        self.say(f"teachers together: {self.accuracy(*teachers):.1%} of {len(self.dev)} test passages right")
+        self.say(f"teachers together: {self.accuracy(*teachers):.1%} of {len(self.test)} test passages right")
         with self.timed("distillation"):
             start = self.start(teachers[0])
             students, logs = self.distil(start, teachers)
@@ -179,14 +179,14 @@ class Demo:
     def results(self, teachers: Sequence[Any], student: Any, steps: int) -> dict[str, Any]:
         """Returns the content of results.json. All students have one size and speed."""
         models = {"teacher": teachers[0], "student": student}
-        middle = sorted(self.dev.remove_columns("labels"), key=lambda row: len(row["input_ids"]))[len(self.dev) // 2 :]
-        seconds = measure_seconds(models, PaddingCollator(self.tokenizer)(middle[:64]))
+        rows = sorted(self.test.remove_columns("labels"), key=lambda row: len(row["input_ids"]))[len(self.test) // 2 :]
+        seconds = measure_seconds(models, PaddingCollator(self.tokenizer)(rows[:64]))
         accuracies = {"teachers": [self.accuracy(*teachers)], "teacher": [self.accuracy(model) for model in teachers]}
         accuracies |= {name: [points[-1][1] for points in runs] for name, runs in self.curves.items()}
         return {
             "size": asdict(self.size),
             "labels": self.text.labels,
-            "rows": {"labelled": len(self.train), "dev": len(self.dev), "corpus": len(self.text.corpus)},
+            "rows": {"labelled": len(self.train), "test": len(self.test), "corpus": len(self.text.corpus)},
             "steps": steps,
             "parameters": {name: count_parameters(model) for name, model in models.items()},
             "speed_up": seconds["teacher"] / seconds["student"],
@@ -246,7 +246,7 @@ class Demo:
         return students, {f"{name} stage": watch.state.log_history for name, watch in watches.items()}
 
     def finetune(self, model: Any, name: str, **schedule: Any) -> list[tuple[int, float]]:
-        """Trains a model on the labels, and returns its accuracies on the dev set by step."""
+        """Trains a model on the labels, and returns its accuracies on the test set by step."""
         watch, folder = Watch(self, name, measures=True), self.work / re.sub(r"\W+", "-", name)
         finetune(model, self.train, self.tokenizer, folder, **schedule, arguments=OPTIONS, callbacks=[watch])
         return watch.accuracies
@@ -267,7 +267,7 @@ class Demo:
         )
 
     def accuracy(self, *models: Any) -> float:
-        return compute_metrics(self.task, self.predict(self.dev, *models).numpy(), self.dev["labels"][:])["accuracy"]
+        return compute_metrics(self.task, self.predict(self.test, *models).numpy(), self.test["labels"][:])["accuracy"]
 
     def say_last(self, name: str, seed: int) -> None:
         self.say(f"{STUDENTS[name]}, seed {seed}: {self.curves[name][-1][-1][1]:.1%}")
@@ -284,7 +284,7 @@ class Demo:
 
 
 class Watch(TrainerCallback):
-    """Shows the progress of one training, and measures the accuracy on the dev set `POINTS` times if it `measures`."""
+    """Shows the progress of one training, and measures the accuracy on the test set `POINTS` times if it `measures`."""
 
     def __init__(self, demo: Demo, name: str, measures: bool = False) -> None:
         self.demo, self.name, self.measures = demo, name, measures
@@ -339,35 +339,41 @@ def word_vectors(blocks: Sequence[Sequence[int]], vocabulary: int, width: int, w
 @dataclass
 class Text:
     train: Dataset  # sentence1, label
-    dev: Dataset
-    corpus: list[str]  # everything but the dev set, without labels
+    test: Dataset
+    corpus: list[str]  # everything but the test set, without labels
     labels: list[str]
 
 
 def read_text(size: Size, seed: int = 0) -> Text:
     """Reads passages of the standard library's documentation, labelled with the part of the library.
 
-    Train and dev passages come from different docstrings. Repeated passages are dropped, and so are dev passages more
+    Train and test passages come from different docstrings. Repeated passages are dropped, and so are test passages more
     than half of whose four-word runs occur in the training text. Module names are removed from every passage.
+
+    `Size` was chosen by scores on passages of the last fifth of each part, with labels of the first `size.train_rows`
+    passages of the rest. Test passages are neither, so that they took no part in the choice.
     """
     rng, seen = random.Random(seed), set[str]()
     texts = read_docstrings(Path(sysconfig.get_paths()["stdlib"]))
     corpus = [passage for text in texts.pop("") for passage in passages(text, size.words, seen)]
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "dev": []}
+    train, test = list[dict[str, Any]](), list[dict[str, Any]]()
     for label, (_, part) in enumerate(sorted(texts.items())):
         rng.shuffle(part)
         cut = len(part) * 4 // 5
-        for split, count, share in (("train", size.train_rows, part[:cut]), ("dev", size.dev_rows, part[cut:])):
-            found = [passage for text in share for passage in passages(text, size.words, seen)]
-            if split == "train":
-                corpus += found
+        for share, tested in ((part[:cut], cut // 4), (part[cut:], 0)):
+            found = [(i < tested, text) for i, whole in enumerate(share) for text in passages(whole, size.words, seen)]
+            corpus += [text for is_test, text in found if not is_test]
             rng.shuffle(found)
-            rows[split] += [{"sentence1": passage, "label": label} for passage in found[:count]]
+            if tested:
+                labelled = [text for is_test, text in found if not is_test][: size.train_rows]
+                unseen = [text for is_test, text in found[size.train_rows :] if is_test][: size.test_rows]
+                train += [{"sentence1": text, "label": label} for text in labelled]
+                test += [{"sentence1": text, "label": label} for text in unseen]
     known = set().union(*map(word_runs, corpus))
-    runs = (word_runs(row["sentence1"]) for row in rows["dev"])
-    dev = [row for row, found in zip(rows["dev"], runs, strict=True) if len(found & known) * 2 <= len(found)]
+    runs = (word_runs(row["sentence1"]) for row in test)
+    test = [row for row, found in zip(test, runs, strict=True) if len(found & known) * 2 <= len(found)]
     rng.shuffle(corpus)
-    return Text(Dataset.from_list(rows["train"]), Dataset.from_list(dev), corpus, sorted(texts))
+    return Text(Dataset.from_list(train), Dataset.from_list(test), corpus, sorted(texts))
 
 
 def read_docstrings(library: Path) -> dict[str, list[str]]:
@@ -491,7 +497,7 @@ Each line is a difference between the student's and the teacher's inner layers, 
 ## The task and the models
 
 Which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) is a passage from?
-The test passages ({rows["dev"]}) come from other docstrings than the training text. Module names are removed from all.
+The test passages ({rows["test"]}) come from other docstrings than the training text. Module names are removed from all.
 
 A teacher has {size["teacher"][0]} layers, {size["teacher"][1]} wide, and starts from vectors of the words in all
 passages (factorised mutual information). The student has {size["student"][0]} layers, {size["student"][1]} wide. It
@@ -540,7 +546,7 @@ def plot_models(results: dict[str, Any], file: Path) -> None:
 
 
 def plot_accuracy(results: dict[str, Any], file: Path) -> None:
-    """Plots the accuracies on the dev set over the steps."""
+    """Plots the accuracies on the test set over the steps."""
     from matplotlib.figure import Figure
 
     accuracy = Figure(figsize=(6.5, 3.8), layout="constrained", dpi=120)
