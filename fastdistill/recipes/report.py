@@ -35,8 +35,9 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 STYLE = """body { font: 17px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; display: block; overflow-x: auto } td, th { padding: .3em .8em; text-align: left }
-tr { border-bottom: 1px solid #ccc } img { max-width: 100%; height: auto } code { background: #eee }"""
+h1 { font-size: 1.7em; line-height: 1.2 } table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { padding: .3em min(.8em, 1.3vw); text-align: left } tr { border-bottom: 1px solid #ccc }
+img { max-width: min(100%, 36em); height: auto } code { background: #eee; overflow-wrap: anywhere }"""
 SPANS = {
     r"!\[([^]]*)\]\(([^)]*)\)": r'<img src="\2" alt="\1">',
     r"\*\*(.+?)\*\*": r"<b>\1</b>", r"`(.+?)`": r"<code>\1</code>",

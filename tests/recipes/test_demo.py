@@ -1,7 +1,9 @@
 """Tests the demo: its text (labels, no leaks), and the whole run at a tiny size."""
 
+import copy
 import json
 import math
+import random
 import re
 import shutil
 import sys
@@ -20,7 +22,7 @@ from fastdistill.recipes import demo, report
 
 TINY = demo.Size(
     train_rows=20,
-    dev_rows=10,
+    test_rows=10,
     vocabulary=400,
     teacher=(2, 16),
     student=(1, 8),
@@ -35,31 +37,56 @@ TINY = demo.Size(
 
 
 @pytest.fixture(scope="module")
-def text():
-    return demo.read_text(demo.Size())
+def docstrings():
+    return demo.read_docstrings(Path(demo.sysconfig.get_paths()["stdlib"]))
+
+
+@pytest.fixture(scope="module")
+def text(docstrings):
+    with pytest.MonkeyPatch.context() as patch:  # to read them once
+        patch.setattr(demo, "read_docstrings", lambda library: copy.deepcopy(docstrings))
+        return demo.read_text(demo.Size())
 
 
 class TestText:
     def test_rows_are_balanced_and_labelled(self, text):
         size = demo.Size()
         assert text.labels == sorted([*demo.PARTS, demo.LANGUAGE])
-        for rows, count in ((text.train, size.train_rows), (text.dev, size.dev_rows)):
+        for rows, count in ((text.train, size.train_rows), (text.test, size.test_rows)):
             counts = [rows["label"][:].count(label) for label in range(len(text.labels))]
             assert max(counts) <= count
             assert min(counts) > 0.6 * count
         assert len(text.corpus) > len(text.train)
 
-    def test_no_dev_passage_is_in_the_training_text(self, text):
+    def test_no_test_passage_is_in_the_training_text(self, text):
         train = {re.sub("[^a-z]+", " ", passage.lower()) for passage in text.corpus}
         assert {re.sub("[^a-z]+", " ", row.lower()) for row in text.train["sentence1"]} <= train
-        assert not {re.sub("[^a-z]+", " ", row.lower()) for row in text.dev["sentence1"]} & train
+        assert not {re.sub("[^a-z]+", " ", row.lower()) for row in text.test["sentence1"]} & train
         known = set().union(*map(demo.word_runs, text.corpus))
-        shares = [len(demo.word_runs(row) & known) / len(demo.word_runs(row)) for row in text.dev["sentence1"]]
+        shares = [len(demo.word_runs(row) & known) / len(demo.word_runs(row)) for row in text.test["sentence1"]]
         assert max(shares) <= 0.5
+
+    def test_test_passages_took_no_part_in_the_choice_of_sizes(self, text, docstrings):
+        """The split that `Size` was chosen on is made anew: its labelled passages and all that it could test."""
+        size, rng, seen, took_part = demo.Size(), random.Random(0), set(), set()
+        texts = copy.deepcopy(docstrings)
+        for whole in texts.pop(""):
+            list(demo.passages(whole, size.words, seen))  # adds to `seen`
+        for _, part in sorted(texts.items()):
+            rng.shuffle(part)
+            cut = len(part) * 4 // 5
+            for share, count in ((part[:cut], 60), (part[cut:], None)):
+                found = [passage for whole in share for passage in demo.passages(whole, size.words, seen)]
+                rng.shuffle(found)
+                took_part.update(found[:count])
+        tested = set(text.test["sentence1"])
+        assert not tested & took_part
+        assert len(tested) > 900
+        assert len(took_part & set(text.corpus)) > 0.8 * len(took_part)
 
     def test_module_names_are_removed(self, text):
         names = {module.lstrip("_") for modules in demo.PARTS.values() for module in modules.split()}
-        for passage in (*text.corpus, *text.dev["sentence1"]):
+        for passage in (*text.corpus, *text.test["sentence1"]):
             assert not names & set(re.findall(r"\w+", passage))
 
     def test_it_is_reproducible(self, monkeypatch, tmp_path):
@@ -69,7 +96,7 @@ class TestText:
         one, other = demo.read_text(TINY), demo.read_text(TINY)
         assert one.corpus == other.corpus
         assert one.train[:] == other.train[:]
-        assert one.dev[:] == other.dev[:]
+        assert one.test[:] == other.test[:]
 
     def test_nothing_is_imported(self, text):
         assert "turtle" not in sys.modules
@@ -97,7 +124,7 @@ class TestText:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("demo") / "out"
-    rows = Dataset.from_dict(text.train.shuffle(seed=0)[:180]), Dataset.from_dict(text.dev.shuffle(seed=0)[:90])
+    rows = Dataset.from_dict(text.train.shuffle(seed=0)[:180]), Dataset.from_dict(text.test.shuffle(seed=0)[:90])
     short = demo.Text(*rows, text.corpus[:2000], text.labels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "read_text", lambda size: short)
@@ -119,18 +146,18 @@ def done(tmp_path_factory, text):
 class TestRun:
     def test_writes_everything(self, done):
         folder, results = done
-        names = ["accuracy.png", "losses.png", "models.png", "report.html", "report.md", "results.json", "student"]
+        names = ["accuracy.png", "models.png", "report.html", "report.md", "results.json", "student"]
         assert sorted(path.name for path in folder.iterdir()) == names
         assert [path.name for path in folder.parent.iterdir()] == ["out"]
         assert json.loads((folder / "results.json").read_text())["accuracy"] == results["accuracy"]
-        for name in ("accuracy.png", "losses.png", "models.png"):
+        for name in ("accuracy.png", "models.png"):
             assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
     def test_open_shows_the_written_page(self, done):
         folder, results = done
         assert results["seen"] == [(folder / "report.html").as_uri()]
         page = (folder / "report.html").read_text()
-        for name in ("accuracy.png", "losses.png", "models.png"):
+        for name in ("accuracy.png", "models.png"):
             assert f'<img src="{name}"' in page
 
     def test_the_stages_learn_from_all_passages_and_see_no_label(self, done):
@@ -149,7 +176,8 @@ class TestRun:
         assert f"{100 * mean:.1f} ±" in row
         assert f"{100 * mean / teacher:.1f}%" in row
         assert f"{results['speed_up']:.1f}x" in row
-        assert f"took {results['steps']} steps" in text
+        assert f"All students take\n{results['steps']:,} steps" in text
+        assert f"The {results['rows']['test']} test passages" in text
 
     def test_all_students_take_the_same_number_of_steps(self, done):
         _, results = done
