@@ -370,8 +370,7 @@ def read_text(size: Size, seed: int = 0) -> Text:
                 train += [{"sentence1": text, "label": label} for text in labelled]
                 test += [{"sentence1": text, "label": label} for text in unseen]
     known = set().union(*map(word_runs, corpus))
-    runs = (word_runs(row["sentence1"]) for row in test)
-    test = [row for row, found in zip(test, runs, strict=True) if len(found & known) * 2 <= len(found)]
+    test = [row for row in test if len((runs := word_runs(row["sentence1"])) & known) * 2 <= len(runs)]
     rng.shuffle(corpus)
     return Text(Dataset.from_list(train), Dataset.from_list(test), corpus, sorted(texts))
 
@@ -435,15 +434,9 @@ def table(results: dict[str, Any]) -> Cells:
     for name, label in MODELS.items():
         values, kind = results["accuracy"][name], "student" if name in STUDENTS else "teacher"
         models = count if name == "teachers" else 1
-        rows.append(
-            [
-                label,
-                mean_and_spread(values, 1),
-                f"{100 * statistics.mean(values) / teachers:.1f}%",
-                f"{models * results['parameters'][kind]['total'] / 1e6:.2f}M",
-                f"{results['speed_up'] if kind == 'student' else 1 / models:.1f}x",
-            ]
-        )
+        kept, size = statistics.mean(values) / teachers, models * results["parameters"][kind]["total"] / 1e6
+        speed = results["speed_up"] if kind == "student" else 1 / models
+        rows.append([label, mean_and_spread(values, 1), f"{kept:.1%}", f"{size:.2f}M", f"{speed:.1f}x"])
     return ["model", "% right", "kept", "size", "speed"], rows
 
 
@@ -455,7 +448,7 @@ def report(results: dict[str, Any]) -> str:
     return f"""# Why distil? A small model learns from big ones
 
 The task: from which of {len(results["labels"])} parts of Python's documentation ({", ".join(results["labels"])}) is a
-passage? {size["teachers"]} big models, the teachers, have learned it from {rows["labelled"]:,} passages with labels,
+passage? The teachers, {size["teachers"]} big models, have learned it from {rows["labelled"]:,} passages with labels,
 which are the right answers. A student, whose layers are {big / small:.0f} times smaller than a teacher's, can learn
 from the same labels. Or it is distilled: it imitates what the teachers answer together. That needs no labels, so it
 learns from all {rows["corpus"]:,} passages, most of which have none.
