@@ -479,7 +479,8 @@ answers, on {torch.get_num_threads()} threads.
 The {rows["test"]:,} test passages come from other docstrings (pieces of documentation) than all that the models learned
 from, and module names are removed from all. How many labels, which models and how long a training: that was chosen
 by scores on other passages, which are among those without labels here. The test passages took no part in that choice
-on Python 3.11. On other versions, whose documentation differs, some may have.
+on Python 3.11. On other versions, whose documentation differs, some may have. With other passages, labelled or tested,
+all figures may differ by more than ± says.
 
 ## How the students learned
 
