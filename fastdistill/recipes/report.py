@@ -119,12 +119,16 @@ def losses(log: Log) -> dict[str, list[tuple[int, float]]]:
 def plot_losses(logs: Mapping[str, Log], file: Path) -> None:
     """Plots the losses of each training, by term, over its steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(4.5 * len(logs), 3.5), layout="constrained", dpi=120)
     for axes, (title, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
         for term, points in losses(log).items():
             axes.plot(*zip(*points, strict=True), marker=".", label=term)
         axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.legend()
     figure.savefig(file, format="png")
 
