@@ -92,9 +92,9 @@ def _host(op: str, torch: float, triton: float) -> list[Bound]:
 
 
 HOST = [
-    *_host("attention_mse", 4.6, 3.5),
-    *_host("attention_mse, causal", 3.5, 3.3),
-    *_host("attention_mse, masks", 4.4, 3.0),
+    *_host("attention_mse", 4.6, 2.7),
+    *_host("attention_mse, causal", 3.5, 1.8),
+    *_host("attention_mse, masks", 4.2, 2.0),
     *_host("attention_kl", 5.0, 2.0),
     *_host("attention_kl, causal", 4.3, 1.5),
     *_host("linear_mse", 2.2, 2.9),
@@ -106,11 +106,11 @@ HOST = [
     *_host("linear_kl_div", 2.0, 3.5),
     *_host("linear_jsd", 1.5, 1.5),
     Bound(
-        "attention_mse, masks", "backend triton", "launches and kernels, forward", False, 4, 16,
+        "attention_mse, masks", "backend triton", "launches and kernels, forward", False, 4, 4,
         lambda x: x.launches[0] + x.kernels[0], "",
     ),
     Bound(
-        "attention_mse, masks", "backend triton", "launches and kernels, backward", False, 3, 9,
+        "attention_mse, masks", "backend triton", "launches and kernels, backward", False, 3, 3,
         lambda x: x.launches[1] + x.kernels[1], "",
     ),
 ]  # fmt: skip
