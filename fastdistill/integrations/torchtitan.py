@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fastdistill
-from fastdistill.train.causal_lm import replaced
+from fastdistill import distributed
+from fastdistill.train.causal_lm import carried_by, in_place_of_logits, replaced
 
 __all__ = ["DistillationMixin"]
 
@@ -36,7 +37,7 @@ class DistillationMixin:
     the valid tokens of a micro-batch, divided by those of the step. Validation measures the loss of the train spec.
 
     Raises:
-        ValueError: an unknown divergence; tensor, pipeline or context parallelism; a head that is not an nn.Linear.
+        ValueError: an unknown divergence; pipeline or context parallelism; a head that is not an nn.Linear.
         TypeError: an option that the loss does not have.
     """
 
@@ -48,12 +49,12 @@ class DistillationMixin:
 
     def __init__(self, job_config: Any) -> None:
         self.loss_of_rows = chosen_loss(**self.distillation)
-        for name in ("tensor", "pipeline", "context"):
+        for name in ("pipeline", "context"):
             degree = getattr(job_config.parallelism, f"{name}_parallel_degree")
             if degree != 1:
                 raise ValueError(
                     f"parallelism.{name}_parallel_degree is {degree}; it should be 1, as the teacher is not split: "
-                    "shard with data_parallel_shard_degree"
+                    "shard with data_parallel_shard_degree or tensor_parallel_degree"
                 )
         super().__init__(job_config)  # type: ignore[call-arg]
         self.teacher = self.build_teacher().requires_grad_(False).eval()
@@ -71,15 +72,16 @@ class DistillationMixin:
         arguments = {**extra_inputs, **extra_kwargs}
         with self.train_context(), self.maybe_enable_amp:
             hidden, weight, bias = teacher_logits(self.teacher, inputs, arguments)
-            others = {"teacher_bias": bias, "labels": labels, "num_items": global_valid_tokens}
 
             def carrier(x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
-                loss = self.loss_of_rows(x, head.weight, hidden, weight, student_bias=head.bias, **others)
-                return loss.new_zeros(1, 1, 1) + (loss - loss.detach()), loss.detach()  # no view: FSDP warns of them
+                shards = as_sharded(head.weight, weight), as_sharded(head.weight, bias)
+                others = {"student_bias": head.bias, "teacher_bias": shards[1], "labels": labels}
+                loss = self.loss_of_rows(x, head.weight, hidden, shards[0], num_items=global_valid_tokens, **others)
+                return in_place_of_logits(loss - loss.detach(), x), loss.detach()
 
             with replaced(head_of(self.model_parts[0]), carrier) as seen:
                 output = self.model_parts[0](inputs, **arguments)
-            loss = seen[0] + output.sum()
+            loss = seen[0] + carried_by(output)
         loss.backward()
         return loss
 
@@ -87,11 +89,24 @@ class DistillationMixin:
 def chosen_loss(divergence: str = "kl", **options: Any) -> Callable[..., Tensor]:
     if divergence not in LOSSES:
         raise ValueError(f"divergence is {divergence!r}; it should be one of {', '.join(map(repr, LOSSES))}")
-    loss = getattr(fastdistill, LOSSES[divergence])
-    unknown = options.keys() - inspect.signature(loss).parameters.keys()
+    name = LOSSES[divergence]
+    unknown = options.keys() - inspect.signature(getattr(fastdistill, name)).parameters.keys()
     if unknown:
-        raise TypeError(f"{LOSSES[divergence]} has no option {', '.join(sorted(unknown))}")
-    return lambda *tensors, **keywords: loss(*tensors, **keywords, **options)
+        raise TypeError(f"{name} has no option {', '.join(sorted(unknown))}")
+
+    def loss(student: Tensor, student_weight: Tensor, *teacher: Tensor, **keywords: Any) -> Tensor:
+        ops = distributed if isinstance(student_weight, DTensor) else fastdistill  # under tensor parallelism
+        return getattr(ops, name)(student, student_weight, *teacher, **keywords, **options)
+
+    return loss
+
+
+def as_sharded(like: Tensor, whole: Tensor | None) -> Tensor | None:
+    """Returns a weight or bias of the teacher, sharded by its first dimension if the student's weight is."""
+    if whole is None or isinstance(whole, DTensor) or not isinstance(like, DTensor):
+        return whole
+    # Each process has the whole: it takes its own rows, and sends nothing.
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def head_of(model: Any) -> nn.Linear:

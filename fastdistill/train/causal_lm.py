@@ -396,17 +396,24 @@ def student_losses(
 
     def carrier(x: Tensor, linear: nn.Linear) -> tuple[Tensor, CausalLMLoss]:
         found = compute(Logits(x, linear.weight, linear.bias, head.softcap, head.scale))
-        # A sum, since FSDP2 warns about outputs that are views.
-        carried = found.loss.new_zeros(1, 1, 1) + (found.loss - found.loss.detach()) / head.scale
-        if isinstance(x, DTensor):  # torch's tensor parallelism takes the output for a shard of the logits
-            carried = DTensor.from_local(carried, x.device_mesh, [Shard(2)] * x.device_mesh.ndim, run_check=False)
-        return carried, found
+        return in_place_of_logits((found.loss - found.loss.detach()) / head.scale, x), found
 
     with replaced(head.linear, carrier) as seen:
         output = student(**inputs)
     (found,) = seen
-    carried = output.logits.to_local() if isinstance(output.logits, DTensor) else output.logits
-    return output, found._replace(loss=found.loss.detach() + carried.sum())
+    return output, found._replace(loss=found.loss.detach() + carried_by(output.logits))
+
+
+def in_place_of_logits(carried: Tensor, x: Tensor) -> Tensor:  # () -> (1, 1, 1)
+    """Returns what a head with the input x returns in place of logits."""
+    carrier = carried.new_zeros(1, 1, 1) + carried  # no view: FSDP2 warns of them
+    if isinstance(x, DTensor):  # torch's tensor parallelism takes the output for a shard of the logits
+        return DTensor.from_local(carrier, x.device_mesh, [Shard(2)] * x.device_mesh.ndim, run_check=False)
+    return carrier
+
+
+def carried_by(logits: Tensor) -> Tensor:  # ()
+    return (logits.to_local() if isinstance(logits, DTensor) else logits).sum()
 
 
 def whole_logits(model: Any, logits: Tensor) -> Tensor:

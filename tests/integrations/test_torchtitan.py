@@ -1,6 +1,6 @@
 """torchtitan's Trainer with the losses, on its own tiny Llama: gradients against float64 on full logits.
 
-torchrun starts this file twice for the case of two processes: FSDP2 on the CPU with gloo.
+torchrun starts this file in two processes, which run FSDP2 and tensor parallelism on the CPU with gloo.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 import types
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torchtitan.train import Trainer
 
 from fastdistill.integrations.torchtitan import DistillationMixin, chosen_loss
 
-CLASSES, LENGTH, TEMPERATURE, ALPHA = 64, 8, 2.0, 0.5
+CLASSES, LENGTH, TEMPERATURE, ALPHA = 63, 8, 2.0, 0.5  # two shards of the classes differ in size
 SIZES = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": CLASSES, "max_seq_len": LENGTH}
 
 
@@ -106,7 +107,7 @@ def test_a_micro_batch() -> None:
     assert student(inputs["input"]).shape == (2, LENGTH, CLASSES)  # the head is as before
 
 
-@pytest.mark.parametrize("kind", ["tensor", "pipeline", "context"])
+@pytest.mark.parametrize("kind", ["pipeline", "context"])
 def test_parallelism_that_is_refused(kind: str) -> None:
     config = ConfigManager().parse_args([f"--parallelism.{kind}_parallel_degree", "2"])
     with pytest.raises(ValueError, match=rf"^parallelism\.{kind}_parallel_degree is 2; it should be 1"):
@@ -164,26 +165,48 @@ class Sharded(Distiller):
         return teacher
 
 
-def a_step_under_fsdp(folder: str) -> None:
-    spec = get_train_spec("llama3")
-    sizes = {"student": TransformerModelArgs(**SIZES)}
-    changed = {"model_args": sizes, "build_tokenizer_fn": None, "build_dataloader_fn": Loader}
-    register_train_spec("tiny", dataclasses.replace(spec, **changed))
+class Parallel(Distiller):
+    """Shards the teacher over the tensor-parallel mesh as torchtitan does the student."""
+
+    def build_teacher(self) -> nn.Module:
+        from torchtitan.models.llama3.infra.parallelize import apply_tp
+
+        teacher = teacher_model()
+        apply_tp(teacher, self.parallel_dims.get_mesh("tp"), loss_parallel=True, enable_float8_tensorwise_tp=False)
+        return teacher
+
+
+def a_step(kind: type[Distiller], folder: str, seeds: tuple[int, ...], **parallelism: Any) -> None:
+    """Compares the gradients of a step, of two micro-batches a data-parallel process, with those of the formula."""
     options = {
         "job.dump_folder": folder, "model.name": "tiny", "model.flavor": "student", "training.seq_len": LENGTH,
-        "training.local_batch_size": 2, "training.global_batch_size": 8, "training.steps": 1, "training.max_norm": 1e9,
-        "training.mixed_precision_param": "float32",
+        "training.local_batch_size": 2, "training.global_batch_size": 2 * len(seeds), "training.steps": 1,
+        "training.max_norm": 1e9, "training.mixed_precision_param": "float32",
+        **{f"parallelism.{name}": value for name, value in parallelism.items()},
     }  # fmt: skip
-    trainer = Sharded(ConfigManager().parse_args([str(x) for name in options for x in (f"--{name}", options[name])]))
+    flags = [
+        str(x) for name in options for x in ([f"--{name}"] if options[name] is True else [f"--{name}", options[name]])
+    ]
+    trainer = kind(ConfigManager().parse_args(flags))
     (student,) = trainer.model_parts
     right = model()
     right.load_state_dict({name: x.full_tensor() for name, x in student.state_dict().items()})
     right.double()
     trainer.train()
-    assert dist.get_world_size() == 2
-    total, count = right_sum(right, teacher_model().double(), [batch(seed) for seed in (10, 11, 20, 21)])
+    total, count = right_sum(right, teacher_model().double(), [batch(seed) for seed in seeds])
     (total / count).backward()
     assert_right(student, right)
+
+
+def steps(folder: str) -> None:
+    sizes = {"student": TransformerModelArgs(**SIZES)}
+    changed = {"model_args": sizes, "build_tokenizer_fn": None, "build_dataloader_fn": Loader}
+    register_train_spec("tiny", dataclasses.replace(get_train_spec("llama3"), **changed))
+    a_step(Sharded, folder, (10, 11, 20, 21))
+    assert dist.get_world_size() == 2
+    with unittest.mock.patch("torch.distributed.init_process_group"):  # there is one already
+        a_step(Parallel, folder, (10, 20), tensor_parallel_degree=2)
+        a_step(Distiller, folder, (10, 20), tensor_parallel_degree=2, disable_loss_parallel=True)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes abort a process that ends in the ordinary way
@@ -197,4 +220,4 @@ def test_two_processes(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    a_step_under_fsdp(sys.argv[1])
+    steps(sys.argv[1])
