@@ -13,7 +13,6 @@ rows; no tensor has the size (N, V).
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -121,7 +120,7 @@ def topk_soft_cross_entropy(
         tail, reverse: as in `fastdistill.topk_soft_cross_entropy`.
     """
     name = "topk_soft_cross_entropy"
-    given, (student,), shard, classes = _prepared(name, options, group, -1, student_logits=student_logits)
+    given, (student,), shard, classes, _ = _prepared(name, options, group, -1, student_logits=student_logits)
     check.floating(student_logits=student, topk_logprobs=topk_logprobs)
     rows = tuple(student.shape[:-1])
     _rows.check_keywords(given._replace(vocab_size=None), rows, classes, student.device)
@@ -201,8 +200,8 @@ def linear_topk_soft_cross_entropy(
         tail, reverse: as in `fastdistill.topk_soft_cross_entropy`.
     """
     name = "linear_topk_soft_cross_entropy"
-    given, (weight,), shard, classes = _prepared(name, options, group, 0, student_weight=student_weight)
-    head = _whole(student, shard), weight, _shard_of_bias("student_bias", student_bias, weight)
+    given, (weight,), shard, classes, ranks = _prepared(name, options, group, 0, student_weight=student_weight)
+    head = _whole(student, ranks), weight, _shard_of_bias("student_bias", student_bias, weight)
     check.floating(student=head[0], student_weight=weight, topk_logprobs=topk_logprobs)
     rows, _ = _check_head("student", head)
     _rows.check_keywords(given._replace(vocab_size=None), rows, classes, weight.device)
@@ -224,13 +223,13 @@ class _Place(NamedTuple):
 
 def _prepared(
     name: str, options: Any, group: ProcessGroup | None, dim: int, **tensors: Tensor
-) -> tuple[Keywords, list[Tensor], _Shard, int]:
-    """Returns the keywords, the local shards, where they lie, and the number of classes of the whole vocabulary."""
-    keywords, known = _keywords(name)
-    unknown = sorted(options.keys() - known)
+) -> tuple[Keywords, list[Tensor], _Shard, int, list[int]]:
+    """Returns the keywords, the local shards, where they lie, the number of classes of the whole vocabulary, and the
+    group's ranks."""
+    unknown = sorted(options.keys() - _KEYWORDS[name])
     if unknown:
         raise TypeError(f"fastdistill.distributed.{name} has no keyword {', '.join(unknown)}")
-    given = Keywords(**keywords | options)
+    given = Keywords(**_DEFAULTS | options)
     if not dist.is_initialized():
         raise RuntimeError(
             "there is no process group: call torch.distributed.init_process_group, or start with torchrun"
@@ -247,15 +246,11 @@ def _prepared(
     widths = _used(list(tensors), places, given.vocab_size)
     rank = dist.get_rank(places[0].group)
     shard = _Shard(places[0].group.group_name, sum(places[0].widths[:rank]), widths[rank])
-    return given, [x for x, _ in found], shard, sum(widths)
+    return given, [x for x, _ in found], shard, sum(widths), ranks[0]
 
 
-@cache
-def _keywords(name: str) -> tuple[dict[str, Any], set[str]]:
-    """Returns the defaults of all keywords, and those that a function has."""
-    every = inspect.signature(functional.soft_cross_entropy).parameters
-    defaults = {x: every[x].default for x in Keywords._fields}
-    return defaults, {x for x in inspect.signature(getattr(functional, name)).parameters if x in defaults}
+_DEFAULTS = {x: inspect.signature(functional.soft_cross_entropy).parameters[x].default for x in Keywords._fields}
+_KEYWORDS = {x: _DEFAULTS.keys() & inspect.signature(getattr(functional, x)).parameters.keys() for x in __all__}
 
 
 def _place_of(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> tuple[Tensor, _Place | None]:
@@ -265,6 +260,7 @@ def _place_of(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> tup
     dim = dim % x.dim()
     mesh, placements = x.device_mesh, x.placements
     sharded_by = [i for i, place in enumerate(placements) if place.is_shard() and mesh.size(i) > 1]
+    sharded_by = sharded_by or [i for i, place in enumerate(placements) if place == Shard(dim)][-1:]  # one process
     if len(sharded_by) != 1 or placements[sharded_by[0]] != Shard(dim) or any(p.is_partial() for p in placements):
         raise ValueError(
             f"{name} is a DTensor with placements {placements}; one mesh dimension should shard its dimension {dim}, "
@@ -319,12 +315,12 @@ def _used(names: list[str], places: list[_Place], vocab_size: int | None) -> lis
     return used[0]
 
 
-def _whole(hidden: Tensor, shard: _Shard) -> Tensor:
+def _whole(hidden: Tensor, ranks: list[int]) -> Tensor:
     """Returns hidden states that all processes share; of a DTensor, with the gradient that these functions compute."""
     if not isinstance(hidden, DTensor):
         return hidden
-    mesh, own_ranks = hidden.device_mesh, dist.get_process_group_ranks(shard.processes())
-    shares = [dist.get_process_group_ranks(mesh.get_group(i)) == own_ranks for i in range(mesh.ndim)]
+    mesh = hidden.device_mesh
+    shares = [dist.get_process_group_ranks(mesh.get_group(i)) == ranks for i in range(mesh.ndim)]
     placements = [Replicate() if own else place for own, place in zip(shares, hidden.placements, strict=True)]
     return hidden.redistribute(placements=placements).to_local(grad_placements=placements)
 
@@ -343,7 +339,7 @@ def _on_logits(
     name: str, kind: str, student_logits: Tensor, teacher_logits: Tensor, group: ProcessGroup | None, options: Any,
     **own: Any,
 ) -> Tensor:  # fmt: skip
-    given, (student, teacher), shard, classes = _prepared(
+    given, (student, teacher), shard, classes, _ = _prepared(
         name, options, group, -1, student_logits=student_logits, teacher_logits=teacher_logits
     )
     check.floating(student_logits=student, teacher_logits=teacher)
@@ -378,11 +374,11 @@ def _logits_loss(
 def _on_heads(
     name: str, kind: str, student: _Head, teacher: _Head, group: ProcessGroup | None, options: Any, **own: Any
 ) -> Tensor:
-    given, (weight, teacher_weight), shard, classes = _prepared(
+    given, (weight, teacher_weight), shard, classes, ranks = _prepared(
         name, options, group, 0, student_weight=student[1], teacher_weight=teacher[1]
     )
-    head = _whole(student[0], shard), weight, _shard_of_bias("student_bias", student[2], weight)
-    other = _whole(teacher[0], shard), teacher_weight, _shard_of_bias("teacher_bias", teacher[2], teacher_weight)
+    head = _whole(student[0], ranks), weight, _shard_of_bias("student_bias", student[2], weight)
+    other = _whole(teacher[0], ranks), teacher_weight, _shard_of_bias("teacher_bias", teacher[2], teacher_weight)
     check.floating(
         student=head[0], student_weight=head[1], teacher=other[0], teacher_weight=other[1],
         **check.given(student_bias=head[2], teacher_bias=other[2]),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -169,6 +170,7 @@ def accuracy(folder: Path) -> dict[str, Any]:
     found = {"float64": errors("torch", torch.float64), "float32": errors("torch", torch.float32)}
     if dist.get_world_size() == 2:
         found["reference"] = errors("reference", torch.float64)
+        found["bfloat16"] = errors("torch", torch.bfloat16, every=4)
         found["close"] = errors("torch", torch.float32, close=True)
         found["triton float64"] = errors("triton", torch.float64, every=4)  # of each loss without options
         found["triton float32"] = errors("triton", torch.float32, every=4, first=1)  # and with all of them
@@ -182,7 +184,7 @@ def dtensors(folder: Path) -> dict[str, Any]:
     given = tensors(False)
     names = ("student", "student_weight", "student_bias", "teacher", "teacher_weight", "teacher_bias")
     labels = {"labels": torch.arange(N) * 3 % V, "alpha": 0.4}
-    expected = evaluated(reference.linear_kl_div, {name: given[name] for name in names}, labels)
+    whole = evaluated(reference.linear_kl_div, {name: given[name] for name in names}, labels)
     hidden = ("student", "teacher")
     placed = {
         name: distribute_tensor(given[name], mesh, [Replicate(), Replicate() if name in hidden else Shard(0)])
@@ -191,8 +193,19 @@ def dtensors(folder: Path) -> dict[str, Any]:
     found = evaluated(distributed.linear_kl_div, placed, labels)
     by_sequence = {**placed, "student": placed["student"].redistribute(placements=[Replicate(), Shard(0)])}
     of_parts = evaluated(distributed.linear_kl_div, by_sequence, labels)
-    errors_found = {name: relative(full(x), expected[name]) for name, x in found.items()}
-    errors_found |= {f"{name}, tokens sharded": relative(full(x), expected[name]) for name, x in of_parts.items()}
+    errors_found = {name: relative(full(x), whole[name]) for name, x in found.items()}
+    errors_found |= {f"{name}, tokens sharded": relative(full(x), whole[name]) for name, x in of_parts.items()}
+    compiled = torch.compile(distributed.linear_kl_div, backend="aot_eager", fullgraph=True)
+    errors_found |= {
+        f"{name}, compiled": relative(full(x), whole[name]) for name, x in evaluated(compiled, placed, labels).items()
+    }
+    alone = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("dp", "tp"))  # tensor parallelism of one process
+    placed = {
+        name: distribute_tensor(given[name], alone, [Replicate(), Replicate() if name in hidden else Shard(0)])
+        for name in names
+    }
+    found = evaluated(distributed.linear_kl_div, placed, labels)
+    errors_found |= {f"{name}, one process": relative(full(x), whole[name]) for name, x in found.items()}
     logits = {
         name: distribute_tensor(given[name], mesh["tp"], [Shard(1)]) for name in ("student_logits", "teacher_logits")
     }
@@ -212,14 +225,14 @@ def refusals(folder: Path) -> dict[str, str]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     z, x = torch.zeros(2, 3 + rank), torch.zeros(2, 3)
     mesh = init_device_mesh("cpu", (ranks,))
-    whole = distribute_tensor(torch.zeros(6, 3), mesh, [Replicate()])
+    whole, sharded = (distribute_tensor(torch.zeros(6, 3), mesh, [place]) for place in (Replicate(), Shard(0)))
     mistakes: dict[str, Callable[[], Any]] = {
         "widths": lambda: distributed.kl_div(z, torch.zeros(2, 4)),
         "vocab_size": lambda: distributed.kl_div(z, z, vocab_size=100),
         "cut": lambda: distributed.kl_div(z, torch.zeros(2, 4), vocab_size=6),
         "keyword": lambda: distributed.topk_soft_cross_entropy(z, x, x.long(), teacher_softcap=2.0),
         "replicated": lambda: distributed.linear_tvd(x, whole, x, whole),
-        "mixed": lambda: distributed.linear_tvd(x, whole, x, torch.zeros(6, 3)),
+        "mixed": lambda: distributed.linear_tvd(x, sharded, x, torch.zeros(6, 3)),
         "label": lambda: distributed.kl_div(z, z, labels=torch.tensor([0, 50]), alpha=0.5),
         "cuda": lambda: distributed.kl_div(z, z, backend="cuda"),
         "teacher": lambda: distributed.kl_div(z, z.clone().requires_grad_()),
@@ -252,13 +265,14 @@ def cost(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def counted_collectives(sent: list[tuple[str, int]]) -> Iterator[None]:
-    """Adds the name of each collective and the number of elements that a process sends."""
+    """Adds the name of each collective and the number of elements that a process sends, and where it is waited for."""
     before = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
             sent.append((name, (arguments[1] if name == "all_gather" else arguments[0]).numel()))
-            return before[name](*arguments, **keywords)
+            work = before[name](*arguments, **keywords)
+            return work and SimpleNamespace(wait=lambda: (sent.append(("wait", 0)), work.wait()))
 
         return call
 
