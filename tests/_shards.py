@@ -357,6 +357,11 @@ def language_models(folder: Path) -> dict[str, float]:
                         )
                         for model in whole
                     ]  # fmt: skip
+            ways["a whole teacher"] = [ways["transformers"][0], copy.deepcopy(whole[1])]
+            try:
+                causal_lm_loss(copy.deepcopy(whole[0]), ways["transformers"][1].eval(), batch)
+            except ValueError as error:
+                found[f"the refusal of a whole student: {error}"] = 0.0
         student, teacher = (copy.deepcopy(model).double() for model in whole)
         for options in ({}, {"divergence": "jsd", "alpha": 0.5, "temperature": 2.0}):
             student.zero_grad()

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 import fastdistill
 from fastdistill import distributed
-from fastdistill.train.causal_lm import carried_by, in_place_of_logits, replaced
+from fastdistill.train.causal_lm import carried_by, in_place_of_logits, replaced, sharded_as
 
 __all__ = ["DistillationMixin"]
 
@@ -74,9 +74,10 @@ class DistillationMixin:
             hidden, weight, bias = teacher_logits(self.teacher, inputs, arguments)
 
             def carrier(x: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor]:
-                shards = as_sharded(head.weight, weight), as_sharded(head.weight, bias)
-                others = {"student_bias": head.bias, "teacher_bias": shards[1], "labels": labels}
-                loss = self.loss_of_rows(x, head.weight, hidden, shards[0], num_items=global_valid_tokens, **others)
+                shard = sharded_as(head.weight, weight)
+                own = None if bias is None else sharded_as(head.weight, bias)
+                others = {"teacher_bias": own, "labels": labels, "num_items": global_valid_tokens}
+                loss = self.loss_of_rows(x, head.weight, hidden, shard, student_bias=head.bias, **others)
                 return in_place_of_logits(loss - loss.detach(), x), loss.detach()
 
             with replaced(head_of(self.model_parts[0]), carrier) as seen:
@@ -99,14 +100,6 @@ def chosen_loss(divergence: str = "kl", **options: Any) -> Callable[..., Tensor]
         return getattr(ops, name)(student, student_weight, *teacher, **keywords, **options)
 
     return loss
-
-
-def as_sharded(like: Tensor, whole: Tensor | None) -> Tensor | None:
-    """Returns a weight or bias of the teacher, sharded by its first dimension if the student's weight is."""
-    if whole is None or isinstance(whole, DTensor) or not isinstance(like, DTensor):
-        return whole
-    # Each process has the whole: it takes its own rows, and sends nothing.
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def head_of(model: Any) -> nn.Linear:

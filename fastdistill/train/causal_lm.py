@@ -21,7 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fastdistill
 from fastdistill import distributed
@@ -315,8 +315,9 @@ def losses(
 def divergence(
     student: Logits, teacher: Logits | None, topk: tuple[Tensor, Tensor] | None, options: Options, **keywords: Any
 ) -> Tensor:
+    classes = student.hidden if student.weight is None else student.weight
     # Under tensor parallelism each process holds some rows of the head's weight.
-    ops = distributed if any(isinstance(x, DTensor) for x in (student.weight, student.hidden)) else fastdistill
+    ops = distributed if isinstance(classes, DTensor) else fastdistill
     prefix, tensors = "", [student.hidden]
     if student.weight is not None:
         prefix = "linear_"
@@ -329,16 +330,30 @@ def divergence(
             return loss
         return loss - teacher_entropy(topk[0], options.tail, **keywords)
     assert teacher is not None
-    tensors.append(teacher.hidden)
     keywords |= {"teacher_logit_scale": teacher.scale, "teacher_softcap": teacher.softcap}
-    if teacher.weight is not None:
-        tensors.append(teacher.weight)
-        keywords["teacher_bias"] = teacher.bias
+    if teacher.weight is None:
+        tensors.append(sharded_as(classes, teacher.hidden))
+    else:
+        tensors += [teacher.hidden, sharded_as(classes, teacher.weight)]
+        keywords["teacher_bias"] = None if teacher.bias is None else sharded_as(classes, teacher.bias)
     name = {"kl": "kl_div"}.get(options.divergence, options.divergence)
     own: dict[str, Any] = {
         "kl": {"reverse": options.reverse, "skew": options.skew}, "jsd": {"beta": options.beta},
     }  # fmt: skip
     return getattr(ops, prefix + name)(*tensors, **keywords, **own.get(options.divergence, {}))
+
+
+def sharded_as(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns what the teacher has for each class, sharded over processes as the student's classes are."""
+    if isinstance(student, DTensor) and not isinstance(teacher, DTensor):
+        # Each process has the whole and takes its own part: nothing is sent.
+        return distribute_tensor(teacher, student.device_mesh, student.placements, src_data_rank=None)
+    if isinstance(teacher, DTensor) and not isinstance(student, DTensor):
+        raise ValueError(
+            "the teacher's head is sharded over processes, and the student's is not: shard the student as the teacher "
+            "(the same tp_plan)"
+        )
+    return teacher
 
 
 def teacher_entropy(
