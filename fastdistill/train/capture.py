@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from fastdistill.train.inputs import forward_arguments, packed_ends, refuse_encoder_decoder
+from fastdistill.train.inputs import forward_arguments, is_causal, packed_ends, refuse_encoder_decoder
 
 if TYPE_CHECKING:
     from fastdistill.train.causal_lm import Logits
@@ -372,6 +372,7 @@ def run(
     """
     arguments = forward_arguments(model, batch)
     if is_switched(model) and not torch.compiler.is_compiling() and not _reads_mask(model.config):
+        _refuse_packed_rows(model, arguments)
         ends = packed_ends(arguments)
         if ends is not None:
             packed = Packed(ends, arguments["position_ids"].device)
@@ -391,6 +392,24 @@ def run(
             f"layers cannot be told apart; {WAY_OUT}"
         )
     return outputs
+
+
+def _refuse_packed_rows(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError if a bidirectional model gets several packed rows: transformers makes a mask of causal ones."""
+    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if positions is None or positions.dim() != 2 or is_causal(model):
+        return
+    rows = len(arguments.get("input_ids", positions))
+    if rows == 1:
+        return
+    restarts = positions.diff(dim=1) < 0  # (B, L - 1)
+    if mask is not None and mask.dim() == 2:
+        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
+    if bool(restarts.any()):
+        raise ValueError(
+            f"the batch has {rows} packed rows (position_ids start anew), and {type(model).__name__}, which "
+            "is bidirectional, reads the sequences of each as one; pack all sequences of a batch into one row"
+        )
 
 
 def layer_count(model: PreTrainedModel) -> int:

@@ -210,6 +210,21 @@ def test_several_packed_rows_keep_their_mask() -> None:
     assert torch.equal(layer.attn_mask[1, 0], torch.block_diag(*blocks).bool())
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_several_packed_rows_of_a_bidirectional_model_are_refused(family: str) -> None:
+    """transformers reads each row as one sequence; `packed` alone is taken apart."""
+    rows = {name: x.expand(2, -1) for name, x in packed().items()}
+    with capturable(made := model(family)), torch.no_grad():
+        for positions in (rows["position_ids"], packed()["position_ids"]):
+            with pytest.raises(ValueError, match=r"2 packed rows.*reads the sequences of each as one; pack all"):
+                capture(made, {**rows, "position_ids": positions}, attention=[1])
+        padded = _tiny.batch(padded="left")
+        mask = padded["attention_mask"]
+        for filler in (0, 1):  # positions of padding are no sequence
+            positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, filler)
+            capture(made, {**padded, "position_ids": positions}, attention=[1])
+
+
 def test_masks_that_are_more_than_packing_and_windows() -> None:
     with capturable(made := model("llama")), torch.no_grad():
         made.config.sliding_window = 4  # Llama's attention is told of none
