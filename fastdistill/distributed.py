@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import _checks as check
@@ -28,7 +29,7 @@ from .functional._dispatch import pick_backend
 from .functional._rows import Keywords
 from .functional.linear_logits import Head as _Head
 from .functional.linear_logits import _check_head, _flat_rows, _operands
-from .ops._common import compute_dtype, no_autocast
+from .ops._common import NAMESPACE, compute_dtype, no_autocast, traced
 from .ops._rows import weigh
 from .ops._shards import Shard as _Shard
 from .ops.sharded_linear import linear_row_losses as sharded_linear_row_losses
@@ -123,7 +124,7 @@ def topk_soft_cross_entropy(
     given, (student,), shard, classes, _ = _prepared(name, options, group, -1, student_logits=student_logits)
     check.floating(student_logits=student, topk_logprobs=topk_logprobs)
     rows = tuple(student.shape[:-1])
-    _rows.check_keywords(given._replace(vocab_size=None), rows, classes, student.device)
+    _check_keywords(given, rows, student.device)
     _rows.check_topk(topk_logprobs, topk_indices, rows, tail, reverse, given.temperature)
     own = {"tail": tail, "reverse": reverse}
     return _logits_loss(
@@ -204,7 +205,7 @@ def linear_topk_soft_cross_entropy(
     head = _whole(student, ranks), weight, _shard_of_bias("student_bias", student_bias, weight)
     check.floating(student=head[0], student_weight=weight, topk_logprobs=topk_logprobs)
     rows, _ = _check_head("student", head)
-    _rows.check_keywords(given._replace(vocab_size=None), rows, classes, weight.device)
+    _check_keywords(given, rows, weight.device)
     _rows.check_topk(topk_logprobs, topk_indices, rows, tail, reverse, given.temperature)
     own = {"tail": tail, "reverse": reverse}
     lists = (topk_logprobs, None, None)
@@ -224,8 +225,8 @@ class _Place(NamedTuple):
 def _prepared(
     name: str, options: Any, group: ProcessGroup | None, dim: int, **tensors: Tensor
 ) -> tuple[Keywords, list[Tensor], _Shard, int, list[int]]:
-    """Returns the keywords, the local shards, where they lie, the number of classes of the whole vocabulary, and the
-    group's ranks."""
+    """Returns the keywords, the local shards, where they lie, the number of classes that take part, and the ranks of
+    the group."""
     unknown = sorted(options.keys() - _KEYWORDS[name])
     if unknown:
         raise TypeError(f"fastdistill.distributed.{name} has no keyword {', '.join(unknown)}")
@@ -238,15 +239,22 @@ def _prepared(
     places = [place for _, place in found if place is not None]
     if len(places) not in (0, len(found)):
         raise ValueError(f"{' and '.join(tensors)} should both be DTensors, or both plain shards")
+    shards = [x for x, _ in found]
     if not places:
-        places = _exchanged([x.shape[dim] if x.dim() else 0 for x, _ in found], _group_of(group))
-    ranks = [dist.get_process_group_ranks(place.group) for place in places]
-    if ranks[0] != ranks[-1]:
-        raise ValueError(f"{' and '.join(tensors)} are sharded over the ranks {ranks}; they should be the same ranks")
-    widths = _used(list(tensors), places, given.vocab_size)
-    rank = dist.get_rank(places[0].group)
-    shard = _Shard(places[0].group.group_name, sum(places[0].widths[:rank]), widths[rank])
-    return given, [x for x, _ in found], shard, sum(widths), ranks[0]
+        group = dist.distributed_c10d._get_default_group() if group is None else group
+        widths = [x.shape[dim] if x.dim() else 0 for x in shards]
+        exchange = _exchange_op if traced() else _exchange
+        own = exchange(shards[0], ", ".join(tensors), widths, given.vocab_size, group.group_name).tolist()
+    else:
+        group, own = places[0].group, _own_classes(list(tensors), places, given.vocab_size)
+    ranks = dist.get_process_group_ranks(group)
+    others = [dist.get_process_group_ranks(place.group) for place in places[1:]]
+    if others and others[0] != ranks:
+        raise ValueError(
+            f"{' and '.join(tensors)} are sharded over the ranks {[ranks, *others]}; they should be the same ranks"
+        )
+    first, width, classes = own
+    return given, shards, _Shard(group.group_name, first, width), classes, ranks
 
 
 _DEFAULTS = {x: inspect.signature(functional.soft_cross_entropy).parameters[x].default for x in Keywords._fields}
@@ -275,17 +283,37 @@ def _place_of(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> tup
     return x.to_local(), _Place(own_group, widths)
 
 
-def _exchanged(widths: list[int], group: ProcessGroup) -> list[_Place]:
-    """Asks all ranks for their widths, on every call: a process cannot know that another one's have changed."""
+def _exchange(like: Tensor, names: str, widths: list[int], vocab_size: int | None, group_name: str) -> Tensor:
+    """Asks all ranks for their widths, on every call: a process cannot know that another one's have changed. Returns
+    `_own_classes` as a tensor, which compiled code reads when it runs."""
+    group = _resolve_process_group(group_name)  # type: ignore[arg-type]
     device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else "cpu"
     mine = torch.tensor(widths, device=device)
     every = mine.new_empty(dist.get_world_size(group), len(widths))
     dist.all_gather(list(every.unbind()), mine, group=group)
-    return [_Place(group, tuple(column)) for column in zip(*every.tolist(), strict=True)]
+    places = [_Place(group, tuple(column)) for column in zip(*every.tolist(), strict=True)]
+    return torch.tensor(_own_classes(names.split(", "), places, vocab_size))
 
 
-def _group_of(group: ProcessGroup | None) -> ProcessGroup:
-    return dist.distributed_c10d._get_default_group() if group is None else group
+_exchange_op: Any = torch.library.custom_op(
+    f"{NAMESPACE}::sharded_widths",
+    _exchange,
+    mutates_args=(),
+    schema="(Tensor like, str names, SymInt[] widths, SymInt? vocab_size, str group_name) -> Tensor",
+)
+
+
+@_exchange_op.register_fake
+def _(like, *_):  # type: ignore[no-untyped-def]
+    return like.new_empty(3, dtype=torch.int64, device="cpu")
+
+
+def _own_classes(names: list[str], places: list[_Place], vocab_size: int | None) -> tuple[int, int, int]:
+    """Returns the number of classes on the ranks before, of those here, and of all, as far as they take part."""
+    widths, rank = _used(names, places, vocab_size), dist.get_rank(places[0].group)
+    if not any(widths):
+        raise ValueError("the logits have 0 classes; they should have at least 1")
+    return sum(places[0].widths[:rank]), widths[rank], sum(widths)
 
 
 def _used(names: list[str], places: list[_Place], vocab_size: int | None) -> list[int]:
@@ -332,6 +360,10 @@ def _shard_of_bias(name: str, bias: Tensor | None, weight: Tensor) -> Tensor | N
     return bias
 
 
+def _check_keywords(given: Keywords, rows: tuple[int, ...], device: torch.device) -> None:
+    _rows.check_keywords(given._replace(vocab_size=None), rows, 1, device)  # `_own_classes` has checked the classes
+
+
 # -- the losses ----------------------------------------------------------------------------------------------
 
 
@@ -346,7 +378,7 @@ def _on_logits(
     check.frozen(teacher_logits=teacher)
     rows = tuple(student.shape[:-1])
     check.shape("teacher_logits", teacher, (*rows, teacher.shape[-1]), "(*, V_r) with the student's *")
-    _rows.check_keywords(given._replace(vocab_size=None), rows, classes, student.device)
+    _check_keywords(given, rows, student.device)
     return _logits_loss(name, kind, student, teacher, None, given, shard, classes, own)
 
 
@@ -387,7 +419,7 @@ def _on_heads(
     rows, _ = _check_head("student", head)
     _check_head("teacher", other)
     check.shape("teacher", other[0], (*rows, other[0].shape[-1]), "(*, d_t) with the student's leading dimensions")
-    _rows.check_keywords(given._replace(vocab_size=None), rows, classes, weight.device)
+    _check_keywords(given, rows, weight.device)
     return _head_loss(name, kind, head, other, None, given, shard, classes, own)
 
 

@@ -53,6 +53,8 @@ def test_mistakes_are_refused_on_all_processes_alike(results: Results) -> None:
     found = first
     assert found["widths"].startswith("ValueError: student_logits has [3, 4")
     assert "pass vocab_size" in found["widths"]
+    assert "student_logits has [3, 4" in found["compiled"]
+    assert "the logits have 0 classes" in found["none"]
     assert "between 1 and the" in found["vocab_size"]
     assert "of the first 6 classes" in found["cut"]
     assert found["keyword"].startswith("TypeError")
