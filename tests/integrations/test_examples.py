@@ -173,19 +173,25 @@ def loops() -> None:
 
 
 def shards() -> None:
-    """Two processes share the vocabulary, and FSDP2 two such pairs."""
+    """Two processes share the vocabulary, and FSDP2 two such pairs. A step's loss gathers 8 numbers a token, once."""
     sys.path.insert(0, str(EXAMPLES))
     torch.optim.AdamW = PlainSGD  # type: ignore[misc, assignment]
     import tiny
+    from _shards import counted_collectives
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
     dist.init_process_group("gloo")
     folders: list[Any] = [tiny.language_models() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folders)
     tiny.language_models = lambda: folders[0]
-    student = run("tensor_parallel")["student"]
+    sent: list[tuple[str, int]] = []
+    with counted_collectives(sent):
+        student = run("tensor_parallel")["student"]
     tokenizer = AutoTokenizer.from_pretrained(folders[0][0])
     data, collator = tiny.rows(tokenizer), DataCollatorForSeq2Seq(tokenizer)
+    own = data[dist.get_rank() // 2 :: 2]
+    tokens = [(collator(own[i : i + 4])["labels"][:, 1:] != -100).sum() for i in range(0, len(own), 4)]
+    assert [size for kind, size in sent if kind == "all_gather"] == [8 * x for x in tokens]
     assert student.lm_head.weight.device_mesh.shape == (2, 2)
     check_steps("tensor_parallel", student, [collator(data[i : i + 8]) for i in range(0, len(data), 8)])
 
