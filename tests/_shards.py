@@ -262,6 +262,13 @@ def cost(folder: Path) -> dict[str, Any]:
 
             found[f"{name} bytes"] = measure.peak_bytes(step)[0]
         found[name] = sent
+    logprobs, indices = torch.randn(32768, K).log_softmax(-1), torch.randint(0, 1024, (32768, K))
+
+    def of_lists() -> list[Tensor]:
+        loss = distributed.linear_topk_soft_cross_entropy(x, weight, logprobs, indices, tail="bucket")
+        return list(torch.autograd.grad(loss, (x, weight)))
+
+    found["linear_topk_soft_cross_entropy bytes"] = measure.peak_bytes(of_lists)[0]
     return found
 
 
