@@ -398,7 +398,7 @@ def _gradient(
             first_tiles = tl.cdiv(tl.maximum(offset, 0), ROWS)
             if not QUERIES:
                 tile += tl.maximum(-offset, 0) // ROWS  # the first that holds a key
-            chunk, _ = slots_of(query_starts_ptr, sequence, CHUNK, 2)
+            chunk, past = slots_of(query_starts_ptr, sequence, CHUNK, 2)
     if CHUNK and QUERIES:
         chunk += tile * ROWS // CHUNK
     elif CHUNK:
@@ -406,6 +406,8 @@ def _gradient(
         chunk += tl.where(is_first, 0, (tile - first_tiles) * ROWS // CHUNK + 1)
         start = first + tl.where(is_first, tile * ROWS, offset + (tile - first_tiles) * ROWS)
         end = tl.where(is_first, first + offset, end)
+        if starts_ptr is not None:
+            chunk = tl.minimum(chunk, past - 1)  # a tile without a row may lie behind the last chunk
     gram_ptr += tl.cast(chunk, tl.int64) * count * ((D_S + D_T) * D_S)
     rows = (start + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) % COLUMN_BLOCKS * COLUMNS + tl.arange(0, COLUMNS)

@@ -5,6 +5,9 @@ truncate. On a GPU products are exact and conversions round to nearest; `mend_bf
 
 The interpreter also patches the language at each call of a device function, which takes most of its time.
 `prepare_once` patches it once per launch.
+
+It reads any address, such as the memory behind a tensor, where a GPU might fault. `check_addresses` refuses those that
+lie in no tensor of the launch.
 """
 
 from __future__ import annotations
@@ -75,3 +78,43 @@ def prepare_once() -> None:
         return language in seen, language.core in seen
 
     interpreter._patch_lang = once
+
+
+def check_addresses() -> None:
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, init = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+    spans: list[tuple[int, int]] = []  # addresses of each tensor's memory in this launch
+
+    def init_args(self: Any, args: Any, kwargs: Any) -> Any:
+        on_host = init(self, args, kwargs)
+        tensors = [x for x in (*on_host[0], *on_host[1].values()) if isinstance(x, torch.Tensor)]
+        memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        spans[:] = [(start, start + size) for start, size in memory.items()]
+        return on_host
+
+    def check(pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[mask.data.astype(bool)]
+        if addresses.size == 0:
+            return
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        first, end = int(addresses.min()), int(addresses.max()) + size
+        if any(start <= first and end <= stop for start, stop in spans):
+            return
+        inside = np.zeros(addresses.shape, bool)
+        for start, stop in spans:
+            inside |= (addresses >= start) & (addresses + size <= stop)
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} of {inside.size} addresses lie in no tensor of the launch")
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    executor._init_args_hst = init_args
+    builder.create_masked_load, builder.create_masked_store = checked_load, checked_store

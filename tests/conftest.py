@@ -157,6 +157,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if "triton" in _oracle.BACKENDS and not torch.cuda.is_available():
         _interpreter.mend_bfloat16()
         _interpreter.prepare_once()
+        _interpreter.check_addresses()
     if "cuda" in _oracle.BACKENDS and not torch.cuda.is_available():
         _simulated.install()
 

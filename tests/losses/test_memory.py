@@ -5,6 +5,7 @@ The peak should grow linearly with the tokens, never with L x S or N x V. It inc
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # memory of earlier calls that is released meanwhile would count as less
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None
