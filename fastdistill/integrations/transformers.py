@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from fastdistill.train.causal_lm import causal_lm_loss, check_models, check_options, model_inputs
+from fastdistill.train.causal_lm import causal_lm_loss, check_loaded, check_models, check_options, model_inputs
 from fastdistill.train.checks import check_own_tokens
 
 __all__ = ["CausalLMDistillationMixin"]
@@ -27,7 +27,7 @@ class CausalLMDistillationMixin:
     `eval_loss` is the same loss. `compute_metrics` and `predict` get the student's logits from a second forward.
 
     Raises:
-        TypeError: an option that `causal_lm_loss` does not have, or that the trainer sets.
+        TypeError: an option that `causal_lm_loss` does not have, or that the trainer sets; a teacher's name.
         ValueError: options of the trainer that ask for another loss, a teacher that shares what the student trains, or
             whose tokens differ.
     """
@@ -45,6 +45,7 @@ class CausalLMDistillationMixin:
         self, *args: Any, teacher: nn.Module | None = None, distillation: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         self.distillation = dict(distillation or {})
+        check_loaded(teacher=teacher)
         check_trainer_options(self.distillation, [*args, *kwargs.values()], kwargs.get("compute_loss_func"))
         super().__init__(*args, **kwargs)
         parallel = getattr(self.accelerator, "parallelism_config", None)

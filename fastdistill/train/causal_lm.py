@@ -25,11 +25,19 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fastdistill
 from fastdistill import distributed
-from fastdistill._checks import Backend, Tail
+from fastdistill._checks import Backend, Tail, fraction, positive
 from fastdistill.functional._dispatch import mean
 from fastdistill.train.checks import check_shared
 from fastdistill.train.heads import Head, head_of, is_sharded, replaced, takes_virtual_tokens, unwrapped
-from fastdistill.train.inputs import entries, forward_arguments, input_names, judge, refuse_encoder_decoder
+from fastdistill.train.inputs import (
+    entries,
+    forward_arguments,
+    input_names,
+    judge,
+    refuse_encoder_decoder,
+    refuse_look_ahead,
+    with_positions,
+)
 
 __all__ = ["CausalLMLoss", "causal_lm_loss"]
 
@@ -157,11 +165,13 @@ def causal_lm_loss(
     With `num_items` it is weighted by `counted / num_items`, so that micro-batches add up to its mean.
 
     Raises:
+        TypeError: a model that is not loaded, such as its name.
         ValueError: an unknown divergence, an option of another divergence, a teacher that is or shares what the student
             trains or is in training mode, neither a teacher nor top-k columns, a divergence that a cached teacher does
-            not have, an encoder-decoder, and what the losses raise.
+            not have, labels of another shape than the tokens, an encoder-decoder, a model whose tokens see those after
+            them (BERT's masked language model), and what the losses raise.
     """
-    check_options(divergence=divergence, beta=beta, reverse=reverse, skew=skew)
+    check_options(divergence, beta, reverse, skew, temperature=temperature, alpha=alpha)
     check_models(student, teacher)
     labels, counted = targets(batch)
     options = Options(divergence, temperature, t_squared, alpha, beta, reverse, vocab_size, num_items, return_parts,
@@ -192,6 +202,8 @@ def check_options(
     unknown = others.keys() - {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     if unknown:
         raise TypeError(f"causal_lm_loss has no option {', '.join(sorted(unknown))}")
+    positive("temperature", others.get("temperature", 1.0))
+    fraction("alpha", others.get("alpha", 1.0))
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence is {divergence!r}; it should be one of {', '.join(map(repr, DIVERGENCES))}")
     for name, value, default, owner in (
@@ -206,10 +218,20 @@ def check_options(
 
 def targets(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:  # (B, L) each
     """Returns the class that each position predicts, and whether it counts. The last position predicts nothing."""
-    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-    if "labels" in batch:
-        following = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    if "input_ids" not in batch:
+        raise ValueError(
+            f"batch has the columns {sorted(batch)}; it should have input_ids (B, L), which both models read"
+        )
+    ids, labels, mask = batch["input_ids"], batch.get("labels"), batch.get("attention_mask")
+    if labels is not None:
+        if labels.shape != ids.shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; it should be {tuple(ids.shape)}, that of input_ids, a token "
+                "a position: they are shifted by one here"
+            )
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return following, following != -100
+    positions = with_positions(batch).get("position_ids")
     counted = torch.ones_like(ids, dtype=torch.bool)
     counted[:, -1] = False
     if mask is not None:
@@ -245,11 +267,12 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 def check_virtual_tokens(batch: Mapping[str, Any]) -> None:
     """Raises ValueError for positions and for padding on the left, which PEFT puts behind virtual tokens."""
     mask = batch.get("attention_mask")
-    if "position_ids" in batch:
-        raise ValueError(
-            "batch has position_ids, and the model is a PEFT model with virtual tokens, which ignores them: leave "
-            "position_ids out (and do not pack rows), or use another adapter"
-        )
+    for name in ("position_ids", "cu_seq_lens_q"):
+        if name in batch:
+            raise ValueError(
+                f"batch has {name}, and the model is a PEFT model with virtual tokens, which ignores them: leave "
+                f"{name} out (and do not pack rows), or use another adapter"
+            )
     if mask is not None and not bool(mask[:, 0].all()):
         raise ValueError(
             "the batch is padded on the left, and the model is a PEFT model with virtual tokens, which the padding "
@@ -389,11 +412,21 @@ def teacher_entropy(
 _CHECKED: WeakKeyDictionary[nn.Module, Callable[[], nn.Module | None]] = WeakKeyDictionary()
 
 
+def check_loaded(**models: Any) -> None:
+    """Raises TypeError for the name of a model in a model's place."""
+    for name, model in models.items():
+        if model is not None and not isinstance(model, nn.Module):
+            what = repr(model) if isinstance(model, str) else type(model).__name__
+            raise TypeError(f"{name} is {what}; it should be a model, as AutoModelForCausalLM.from_pretrained returns")
+
+
 def check_models(student: nn.Module, teacher: nn.Module | None) -> None:
     """Raises ValueError if the two cannot be distilled; what no step changes is checked at a pair's first call only."""
+    check_loaded(student=student, teacher=teacher)
     checked = _CHECKED.get(student)
     if checked is None or checked() is not teacher:
         refuse_encoder_decoder(student=student, teacher=teacher)
+        refuse_look_ahead(student=student, teacher=teacher)
         if teacher is not None:
             check_shared(student, teacher)
         _CHECKED[student] = (lambda: None) if teacher is None else weakref.ref(teacher)

@@ -16,7 +16,7 @@ from fastdistill.train.heads import evaluating, refuse_virtual_tokens
 
 __all__ = [
     "check_apart", "entries", "forward_arguments", "input_names", "is_causal", "is_packed", "judge",
-    "refuse_encoder_decoder", "text_columns",
+    "refuse_encoder_decoder", "refuse_look_ahead", "text_columns", "with_positions",
 ]  # fmt: skip
 
 ENCODER_DECODER = (
@@ -319,3 +319,21 @@ def refuse_encoder_decoder(**models: Any) -> None:
                 argument.startswith("decoder_") for argument in inspect.signature(module.forward).parameters
             ):
                 raise ValueError(f"{name} is a {type(module).__name__}, {ENCODER_DECODER}")
+
+
+def refuse_look_ahead(**models: Any) -> None:
+    """Raises ValueError for a model whose tokens attend those after them, among which is the one to be predicted.
+
+    The keywords name the models.
+    """
+    for name, model in models.items():
+        if model is None:
+            continue
+        kind = type(transformers_model(model)).__name__
+        causal = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
+        if kind.endswith("ForMaskedLM") or (causal and not any(causal)):  # images, beside a text, are no sequence
+            raise ValueError(
+                f"{name} is a {kind}, whose tokens attend those after them; it should be a causal language model, "
+                "since each position learns the next token (a BERT is one with is_decoder=True in its config): distil "
+                'other models in fastdistill.train.DistillationTrainer with the term "prediction"'
+            )

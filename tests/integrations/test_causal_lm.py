@@ -165,9 +165,11 @@ def test_without_labels_every_token_with_a_successor_counts() -> None:
     del batch["labels"]
     assert torch.equal(causal_lm_loss(student, teacher, batch), causal_lm_loss(student, teacher, labelled))
     packed = {"input_ids": torch.arange(3, 9)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+    starts = {"cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)}  # says the same as position_ids
     apart = [{"input_ids": torch.arange(3, 6)[None]}, {"input_ids": torch.arange(6, 9)[None]}]
     mean = sum(causal_lm_loss(student, teacher, row) for row in apart) / 2
-    assert torch.allclose(causal_lm_loss(student, teacher, packed), mean, rtol=1e-5)
+    for batch in (packed, {"input_ids": packed["input_ids"], **starts}, {**packed, "labels": None}):
+        assert torch.allclose(causal_lm_loss(student, teacher, batch), mean, rtol=1e-5)
 
 
 def test_nothing_counts() -> None:
@@ -408,6 +410,11 @@ def encoder_decoder() -> Any:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def looking_ahead(kind: str) -> Any:
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return getattr(transformers, kind)(getattr(transformers, kind).config_class(vocab_size=CLASSES, **small)).eval()
+
+
 def sharing(student: Any) -> Any:
     teacher = language_model(layers=1).eval()
     if isinstance(student, transformers.LlamaForCausalLM):
@@ -425,6 +432,12 @@ def sharing(student: Any) -> Any:
         ({"student": nn.Linear(2, 2)}, r"^the model is a Linear; it should be a transformers model"),
         ({"student": nn.DataParallel(language_model())}, r"^the model is in nn\.DataParallel.*torchrun"),
         ({"student": encoder_decoder()}, r"^student is a T5ForConditionalGeneration, an encoder-decoder"),
+        ({"student": "BertForMaskedLM"}, r"^student is a BertForMaskedLM, whose tokens attend those"),
+        ({"student": "BertLMHeadModel"}, r"^student is a BertLMHeadModel.*is_decoder=True"),
+        ({"student": "DebertaV2ForMaskedLM"}, r"^student is a DebertaV2ForMaskedLM.*a causal language"),
+        ({"alpha": 1.5}, r"^alpha is 1\.5; it should be between 0 and 1"),
+        ({"alpha": float("nan")}, r"^alpha is nan; it should be between 0 and 1"),
+        ({"temperature": 0}, r"^temperature is 0; it should be a positive finite number"),
         ({"teacher": "sharing"}, r"^teacher shares model\.embed_tokens\.weight with the student.*copy\.deepcopy"),
         ({"beta": 0.1}, r"^beta is 0\.1 and divergence 'kl'; beta is an option of 'jsd' alone"),
         ({"divergence": "tvd", "reverse": True}, r"^reverse is True and divergence 'tvd'"),
@@ -435,6 +448,7 @@ def sharing(student: Any) -> Any:
 )
 def test_refused(change: dict[str, Any], message: str) -> None:
     student = change.pop("student", language_model())
+    student = looking_ahead(student) if isinstance(student, str) else student
     teachers = {
         "student": student,
         "training": language_model(**WIDE).train(),
@@ -444,3 +458,25 @@ def test_refused(change: dict[str, Any], message: str) -> None:
     }
     with pytest.raises(ValueError, match=message):
         causal_lm_loss(student, teachers[change.pop("teacher", "")], padded(chats()), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(4, 11, dtype=torch.long)}, r"^labels has shape \(4, 11\).*\(4, 12\).*shifted by one"),
+        ({"labels": torch.zeros(4, dtype=torch.long)}, r"^labels has shape \(4,\); it should be \(4, 12\)"),
+        ({"input_ids": None}, r"^batch has the columns \['attention_mask', 'labels'\]; it should have input_ids"),
+    ],
+    ids=str,
+)
+def test_a_batch_that_is_refused(change: dict[str, Any], message: str) -> None:
+    batch = {name: x for name, x in {**padded(chats()), **change}.items() if x is not None}
+    with pytest.raises(ValueError, match=message):
+        causal_lm_loss(language_model(), language_model(**WIDE).eval(), batch, alpha=0.5)
+
+
+def test_the_name_of_a_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^teacher is 'big/model'; it should be a model, as AutoModel.*from_pre"):
+        causal_lm_loss(language_model(), "big/model", padded(chats()))  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"^student is 'small/model'; it should be a model"):
+        causal_lm_loss("small/model", language_model(**WIDE).eval(), padded(chats()))  # type: ignore[call-overload]

@@ -84,6 +84,9 @@ def test_virtual_tokens_and_positions_are_refused() -> None:
     packed = {**BATCH, "position_ids": torch.arange(12).expand(4, 12)}
     with pytest.raises(ValueError, match=r"^batch has position_ids, and the model is a PEFT model with virtual tokens"):
         causal_lm_loss(student, language_model(**WIDE).eval(), packed)
+    packed = {**BATCH, "cu_seq_lens_q": torch.tensor([0, 12])}
+    with pytest.raises(ValueError, match=r"^batch has cu_seq_lens_q, and the model is a PEFT model with virtual"):
+        causal_lm_loss(student, language_model(**WIDE).eval(), packed)
 
 
 def test_adapters_that_change_between_calls() -> None:
