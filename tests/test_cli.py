@@ -110,7 +110,9 @@ class TestGeneral:
         before = (tmp_path / "out" / "model.safetensors").stat()
         (tmp_path / "out" / "checkpoint-5").mkdir()
         assert cli.main(arguments(files, command, tmp_path / "out", "--resume")) == 0
-        assert f"finished before: {tmp_path / 'out'}" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert f"finished before: {tmp_path / 'out'}" in printed
+        assert "nothing was trained, whatever the options; --overwrite trains again" in printed
         assert not (tmp_path / "out" / "checkpoint-5").exists()
         assert (tmp_path / "out" / "model.safetensors").stat() == before
         assert "is not empty; use --overwrite" in fails(capsys, arguments(files, command, tmp_path / "out"))
@@ -295,6 +297,9 @@ class TestMethodsAndAblations:
         assert {name: found[name] for name in expected} == expected
         assert cli.main(arguments(files, "task", tmp_path / "gold", "--labels", "gold", "--alpha", 0.5)) == 2
         assert "--alpha is 0.5; --labels gold has no teacher's predictions" in capsys.readouterr().err
+        for name, value in (("--temperature", "2.0"), ("--t-squared", "True"), ("--divergence", "kl")):
+            argv = arguments(files, "task", tmp_path / "gold", "--labels", "gold", name, value)
+            assert f"{name} is {value}; --labels gold has no teacher's predictions" in fails(capsys, argv)
         with pytest.raises(SystemExit):
             cli.main(arguments(files, "task", tmp_path / "wrong", "--alpha", 1.5))
         assert "--alpha is 1.5; it should be from 0 to 1" in capsys.readouterr().err
@@ -488,6 +493,9 @@ class TestBadInput:
         argv = arguments(files, "general", tmp_path / "out", "--student", "tinybert-4l")
         line = fails(capsys, argv)
         assert "tinybert-4l: no preset (tinybert-4l-312, tinybert-6l-768), no file, and no checkpoint: no net" in line
+        monkeypatch.setattr("fastdistill.train.checkpoints.load_checkpoint", offline)
+        argv = ["evaluate", "--model", "studnet", "--task", "sst-2", "--data", files / "SST-2"]
+        assert "studnet: no such folder, and not read from the hub: no network" in fails(capsys, argv)
 
     def test_errors_suggest_flags(self, files, tmp_path, capsys):
         (tmp_path / "student.json").write_text(json.dumps({**STUDENT, "num_attention_heads": 1}))
@@ -506,6 +514,7 @@ class TestBadInput:
             ("general", "--batch-size", "1.5", "argument --batch-size: invalid int value: '1.5'"),
             ("general", "--epochs", "0", "--epochs is 0.0; it should be a number above 0"),
             ("general", "--learning-rate", "nan", "--learning-rate is nan; it should be a number above 0"),
+            ("general", "--warmup", "10", "--warmup is 10.0; it should be 0 or more, and less than 1"),
             ("general", "--max-length", "0", "--max-length is 0; it should be a positive integer"),
             ("finetune", "--epochs", "inf", "--epochs is inf; it should be a number above 0"),
             ("finetune", "--max-steps", "0", "--max-steps is 0; it should be a positive integer"),

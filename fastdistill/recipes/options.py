@@ -34,10 +34,10 @@ LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("a number above 0", lambda x: 0 < x < inf, "epochs learning_rate learning_rates temperature"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha"),
     ("a number above 0", lambda x: 0 < x < inf, "intermediate_learning_rate"),
-    ("0 or more", lambda x: 0 <= x < inf, "intermediate_epochs prediction_epochs warmup weight_decay workers"),
+    ("0 or more", lambda x: 0 <= x < inf, "intermediate_epochs prediction_epochs weight_decay workers"),
     ("from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32, "seed seeds"),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "alpha beta"),
-    ("0 or more, and less than 1", lambda x: 0 <= x < 1, "skew lora_dropout"),
+    ("0 or more, and less than 1", lambda x: 0 <= x < 1, "skew lora_dropout warmup"),
     ("a positive integer", lambda x: x >= 1, "vocab_size lora lora_alpha"),
 )
 
@@ -124,7 +124,7 @@ class Training:
 class Output:
     output: Path = flag("folder to write")
     overwrite: bool = flag("replace what is in the output", False)
-    resume: bool = flag("continue an interrupted run", False)
+    resume: bool = flag("continue an interrupted run; keep a finished one as it is, whatever its options", False)
 
 
 @dataclass(frozen=True, kw_only=True)

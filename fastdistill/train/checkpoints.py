@@ -56,6 +56,8 @@ def load_model(
         tokenizer = load_published_tokenizer(name) if published else _tokenizer(name, model, trust_remote_code)
         _check_ids(name, tokenizer, model)
     except OSError as error:
+        if not Path(name).exists():
+            raise OSError(f"{name}: no such folder, and not read from the hub: {error}") from error
         raise error if name in str(error) else OSError(f"{name}: {error}") from error
     return model.eval().to(processes().device), tokenizer
 

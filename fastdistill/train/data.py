@@ -53,7 +53,8 @@ def read_corpus(corpus: Corpus, streaming: bool = False) -> Dataset | IterableDa
         raise ValueError(f"corpus is {corpus!r}; it should be a non-empty list of text files, or a data set")
     for path in corpus:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file; the corpus is made of text files")
+            what = "a folder" if Path(path).is_dir() else "no such file"
+            raise FileNotFoundError(f"{path}: {what}; the corpus is made of text files")
     if not (files := [str(path) for path in corpus if Path(path).stat().st_size]):
         raise ValueError(f"corpus holds no text ({named(corpus)})")
     with reading_text(corpus):

@@ -243,6 +243,11 @@ def training_arguments(
             f"arguments has output_dir {schedule.arguments['output_dir']!r}; the student is written to the output_dir "
             "of run: leave it out"
         )
+    if not 0 <= schedule.warmup < 1:  # transformers would take it for a number of steps
+        raise ValueError(
+            f"warmup is {schedule.warmup}; it should be a share of the steps, 0 or more and below 1: a number of steps "
+            'is arguments={"warmup_steps": N}'
+        )
     options: dict[str, Any] = {
         "output_dir": str(work), "hub_model_id": work.name.removesuffix(".partial"),
         "save_total_limit": 1, "logging_steps": 50, "seed": schedule.seed,

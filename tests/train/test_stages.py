@@ -95,6 +95,8 @@ def test_bad_corpora_are_refused(tmp_path: Path) -> None:
     tokenizer = _tiny.tokenizer()
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: no such file"):
         pack_corpus(["nowhere.txt"], tokenizer)
+    with pytest.raises(FileNotFoundError, match="a folder; the corpus is made of text files"):
+        pack_corpus([tmp_path], tokenizer)
     with pytest.raises(ValueError, match="should be a non-empty list of text files"):
         pack_corpus([], tokenizer)
     with pytest.raises(ValueError, match=r"corpus is 'a\.txt'"):
@@ -142,6 +144,8 @@ def test_arguments_override_attributes(tmp_path: Path) -> None:
     stage.run(_tiny.classifier(), _tiny.classifier(4, 24), _tiny.tokenizer(), tmp_path / "out")
     assert history(tmp_path / "out")[-1]["step"] == 1
     assert training_arguments(tmp_path, stage).learning_rate == 2e-3
+    with pytest.raises(ValueError, match=r"^warmup is 10; it should be a share of the steps.*warmup_steps"):
+        training_arguments(tmp_path, prediction_stage(warmup=10))
 
 
 def trainer_of(stage: PredictionStage, folder: Path) -> DistillationTrainer:
