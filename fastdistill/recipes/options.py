@@ -300,6 +300,12 @@ class Adapters:
     lora_dropout: float = flag("in the adapters", 0.0)
     lora_targets: list[str] | None = flag("names of modules (default: all linear layers but the head)", None)
 
+    def check_adapters(self) -> None:
+        """Raises ValueError for an option of adapters without their rank, with which the whole student would train."""
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if self.lora is None and getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)} without --lora; pass --lora RANK, or leave it out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading):
@@ -322,6 +328,7 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_adapters()
         if self.on_policy:
             self.check_on_policy()
         if self.cache is not None and (self.teacher is not None or self.dataset is not None):

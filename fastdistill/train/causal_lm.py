@@ -267,7 +267,7 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 def check_virtual_tokens(batch: Mapping[str, Any]) -> None:
     """Raises ValueError for positions and for padding on the left, which PEFT puts behind virtual tokens."""
     mask = batch.get("attention_mask")
-    for name in ("position_ids", "cu_seq_lens_q"):
+    for name in ("position_ids", "cu_seq_lens_q", "seq_idx"):
         if name in batch:
             raise ValueError(
                 f"batch has {name}, and the model is a PEFT model with virtual tokens, which ignores them: leave "

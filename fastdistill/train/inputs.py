@@ -122,7 +122,7 @@ def judge(model: nn.Module, batch: Mapping[str, Any]) -> None:
     if "input_ids" in batch:
         counts_itself(model, batch["input_ids"].device)
     if "position_ids" in batch and is_causal(model) and "position_ids" in (input_names(model) or ()):
-        keeps_apart(model, batch["position_ids"].device)
+        keeps_apart(model, batch["position_ids"].device, "seq_idx" in batch)
 
 
 def first_token(mask: Tensor) -> Tensor:  # (B, 1)
@@ -215,13 +215,14 @@ def check_positions(model: Any, batch: Mapping[str, Any]) -> None:
             f"the batch has {positions.shape[0]} rows with position_ids; flash attention tells packed sequences apart "
             'in a batch of one row only: use batches of one row, or load the model with attn_implementation="sdpa"'
         )
-    if not keeps_apart(model, positions.device) and is_packed(positions, batch.get("attention_mask")):
+    is_alone = keeps_apart(model, positions.device, "seq_idx" in batch)
+    if not is_alone and is_packed(positions, batch.get("attention_mask")):
         check_apart(model, batch)
 
 
 def check_apart(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raises ValueError if a causal model reads packed sequences as one. `seq_idx` tells a model of its own of them."""
-    if "seq_idx" not in batch and not keeps_apart(model, batch["position_ids"].device):
+    """Raises ValueError if a causal model reads packed sequences as one, with `seq_idx` where the batch has it."""
+    if not keeps_apart(model, batch["position_ids"].device, "seq_idx" in batch):
         raise ValueError(
             f"the rows are packed (position_ids), and {type(transformers_model(model)).__name__} reads the sequences "
             "of a row as one; pack no rows, and leave the column position_ids out"
@@ -253,10 +254,13 @@ def packed_ends(arguments: Mapping[str, Any]) -> list[int] | None:
 
 
 def with_positions(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a batch whose `position_ids` (1, L) follow from `cu_seq_lens_q` where it has only these."""
-    if "position_ids" in batch or "cu_seq_lens_q" not in batch:
+    """Returns a batch whose `position_ids` follow from `cu_seq_lens_q` or `seq_idx`, where it has only these."""
+    if "position_ids" in batch or not {"cu_seq_lens_q", "seq_idx"} & batch.keys():
         return batch
     places = torch.arange(batch["input_ids"].shape[1], device=batch["input_ids"].device)
+    if "cu_seq_lens_q" not in batch:
+        is_start = nn.functional.pad(batch["seq_idx"].diff(dim=-1) != 0, (1, 0), value=True)  # (B, L)
+        return {**batch, "position_ids": places - (places * is_start).cummax(-1).values}
     starts = batch["cu_seq_lens_q"].to(places.device).long()
     return {**batch, "position_ids": (places - starts[torch.bucketize(places, starts, right=True) - 1])[None]}
 
@@ -267,16 +271,17 @@ def is_packed(positions: Tensor, mask: Tensor | None) -> bool:
     return bool((restarts if mask is None else restarts & mask[:, 1:].bool()).any())
 
 
-def keeps_apart(model: Any, device: torch.device) -> bool:
+def keeps_apart(model: Any, device: torch.device, has_seq_idx: bool = False) -> bool:
     """Returns whether packed sequences do not see each other. The answer comes from three small forward passes, once
-    for a model."""
-    if not hasattr(model, PACKED):
-        setattr(model, PACKED, packed_is_alone(model, device))
-    return bool(getattr(model, PACKED))
+    for a model, and once with `seq_idx`, which Mamba's layers read."""
+    name = f"{PACKED}_seq_idx" if has_seq_idx else PACKED
+    if not hasattr(model, name):
+        setattr(model, name, packed_is_alone(model, device, has_seq_idx))
+    return bool(getattr(model, name))
 
 
 @torch.no_grad()
-def packed_is_alone(model: Any, device: torch.device) -> bool:
+def packed_is_alone(model: Any, device: torch.device, has_seq_idx: bool) -> bool:
     """Returns whether the second of two packed sequences has the states that it has alone, up to the model's noise.
 
     The first one, which the second follows, shows that noise.
@@ -284,13 +289,16 @@ def packed_is_alone(model: Any, device: torch.device) -> bool:
     vocabulary = transformers_model(model).config.get_text_config().vocab_size
     ids = torch.arange(4, device=device)[None] % vocabulary  # (1, 4)
     positions = torch.arange(4, device=device)[None] % 2
+    names = input_names(model)
+    takes_seq_idx = has_seq_idx and (names is None or "seq_idx" in names)
+    packing = {"seq_idx": torch.arange(4, dtype=torch.int32, device=device)[None] // 2} if takes_seq_idx else {}
     options = {"output_hidden_states": True, "return_dict": True}
-    if "use_cache" in (input_names(model) or ()):
+    if "use_cache" in (names or ()):
         options["use_cache"] = False  # with a cache, transformers does not look for packed sequences
     with evaluating(model), torch.compiler.set_stance("force_eager"):
         packed, first, second = (
-            model(input_ids=ids[:, some], position_ids=positions[:, some], **options).hidden_states[-1]
-            for some in (slice(0, 4), slice(0, 2), slice(2, 4))
+            model(input_ids=ids[:, some], position_ids=positions[:, some], **options, **more).hidden_states[-1]
+            for some, more in ((slice(0, 4), packing), (slice(0, 2), {}), (slice(2, 4), {}))
         )
     noise = difference(packed[:, :2], first)
     return difference(packed[:, 2:], second) <= 2 * noise + rounding(model, device)

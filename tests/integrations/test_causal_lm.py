@@ -148,13 +148,13 @@ def test_the_balance_of_micro_batches_is_their_mean() -> None:
     assert_right(loss, gradients(student), expected, gradients(right))
 
 
-def test_packed_rows() -> None:
+@pytest.mark.parametrize("kind", ["position_ids", "flash_attn_kwargs", "seq_idx"])
+def test_packed_rows(kind: str) -> None:
+    """transformers' collator says in one of three ways where the sequences begin."""
     rows = chats()
-    packed = {
-        "input_ids": torch.cat([row["input_ids"] for row in rows])[None],
-        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
-        "labels": torch.cat([row["labels"] for row in rows])[None],
-    }
+    options = {"return_position_ids": False, f"return_{kind}": True}
+    collator = transformers.DataCollatorWithFlattening(**options)
+    packed = dict(collator([{name: row[name].tolist() for name in ("input_ids", "labels")} for row in rows]))
     check(language_model(), language_model(**WIDE).eval(), packed, one_by_one(rows))
 
 
@@ -166,9 +166,11 @@ def test_without_labels_every_token_with_a_successor_counts() -> None:
     assert torch.equal(causal_lm_loss(student, teacher, batch), causal_lm_loss(student, teacher, labelled))
     packed = {"input_ids": torch.arange(3, 9)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
     starts = {"cu_seq_lens_q": torch.tensor([0, 3, 6], dtype=torch.int32)}  # says the same as position_ids
+    numbers = {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]], dtype=torch.int32)}  # and so does this
     apart = [{"input_ids": torch.arange(3, 6)[None]}, {"input_ids": torch.arange(6, 9)[None]}]
     mean = sum(causal_lm_loss(student, teacher, row) for row in apart) / 2
-    for batch in (packed, {"input_ids": packed["input_ids"], **starts}, {**packed, "labels": None}):
+    ids = {"input_ids": packed["input_ids"]}
+    for batch in (packed, {**ids, **starts}, {**ids, **numbers}, {**packed, "labels": None}):
         assert torch.allclose(causal_lm_loss(student, teacher, batch), mean, rtol=1e-5)
 
 
@@ -473,6 +475,15 @@ def test_a_batch_that_is_refused(change: dict[str, Any], message: str) -> None:
     batch = {name: x for name, x in {**padded(chats()), **change}.items() if x is not None}
     with pytest.raises(ValueError, match=message):
         causal_lm_loss(language_model(), language_model(**WIDE).eval(), batch, alpha=0.5)
+
+
+@pytest.mark.parametrize("kind", ["position_ids", "flash_attn_kwargs", "seq_idx"])
+def test_a_model_that_reads_packed_rows_as_one_is_refused(kind: str) -> None:
+    """With seq_idx too, which only Mamba's layers read."""
+    collator = transformers.DataCollatorWithFlattening(**{"return_position_ids": False, f"return_{kind}": True})
+    packed = collator([{"input_ids": [3, 4, 5]}, {"input_ids": [6, 7]}])
+    with pytest.raises(ValueError, match="OPTForCausalLM reads the sequences of a row as one; pack no rows"):
+        causal_lm_loss(language_model("OPT"), language_model("OPT", **WIDE).eval(), packed)
 
 
 def test_the_name_of_a_model_is_refused() -> None:

@@ -526,6 +526,7 @@ class TestBadInput:
             ("chat.jsonl", ("--student", "student.json", "--lora", 4), "--lora adapts the weights of a checkpoint"),
             ("chat.jsonl", ("--init", "teacher"), "brings its own weights"),
             ("chat.jsonl", ("--lora", 2, "--lora-targets", "nothing"), "nothing"),
+            ("chat.jsonl", ("--lora-alpha", 8), "--lora-alpha is 8 without --lora; pass --lora RANK, or leave it out"),
             ("chat.jsonl", ("--eval", "nowhere.txt"), "nowhere.txt: no such file"),
             ("chat.jsonl", ("--eval_strategy", "epoch"), "pass --eval or --eval-split"),
             ("chat.jsonl", ("--alpha", 1.5), "--alpha is 1.5; it should be from 0 to 1"),
