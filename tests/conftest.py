@@ -60,6 +60,7 @@ AROUND_KERNELS = (
 SAME_REGISTERED_OP = {
     "kl_div-all-options", "kl_div-skewed", "tvd", "topk_soft_cross_entropy-renormalize",
     "topk_soft_cross_entropy-renormalize-reverse", "topk_soft_cross_entropy-bucket-reverse", "attention_kl-causal",
+    "attention_mse-long-causal",
     "linear_kl_div-skewed", "linear_topk_soft_cross_entropy-renormalize-reverse",
     "linear_topk_soft_cross_entropy-bucket-reverse",
 }  # fmt: skip
