@@ -97,18 +97,19 @@ def gram(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-# The second has several slots of 256 rows a sequence, with 4 heads in a group; the third whole chunks of 256 queries,
-# more than a chunk of keys that all queries see, and more than one of queries that see no key.
-GRAM_CASES = [
-    (LENGTHS, {}),
-    (((700, 300), (40, 50), (0, 3), (300, 520)), {"heads": 4, "teacher_kv": 1}),
-    (((256, 256), (0, 0), (512, 512), (20, 620), (600, 20), (257, 257)), {"heads": 1, "teacher_kv": 1}),
-]
+# "long" has several slots of 256 rows a sequence, with 4 heads in a group. "chunks" has whole chunks of 256 queries, more
+# than a chunk of keys that all queries see, and more than one of queries that see no key.
+CHUNKS = ((256, 256), (0, 0), (512, 512), (20, 620), (600, 20), (257, 257))
+GRAM_CASES = {
+    "short": (LENGTHS, {}, False),
+    "short-causal": (LENGTHS, {}, True),
+    "long": (((700, 300), (40, 50), (0, 3), (300, 520)), {"heads": 4, "teacher_kv": 1}, False),
+    "chunks-causal": (CHUNKS, {"heads": 2, "teacher_kv": 1}, True),
+}
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
 @pytest.mark.parametrize("masked,dtype", [(False, torch.float32), (True, torch.float16)], ids=["full", "masked"])
-@pytest.mark.parametrize("lengths,options", GRAM_CASES, ids=["short", "long", "chunks"])
+@pytest.mark.parametrize("lengths,options,is_causal", GRAM_CASES.values(), ids=list(GRAM_CASES))
 def test_gram_matrices_of_sequences(
     lengths: Lengths, options: dict[str, int], masked: bool, dtype: torch.dtype, is_causal: bool, gram: list[str]
 ) -> None:
