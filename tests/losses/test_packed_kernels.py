@@ -97,7 +97,7 @@ def gram(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-# "long" has several slots of 256 rows a sequence, with 4 heads in a group. "chunks" has whole chunks of 256 queries, more
+# "long" has several slots of 256 rows a sequence, 4 heads in a group. "chunks" has whole chunks of 256 queries, more
 # than a chunk of keys that all queries see, and more than one of queries that see no key.
 CHUNKS = ((256, 256), (0, 0), (512, 512), (20, 620), (600, 20), (257, 257))
 GRAM_CASES = {
