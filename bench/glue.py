@@ -33,8 +33,7 @@ from typing import Any
 import numpy as np
 
 from bench.bootstrap import hold_out, interval, resampled, resamples
-from fastdistill.recipes.glue import TASKS as GLUE
-from fastdistill.recipes.glue import Task, compute_metrics
+from fastdistill.recipes.glue import Task, compute_metrics, get_task
 from fastdistill.recipes.search import RUN
 from fastdistill.train.checkpoints import load_model
 
@@ -200,7 +199,9 @@ def slug(name: str) -> str:
 
 
 def glue_task(name: str) -> Task:
-    return next(task for task in GLUE if task.name == name)
+    task = get_task(name)
+    assert isinstance(task, Task)
+    return task
 
 
 # -- results -----------------------------------------------------------------------------------------------

@@ -230,16 +230,19 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     if backend == "triton":
         from ..kernels import attention_mse as kernels
 
-        near, rows = None, [call.student_query.new_empty(0, dtype=torch.bool) for _ in range(2)]
+        near: Tensor | None = None
+        found: tuple[Tensor | None, ...] = None, None
         if call.is_causal or call.cu_seqlens is not None:
             counted = _attention.count_rows(call, _attention.bounds_of(call, backend))
             near = _within_chunks(call, counted, None, None) if call.is_causal else None
             call = counted.as_masks(call)
-            rows = [none if x is None else x for x, none in zip((call.query_mask, call.key_mask), rows, strict=True)]
+            found = call.query_mask, call.key_mask
             if number is None and num_items is None:
                 num_items = counted.pairs(call)
         if num_items is not None:
             num_items = num_items.to(call.student_query.device)
+        new = call.student_query.new_empty
+        rows = (new(0, dtype=torch.bool) if x is None else x for x in found)  # a tensor each: outputs share no memory
         return *kernels.loss(call, number, num_items, near), *rows
     counted = _attention.count_rows(call)
     with _common.no_autocast(call.student_query):
@@ -420,8 +423,7 @@ def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
 
 _linear = _common.registered(
     "attention_mse_linear",
-    f"({SCHEMA}, str backend, Scalar? number, Tensor? num_items) "
-    f"-> ({', '.join(['Tensor'] * 7)})",
+    f"({SCHEMA}, str backend, Scalar? number, Tensor? num_items) -> ({', '.join(['Tensor'] * 7)})",
     _forward, _fake, _setup_context, _backward,
 )  # fmt: skip
 
