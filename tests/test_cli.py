@@ -21,6 +21,8 @@ import fastdistill
 from fastdistill import cli
 from fastdistill.recipes import evaluate
 from fastdistill.recipes.glue import get_task
+from fastdistill.recipes.options import CacheOptions
+from fastdistill.recipes.prepare import cache_teacher
 
 STUDENT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16}
 
@@ -341,7 +343,14 @@ class TestMethodsAndAblations:
         joint = ("--prediction-epochs", 0, "--terms", "attention", "prediction")
         assert "leave --intermediate-epochs above 0" in line(*joint, "--intermediate-epochs", 0)
         assert "--labels gold is for the prediction stage" in line(*joint, "--labels", "gold")
+        for flag, value in (("--intermediate-learning-rate", 1e-3), ("--terms", "hidden"), ("--projection", "shared")):
+            assert f"{flag} is " in (found := line("--intermediate-epochs", 0, flag, value))
+            assert "which --intermediate-epochs 0 leaves out: leave one out" in found
+        twice = ("--learning-rates", 1e-3, "--intermediate-learning-rate", 1e-3)
+        assert "learning_rates is of the same stage, the only one: leave one out" in line(*joint, *twice)
         assert "those of method 'minilm'" in line("--method", "minilm", "--terms", "hidden")
+        unmapped = ("--method", "minilm", "--layer-map", "top", "--init", "random")
+        assert "--layer-map is top; method minilm compares last layers" in line(*unmapped)
         assert "--relation-heads is 4" in line("--relation-heads", 4, command="general")
         assert "parity is 'official'" in line("--method", "minilm", "--parity", "official")
         assert "invalid choice: 'prediction'" in line("--terms", "prediction", command="general")
@@ -349,6 +358,19 @@ class TestMethodsAndAblations:
         argv = arguments(files, "general", tmp_path / "out", "--init", "random")
         argv[argv.index("--student") + 1] = str(files / "wide.json")
         assert "use --method minilmv2" in fails(capsys, argv)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"task": "MRPC", "max_length": 9}, "max_length is 9; with --task that says how rows are read"),
+        ({"task": "MRPC", "assistant_only": True}, "assistant_only is True; with --task that says"),
+        ({"hidden": [0], "completion_only": False}, "completion_only is False; plain text has no prompts"),
+    ],
+)
+def test_a_cache_refuses_what_its_rows_do_not_have(tmp_path, options, what):
+    with pytest.raises(ValueError, match=what):
+        cache_teacher(CacheOptions(teacher="none", data=[tmp_path / "x.txt"], output=tmp_path / "out", **options))
 
 
 class TestFinetune:
@@ -581,9 +603,16 @@ class TestBadInput:
         line = fails(capsys, arguments(files, "task", tmp_path / "out", "--teacher", tmp_path / "three"))
         assert "classifier.bias is (3,), and by its config (2,)" in line  # no options ask for a new head
 
-    def test_init_without_a_teacher_is_refused(self, files, tmp_path, capsys):
-        line = fails(capsys, arguments(files, "finetune", tmp_path / "out", "--init", "random"))
-        assert "--init needs --teacher" in line
+    @pytest.mark.parametrize(
+        ("options", "what"),
+        [
+            (("--init", "random"), "--init is random; it is what to take of a teacher's weights"),
+            (("--layer-map", "top"), "--layer-map is top; it is what to take of a teacher's weights"),
+            (("--teacher", "x", "--init", "random", "--layer-map", "top"), "--layer-map is top; --init random"),
+        ],
+    )
+    def test_options_of_a_teacher_without_its_weights_are_refused(self, files, tmp_path, capsys, options, what):
+        assert what in fails(capsys, arguments(files, "finetune", tmp_path / "out", *options))
 
 
 # The flags of each command; ! marks the required ones.

@@ -17,7 +17,7 @@ from datasets import Dataset
 from fastdistill.recipes.augment import read_augmented
 from fastdistill.recipes.evaluate import evaluation_sets, kept, metrics, named_task, speed_up
 from fastdistill.recipes.glue import Task, get_task
-from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralOptions, TaskOptions
+from fastdistill.recipes.options import CachedOptions, FinetuneOptions, GeneralOptions, TaskOptions, refuse
 from fastdistill.recipes.report import where, write_report
 from fastdistill.recipes.search import check_grid, report, search
 from fastdistill.train import cache, objective
@@ -258,6 +258,8 @@ def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
             )
         if options.labels == "gold":
             raise ValueError("--labels gold is for the prediction stage, which --prediction-epochs 0 leaves out")
+    if options.intermediate_epochs == 0 and not is_config(options.student):
+        refuse(options, "layer_map", "without the intermediate stage no layers are compared: leave it out")
     if options.alpha < 1 and task.auto_class == "AutoModelForQuestionAnswering":
         raise ValueError(f"--alpha is {options.alpha}; the prediction of {task.name} takes no labels: leave it out")
     of_teacher = {"alpha": 1.0} if "prediction" in terms else {
@@ -278,8 +280,6 @@ def finetune_task(options: FinetuneOptions) -> dict[str, Any]:
     task = named_task(options, "train")
     grid: dict[str, Any] = {name: getattr(options, name) for name in ("learning_rates", "batch_sizes", "seeds")}
     check_grid(**grid)
-    if options.teacher is None and options.init is not None:
-        raise ValueError("--init needs --teacher, whose weights it takes")
     if (results := finished(options)) is not None:
         return results
     rows, trust = task.load_split("train", options.data), options.trust_remote_code
@@ -303,6 +303,8 @@ def objective_options(options: Any) -> dict[str, Any]:
     """Returns the keywords of `Objective`. Raises ValueError for options that the method does not have."""
     found = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions)}
     is_mapped = options.method == "tinybert"  # else --layer-map only says which layers a new student starts from
+    if not is_mapped and (options.init == "random" or not is_config(options.student)):
+        refuse(options, "layer_map", f"method {options.method} compares last layers, and the student brings its own")
     found["layer_map"] = layer_map(options.layer_map) if is_mapped else None
     if options.projection is None:  # as the student's folder brings them
         projections = objective.read_projections(options.student)

@@ -26,6 +26,7 @@ __all__ = ["READERS", "count_labels", "read_rows", "tokenize_rows"]
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 CHAT = ("messages", "conversations")  # the second has the keys from and value, which TRL renames
 TOKENIZED = ("input_ids", "labels", "seq_lengths")
+WAY_OUT = "leave it out, and pass held-out rows as --eval"
 BESIDE = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
 
 
@@ -46,9 +47,13 @@ def read_rows(
     if not names:
         raise ValueError(f"--{flag} is empty; it should be files or a data set")
     if all(are_files):
+        if config is not None:
+            raise ValueError(f"dataset_config is {config}; files have none: leave it out")
+        if split != "train" or flag == "eval-split":
+            raise ValueError(f"--{flag.replace('dataset', 'split')} is {split}; files have no splits: {WAY_OUT}")
         parts = [(str(path), read_file(path)) for path in paths]
     else:
-        parts = [(f"{names[0]}, {split}", read_dataset(names[0], config, split))]
+        parts = [(f"{names[0]}, {split}", read_dataset(names[0], config, split, flag))]
     columns = row_kind(parts[0][0], parts[0][1], text)
     parts = [(name, rows.select_columns([c for c in rows.column_names if c in columns])) for name, rows in parts]
     for name, rows in parts:
@@ -77,13 +82,17 @@ def read_file(path: Path) -> Dataset:
     return rows
 
 
-def read_dataset(name: str, config: str | None, split: str) -> Dataset:
+def read_dataset(name: str, config: str | None, split: str, flag: str) -> Dataset:
     if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
         with reading(name, "*.json", "*/*.json", "*.arrow", "*/*.arrow"):
             rows = load_from_disk(name)
             for part in rows.values() if isinstance(rows, DatasetDict) else [rows]:
                 part.data.validate(full=True)  # Arrow trusts the offsets in a file
+        if config is not None:
+            raise ValueError(f"dataset_config is {config}; {name} is a folder that datasets saved, and has none")
         if not isinstance(rows, DatasetDict):
+            if split != "train" or flag == "eval-split":
+                raise ValueError(f"--{flag.replace('dataset', 'split')} is {split}; {name} holds one split: {WAY_OUT}")
             return rows
         if split not in rows:
             raise ValueError(f"{name}: there is no split {split!r}; it has {', '.join(rows)}")

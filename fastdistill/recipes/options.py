@@ -7,7 +7,7 @@ inherits from is a group of flags in `--help`. This module imports the standard 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,14 @@ def flag(help: str, default: Any = MISSING, **argparse: Any) -> Any:
     """Returns a field that is a flag: its help text and any other keywords of `ArgumentParser.add_argument`."""
     own: Any = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**own, metadata={"help": help, **argparse})
+
+
+def refuse(options: Any, names: str, why: str) -> None:
+    """Raises ValueError for an option out of `names` that is not at its default, where nothing would read it."""
+    for option in fields(options):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if option.name in names.split() and (value := getattr(options, option.name)) != default:
+            raise ValueError(f"{option.name} is {value}; {why}")
 
 
 # (what an option should be, the test for it, the names of such options)
@@ -184,6 +192,19 @@ class TaskOptions(Models, Data, PredictionLoss, Grid, Training, Output):
     intermediate_batch_size: int | None = flag(f"of each process (default: {RECIPE})", None)
     prediction_epochs: float | None = flag(f"default: {RECIPE}; 0: skip the stage, with prediction among --terms", None)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.intermediate_epochs == 0 and self.prediction_epochs != 0:
+            names = "method terms projection teacher_layer relation_heads "
+            refuse(
+                self, names + "intermediate_learning_rate intermediate_batch_size",
+                "it is for the intermediate stage, which --intermediate-epochs 0 leaves out: leave one out",
+            )  # fmt: skip
+        if self.prediction_epochs == 0:
+            for grid in ("learning_rate", "batch_size"):
+                if getattr(self, f"{grid}s") is not None:
+                    refuse(self, f"intermediate_{grid}", f"{grid}s is of the same stage, the only one: leave one out")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(Output, Loading):
@@ -239,6 +260,13 @@ class FinetuneOptions(Data, Grid, Training, Output, Loading):
     epochs: float = flag("passes over the data", 3)
     learning_rates: list[float] = flag("of several the best on the dev sets is kept", [3e-5])
     batch_sizes: list[int] = flag("in each process", [32])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is None:
+            refuse(self, "init layer_map", "it is what to take of a teacher's weights: pass --teacher, or leave it out")
+        if self.init == "random":
+            refuse(self, "layer_map", "--init random takes no layers of --teacher: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +330,8 @@ class Adapters:
 
     def check_adapters(self) -> None:
         """Raises ValueError for an option of adapters without their rank, with which the whole student would train."""
-        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-            if self.lora is None and getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)} without --lora; pass --lora RANK, or leave it out")
+        if self.lora is None:
+            refuse(self, "lora_alpha lora_dropout lora_targets", "there is no LoRA: pass --lora RANK, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,10 +371,18 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
             raise ValueError("alpha is 0, labels alone; a cache is for its teacher: pass --dataset instead of --cache")
         if self.cache is not None and self.divergence not in ("kl", "soft_cross_entropy"):
             raise ValueError(f"divergence is {self.divergence}; a cached teacher has kl and soft_cross_entropy")
-        if self.cache is not None and self.skew:
-            raise ValueError(f"skew is {self.skew}; a cached teacher has none: pass --teacher, or leave skew at 0")
-        if self.cache is not None and self.packing:
-            raise ValueError("packing is for --dataset; the rows of a cache are as the teacher read them")
+        if self.cache is not None:
+            refuse(self, "skew", "a cached teacher has none: pass --teacher and --dataset, or leave it out")
+        if self.cache is not None:
+            rows = "packing split dataset_config" + ("" if self.eval else " max_length completion_only assistant_only")
+            refuse(self, rows, "the rows of a cache are as the teacher read them: pass --dataset, or leave it out")
+        if self.alpha == 0 and not self.on_policy:
+            names = "divergence temperature t_squared beta reverse skew"
+            refuse(self, names, "alpha is 0: the labels alone have no divergence: leave one out")
+        if self.cache is not None or self.teacher is None:
+            refuse(self, "teacher_dtype", "no teacher is read: pass --teacher, or leave it out")
+        if self.teacher is None and self.cache is None:
+            refuse(self, "init", "no teacher is there, whose config a student could take: leave it out")
         if self.eval_split is not None and (self.eval is not None or self.cache is not None):
             raise ValueError(
                 f"eval_split is {self.eval_split}, a split of --dataset; leave it out, or --eval or --cache"
@@ -363,14 +398,10 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
             )
         if self.teacher is None or self.dataset is None:
             raise ValueError(f"--{'teacher' if self.teacher is None else 'dataset'} is missing: --on-policy needs it")
-        absent: dict[str, Any] = {"alpha": 1.0, "t_squared": False, "skew": 0.0, "vocab_size": None, "packing": False}
-        for name, default in absent.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} is {getattr(self, name)}; --on-policy has no such option: leave it out")
+        refuse(self, "alpha t_squared skew vocab_size packing", "--on-policy has no such option: leave it out")
         if self.eval is None and self.eval_split is None:
-            for name, default in {"max_length": None, "completion_only": None, "assistant_only": False}.items():
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name} is {getattr(self, name)}; with --on-policy it is for held-out rows: pass --eval, or "
-                        "leave it out (--max_completion_length is the most tokens of an answer)"
-                    )
+            refuse(
+                self, "max_length completion_only assistant_only",
+                "with --on-policy it is for held-out rows: pass --eval, or leave it out (--max_completion_length is "
+                "the most tokens of an answer)",
+            )  # fmt: skip

@@ -8,7 +8,7 @@ from fastdistill.recipes import demo
 from fastdistill.recipes.augment import COPIES, Augmenter, augment, check_output, read_glove
 from fastdistill.recipes.distil import finish
 from fastdistill.recipes.glue import Task, get_task
-from fastdistill.recipes.options import AugmentOptions, CacheOptions, DemoOptions
+from fastdistill.recipes.options import AugmentOptions, CacheOptions, DemoOptions, refuse
 from fastdistill.train.cache import MANIFEST, write_cache
 from fastdistill.train.checkpoints import load_model
 from fastdistill.train.data import pack_corpus
@@ -50,6 +50,12 @@ def cache_teacher(options: CacheOptions) -> None:
         raise ValueError(
             "with --task, whose classifier's logits are kept whole, --data is one folder and there is no --top-k"
         )
+    if options.task:
+        refuse(
+            options,
+            "max_length completion_only assistant_only",
+            "with --task that says how rows are read: leave it out",
+        )
     if not options.task and options.top_k is None and not options.hidden:
         raise ValueError("nothing to keep of plain text: use --top-k, --hidden or both")
     if not (options.resume and (options.output / MANIFEST).is_file()):
@@ -65,9 +71,12 @@ def rows_to_cache(options: CacheOptions) -> tuple[Any, Any, Any]:
     """Returns the tokenised rows, the teacher and its tokenizer."""
     trust = options.trust_remote_code
     if not options.task:
+        is_text = all(path.suffix == ".txt" or not path.suffix for path in options.data)
+        if is_text:
+            refuse(options, "completion_only assistant_only", "plain text has no prompts and no messages: leave it out")
         kind = "AutoModel" if options.top_k is None else None
         teacher, tokenizer = load_model(options.teacher, kind, trust_remote_code=trust)
-        if all(path.suffix == ".txt" or not path.suffix for path in options.data):
+        if is_text:
             blocks = main_first(lambda: pack_corpus(options.data, tokenizer, options.max_length or 128))
             return blocks, teacher, tokenizer
         from fastdistill.recipes.lm import rows_for_cache  # needs TRL

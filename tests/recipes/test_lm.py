@@ -493,6 +493,7 @@ def wrong(files: Path) -> Path:
     save(files / "strict", 16, 1, 0)
     (files / "strict" / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     (files / "folder").mkdir()
+    Dataset.from_dict({"text": ["red", "cat"]}).save_to_disk(files / "one-set")
     return files
 
 
@@ -526,7 +527,17 @@ class TestBadInput:
             ("chat.jsonl", ("--student", "student.json", "--lora", 4), "--lora adapts the weights of a checkpoint"),
             ("chat.jsonl", ("--init", "teacher"), "brings its own weights"),
             ("chat.jsonl", ("--lora", 2, "--lora-targets", "nothing"), "nothing"),
-            ("chat.jsonl", ("--lora-alpha", 8), "--lora-alpha is 8 without --lora; pass --lora RANK, or leave it out"),
+            ("chat.jsonl", ("--lora-alpha", 8), "--lora-alpha is 8; there is no LoRA: pass --lora RANK, or leave it"),
+            ("chat.jsonl", ("--alpha", 0, "--temperature", 2), "--temperature is 2.0; alpha is 0: the labels alone"),
+            ("chat.jsonl", ("--alpha", 0, "--divergence", "tvd"), "--divergence is tvd; alpha is 0: the labels alone"),
+            ("chat.jsonl", ("--eval-split", "test"), "--eval-split is test; files have no splits: leave it out, and"),
+            ("chat.jsonl", ("--eval-split", "train"), "--eval-split is train; files have no splits"),
+            ("chat.jsonl", ("--split", "test"), "--split is test; files have no splits"),
+            ("chat.jsonl", ("--dataset-config", "x"), "--dataset-config is x; files have none: leave it out"),
+            (None, ("--dataset", "one-set", "--eval-split", "test"), "--eval-split is test; one-set holds one split"),
+            (None, ("--cache", "folder", "--max-length", 9), "--max-length is 9; the rows of a cache are as the"),
+            (None, ("--cache", "folder", "--split", "test"), "--split is test; the rows of a cache are as the"),
+            (None, ("--cache", "folder", "--teacher-dtype", "float16"), "--teacher-dtype is float16; no teacher"),
             ("chat.jsonl", ("--eval", "nowhere.txt"), "nowhere.txt: no such file"),
             ("chat.jsonl", ("--eval_strategy", "epoch"), "pass --eval or --eval-split"),
             ("chat.jsonl", ("--alpha", 1.5), "--alpha is 1.5; it should be from 0 to 1"),
