@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import TokenClassifierOutput
 
-from fastdistill.train.inputs import forward_arguments, is_causal, packed_ends, refuse_encoder_decoder
+from fastdistill.train.inputs import forward_arguments, is_causal, is_packed, packed_ends, refuse_encoder_decoder
 
 if TYPE_CHECKING:
     from fastdistill.train.causal_lm import Logits
@@ -396,16 +396,11 @@ def run(
 
 def _refuse_packed_rows(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
     """Raises ValueError if a bidirectional model gets several packed rows: transformers makes a mask of causal ones."""
-    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    positions = arguments.get("position_ids")
     if positions is None or positions.dim() != 2 or is_causal(model):
         return
     rows = len(arguments.get("input_ids", positions))
-    if rows == 1:
-        return
-    restarts = positions.diff(dim=1) < 0  # (B, L - 1)
-    if mask is not None and mask.dim() == 2:
-        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
-    if bool(restarts.any()):
+    if rows > 1 and is_packed(positions, arguments.get("attention_mask")):
         raise ValueError(
             f"the batch has {rows} packed rows (position_ids start anew), and {type(model).__name__}, which "
             "is bidirectional, reads the sequences of each as one; pack all sequences of a batch into one row"

@@ -266,9 +266,11 @@ def with_positions(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def is_packed(positions: Tensor, mask: Tensor | None) -> bool:
-    """Returns whether positions start anew within a row."""
+    """Returns whether positions start anew within a row, after a token: those of padding mean nothing. A host sync."""
     restarts = positions.diff(dim=-1) < 0  # (B, L - 1)
-    return bool((restarts if mask is None else restarts & mask[:, 1:].bool()).any())
+    if mask is not None and mask.dim() == 2:
+        restarts = restarts & mask[:, 1:].bool() & (mask.cumsum(-1)[:, :-1] > 0)
+    return bool(restarts.any())
 
 
 def keeps_apart(model: Any, device: torch.device, has_seq_idx: bool = False) -> bool:

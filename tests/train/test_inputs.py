@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastdistill.train.capture import capturable, capture
 from fastdistill.train.causal_lm import causal_lm_loss
 from fastdistill.train.data import add_teacher_logits
-from fastdistill.train.inputs import entries, forward_arguments
+from fastdistill.train.inputs import entries, forward_arguments, is_packed
 from fastdistill.train.objective import Objective
 from fastdistill.train.trainer import DistillationTrainer
 
@@ -162,7 +162,7 @@ def test_packed_rows_of_a_bidirectional_model_are_refused(tmp_path: Path) -> Non
     student, teacher = classifier(0), classifier(1)
     args = hf.TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=1)
     ids = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
-    for positions, is_packed in (([[0, 1, 2, 0, 1, 2], [0, 1, 2]], True), ([[3, 4, 5, 6, 7, 8], [0, 1, 2]], False)):
+    for positions, starts_anew in (([[0, 1, 2, 0, 1, 2], [0, 1, 2]], True), ([[3, 4, 5, 6, 7, 8], [0, 1, 2]], False)):
         rows = Dataset.from_dict({"input_ids": ids, "position_ids": positions})
         trainer = DistillationTrainer(
             student,
@@ -172,7 +172,7 @@ def test_packed_rows_of_a_bidirectional_model_are_refused(tmp_path: Path) -> Non
             train_dataset=rows,
             processing_class=_tiny.tokenizer(),
         )
-        if is_packed:
+        if starts_anew:
             with pytest.raises(ValueError, match=r"^the rows are packed.*BertForSequenceClassification.*bidirectional"):
                 trainer.train()
         else:
@@ -415,3 +415,18 @@ def test_causal_models_whose_attention_does_not_say_so_learn_tokens(name: str, t
             losses.append(-(logits[1].softmax(-1) * logits[0].log_softmax(-1)).sum(-1))
     expected = float(torch.cat(losses).mean())
     assert trainer.state.log_history[0]["prediction"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "expected"),
+    [
+        ([0, 1, 0, 1, 2], None, True),
+        ([0, 1, 2, 3, 4], None, False),
+        ([1, 1, 0, 1, 2], [0, 0, 1, 1, 1], False),  # padding on the left
+        ([0, 1, 2, 0, 0], [1, 1, 1, 0, 0], False),  # and on the right
+        ([0, 1, 1, 0, 1], [1, 1, 0, 1, 1], True),  # and between two sequences
+        ([1, 0, 1, 0, 1], [0, 1, 1, 1, 1], True),
+    ],
+)
+def test_positions_start_anew_after_a_token(positions: Any, mask: Any, expected: bool) -> None:
+    assert is_packed(torch.tensor([positions]), None if mask is None else torch.tensor([mask])) is expected
