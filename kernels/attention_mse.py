@@ -194,11 +194,12 @@ def _counted(mask_ptr, start, length, BLOCK: tl.constexpr):
     """Returns how many rows count, int64."""
     if mask_ptr is None:
         return tl.cast(length, tl.int64)
-    total = tl.zeros((BLOCK,), tl.int32)
-    for block in range(0, length, BLOCK):
-        at = block + tl.arange(0, BLOCK)
-        total += tl.load(mask_ptr + start + at, mask=at < length, other=0).to(tl.int32)
-    return tl.sum(total, 0).to(tl.int64)
+    else:  # Triton would compile code after the branch as well, where there is no mask
+        total = tl.zeros((BLOCK,), tl.int32)
+        for block in range(0, length, BLOCK):
+            at = block + tl.arange(0, BLOCK)
+            total += tl.load(mask_ptr + start + at, mask=at < length, other=0).to(tl.int32)
+        return tl.sum(total, 0).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["splits", "sequences"])

@@ -58,7 +58,8 @@ def _load(x_ptr, row_stride, rows, counted, DIM: tl.constexpr, PADDED: tl.conste
 @triton.jit
 def _store(x_ptr, row_stride, column_stride, rows, exist, x, DIM: tl.constexpr, PADDED: tl.constexpr):
     columns = tl.arange(0, PADDED)
-    where = rows[:, None] * row_stride + columns[None, :] * column_stride
+    # 64 bits: the gradient has the student's strides, which no copy has made small.
+    where = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     tl.store(x_ptr + where, x.to(x_ptr.dtype.element_ty), mask=exist[:, None] & (columns < DIM)[None, :])
 
 

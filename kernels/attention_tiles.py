@@ -71,7 +71,7 @@ def _weighted(
     weights, x, acc, IS_KL: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
 ):  # (M, K), (K, N), (M, N)
     """Returns acc + weights @ x. float16 loses digits below 6e-5: MSE weights, of any size, stay wide and widen x."""
-    if x.dtype == tl.bfloat16 or (x.dtype == tl.float16 and IS_KL):
+    if tl.float32 == WIDE and (x.dtype == tl.bfloat16 or (x.dtype == tl.float16 and IS_KL)):
         weights = weights.to(x.dtype)
     else:
         x = x.to(WIDE)
@@ -297,6 +297,7 @@ def _d_key(
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     factor = tl.full((), factor, WIDE)
     sk_ptr += batch * sk_batch + student_head * sk_head
+    stats_size = tl.cast(stats_size, tl.int64)  # three times as much may not fit in 32 bits
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # keys
     offset = key_length - query_length
     first = 0

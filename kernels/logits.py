@@ -131,12 +131,13 @@ def _log(x):
     """Computes log x of normal numbers: a general logarithm takes twice as long."""
     if x.dtype == tl.float64:
         return tl.log(x)
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & -0x800000  # x = 2^exponent (1 + f) with 2/3 <= 1 + f < 4/3
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1
-    series = 0.20003836 - f * (0.16539125 - f * (0.14116979 - f * (0.14704154 - f * 0.13433774)))
-    series = 0.5 - f * (0.33333319 - f * (0.25001809 - f * series))
-    return exponent.to(tl.float32) * (0.6931471805599453 / 0x800000) + (f - f * f * series)
+    else:  # Triton would compile code after the branch as well: the bits of a float64 are no int32
+        bits = x.to(tl.int32, bitcast=True)
+        exponent = (bits - 0x3F2AAAAB) & -0x800000  # x = 2^exponent (1 + f) with 2/3 <= 1 + f < 4/3
+        f = (bits - exponent).to(tl.float32, bitcast=True) - 1
+        series = 0.20003836 - f * (0.16539125 - f * (0.14116979 - f * (0.14704154 - f * 0.13433774)))
+        series = 0.5 - f * (0.33333319 - f * (0.25001809 - f * series))
+        return exponent.to(tl.float32) * (0.6931471805599453 / 0x800000) + (f - f * f * series)
 
 
 @triton.jit
