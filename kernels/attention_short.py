@@ -58,8 +58,7 @@ def _load(x_ptr, row_stride, rows, counted, DIM: tl.constexpr, PADDED: tl.conste
 @triton.jit
 def _store(x_ptr, row_stride, column_stride, rows, exist, x, DIM: tl.constexpr, PADDED: tl.constexpr):
     columns = tl.arange(0, PADDED)
-    # 64 bits: the gradient has the student's strides, which no copy has made small.
-    where = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    where = rows[:, None] * row_stride + columns[None, :] * column_stride
     tl.store(x_ptr + where, x.to(x_ptr.dtype.element_ty), mask=exist[:, None] & (columns < DIM)[None, :])
 
 
@@ -191,7 +190,8 @@ def fits(call: "Attention") -> bool:
         length <= 128
         and query.shape[3] <= WIDEST
         and teacher_query.shape[3] <= WIDEST
-        and all(x.itemsize == 2 and x.numel() for x in tensors)
+        # Offsets have 32 bits, and gradients the strides of the inputs.
+        and all(x.itemsize == 2 and x.numel() and x.stride(2) < 2**23 and x.stride(3) < 2**23 for x in tensors)
         and call.attn_mask is None
         and call.student_scale != 0  # the ratio of the scales
         and length <= longest(_common.arch_of(query))

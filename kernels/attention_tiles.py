@@ -297,7 +297,6 @@ def _d_key(
     student_scale, teacher_scale = tl.full((), student_scale, WIDE), tl.full((), teacher_scale, WIDE)
     factor = tl.full((), factor, WIDE)
     sk_ptr += batch * sk_batch + student_head * sk_head
-    stats_size = tl.cast(stats_size, tl.int64)  # three times as much may not fit in 32 bits
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # keys
     offset = key_length - query_length
     first = 0
