@@ -209,10 +209,13 @@ def summary(out: Path, state: dict, short: bool = False) -> str:
     lines = [f"# fastdistill on {state['device']}", "", *outcomes(out, state)]
     lines += ["", f"## {len(failed)} failed", "", *(f"- {line}" for line in shown)]
     if (out / "results.json").exists():
-        result = report.read(out / "results.json")
-        lines += ["", "## Goals", "", goals.table(result)]
-        if not short:
-            lines += ["", "## All measurements", "", "```", report.summary(result["records"]), "```"]
+        try:
+            result = report.read(out / "results.json")
+            lines += ["", "## Goals", "", goals.table(result)]
+            if not short:
+                lines += ["", "## All measurements", "", "```", report.summary(result["records"]), "```"]
+        except Exception as problem:  # a page that cannot be written is no reason to measure no more
+            lines += ["", f"results.json: {type(problem).__name__}: {problem}"]
     return "\n".join(lines) + "\n"
 
 
