@@ -43,6 +43,8 @@ WITH_GOALS = ("attention_mse", "attention_packed", "linear_logits", "logits", "l
 NEEDED = ("torch", "triton", "numpy", "fastdistill.kernels")
 FOR_TESTS = ("pytest", "pytest_benchmark", "hypothesis", "psutil")  # without them only the smoke test runs
 SMOKE, SMOKE_LINES = "smoke", "smoke.txt"
+UNUSABLE = 70  # the exit code where the card cannot be used any more
+OUTCOMES = ("begun", "skipped", "passed", "failed")  # of several lines about a test the last of these counts
 LEAST = 40  # seconds that must be left to begin another stage
 LAST = 15  # seconds at the end, to stop what runs and write the summary
 
@@ -117,9 +119,34 @@ def absent(names: tuple[str, ...]) -> list[str]:
     return found
 
 
+def read(path: Path, start: int = 0) -> dict[str, dict]:
+    """Returns the line that counts for each test, from byte `start` on. One that was cut off in the middle does not."""
+    found: dict[str, dict] = {}
+    for text in path.read_bytes()[start:].decode(errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        before = found.setdefault(line["test"], line)
+        if OUTCOMES.index(line["outcome"]) > OUTCOMES.index(before["outcome"]):
+            found[line["test"]] = line
+    return found
+
+
+def lost(path: Path, start: int) -> list[str]:
+    return [test for test, line in read(path, start).items() if line["outcome"] == "begun"]
+
+
+def write(path: Path, stage: str, test: str, outcome: str, why: str = "") -> None:
+    with path.open("a") as file:
+        file.write("\n" + json.dumps({"stage": stage, "test": test, "outcome": outcome, "why": why}))
+
+
 def run(arguments: list[str], seconds: float, log: Path) -> int | None:
     """Returns the exit code, or None if it ran out of time: SIGINT then lets pytest write what it has."""
     with log.open("ab") as out:
+        out.write(f"\n# {shlex.join(arguments)}\n".encode())
+        out.flush()
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
         )
@@ -142,18 +169,16 @@ def finish(stage: Stage, seconds: float, out: Path) -> int | None:
         (out / SMOKE_LINES).unlink(missing_ok=True)
         code = run(stage.arguments, seconds, out / "log.txt")
         return 1 if code is None else code
-    from bench import journal
-
     end, path = time.monotonic() + seconds, out / "journal.jsonl"
     while (left := end - time.monotonic()) > 0:
         start = path.stat().st_size if path.exists() else 0
         code = run(stage.arguments, left, out / "log.txt")
         if code is None:
             return None
-        gone = journal.lost(path, start)
+        gone = lost(path, start)
         for test in gone:
-            journal.write(path, stage.name, test, "failed", f"its process hung or crashed (exit code {code})")
-        if not gone and code != journal.UNUSABLE:
+            write(path, stage.name, test, "failed", f"its process hung or crashed (exit code {code})")
+        if not gone and code != UNUSABLE:
             return 0 if code == 5 else code  # 5: nothing was collected, because all of it has run before
     return None
 
@@ -167,35 +192,36 @@ def digest() -> str:
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in code)).hexdigest()[:12]
 
 
+def smoke_lines(out: Path) -> list[str]:
+    """Returns a line for each case of the smoke test, and how many failed."""
+    path = out / SMOKE_LINES
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
 def failures(out: Path) -> list[str]:
     """Returns a line for each case of the smoke test and each test that failed."""
-    from bench import journal
-
-    path = out / SMOKE_LINES
-    lines = path.read_text(errors="replace").splitlines()[:-1] if path.exists() else []
-    return [f"{SMOKE}: {line}" for line in lines if ": ok, error" not in line] + [
+    wrong = [line for line in smoke_lines(out) if ": ok, error" not in line and not line.endswith(" failed")]
+    return [f"{SMOKE}: {line}" for line in wrong] + [
         f"{line['stage']}: {test}: {line['why']}"
-        for test, line in journal.read(out / "journal.jsonl").items()
+        for test, line in read(out / "journal.jsonl").items()
         if line["outcome"] == "failed"
     ]
 
 
 def outcomes(out: Path, state: dict) -> list[str]:
     """Returns a line for each stage."""
-    from bench import journal
-
     counts: dict[str, Counter[str]] = {}
-    for line in journal.read(out / "journal.jsonl").values():
+    for line in read(out / "journal.jsonl").values():
         counts.setdefault(line["stage"], Counter())[line["outcome"]] += 1
     lines = []
     for stage in stages(out):
         code, count = state["codes"].get(stage.name), counts.get(stage.name, Counter())
         found = [f"{count[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped") if count[outcome]]
         if stage.name == SMOKE and code is not None:
-            found = [(out / SMOKE_LINES).read_text(errors="replace").splitlines()[-1]]
+            found = smoke_lines(out)[-1:]
         if code is None:
             found.append("not finished" if found else "not begun")
-        elif code and not count["failed"]:
+        elif code and not count["failed"] and not (stage.name == SMOKE and found):
             found.append(f"exit code {code}, see log.txt")
         lines.append(f"- {stage.name}: " + ", ".join(found or ["nothing to run"]))
     return lines

@@ -11,7 +11,6 @@ used (an illegal address). pytest-xdist then starts another process. Without it,
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -19,34 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import usable
+from bench.gpu import UNUSABLE, read, usable, write
 
 SECONDS = 150
-UNUSABLE = 70  # the exit code where the card cannot be used any more
-OUTCOMES = ("begun", "skipped", "passed", "failed")  # of several lines about a test the last of these counts
-
-
-def read(path: Path, start: int = 0) -> dict[str, dict]:
-    """Returns the line that counts for each test, from byte `start` on. One that was cut off in the middle does not."""
-    found: dict[str, dict] = {}
-    for text in path.read_bytes()[start:].decode(errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        before = found.setdefault(line["test"], line)
-        if OUTCOMES.index(line["outcome"]) > OUTCOMES.index(before["outcome"]):
-            found[line["test"]] = line
-    return found
-
-
-def lost(path: Path, start: int) -> list[str]:
-    return [test for test, line in read(path, start).items() if line["outcome"] == "begun"]
-
-
-def write(path: Path, stage: str, test: str, outcome: str, why: str = "") -> None:
-    with path.open("a") as file:
-        file.write("\n" + json.dumps({"stage": stage, "test": test, "outcome": outcome, "why": why}))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,15 +48,15 @@ def pytest_configure_node(node) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    finished = [item for item in items if item.nodeid in config.stash[FINISHED]]
-    config.hook.pytest_deselected(items=finished)
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in config.stash[FINISHED]])
+    left = [item for item in items if item.nodeid not in config.stash[FINISHED]]
     seen: Counter[str] = Counter()
     place = {}
-    for item in items:
+    for item in left:
         test = item.nodeid.split("[")[0]
         place[item] = seen[test]
         seen[test] += 1
-    items[:] = sorted(set(items) - set(finished), key=lambda item: (place[item], items.index(item)))
+    items[:] = sorted(left, key=place.__getitem__)
 
 
 @pytest.hookimpl(wrapper=True)
