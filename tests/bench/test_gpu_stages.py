@@ -174,7 +174,7 @@ def test_out_of_time_no_process_is_left(small: Stages) -> None:
 @pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_a_test_that_hangs_crashes_or_spoils_the_card_ends_no_other(small: Stages, processes: tuple[str, ...]) -> None:
     (small.folder / "conftest.py").write_text(
-        "import bench.journal, os\nbench.journal.SECONDS = 5\nspoilt = []\nbench.journal.usable = lambda: not spoilt\n"
+        "import bench.journal, os\nbench.journal.SECONDS = 10\nspoilt = []\nbench.journal.usable = lambda: not spoilt\n"
     )
     spoils = "import conftest; conftest.spoilt.append(1); raise RuntimeError('an illegal address')"
     small.write(
