@@ -71,12 +71,14 @@ def measured(benchmark, request: pytest.FixtureRequest):
 
     def of(case: measure.Case, implementations: list[measure.Implementation], direction: str) -> None:
         run = request.config.stash[RUN]
-        run["records"] += measure.measure(benchmark, case, implementations, direction, run["preset"])
+        records = measure.measure(benchmark, case, implementations, direction, run["preset"])
+        run["records"] += records
         run["cases"].append(request.node.nodeid)
         path = request.config.stash.get(PATH, None)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             report.write_atomically(path, lambda file: file.write_text(json.dumps(run, indent=1) + "\n"))
+        assert not measure.broken(records), measure.broken(records)
 
     return of
 

@@ -1,29 +1,34 @@
 """`python -m bench.smoke [--minutes 3] [--out FILE]`: runs one case of every kernel and dtype, to see what is broken.
 
 Each case is a loss and its gradients at a size that takes milliseconds. It is compiled, run, compared with the
-definition in float64, and run again for its time: a line each, written as it goes, the dtypes of training first. An
-error ends only its own case: after one that leaves the card unusable (an illegal address) the program starts again with
-the next. Out of time, the cases that are left are named. bfloat16 runs every variant, the other dtypes one of each
+definition in float64, and run again for its time: a line each, written as it goes, the dtypes of training first.
+Several processes share the cases, since most of the time goes into compiling; so the times are no measurements. A case
+that hangs, crashes, or leaves the card unusable (an illegal address) ends its process, and another one goes on with the
+next case. Out of time, the cases that are left are named. bfloat16 runs every variant, the other dtypes one of each
 kernel. Without a card it runs small tensors in Triton's interpreter (`TRITON_INTERPRET=1`), whose bfloat16 is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastdistill
-from fastdistill import cuda
+from bench.gpu import usable
 
+SECONDS = 90  # after which a case is given up; its first one imports libraries as well
 # The largest error ||out - exact|| / ||exact|| of the loss and of each gradient.
 ERROR = {torch.bfloat16: 1e-2, torch.float16: 4e-3, torch.float32: 2e-5, torch.float64: 1e-10}
 
@@ -145,16 +150,16 @@ def cases(small: bool) -> Iterator[Case]:
     yield Case("linear_kl_div", "labels", heads_of(True), both, options={"alpha": 0.5, "ignore_index": -1})
 
 
-def runs(device: torch.device) -> list[tuple[Case, torch.dtype]]:
-    """Returns all cases that can run here, those of the first dtype and of Triton first."""
+def runs(device: torch.device, only: str = "") -> list[tuple[Case, torch.dtype]]:
+    """Returns the cases that can run here and whose op and name contain `only`, those of the first dtype first."""
     on_card = device.type == "cuda"
-    found = [(case, dtype) for case in cases(small=not on_card) for dtype in case.dtypes]
+    found = [(case, dtype) for case in cases(small=not on_card) for dtype in case.dtypes if only in str(case)]
     if not on_card:
         found = [(case, torch.float16 if dtype == torch.bfloat16 else dtype) for case, dtype in found]
         found = [run for i, run in enumerate(found) if run not in found[:i]]
-    if cuda.unavailable(device) is not None:
+    if not on_card or torch.cuda.get_device_capability() < (9, 0):
         found = [run for run in found if run[0].backend != "cuda"]
-    return sorted(found, key=lambda run: (list(ERROR).index(run[1]), run[0].backend == "cuda"))
+    return sorted(found, key=lambda run: list(ERROR).index(run[1]))
 
 
 def line(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
@@ -200,12 +205,37 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _usable(device: torch.device) -> bool:
-    try:
-        torch.ones(1, device=device).item()
-    except RuntimeError:
-        return False
-    return True
+def title(case: Case, dtype: torch.dtype) -> str:
+    return f"{case}, {str(dtype).removeprefix('torch.')}: "
+
+
+def serve(device: torch.device, chosen: list[tuple[Case, torch.dtype]], numbers: list[int], end: float) -> int:
+    """Runs cases and prints a line each until `end`, or until one leaves the card unusable. Returns the exit code."""
+    for number in numbers:
+        if time.time() > end:
+            return 0
+        print(title(*chosen[number]), end="", flush=True)  # so that the name of a case that hangs is there
+        faulthandler.dump_traceback_later(SECONDS, exit=True)
+        print(line(*chosen[number], device)[1], flush=True)
+        faulthandler.cancel_dump_traceback_later()
+        if not usable():
+            return 1
+    return 0
+
+
+def shepherd(arguments: list[str], titles: dict[int, str], write: Callable[[str], None]) -> None:
+    """Runs the cases with these numbers and titles in a process, and those after one that ended it in another."""
+    left = list(titles)
+    while left:
+        command = [sys.executable, "-m", "bench.smoke", *arguments, "--cases", *map(str, left)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        before = len(left)
+        for text in process.stdout or ():
+            if left and text.startswith(titles[left[0]]):  # anything else is printed by a library
+                del left[0]
+            write(text if text.endswith("\n") else f"{text}HANGS OR CRASHES\n")
+        if process.wait() == 0 or len(left) == before:  # all of them, or out of time; or none can run
+            return
 
 
 def main() -> int:
@@ -213,33 +243,44 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--out", type=Path, help="file to append the lines to, beside the standard output")
     parser.add_argument("--only", default="", help="only cases whose op and name contain this")
-    parser.add_argument("--start", type=int, default=0, help="number of the first case")
-    parser.add_argument("--failed", type=int, default=0, help="how many failed before it")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 14), help="that run cases at once")
+    parser.add_argument("--cases", nargs="+", type=int, help="numbers of the cases that this process runs itself")
+    parser.add_argument("--end", type=float, help="when it ends, in seconds since 1970")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    end, failed = time.monotonic() + 60 * arguments.minutes, arguments.failed
-    chosen = [run for run in runs(device) if arguments.only in str(run[0])]
+    end = arguments.end or time.time() + 60 * arguments.minutes
+    chosen = runs(device, arguments.only)
+    if arguments.cases:
+        return serve(device, chosen, arguments.cases, end)
+    lock = Lock()
+    found: list[str] = []
 
     def write(text: str) -> None:
-        print(text, end="", flush=True)
-        if arguments.out:
-            with arguments.out.open("a") as file:
-                file.write(text)
+        with lock:
+            found.append(text)
+            print(text, end="", flush=True)
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(text)
 
-    if (reason := cuda.unavailable(device)) is not None and not arguments.start:
-        write(f"backend cuda does not run here: {reason}\n")
-    for number, (case, dtype) in enumerate(chosen[arguments.start :], arguments.start):
-        left = end - time.monotonic()
-        if left < 0:
-            write("".join(f"not reached: {of}, {kind}\n" for of, kind in chosen[number:]))
-            break
-        write(f"{case}, {str(dtype).removeprefix('torch.')}: ")  # so that the name of a case that hangs is there
-        right, result = line(case, dtype, device)
-        write(result + "\n")
-        failed += not right
-        if not _usable(device):
-            again = ["--start", str(number + 1), "--failed", str(failed), "--minutes", str(left / 60)]
-            os.execv(sys.executable, [sys.executable, "-m", "bench.smoke", *sys.argv[1:], *again])
+    # One process waits for the compiler of csrc/, and the others share Triton's cases.
+    titles = {number: title(*run) for number, run in enumerate(chosen)}
+    of_csrc = [number for number in titles if chosen[number][0].backend == "cuda"]
+    others = [number for number in titles if number not in of_csrc]
+    shares = [of_csrc, *(others[start :: arguments.processes] for start in range(arguments.processes))]
+    passed_on = ["--only", arguments.only, "--end", str(end)]
+    threads = [
+        Thread(target=shepherd, args=(passed_on, {number: titles[number] for number in share}, write))
+        for share in shares if share
+    ]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ran = [text for text in found if text.startswith(tuple(titles.values()))]
+    missed = [case for case in titles.values() if not any(text.startswith(case) for text in ran)]
+    write("".join(f"{case}not reached\n" for case in missed))
+    failed = len(chosen) - sum(": ok, error " in text for text in ran)
     write(f"{failed} of {len(chosen)} failed\n")
     return 1 if failed else 0
 

@@ -59,6 +59,15 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
     return x, max(x.shape[:-1].numel(), 1), 0, strides[0] if strides else 0
 
 
+def flags(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Returns a mask as a kernel that multiplies in `dtype` takes it: of 32 bits for float64.
+
+    The narrowest load that a factor depends on decides the product's layout, and for bytes Triton 3.6 compiles no
+    product of float64.
+    """
+    return mask.int() if mask is not None and dtype == torch.float64 else mask
+
+
 def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

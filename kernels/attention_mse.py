@@ -484,11 +484,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous()
 
 
-def _mask(mask: Tensor | None) -> tuple[Tensor | None, int]:  # (B|1, T)
-    """Returns a mask of rows, and its stride from one batch entry to the next."""
+def _mask(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, int]:  # (B|1, T)
+    """Returns a mask of rows for products in `dtype`, and its stride from one batch entry to the next."""
     if mask is None:
         return None, 0
-    return mask.contiguous(), 0 if mask.shape[0] == 1 else mask.shape[1]
+    return _common.flags(mask.contiguous(), dtype), 0 if mask.shape[0] == 1 else mask.shape[1]
 
 
 def _unit(*tensors: Tensor) -> int:
@@ -563,7 +563,7 @@ def loss(
     key_length, d_t = call.student_key.shape[2], call.teacher_query.shape[3]
     groups, width = lcm(call.student_key.shape[1], call.teacher_key.shape[1]), d_s + d_t
     dtype, new = gram_dtype(*call.tensors()), call.student_query.new_empty
-    query_mask, key_mask = _mask(call.query_mask), _mask(call.key_mask)
+    query_mask, key_mask = _mask(call.query_mask, dtype), _mask(call.key_mask, dtype)
     is_packed, sequences = call.cu_seqlens is not None, sequences_of(call)
     has_pairs = not (is_causal or is_packed) and (call.query_mask is not None or call.key_mask is not None)
     chunks = [grams_of_a_scan(call)] if is_causal else [sequences] if is_packed else []
@@ -624,7 +624,7 @@ def gradients(
             return
         student, teacher = _rows(student), _rows(teacher)
         own, length = student.shape[1:3]
-        mask, mask_batch = _mask(mask)
+        mask, mask_batch = _mask(mask, gram.dtype)
         unit_s, unit_t = _unit(student), _unit(teacher)
         tiles = blocks(length, rows)
         # ptxas would rather spill than give up a program a multiprocessor.

@@ -401,12 +401,13 @@ def loss(
     tensors = [
         x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous() for x in call.tensors()
     ]
-    flags = [None if x is None else x.contiguous() for x in (counted.queries, counted.keys)]
+    flags = [None if x is None else _common.flags(x.contiguous(), dtype) for x in (counted.queries, counted.keys)]
+    pairs = _common.flags(call.attn_mask, dtype)
     strides = [stride for x in tensors for stride in x.stride()[:3]]
-    for x, dimensions in ((flags[0], 2), (flags[1], 2), (call.attn_mask, 4)):  # 0 where a mask is broadcast
+    for x, dimensions in ((flags[0], 2), (flags[1], 2), (pairs, 4)):  # 0 where a mask is broadcast
         strides += [0 if x is None or x.shape[i] == 1 else x.stride(i) for i in range(dimensions)]
     of_queries, of_keys = counted.bounds or (None, None)
-    inputs = (*tensors, *flags, call.attn_mask)
+    inputs = (*tensors, *flags, pairs)
     arch = _common.arch_of(call.student_query)
     padded_s, padded_t = (max(power_of_2(width), 16) for width in (d_s, d_t))
     itemsize = max(8 if dtype == torch.float64 else 2, *(x.itemsize for x in tensors))

@@ -194,6 +194,7 @@ def residual(
     )
     strides = [0 if y is None else y.stride(0) for y in (x, weight, teacher)]
     align = math.gcd(16, d_s, *strides)
+    mask = _common.flags(mask, dtype)
     row_tiles, column_tiles = -(-tokens // tiles["BLOCK_M"]), -(-d_t // tiles["BLOCK_N"])
     loss = x.new_empty(column_tiles, tokens, dtype=dtype) if wants_loss else None
     d_bias = x.new_empty(row_tiles, d_t, dtype=dtype) if wants_bias else None

@@ -28,6 +28,11 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from fastdistill.train.inputs import forward_arguments, is_causal, is_packed, packed_ends, refuse_encoder_decoder
 
+try:
+    from transformers.utils.output_capturing import select_hidden_states
+except ImportError:  # this version (5.17, for one) takes no indices of hidden states, or counts them from another start
+    select_hidden_states = None
+
 if TYPE_CHECKING:
     from fastdistill.train.causal_lm import Logits
 
@@ -382,7 +387,7 @@ def run(
     if attentions:
         arguments["output_attentions"] = True
     if hidden:
-        arguments["output_hidden_states"] = sorted(hidden)
+        arguments["output_hidden_states"] = sorted(hidden) if select_hidden_states else True
     if getattr(model.config, "use_cache", False):
         arguments["use_cache"] = False
     outputs = model(**arguments, return_dict=True)

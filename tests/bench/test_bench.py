@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 pytest.importorskip("psutil", reason="the benchmarks read the free memory with it")
 pytest.importorskip("pytest_benchmark", reason="it drives the benchmarks")
 
-from bench import eager, goals, gpu, measure, report
+from bench import eager, goals, measure, report
 from bench.cost import logits
 
 ROOT = Path(__file__).parents[2]
@@ -133,12 +132,69 @@ def test_implementations_that_cannot_run_are_reported() -> None:
     assert "seconds" not in found["large"]
 
 
-def test_a_failure_of_ours_is_raised() -> None:
+def test_what_is_broken_of_ours_is_named() -> None:
     def broken(*inputs: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("by nothing")
 
-    with pytest.raises(AssertionError, match="ZeroDivisionError"):
-        records(measure.Implementation("fastdistill torch", broken), EAGER)
+    def wrong(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return 2 * eager.kl_div(student, teacher)
+
+    mine = [measure.Implementation(f"fastdistill {name}", loss) for name, loss in (("a", broken), ("b", wrong))]
+    found = records(*mine, EAGER, measure.Implementation("other", broken))
+    assert report.good(found["eager"])
+    first, second = measure.broken(list(found.values()))
+    assert first == "fastdistill a: failed: ZeroDivisionError: by nothing"
+    assert second.startswith("fastdistill b: its error is 1.0e+00, and the limit ")
+
+
+def test_a_card_that_cannot_be_used_any_more_gives_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "usable", lambda: False)
+    found = records(EAGER, measure.Implementation("fastdistill torch", eager.kl_div))
+    assert {x["status"] for x in found.values()} == {"failed: another implementation left the card unusable"}
+    assert "seconds" not in found["eager"]
+
+
+def test_every_backend_is_measured_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` does not take csrc's kernels before a measurement, so they are measured under their own name."""
+    monkeypatch.setattr(measure, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr("fastdistill.functional.pick_backend", lambda *arguments: "triton")
+    monkeypatch.setattr("fastdistill.cuda.unavailable", lambda device: None)
+    names = [f"fastdistill {backend}" for backend in ("triton", "cuda", "torch")]
+    assert [x.name for x in measure.ours(eager.kl_div, on_logits=True)] == names
+    assert [x.name for x in measure.ours(eager.kl_div)] == [names[0], names[2]]
+    with_csrc = [goal for goal in goals.goals("H200") if "csrc" in goal.text]
+    record = {"least_bytes": 4.8e9, "seconds": 1e-3}
+    assert with_csrc
+    assert all(goal.figure(record, {names[1]: record}) > 0 for goal in with_csrc)
+
+
+BROKEN = """
+from bench import measure
+from tests.bench.test_bench import EAGER, case
+
+def loss(*inputs):
+    raise RuntimeError("an illegal address")
+
+def bench_one(measured):
+    measured(case(), [measure.Implementation("fastdistill torch", loss), EAGER], measure.BOTH)
+"""
+
+
+def test_what_a_failing_case_has_measured_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "bench_broken.py").write_text(BROKEN)
+    path = tmp_path / "results.json"
+    options = ["-q", "-c", "pyproject.toml", "-p", "bench.conftest", "--benchmark-only", "--results", str(path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", str(tmp_path / "bench_broken.py"), *options],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "fastdistill torch: failed: RuntimeError: an illegal address" in run.stdout, run.stdout + run.stderr
+    result = report.read(path)
+    assert {x["implementation"]: x["status"][:6] for x in result["records"]} == {
+        "fastdistill torch": "failed", "eager": "ok",
+    }  # fmt: skip
+    assert len(result["cases"]) == 1  # and it is not measured again
 
 
 def test_peak_memory_excludes_the_returned_tensors() -> None:
@@ -166,70 +222,6 @@ def test_goals_are_met_missed_or_open() -> None:
     assert verdicts(record("fastdistill triton", 1e-3), record("eager", 1e-2)) == ["**missed**", "met"]
     assert verdicts(record("fastdistill triton", 1e-3)) == ["open", "met"]
     assert verdicts(record("fastdistill triton", 1e-3, error=0.5), record("eager", 2e-2)) == ["open", "open"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
-def test_without_a_gpu_it_names_the_stages_that_it_cannot_run(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path / "out")],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 3
-    assert "There is no GPU here" in run.stderr
-    assert "bench/bench_attention_mse.py -m goal" in run.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_stages_are_in_the_order_of_use_and_name_files_that_exist(tmp_path: Path) -> None:
-    """First what is broken, then whether the ops are right, then how fast they are."""
-    stages = dict(gpu.stages(tmp_path))
-    names = list(stages)
-    assert names[:5] == ["smoke", "tests for a GPU", "contract: triton", "contract: cuda", "contract: torch"]
-    assert names[5 : 5 + len(gpu.WITH_GOALS)] == [f"goals: {bench}" for bench in gpu.WITH_GOALS]
-    assert names[-1] == "sanitizers"
-    assert find_spec(stages.pop("smoke")[0])
-    for name, arguments in stages.items():
-        files = [argument for argument in arguments if argument.endswith(".py") and not argument.startswith("-")]
-        assert files or "tests" in arguments, name
-        assert all((gpu.ROOT / file).is_file() for file in files), name
-
-
-def test_stages_resume_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    (tmp_path / "test_quick.py").write_text("def test_quick(): open('quick', 'a').write('x')\n")
-    (tmp_path / "test_long.py").write_text("import time\ndef test_long(): time.sleep(60)\n")
-    (tmp_path / "test_wrong.py").write_text("def test_wrong(): assert False\n")
-    names = ["quick", "long"]
-    monkeypatch.setattr(gpu, "stages", lambda results: [(name, ["pytest", "-q", f"test_{name}.py"]) for name in names])
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    run = gpu.run
-
-    def shortened(arguments: list[str], seconds: float, log: Path) -> int | None:
-        assert 0 < seconds <= 600
-        return run(arguments, 3 if "test_long.py" in arguments else seconds, log)
-
-    monkeypatch.setattr(gpu, "run", shortened)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    arguments = ["gpu", "--out", str(tmp_path / "out"), "--minutes", "10"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert gpu.main() == 4
-    summary = (tmp_path / "out" / "summary.md").read_text()
-    assert "- quick: 1 passed" in summary
-    assert "- long: out of time" in summary
-
-    (tmp_path / "test_long.py").write_text("def test_long(): pass\n")
-    monkeypatch.setattr(gpu, "run", run)
-    assert gpu.main() == 0
-    assert (tmp_path / "quick").read_text() == "x"  # not run again
-    assert "- long: 1 passed" in (tmp_path / "out" / "summary.md").read_text()
-
-    names.append("wrong")
-    assert gpu.main() == 1
-    assert "- wrong: 1 failed" in (tmp_path / "out" / "summary.md").read_text()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another card")
-    with pytest.raises(SystemExit):
-        gpu.main()
-    assert "holds results of a card" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("smallest", [False, True])

@@ -14,7 +14,6 @@ pytest.importorskip("triton", reason="the smoke test runs Triton's kernels")
 
 import fastdistill
 from bench import smoke
-from fastdistill import cuda
 
 CPU = torch.device("cpu")
 
@@ -58,20 +57,65 @@ def test_the_program_writes_a_line_a_case_and_names_what_it_does_not_reach(
 ) -> None:
     def written(minutes: str, only: str) -> list[str]:
         out = tmp_path / f"{minutes}.txt"
-        monkeypatch.setattr(cuda, "unavailable", lambda device: "there is no card")
-        monkeypatch.setattr(sys, "argv", ["smoke", "--minutes", minutes, "--only", only, "--out", str(out)])
-        assert smoke.main() == 0
+        options = ["--minutes", minutes, "--only", only, "--out", str(out), "--processes", "1"]
+        monkeypatch.setattr(sys, "argv", ["smoke", *options])
+        assert smoke.main() == (minutes == "-1")
         return out.read_text().splitlines()
 
-    first, *lines, last = written("1", "kl_div (row in registers), triton")
-    assert first == "backend cuda does not run here: there is no card"
+    *lines, last = written("1", "kl_div (row in registers), triton")
     assert [line.split(": ok, error ")[0] for line in lines] == [
         f"kl_div (row in registers), triton, {dtype}" for dtype in ("float16", "float32", "float64")
     ]
     assert last == "0 of 3 failed"
-    assert written("-1", "tvd (row in registers)")[1:] == [
-        "not reached: tvd (row in registers), triton, torch.float16", "0 of 1 failed",
+    assert written("-1", "tvd (row in registers)") == [
+        "tvd (row in registers), triton, float16: not reached", "1 of 1 failed",
     ]  # fmt: skip
+
+
+# Prints as a process of the smoke test does. Case 1 ends it, as a kernel that crashes; case 3 spoils the card.
+PRINTS = """#!{python}
+import os, sys
+for number in map(int, sys.argv[sys.argv.index("--cases") + 1 :]):
+    print(f"case {{number}}: ", end="", flush=True)
+    if number == 1:
+        os._exit(1)
+    print("an illegal address" if number == 3 else "ok, error 0", flush=True)
+    if number == 3:
+        sys.exit(1)
+    print("a library says hello")
+"""
+
+
+def test_a_case_that_ends_its_process_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text(PRINTS.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    found: list[str] = []
+    smoke.shepherd([], {number: f"case {number}: " for number in range(6)}, found.append)
+    assert [line for line in "".join(found).splitlines() if "hello" not in line] == [
+        "case 0: ok, error 0", "case 1: HANGS OR CRASHES", "case 2: ok, error 0", "case 3: an illegal address",
+        "case 4: ok, error 0", "case 5: ok, error 0",
+    ]  # fmt: skip
+
+
+HANGS = """
+import time
+from bench import smoke
+smoke.SECONDS = 0.5
+smoke.line = lambda *case: time.sleep(60)
+raise SystemExit(smoke.serve("cpu", smoke.runs(smoke.torch.device("cpu")), [0, 1], time.time() + 60))
+"""
+
+
+def test_a_case_that_hangs_is_given_up() -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HANGS], cwd=Path(__file__).parents[2], capture_output=True, text=True,
+        check=False, timeout=50,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stdout == "attention_mse (26 / 64, masks), triton, float16: "
+    assert "Timeout" in run.stderr
 
 
 LAUNCHED = """

@@ -93,6 +93,18 @@ def test_only_what_was_asked_for_is_kept(family: str) -> None:
     assert capture(model, batch).hidden == {}
 
 
+def test_transformers_that_counts_hidden_states_otherwise_is_asked_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = _tiny.model(), _tiny.batch()
+    asked = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    monkeypatch.setattr("fastdistill.train.capture.select_hidden_states", None)
+    states = capture(model, batch, hidden=[3, 0])
+    assert asked[0]["output_hidden_states"] is True
+    every = model(**batch, output_hidden_states=True).hidden_states
+    assert set(states.hidden) == {0, 3}
+    assert all(torch.equal(states.hidden[i], every[i]) for i in (0, 3))
+
+
 @pytest.mark.parametrize(
     ("family", "padded", "key_mask", "window", "is_causal"),
     [
