@@ -171,7 +171,7 @@ def test_out_of_time_no_process_is_left(small: Stages) -> None:
         assert not state.exists() or state.read_text().split()[2] == "Z"  # the child's parent has gone before it
 
 
-@pytest.mark.parametrize("processes", [(), ("-n", "2")], ids=["alone", "xdist"])
+@pytest.mark.parametrize("processes", [(), pytest.param(("-n", "2"), marks=pytest.mark.slow)], ids=["alone", "xdist"])
 def test_a_test_that_hangs_crashes_or_spoils_the_card_ends_no_other(small: Stages, processes: tuple[str, ...]) -> None:
     (small.folder / "conftest.py").write_text(
         "import bench.journal, os\nbench.journal.SECONDS = 10\nspoilt = []\nbench.journal.usable = lambda: not spoilt\n"
