@@ -60,6 +60,8 @@ struct Thread {
   ucontext_t context;
   bool done = false;
   int generation = 0, exchanges = 0;
+  const Barrier* stops_at = nullptr;
+  int stopped = 0;  // the barrier's generation
 
   Thread(Simulation& simulation, const Plan& plan, int rank, int thread)
       : rank(rank), size(plan.cluster), log_size(__builtin_ctz(plan.cluster)), thread(thread), threads(plan.threads),
@@ -76,8 +78,10 @@ struct Thread {
   template <class Own>
   Own* own() { return reinterpret_cast<Own*>(mailbox() + 1) + thread; }
 
+  bool waits() const { return stops_at && stops_at->generation == stopped; }
   void until(const Barrier& barrier, int generation) {
-    while (barrier.generation == generation) swapcontext(&context, &simulation.scheduler);
+    stops_at = &barrier, stopped = generation;
+    if (waits()) swapcontext(&context, &simulation.scheduler);
   }
   // Leaves values for the other lanes of the warp; returns what each lane has left.
   template <int K>
@@ -149,7 +153,7 @@ void run_cluster(const Task& task, const Plan& plan, bool backwards, char* stack
   for (int left = count, sweep = 1; left > 0; ++sweep) {
     for (int i = 0; i < count; ++i) {
       Thread& thread = *threads[backwards ? count - 1 - i : i];
-      if (thread.done || (backwards && sweep % thread.pace())) continue;
+      if (thread.done || thread.waits() || (backwards && sweep % thread.pace())) continue;
       swapcontext(&simulation.scheduler, &thread.context);
       left -= thread.done;
     }
