@@ -103,7 +103,12 @@ struct Kernel {
     int size = MOST_BLOCKS;
     for (int clusters = 0; size > 1; size /= 2) {
       Launch launch(size, {size, MOST_THREADS}, bytes, nullptr);
-      check(cudaOccupancyMaxActiveClusters(&clusters, function, &launch.config), "cudaOccupancyMaxActiveClusters");
+      const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, function, &launch.config);
+      if (error == cudaErrorInvalidClusterSize) {
+        cudaGetLastError();  // no device of this kind runs such a cluster
+        continue;
+      }
+      check(error, "cudaOccupancyMaxActiveClusters");
       if (clusters > 0) break;
     }
     if (device < 64) largest[device] = size;
@@ -137,15 +142,10 @@ void launch_rows(const Call& call, Element element, Kind kind, void* stream) try
       std::to_string(call.classes) + " classes in " + elements[int(element)] + ": " + error.what());
 }
 
-// Launches an empty kernel; returns the error, or null. A binary may load on a driver that is too old to run it.
-extern "C" const char* fastdistill_probe(int device) {
-  int current = 0;
-  cudaError_t error = cudaGetDevice(&current);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) {
-    nothing<<<1, 1>>>();
-    error = cudaGetLastError();
-    cudaSetDevice(current);
-  }
+// Launches an empty kernel on the current device; returns the error, or null. A binary may load on a driver that is too
+// old to run it.
+extern "C" const char* fastdistill_probe() {
+  nothing<<<1, 1>>>();
+  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -31,11 +31,13 @@ struct Warp {
   float left[2][32][MOST_VALUES];
 };
 
-// Shared memory starts as NaN, so that a read before a write shows.
+// Shared memory starts as NaN, so that a read before a write shows. It exists from the block's first thread until its
+// last one ends.
 struct Block {
   Barrier barrier;
   std::vector<Warp> warps;
   std::vector<float4> shared;
+  int begun = 0, ended = 0;  // of its threads
 
   Block(const Plan& plan)
       : warps(plan.threads / 32), shared(sizeof(Mailbox) / sizeof(float4) + plan.threads * (sizeof(Held<__half>) / sizeof(float4))) {
@@ -58,6 +60,8 @@ struct Thread {
   ucontext_t context;
   bool done = false;
   int generation = 0, exchanges = 0;
+  const Barrier* stops_at = nullptr;
+  int stopped = 0;  // the barrier's generation
 
   Thread(Simulation& simulation, const Plan& plan, int rank, int thread)
       : rank(rank), size(plan.cluster), log_size(__builtin_ctz(plan.cluster)), thread(thread), threads(plan.threads),
@@ -65,12 +69,19 @@ struct Thread {
 
   Block& block() { return simulation.blocks[rank]; }
   Mailbox* mailbox() { return mailbox_of(rank); }
-  Mailbox* mailbox_of(int other) { return reinterpret_cast<Mailbox*>(simulation.blocks[other].shared.data()); }
+  // What is written to a block that has not started or has ended is lost.
+  Mailbox* mailbox_of(int other) {
+    static Mailbox lost;
+    Block& block = simulation.blocks[other];
+    return block.begun > 0 && block.ended < threads ? reinterpret_cast<Mailbox*>(block.shared.data()) : &lost;
+  }
   template <class Own>
   Own* own() { return reinterpret_cast<Own*>(mailbox() + 1) + thread; }
 
+  bool waits() const { return stops_at && stops_at->generation == stopped; }
   void until(const Barrier& barrier, int generation) {
-    while (barrier.generation == generation) swapcontext(&context, &simulation.scheduler);
+    stops_at = &barrier, stopped = generation;
+    if (waits()) swapcontext(&context, &simulation.scheduler);
   }
   // Leaves values for the other lanes of the warp; returns what each lane has left.
   template <int K>
@@ -91,6 +102,8 @@ struct Thread {
     return std::any_of(left, left + 32, [](const float* lane) { return *lane != 0; });
   }
   void wait_for_block() { until(block().barrier, block().barrier.arrive()); }
+  // Of how many sweeps over all threads it takes one, if threads run at unequal speeds.
+  int pace() const { return rank % 2 ? 576 : thread / 32 % 2 ? 24 : 1; }
   void arrive(bool) { generation = simulation.barrier.arrive(); }
   void wait() { until(simulation.barrier, generation); }
 };
@@ -101,7 +114,9 @@ struct Task {
   int row, count;
 
   void run(Thread& thread) const {
+    ++thread.block().begun;
     compute_rows<KIND, PLAIN, T>(thread, call, row, count);
+    ++thread.block().ended;
     thread.done = true;
   }
 };
@@ -115,7 +130,8 @@ void enter(unsigned task_high, unsigned task_low, unsigned thread_high, unsigned
   setcontext(&thread.simulation.scheduler);
 }
 
-// `backwards` runs the last thread of the last block first. Results must not depend on it.
+// `backwards` runs the last thread of the last block first, and at unequal speeds: every second warp starts late and is
+// slow, and every second block even more so. Results must not depend on it.
 template <class Task>
 void run_cluster(const Task& task, const Plan& plan, bool backwards, char* stacks) {
   Simulation simulation{{}, {}, std::vector<Block>(plan.cluster, Block(plan))};
@@ -134,10 +150,10 @@ void run_cluster(const Task& task, const Plan& plan, bool backwards, char* stack
         &thread.context, reinterpret_cast<void (*)()>(&enter<Task>), 4, high(&task), low(&task), high(&thread),
         low(&thread));
   }
-  for (int left = count; left > 0;) {
+  for (int left = count, sweep = 1; left > 0; ++sweep) {
     for (int i = 0; i < count; ++i) {
       Thread& thread = *threads[backwards ? count - 1 - i : i];
-      if (thread.done) continue;
+      if (thread.done || thread.waits() || (backwards && sweep % thread.pace())) continue;
       swapcontext(&simulation.scheduler, &thread.context);
       left -= thread.done;
     }

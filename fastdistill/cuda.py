@@ -109,7 +109,9 @@ def _load(path: Path, device: torch.device) -> Any:
     # Called through ctypes, the probe works while torch traces.
     probe = ctypes.CDLL(str(path)).fastdistill_probe
     probe.restype = ctypes.c_char_p
-    if failure := probe(torch.cuda.current_device() if device.index is None else device.index):
+    with torch.cuda.device(device):  # unlike cudaSetDevice, it makes no context on the device that it returns to
+        failure = probe()
+    if failure:
         raise RuntimeError(f"a launch fails: {failure.decode()}")
     return getattr(torch.ops, path.stem)
 

@@ -9,9 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import _simulated
@@ -405,6 +407,8 @@ MISTAKES = {
     "the gradient is 5% too large": ("slope = weight * c.soft_weight", "slope = 1.05f * weight * c.soft_weight"),
     "a class excluded from the row has a gradient": ("student_z[i] == -INFINITE ? 0 : gradient[i]", "1 * gradient[i]"),
     "warps are added without a barrier": ("    cluster.wait_for_block();\n", ""),
+    "a round overwrites what others still read": ("[ROUND]", "[0]"),
+    "blocks write to others that have not started": ("joins = cluster.size > 1 && !c.expected", "joins = false"),
     "a gradient is rounded twice": ("(bits<uint32_t>(ratio) & 0x7fffff) == 0", "true"),
     "the backward checks only a cluster's first row": ("row = first + cluster.thread % 32", "row = first"),
 }
@@ -652,6 +656,7 @@ def card(as_it_is: ModuleType, pretended: Path, monkeypatch: pytest.MonkeyPatch)
     """Returns a GPU for which nothing is built yet."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(as_it_is, "prebuilt", lambda: pretended / "nothing.so")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return torch.device("cuda", 0)
 
 
@@ -682,10 +687,35 @@ def test_a_binary_that_cannot_launch_is_not_available(
     """A toolkit newer than the driver builds a binary that loads; only its launches fail."""
     (pretended / "bin" / "nvcc").write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo 99 && exit\nwhile [ "$1" != -o ]; do shift; done\n'
-        'echo \'extern "C" const char* fastdistill_probe(int) { return "the driver is too old"; }\' '
+        'echo \'extern "C" const char* fastdistill_probe() { return "the driver is too old"; }\' '
         '| g++ -shared -fPIC -x c++ - -o "$2"\n'
     )
     assert re.search(r"not be run: a launch fails: the driver is too old$", as_it_is.unavailable(card))
+
+
+def test_the_probe_runs_on_the_device_and_no_context_is_made_on_another(
+    as_it_is: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cudaSetDevice back to a device that is not in use would take memory there, or fail if it is exclusive."""
+    assert "cudaSetDevice" not in (cuda.SOURCES / "rows.cu").read_text()
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        entered.append(device)
+        yield
+        entered.pop()
+
+    def load(path: str) -> SimpleNamespace:
+        return SimpleNamespace(fastdistill_probe=lambda *given: b"none" if (given, entered) == ((), [second]) else b"!")
+
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(as_it_is.ctypes, "CDLL", load)
+    with pytest.raises(RuntimeError, match="a launch fails: none"):
+        as_it_is._load(tmp_path / "binary.so", second)
+    assert entered == []
 
 
 def test_other_systems_are_refused(card: torch.device, as_it_is: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -729,7 +759,7 @@ for name in ("fastdistill_cuda_sm_90", "fastdistill_cuda_other"):
         print("CPU" in str(error))
 probe = ctypes.CDLL(f"{sys.argv[2]}/fastdistill_cuda_sm_90.so").fastdistill_probe
 probe.restype = ctypes.c_char_p
-print(probe(0))
+print(probe())
 """
 
 
