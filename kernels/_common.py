@@ -68,6 +68,11 @@ def flags(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return mask.int() if mask is not None and dtype == torch.float64 else mask
 
 
+def factor(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns x as a kernel that multiplies in `dtype` takes it: 16 bits are widened for float64, as with `flags`."""
+    return x.float() if dtype == torch.float64 and x.itemsize == 2 else x
+
+
 def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

@@ -479,8 +479,9 @@ def gram_dtype(*inputs: Tensor) -> torch.dtype:
     return torch.float64 if any(x.itemsize > 2 for x in inputs) else torch.float32
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Returns x, or a copy if its columns are not adjacent, or its rows too far apart for 32-bit offsets in a tile."""
+def _rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Returns x for products in `dtype`: a copy if columns are not adjacent, or rows too far apart for 32 bits."""
+    x = _common.factor(x, dtype)
     return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous()
 
 
@@ -556,13 +557,13 @@ def loss(
     each packed sequence has its own. In both cases the masks are True only for rows in an allowed pair, and num_items
     or number is given.
     """
-    call = call._replace(**{name: _rows(getattr(call, name)) for name in call._fields[:4]})
+    dtype, new = gram_dtype(*call.tensors()), call.student_query.new_empty
+    call = call._replace(**{name: _rows(getattr(call, name), dtype) for name in call._fields[:4]})
     if call.cu_seqlens is not None and call.cu_seqlens_key is not None:  # one program takes either
         call = call._replace(cu_seqlens_key=call.cu_seqlens_key.to(call.cu_seqlens.dtype))
     (batch, heads, query_length, d_s), is_causal = call.student_query.shape, call.is_causal
     key_length, d_t = call.student_key.shape[2], call.teacher_query.shape[3]
     groups, width = lcm(call.student_key.shape[1], call.teacher_key.shape[1]), d_s + d_t
-    dtype, new = gram_dtype(*call.tensors()), call.student_query.new_empty
     query_mask, key_mask = _mask(call.query_mask, dtype), _mask(call.key_mask, dtype)
     is_packed, sequences = call.cu_seqlens is not None, sequences_of(call)
     has_pairs = not (is_causal or is_packed) and (call.query_mask is not None or call.key_mask is not None)
@@ -622,7 +623,7 @@ def gradients(
     ) -> None:  # fmt: skip
         if out.numel() == 0:
             return
-        student, teacher = _rows(student), _rows(teacher)
+        student, teacher = _rows(student, gram.dtype), _rows(teacher, gram.dtype)
         own, length = student.shape[1:3]
         mask, mask_batch = _mask(mask, gram.dtype)
         unit_s, unit_t = _unit(student), _unit(teacher)

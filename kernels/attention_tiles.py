@@ -399,7 +399,8 @@ def loss(
         return rows.new_zeros((), dtype=torch.float64)
     # Offsets within a tile of up to 128 rows have 32 bits.
     tensors = [
-        x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous() for x in call.tensors()
+        x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous()
+        for x in (_common.factor(x, dtype) for x in call.tensors())
     ]
     flags = [None if x is None else _common.flags(x.contiguous(), dtype) for x in (counted.queries, counted.keys)]
     pairs = _common.flags(call.attn_mask, dtype)
