@@ -8,6 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Triton 3.6 compiles no product of float64 one of whose factors depends on a load of fewer than 32 bits: the narrowest
+# load decides the product's layout. 3.9 compiles all of them; those between were not tried.
+WIDENS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
     """Makes the tensor's device current: Triton launches on the current device."""
@@ -60,17 +64,16 @@ def rows_of(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def flags(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Returns a mask as a kernel that multiplies in `dtype` takes it: of 32 bits for float64.
-
-    The narrowest load that a factor depends on decides the product's layout, and for bytes Triton 3.6 compiles no
-    product of float64.
-    """
-    return mask.int() if mask is not None and dtype == torch.float64 else mask
+    """Returns a mask for products in `dtype`: of 32 bits where Triton needs them."""
+    return mask.int() if WIDENS and mask is not None and dtype == torch.float64 else mask
 
 
-def factor(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns x as a kernel that multiplies in `dtype` takes it: 16 bits are widened for float64, as with `flags`."""
-    return x.float() if dtype == torch.float64 and x.itemsize == 2 else x
+def heads_of(x: Tensor, dtype: torch.dtype) -> Tensor:  # (B, H, L, D)
+    """Returns x for products in `dtype`: a copy where its columns are not adjacent, where its rows are too far apart
+    for 32-bit offsets in a tile, or where Triton needs wider numbers."""
+    if WIDENS and dtype == torch.float64 and x.itemsize == 2:
+        x = x.float()
+    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous()
 
 
 def power_of_2(n: int) -> int:

@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import on_device_of, power_of_2
+from ._common import heads_of, on_device_of, power_of_2
 from .attention_mse_plan import SUMMED, Plan, blocks, multiprocessors_of, plan
 from .attention_packed import rows_of, sequence_of, slot_rows, slots_of
 
@@ -479,12 +479,6 @@ def gram_dtype(*inputs: Tensor) -> torch.dtype:
     return torch.float64 if any(x.itemsize > 2 for x in inputs) else torch.float32
 
 
-def _rows(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns x for products in `dtype`: a copy if columns are not adjacent, or rows too far apart for 32 bits."""
-    x = _common.factor(x, dtype)
-    return x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous()
-
-
 def _mask(mask: Tensor | None, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, int]:  # (B|1, T)
     """Returns a mask of rows for products in `dtype`, and its stride from one batch entry to the next."""
     if mask is None:
@@ -507,7 +501,7 @@ def _strides(unit: int, x: Tensor) -> tuple[int, int, int]:
 
 
 def _partial_grams(
-    call: "Attention",  # of tensors that `_rows` returned
+    call: "Attention",  # of tensors that `heads_of` returned
     query_mask: tuple[Tensor | None, int], key_mask: tuple[Tensor | None, int],
     groups: int, plan: Plan,
     chunk: int,  # rows of a chunk of the scan, or of a slot of packed sequences; 0: any share of the rows is a split
@@ -558,7 +552,7 @@ def loss(
     or number is given.
     """
     dtype, new = gram_dtype(*call.tensors()), call.student_query.new_empty
-    call = call._replace(**{name: _rows(getattr(call, name), dtype) for name in call._fields[:4]})
+    call = call._replace(**{name: heads_of(getattr(call, name), dtype) for name in call._fields[:4]})
     if call.cu_seqlens is not None and call.cu_seqlens_key is not None:  # one program takes either
         call = call._replace(cu_seqlens_key=call.cu_seqlens_key.to(call.cu_seqlens.dtype))
     (batch, heads, query_length, d_s), is_causal = call.student_query.shape, call.is_causal
@@ -623,7 +617,7 @@ def gradients(
     ) -> None:  # fmt: skip
         if out.numel() == 0:
             return
-        student, teacher = _rows(student, gram.dtype), _rows(teacher, gram.dtype)
+        student, teacher = heads_of(student, gram.dtype), heads_of(teacher, gram.dtype)
         own, length = student.shape[1:3]
         mask, mask_batch = _mask(mask, gram.dtype)
         unit_s, unit_t = _unit(student), _unit(teacher)

@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import on_device_of, power_of_2
-from .attention_mse import _finalise, _mask, _rows, _strides, _unit
+from ._common import heads_of, on_device_of, power_of_2
+from .attention_mse import _finalise, _mask, _strides, _unit
 
 if TYPE_CHECKING:
     from ..ops._attention import Attention
@@ -252,7 +252,7 @@ def _launch(
     call: "Attention", number: float, num_items: Tensor | None, totals: Tensor | None,
     d_query: Tensor | None, d_key: Tensor | None, grad_loss: Tensor | None, expected: float,
 ) -> None:  # fmt: skip
-    sq, sk, tq, tk = map(_rows, call.tensors())
+    sq, sk, tq, tk = (heads_of(x, torch.float32) for x in call.tensors())
     (batch, heads, _, d_s), student_heads, d_t = sq.shape, sk.shape[1], tq.shape[3]
     (query_mask, query_mask_batch), (key_mask, key_mask_batch) = _mask(call.query_mask), _mask(call.key_mask)
     unit_s, unit_t, unit_d, d_strides = _unit(sq, sk), _unit(tq, tk), 1, (0,) * 8

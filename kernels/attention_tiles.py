@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _common
-from ._common import on_device_of, power_of_2
+from ._common import heads_of, on_device_of, power_of_2
 
 if TYPE_CHECKING:
     from ..ops._attention import Attention, Counted
@@ -397,11 +397,7 @@ def loss(
             if gradient is not None:
                 gradient.zero_()
         return rows.new_zeros((), dtype=torch.float64)
-    # Offsets within a tile of up to 128 rows have 32 bits.
-    tensors = [
-        x if (x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23 else x.contiguous()
-        for x in (_common.factor(x, dtype) for x in call.tensors())
-    ]
+    tensors = [heads_of(x, dtype) for x in call.tensors()]
     flags = [None if x is None else _common.flags(x.contiguous(), dtype) for x in (counted.queries, counted.keys)]
     pairs = _common.flags(call.attn_mask, dtype)
     strides = [stride for x in tensors for stride in x.stride()[:3]]

@@ -347,7 +347,7 @@ class TestMethodsAndAblations:
             assert f"{flag} is " in (found := line("--intermediate-epochs", 0, flag, value))
             assert "which --intermediate-epochs 0 leaves out: leave one out" in found
         twice = ("--learning-rates", 1e-3, "--intermediate-learning-rate", 1e-3)
-        assert "learning_rates is of the same stage, the only one: leave one out" in line(*joint, *twice)
+        assert "--learning-rates is for the same stage, the only one: leave one out" in line(*joint, *twice)
         assert "those of method 'minilm'" in line("--method", "minilm", "--terms", "hidden")
         unmapped = ("--method", "minilm", "--layer-map", "top", "--init", "random")
         assert "--layer-map is top; method minilm compares last layers" in line(*unmapped)

@@ -262,12 +262,9 @@ def check_stages(options: TaskOptions, task: Any, terms: Any) -> None:
         refuse(options, "layer_map", "without the intermediate stage no layers are compared: leave it out")
     if options.alpha < 1 and task.auto_class == "AutoModelForQuestionAnswering":
         raise ValueError(f"--alpha is {options.alpha}; the prediction of {task.name} takes no labels: leave it out")
-    of_teacher = {"alpha": 1.0} if "prediction" in terms else {
-        "alpha": 1.0, "temperature": 1.0, "t_squared": False, "divergence": "soft_cross_entropy",
-    }  # fmt: skip
-    for name, default in of_teacher.items() if options.labels == "gold" else ():
-        if (value := getattr(options, name)) != default:
-            raise ValueError(f"{name} is {value}; --labels gold has no teacher's predictions: leave one out")
+    if options.labels == "gold":
+        names = "alpha" if "prediction" in terms else "alpha temperature t_squared divergence"
+        refuse(options, names, "--labels gold has no teacher's predictions: leave one out")
     if "prediction" in terms and task.is_regression and options.augmented and options.labels != "teacher":
         raise ValueError(
             f"--terms prediction learns the gold scores of {task.name}, which changed words change; leave out "

@@ -26,7 +26,6 @@ __all__ = ["READERS", "count_labels", "read_rows", "tokenize_rows"]
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 CHAT = ("messages", "conversations")  # the second has the keys from and value, which TRL renames
 TOKENIZED = ("input_ids", "labels", "seq_lengths")
-WAY_OUT = "leave it out, and pass held-out rows as --eval"
 BESIDE = ("tools", "chat_template_kwargs")  # columns that TRL hands to the chat template
 
 
@@ -49,8 +48,7 @@ def read_rows(
     if all(are_files):
         if config is not None:
             raise ValueError(f"dataset_config is {config}; files have none: leave it out")
-        if split != "train" or flag == "eval-split":
-            raise ValueError(f"--{flag.replace('dataset', 'split')} is {split}; files have no splits: {WAY_OUT}")
+        check_split(split, flag, "files have no splits")
         parts = [(str(path), read_file(path)) for path in paths]
     else:
         parts = [(f"{names[0]}, {split}", read_dataset(names[0], config, split, flag))]
@@ -59,6 +57,13 @@ def read_rows(
     for name, rows in parts:
         check_rows(name, rows, columns, text)
     return concatenate_datasets([rows for _, rows in parts])
+
+
+def check_split(split: str, flag: str, found: str) -> None:
+    """Raises ValueError for a split that was asked for where there is but one: held-out rows would be trained on."""
+    option = "eval-split" if flag == "eval-split" else "split"
+    if split != "train" or option == "eval-split":
+        raise ValueError(f"--{option} is {split}; {found}: leave it out, and pass held-out rows as --eval")
 
 
 def read_file(path: Path) -> Dataset:
@@ -91,8 +96,7 @@ def read_dataset(name: str, config: str | None, split: str, flag: str) -> Datase
         if config is not None:
             raise ValueError(f"dataset_config is {config}; {name} is a folder that datasets saved, and has none")
         if not isinstance(rows, DatasetDict):
-            if split != "train" or flag == "eval-split":
-                raise ValueError(f"--{flag.replace('dataset', 'split')} is {split}; {name} holds one split: {WAY_OUT}")
+            check_split(split, flag, f"{name} holds one split")
             return rows
         if split not in rows:
             raise ValueError(f"{name}: there is no split {split!r}; it has {', '.join(rows)}")

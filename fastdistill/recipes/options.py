@@ -195,15 +195,14 @@ class TaskOptions(Models, Data, PredictionLoss, Grid, Training, Output):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.intermediate_epochs == 0 and self.prediction_epochs != 0:
-            names = "method terms projection teacher_layer relation_heads "
-            refuse(
-                self, names + "intermediate_learning_rate intermediate_batch_size",
-                "it is for the intermediate stage, which --intermediate-epochs 0 leaves out: leave one out",
-            )  # fmt: skip
+            own = "intermediate_learning_rate intermediate_batch_size"
+            why = "it is for the intermediate stage, which --intermediate-epochs 0 leaves out: leave one out"
+            refuse(self, f"method terms projection teacher_layer relation_heads {own}", why)
         if self.prediction_epochs == 0:
             for grid in ("learning_rate", "batch_size"):
                 if getattr(self, f"{grid}s") is not None:
-                    refuse(self, f"intermediate_{grid}", f"{grid}s is of the same stage, the only one: leave one out")
+                    other = f"--{grid.replace('_', '-')}s is for the same stage, the only one"
+                    refuse(self, f"intermediate_{grid}", f"{other}: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +372,6 @@ class LMOptions(Divergence, Rows, Adapters, Schedule, Training, Output, Loading)
             raise ValueError(f"divergence is {self.divergence}; a cached teacher has kl and soft_cross_entropy")
         if self.cache is not None:
             refuse(self, "skew", "a cached teacher has none: pass --teacher and --dataset, or leave it out")
-        if self.cache is not None:
             rows = "packing split dataset_config" + ("" if self.eval else " max_length completion_only assistant_only")
             refuse(self, rows, "the rows of a cache are as the teacher read them: pass --dataset, or leave it out")
         if self.alpha == 0 and not self.on_policy:

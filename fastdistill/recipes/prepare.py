@@ -51,11 +51,8 @@ def cache_teacher(options: CacheOptions) -> None:
             "with --task, whose classifier's logits are kept whole, --data is one folder and there is no --top-k"
         )
     if options.task:
-        refuse(
-            options,
-            "max_length completion_only assistant_only",
-            "with --task that says how rows are read: leave it out",
-        )
+        why = "with --task that says how rows are read: leave it out"
+        refuse(options, "max_length completion_only assistant_only", why)
     if not options.task and options.top_k is None and not options.hidden:
         raise ValueError("nothing to keep of plain text: use --top-k, --hidden or both")
     if not (options.resume and (options.output / MANIFEST).is_file()):

@@ -165,9 +165,12 @@ def test_out_of_time_no_process_is_left(small: Stages) -> None:
         "open('pids', 'w').write(f'{os.getpid()} {child.pid}')\n"
         "time.sleep(600)\n"
     )
-    assert gpu.run(["slow"], 3, small.out / "log.txt") is None
     pids = small.folder / "pids"
-    left = [Path(f"/proc/{pid}/stat") for pid in (pids.read_text().split() if pids.exists() else [])]
+    for seconds in (3, 30):  # a busy machine may not even start it in 3
+        assert gpu.run(["slow"], seconds, small.out / "log.txt") is None
+        if pids.exists():
+            break
+    left = [Path(f"/proc/{pid}/stat") for pid in pids.read_text().split()]
     end = time.monotonic() + 60  # what is killed takes a moment to go
     while left := [path for path in left if is_alive(path)]:
         assert time.monotonic() < end, left

@@ -87,34 +87,3 @@ def _compiler(*command: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-W", "ignore", *command],
         cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-
-
-MASKED_IN_FLOAT64 = """
-import triton.language as tl
-from bench import static, static_cases
-for _, call in (
-    static_cases._gram(32, 64, "fp32", masked=True),
-    static_cases._packed_gram(64, "fp32", is_causal=True),
-    static_cases._tiles(True, 64, 64, "fp64", with_all=True),
-    static_cases._tiles(False, 64, 64, "fp64", with_all=True),
-    static_cases._residual(312, 768, "fp64", with_all=True),
-):
-    with static.recorded("sm_90") as launches:
-        call()
-    for launch in launches:
-        if launch.constants.get("WIDE") == tl.float64 and not launch.name.endswith("contract"):
-            print(launch.name, "*i1" in launch.signature.values())
-"""
-
-
-def test_masks_beside_products_of_float64_have_32_bits() -> None:
-    """Triton 3.6 compiles no product of float64 one of whose factors depends on a load of bytes."""
-    run = _compiler("-c", MASKED_IN_FLOAT64)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert set(run.stdout.splitlines()) == {
-        f"{name} False"
-        for name in (
-            "attention_mse.gram", "attention_mse.gradient", "attention_tiles.statistics", "attention_tiles.d_query",
-            "attention_tiles.d_key", "linear_mse.residual",
-        )
-    }  # fmt: skip

@@ -25,11 +25,12 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
-from bench import static
-from fastdistill.kernels import attention_mse, attention_tiles, logits, shards
+from bench import static, static_cases
+from fastdistill.kernels import _common, attention_mse, attention_tiles, logits, shards
 from fastdistill.ops._attention import Attention, Counted
 from fastdistill.ops._rows import RowOptions
 
+_common.WIDENS = True  # as with Triton 3.6
 TARGET = static.ARCHS["sm_90"].target
 BACKEND = make_backend(TARGET)
 MIXTURES = {(0.5, 0.5, 0.5): "jsd", (0.1, 1.0, 0.0): "skewed KL", (0.9, 0.0, 1.0): "skewed reverse KL",
@@ -100,12 +101,21 @@ for masks in ({"key_mask": rows}, {"query_mask": rows}):
     compile(f"{[*masks]} alone", lambda: gram(masks))
 for student, teacher in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
     compile(f"a student in {student} and a teacher in {teacher}", lambda: gram({"key_mask": rows}, student, teacher))
+masked = {
+    "gram": static_cases._gram(32, 64, "fp32", masked=True),
+    "packed": static_cases._packed_gram(64, "fp32", is_causal=True),
+    "tiles of kl": static_cases._tiles(True, 64, 64, "fp64", with_all=True),
+    "tiles": static_cases._tiles(False, 64, 64, "fp64", with_all=True),
+    "residual": static_cases._residual(312, 768, "fp64", with_all=True),
+}
+for name, (_, call) in masked.items():
+    compile(f"{name} with masks in float64", call)
 print(sorted(done.items()))
 """
 LAUNCHES = {
-    "attention_mse.contract": 4, "attention_mse.finalise": 4, "attention_mse.gradient": 8, "attention_mse.gram": 4,
-    "attention_tiles.d_key": 2, "attention_tiles.d_query": 2, "attention_tiles.statistics": 1,
-    "logits.rows": 4, "shards.classes": 4, "shards.sums": 4,
+    "attention_mse.contract": 6, "attention_mse.finalise": 6, "attention_mse.gradient": 12, "attention_mse.gram": 6,
+    "attention_packed.bounds": 1, "attention_tiles.d_key": 4, "attention_tiles.d_query": 4,
+    "attention_tiles.statistics": 2, "linear_mse.residual": 1, "logits.rows": 4, "shards.classes": 4, "shards.sums": 4,
 }  # fmt: skip
 
 
