@@ -250,6 +250,8 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     end = arguments.end or time.time() + 60 * arguments.minutes
     chosen = runs(device, arguments.only)
+    if not chosen:
+        parser.error(f"--only is {arguments.only!r}, which no case contains: leave it out to see their names")
     if arguments.cases:
         return serve(device, chosen, arguments.cases, end)
     lock = Lock()

@@ -301,7 +301,11 @@ def objective_options(options: Any) -> dict[str, Any]:
     found = {f.name: getattr(options, f.name) for f in fields(ObjectiveOptions)}
     is_mapped = options.method == "tinybert"  # else --layer-map only says which layers a new student starts from
     if not is_mapped and (options.init == "random" or not is_config(options.student)):
-        refuse(options, "layer_map", f"method {options.method} compares last layers, and the student brings its own")
+        refuse(
+            options,
+            "layer_map",
+            f"method {options.method} compares last layers, and no layers are copied: leave it out",
+        )
     found["layer_map"] = layer_map(options.layer_map) if is_mapped else None
     if options.projection is None:  # as the student's folder brings them
         projections = objective.read_projections(options.student)

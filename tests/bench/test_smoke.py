@@ -70,6 +70,8 @@ def test_the_program_writes_a_line_a_case_and_names_what_it_does_not_reach(
     assert written("-1", "tvd (row in registers)") == [
         "tvd (row in registers), triton, float16: not reached", "1 of 1 failed",
     ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        written("1", "no such case")
 
 
 # Prints as a process of the smoke test does. Case 1 ends it, as a kernel that crashes; case 3 spoils the card.
